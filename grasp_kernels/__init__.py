@@ -1,0 +1,48 @@
+"""GRASP: find what a LoRA fine-tune picked up unasked, and retrain without learning it.
+
+The way of the data, one module a step:
+
+    adapters        peft model, folder or file  -> LoRA weights with their site in the model
+    identify        LoRA weights                -> Subspace (self_contrast: base model and records -> Subspace)
+    subspace        orthonormal bases by module name, saved as safetensors
+    layers          peft model and Subspace     -> the same model on GraspLoRALinear
+    ops             the differentiable operator -> a backend -> gradients
+
+Importing the package needs torch alone; every public name is imported on first use.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from grasp_kernels.version import __version__
+
+_HOMES = {
+    "GraspLoRALinear": "layers",
+    "SiteRules": "sites",
+    "Subspace": "subspace",
+    "backends": "ops",
+    "identify": "identify",
+    "identify_self_contrast": "self_contrast",
+    "leakage": "leakage",
+    "load_adapter": "adapters",
+    "lora_linear": "ops",
+    "project_adapter": "leakage",
+    "project_gradient": "ops",
+    "randomized_svd": "svd",
+    "replace_lora_layers": "layers",
+    "restore_lora_layers": "layers",
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'grasp_kernels' has no attribute {name!r}")
+    value = getattr(import_module(f"grasp_kernels.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
