@@ -3,7 +3,7 @@
 The way of the data, one module a step:
 
     adapters        peft model, folder or file  -> LoRA weights with their site in the model
-    identify        LoRA weights                -> Subspace (self_contrast: base model and records -> Subspace)
+    identification  LoRA weights                -> Subspace (self_contrast: base model, records -> Subspace)
     subspace        orthonormal bases by module name, saved as safetensors
     layers          peft model and Subspace     -> the same model on GraspLoRALinear
     ops             the differentiable operator -> a backend -> gradients
@@ -21,12 +21,12 @@ _HOMES = {
     "SiteRules": "sites",
     "Subspace": "subspace",
     "backends": "ops",
-    "identify": "identify",
+    "identify": "identification",
     "identify_self_contrast": "self_contrast",
-    "leakage": "leakage",
+    "leakage": "closure",
     "load_adapter": "adapters",
     "lora_linear": "ops",
-    "project_adapter": "leakage",
+    "project_adapter": "closure",
     "project_gradient": "ops",
     "randomized_svd": "svd",
     "replace_lora_layers": "layers",
