@@ -1,0 +1,314 @@
+"""The subspace that a retrain must not rely on: orthonormal bases by module name, and why to trust them.
+
+Shapes: `D` width of the residual stream, `k` directions in it, `K` inputs and `N` outputs of a linear
+layer, `P` and `Q` columns of a read and of a write basis.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grasp_kernels.files import whole_file
+from grasp_kernels.sites import Site
+
+SIDES = ("write", "read", "both")
+SCOPES = ("shared", "layer")
+VERDICTS = ("found", "weak", "nothing")
+
+_ORTHONORMAL_TOLERANCE = 1e-5
+_FORMAT = "grasp_kernels.subspace"
+_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """Bases of the directions along which a fine-tune moved, by name of the module in the base model.
+
+    Attributes:
+        write: writer -> `V[N,Q]`, float32, orthonormal columns.
+        read: reader -> `U[K,P]`, float32, orthonormal columns, in the reader's own input coordinates (the
+            norm's gain is folded in).
+        stream: `[D,k]`, the write basis in the stream where one basis serves all layers, else None.
+        k: number of directions (the largest of any layer where scope is "layer").
+        side: "write", "read" or "both".
+        scope: "shared" (one basis for all layers) or "layer".
+        verdict: "found", "weak" (bases are given, the evidence is not convincing) or "nothing" (no bases).
+        reasons: what the verdict rests on, in sentences.
+        evidence: JSON-able; "spectra" is a list of records, one per basis that was looked for, with the keys
+            side, layer (None for a shared basis), k, singular_values, null (95 % quantile by index), gap;
+            "agreement" is a list of records with the keys side, layers (ids), values (cosines), chance. The
+            sources add keys of their own.
+        metadata: JSON-able; where the bases come from (source, base_model, model_type, options, versions).
+
+    Raises:
+        TypeError, ValueError: a basis is not float32, finite and orthonormal, or a field contradicts another.
+    """
+
+    write: dict[str, Tensor]
+    read: dict[str, Tensor]
+    stream: Tensor | None
+    k: int
+    side: str
+    scope: str
+    verdict: str
+    reasons: tuple[str, ...] = ()
+    evidence: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("side", self.side, SIDES),
+            ("scope", self.scope, SCOPES),
+            ("verdict", self.verdict, VERDICTS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}.")
+        checked: set[int] = set()
+        for name, basis in self._named():
+            if id(basis) not in checked:
+                check_basis(name, basis)
+                checked.add(id(basis))
+        if (self.verdict == "nothing") != self.is_empty:
+            raise ValueError(
+                f"A subspace with verdict {self.verdict!r} has {len(self.write) + len(self.read)} bases; only "
+                '"nothing" comes without any.'
+            )
+        widest = max((basis.shape[1] for _, basis in self._named()), default=0)
+        if self.k != widest:
+            raise ValueError(
+                f"k is {self.k}, but the widest basis has {widest} columns; give k={widest}."
+            )
+
+    @classmethod
+    def nothing(cls, side: str, scope: str, reasons: Iterable[str], **fields: Any) -> Subspace:
+        """The empty subspace: nothing was found, and why."""
+        return cls({}, {}, None, 0, side, scope, "nothing", tuple(reasons), **fields)
+
+    @classmethod
+    def from_stream(
+        cls,
+        basis: Tensor | Mapping[int, Tensor],
+        sites: Iterable[Site],
+        *,
+        gains: Mapping[str, Tensor] | None = None,
+        side: str = "write",
+        verdict: str = "found",
+        reasons: Iterable[str] = (),
+        evidence: dict[str, Any] | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> Subspace:
+        """A subspace from directions of the residual stream, whatever their source.
+
+        Args:
+            basis: `[D,k]` (or `[D]`) for all layers, or a mapping layer -> `[D,k]`; layers that the mapping
+                lacks get no basis. Columns need not be orthonormal, but must be independent.
+            sites: the writers and readers of the model, see `sites.model_sites`.
+            gains: norm -> `γ[D]`, see `sites.model_gains`. A stream direction `u` reaches a reader as
+                `γ ⊙ u`, so its basis is `orth(γ ⊙ u)`; a norm without an entry counts as `γ = 1`.
+            side: which sites get a basis.
+
+        Raises:
+            ValueError: a width that does not fit, or dependent columns.
+        """
+        by_layer = isinstance(basis, Mapping)
+        streams = _per_layer(basis)
+        write: dict[str, Tensor] = {}
+        read: dict[str, Tensor] = {}
+        behind_norm: dict[tuple[int, str], Tensor] = {}
+        for site in sites:
+            stream = streams.get(site.layer if by_layer else -1)
+            if stream is None or side not in (site.role, "both"):
+                continue
+            if site.role == "write":
+                write[site.name] = stream
+                continue
+            gain = (gains or {}).get(site.norm) if site.norm else None
+            key = (id(stream), site.norm or "")
+            if key not in behind_norm:
+                behind_norm[key] = stream if gain is None else _behind_gain(site, stream, gain)
+            read[site.name] = behind_norm[key]
+        if not write and not read:
+            raise ValueError(
+                f"None of the sites takes a {side} basis in the layers {sorted(streams) if by_layer else 'given'}; "
+                "check `sites` and `side`."
+            )
+        return cls(
+            write,
+            read,
+            None if by_layer or side == "read" else streams[-1],
+            max(stream.shape[1] for stream in (*write.values(), *read.values())),
+            side,
+            "layer" if by_layer else "shared",
+            verdict,
+            tuple(reasons),
+            evidence or {},
+            metadata or {},
+        )
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.write and not self.read and self.stream is None
+
+    def to(self, device: torch.device | str) -> Subspace:
+        """The same subspace on another device; modules that share a basis go on sharing it."""
+        moved = {id(basis): basis.to(device) for _, basis in self._named()}
+        return replace(
+            self,
+            write={name: moved[id(basis)] for name, basis in self.write.items()},
+            read={name: moved[id(basis)] for name, basis in self.read.items()},
+            stream=None if self.stream is None else moved[id(self.stream)],
+        )
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write one safetensors file: each distinct basis once, names and evidence as JSON in its metadata."""
+        from safetensors.torch import save_file
+
+        keys: dict[int, str] = {}
+        tensors: dict[str, Tensor] = {}
+        for _, basis in self._named():
+            if id(basis) not in keys:
+                keys[id(basis)] = f"basis.{len(keys)}"
+                tensors[keys[id(basis)]] = basis.cpu().contiguous()
+        header = {
+            "version": _FORMAT_VERSION,
+            "write": {name: keys[id(basis)] for name, basis in self.write.items()},
+            "read": {name: keys[id(basis)] for name, basis in self.read.items()},
+            "stream": None if self.stream is None else keys[id(self.stream)],
+            **{name: getattr(self, name) for name in _PLAIN_FIELDS},
+        }
+        text = json.dumps(header, allow_nan=False)
+        with whole_file(path) as temporary:
+            save_file(tensors, temporary, metadata={_FORMAT: text})
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Subspace:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a subspace file, or one of a newer format.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"There is no subspace file {str(path)!r}; make one with `grasp-kernels identify`."
+            )
+        try:
+            with safe_open(path, framework="pt") as file:
+                text = (file.metadata() or {}).get(_FORMAT)
+                tensors = {key: file.get_tensor(key) for key in file.keys()} if text else {}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(
+                f"{str(path)!r} is no safetensors file ({error}); a subspace is what Subspace.save wrote."
+            ) from error
+        if text is None:
+            raise ValueError(
+                f"{str(path)!r} is a safetensors file but holds no subspace; give one that Subspace.save wrote."
+            )
+        header = json.loads(text)
+        if header["version"] > _FORMAT_VERSION:
+            raise ValueError(
+                f"{str(path)!r} has subspace format {header['version']}, this version reads up to "
+                f"{_FORMAT_VERSION}; upgrade grasp_kernels."
+            )
+        fields = {name: header[name] for name in _PLAIN_FIELDS}
+        return cls(
+            write={name: tensors[key] for name, key in header["write"].items()},
+            read={name: tensors[key] for name, key in header["read"].items()},
+            stream=None if header["stream"] is None else tensors[header["stream"]],
+            **{**fields, "reasons": tuple(fields["reasons"])},
+        )
+
+    def summary(self) -> str:
+        """A short table in plain text: verdict, bases, spectra, reasons."""
+        from grasp_kernels.subspace_report import summary
+
+        return summary(self)
+
+    def plot(self, path: str | PathLike[str]) -> None:
+        """Save a PNG: spectrum with the chosen k and its null, and the agreement across layers."""
+        from grasp_kernels.subspace_report import plot
+
+        plot(self, path)
+
+    def _named(self) -> list[tuple[str, Tensor]]:
+        stream = [] if self.stream is None else [("the residual stream", self.stream)]
+        return [*self.write.items(), *self.read.items(), *stream]
+
+
+_PLAIN_FIELDS = ("k", "side", "scope", "verdict", "reasons", "evidence", "metadata")
+
+
+def check_basis(name: str, basis: Tensor) -> None:
+    """Raise unless `basis` is a float32 `[D,k]` tensor with k ≥ 1 finite orthonormal columns."""
+    if not isinstance(basis, Tensor) or basis.dtype != torch.float32:
+        kind = basis.dtype if isinstance(basis, Tensor) else type(basis).__name__
+        raise TypeError(f"The basis of {name!r} is {kind}; convert it to a float32 tensor.")
+    if basis.ndim != 2 or not 0 < basis.shape[1] <= basis.shape[0]:
+        raise ValueError(
+            f"The basis of {name!r} has shape {tuple(basis.shape)}; it must be [width, directions] with at least "
+            "one direction and no more than the width."
+        )
+    if not torch.isfinite(basis).all():
+        raise ValueError(
+            f"The basis of {name!r} has non-finite values; identify it again from finite weights."
+        )
+    wide = basis.double()
+    error = float((wide.mT @ wide - torch.eye(basis.shape[1], device=basis.device)).norm())
+    if error > _ORTHONORMAL_TOLERANCE:
+        raise ValueError(
+            f"The basis of {name!r} is not orthonormal (‖VᵀV − I‖ = {error:.2g}, allowed "
+            f"{_ORTHONORMAL_TOLERANCE:g}); orthonormalise its columns, for example with Subspace.from_stream."
+        )
+
+
+def orthonormal(name: str, directions: Tensor) -> Tensor:
+    """Orthonormal float32 columns that span those of `[D,k]` (or `[D]`), each with the sign it had.
+
+    Raises:
+        ValueError: the columns are not finite or not independent.
+    """
+    columns = directions.detach().cpu().double()
+    columns = columns[:, None] if columns.ndim == 1 else columns
+    if columns.ndim != 2 or columns.shape[1] == 0 or columns.shape[1] > columns.shape[0]:
+        raise ValueError(
+            f"The directions of {name} have shape {tuple(directions.shape)}; give [width, directions]."
+        )
+    lengths = columns.norm(dim=0)
+    if not torch.isfinite(columns).all() or bool((lengths == 0).any()):
+        raise ValueError(
+            f"The directions of {name} hold zero or non-finite columns; leave those out."
+        )
+    q, r = torch.linalg.qr(columns / lengths)
+    pivots = r.diagonal()
+    if bool((pivots.abs() < 1e-6).any()):
+        raise ValueError(
+            f"The directions of {name} are linearly dependent; give independent columns."
+        )
+    return (q * pivots.sign()).float()
+
+
+def _per_layer(basis: Tensor | Mapping[int, Tensor]) -> dict[int, Tensor]:
+    if isinstance(basis, Tensor):
+        return {-1: orthonormal("the stream", basis)}
+    return {layer: orthonormal(f"layer {layer}", columns) for layer, columns in basis.items()}
+
+
+def _behind_gain(site: Site, stream: Tensor, gain: Tensor) -> Tensor:
+    if gain.shape != stream.shape[:1]:
+        raise ValueError(
+            f"The gain of {site.norm!r} has shape {tuple(gain.shape)}, but the directions have width "
+            f"{stream.shape[0]}; give gains and directions of the same model."
+        )
+    return orthonormal(
+        f"{site.norm!r} (gain folded in)", gain.detach().cpu().double()[:, None] * stream
+    )

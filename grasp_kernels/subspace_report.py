@@ -1,0 +1,130 @@
+"""A subspace for human eyes: a short table, and one figure.
+
+Both show what every source of a subspace puts into `evidence` ("spectra" and "agreement", see
+`Subspace`), so they work for any of them.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from grasp_kernels.files import whole_file
+
+if TYPE_CHECKING:
+    from grasp_kernels.subspace import Subspace
+
+_SHOWN = 12  # singular values of a shared spectrum; more of them say nothing about the first few
+_COLOUR = {"write": "tab:blue", "read": "tab:orange"}
+
+
+def summary(subspace: Subspace) -> str:
+    """Verdict, one line for each spectrum, agreement, reasons."""
+    lines = [
+        f"verdict {subspace.verdict}, k = {subspace.k}, {subspace.scope} {subspace.side} side, "
+        f"{len(subspace.write)} writers and {len(subspace.read)} readers have a basis"
+    ]
+    spectra = subspace.evidence.get("spectra", [])
+    if spectra:
+        lines.append(
+            f"{'side':<6}{'layer':>6}{'k':>3}{'gap':>8}   leading singular values (95 % of the null)"
+        )
+    for record in spectra:
+        layer = "all" if record["layer"] is None else str(record["layer"])
+        pairs = list(zip(record["singular_values"], record["null"], strict=False))[:4]
+        values = "  ".join(f"{value:.3f} ({null:.3f})" for value, null in pairs)
+        lines.append(
+            f"{record['side']:<6}{layer:>6}{record['k']:>3}{record['gap']:>8.2f}   {values}"
+        )
+    for record in subspace.evidence.get("agreement", []):
+        values = sorted(record["values"])
+        lines.append(
+            f"agreement of the layers, {record['side']} side: median {values[len(values) // 2]:.2f}, "
+            f"lowest {values[0]:.2f}, by chance {record['chance']:.2f}"
+        )
+    return "\n".join([*lines, *(f"- {reason}" for reason in subspace.reasons)])
+
+
+def plot(subspace: Subspace, path: str | PathLike[str]) -> None:
+    """Save a PNG: left the spectrum with its null (or the chosen k and gap by layer), right the agreement.
+
+    Raises:
+        ValueError: the subspace was not identified, so there is nothing to show.
+    """
+    spectra = subspace.evidence.get("spectra", [])
+    if not spectra:
+        raise ValueError(
+            "This subspace carries no spectra in its evidence; plot one that identify has returned."
+        )
+    # a Figure of its own needs neither pyplot nor a display and leaves the caller's backend alone
+    from matplotlib.figure import Figure
+
+    agreement = subspace.evidence.get("agreement", [])
+    figure = Figure(figsize=(10.0, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    if subspace.scope == "shared":
+        _plot_spectra(left, spectra)
+    else:
+        _plot_leading(left, spectra)
+    _plot_agreement(right, agreement)
+    figure.suptitle(f"{subspace.verdict}, k = {subspace.k}")
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
+def _plot_spectra(axes: Any, spectra: list[dict[str, Any]]) -> None:
+    for record in spectra:
+        values, null = record["singular_values"][:_SHOWN], record["null"][:_SHOWN]
+        colour = _COLOUR[record["side"]]
+        axes.plot(
+            range(1, len(values) + 1), values, "o-", color=colour, label=f"{record['side']} side"
+        )
+        axes.fill_between(
+            range(1, len(null) + 1),
+            0,
+            null,
+            color=colour,
+            alpha=0.15,
+            lw=0,
+            label="below 95 % of the null",
+        )
+        if record["k"]:
+            axes.axvline(record["k"] + 0.5, color=colour, ls=":", label=f"chosen k = {record['k']}")
+    axes.set(xlabel="index", ylabel="singular value of the stacked blocks", ylim=(0, None))
+    axes.legend(frameon=False)
+
+
+def _plot_leading(axes: Any, spectra: list[dict[str, Any]]) -> None:
+    for side in dict.fromkeys(record["side"] for record in spectra):
+        records = [record for record in spectra if record["side"] == side]
+        layers = [record["layer"] for record in records]
+        colour = _COLOUR[side]
+        leading = [record["singular_values"][0] for record in records]
+        null = [record["null"][0] for record in records]
+        axes.plot(layers, leading, "-", color=colour, alpha=0.5, label=f"{side} side")
+        chosen = [
+            (layer, value)
+            for layer, value, r in zip(layers, leading, records, strict=True)
+            if r["k"]
+        ]
+        axes.plot(
+            *zip(*chosen, strict=True) if chosen else ([], []),
+            "o",
+            color=colour,
+            label="has a basis",
+        )
+        axes.plot(layers, null, "--", color=colour, alpha=0.5, label="95 % of the null")
+    axes.set(xlabel="layer", ylabel="support of the first direction", ylim=(0, None))
+    axes.legend(frameon=False)
+
+
+def _plot_agreement(axes: Any, agreement: list[dict[str, Any]]) -> None:
+    for record in agreement:
+        colour = _COLOUR[record["side"]]
+        axes.plot(
+            record["layers"], record["values"], "o-", color=colour, label=f"{record['side']} side"
+        )
+        axes.axhline(record["chance"], color=colour, ls="--", alpha=0.5, label="by chance")
+    axes.set(xlabel="layer", ylabel="agreement with the other layers (cosine)", ylim=(0, 1.05))
+    if agreement:
+        axes.legend(frameon=False)
