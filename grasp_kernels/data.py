@@ -1,15 +1,11 @@
 """Chat data: JSONL file -> records -> token ids with labels on the answers alone.
 
 Shapes: `B` records of a batch, `T` tokens of the longest of them.
-
-Nothing is guessed from the words of a template: an answer is the difference between the rendering
-up to its turn and the rendering that asks for it, so any Hugging Face chat template works.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -17,13 +13,12 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor
 
+from grasp_kernels.chat_template import Message, Span, answer_spans, is_answer, render
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # label of tokens that take no part in the loss (torch's cross_entropy default)
-
-Message = dict[str, Any]  # {"role": str, "content": str} and whatever else the template knows
-Span = tuple[int, int]  # characters [start, end) of a rendering
 
 
 class Record(TypedDict, total=False):
@@ -47,7 +42,6 @@ _EXPECTED = (
     'and "output", "user" and "assistant", "query" and "answer", or "text"'
 )
 _STRING_PAIRS = (("instruction", "output"), ("user", "assistant"), ("query", "answer"))
-_GENERATION_MARKER = re.compile(r"{%-?\s*generation\s*-?%}")
 
 
 def read_records(path: str | Path, *, require_answer: bool = True) -> list[Record]:
@@ -89,7 +83,7 @@ def _parse_line(line: bytes, require_answer: bool) -> Record:
         raise ValueError(f"a JSON {type(row).__name__} and not an object, {_EXPECTED}")
     record = _parse_row(row, require_answer)
     turns = record.get("messages", [])[record.get("context", 0) :]
-    if require_answer and "text" not in record and not any(map(_is_answer, turns)):
+    if require_answer and "text" not in record and not any(map(is_answer, turns)):
         raise ValueError('no turn has the role "assistant", expected at least one answer to learn')
     return record
 
@@ -120,8 +114,9 @@ def _prompt_completion(row: dict[str, Any]) -> Record:
         answers = _messages(completion, "completion") if completion is not None else []
         return {"messages": turns + answers, "context": len(turns)}
     turns = [{"role": "user", "content": _text(prompt, "prompt")}]
-    if completion is not None:
-        turns.append({"role": "assistant", "content": _text(completion, "completion")})
+    if completion is None:
+        return {"messages": turns}
+    turns.append({"role": "assistant", "content": _text(completion, "completion")})
     return {"messages": turns, "concatenate": True}
 
 
@@ -160,10 +155,6 @@ def _shorten(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def _is_answer(message: Message) -> bool:
-    return message["role"] == "assistant"
-
-
 def encode(
     record: Record, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None
 ) -> Example | None:
@@ -180,10 +171,11 @@ def encode(
         ValueError: no chat template, a template that rewrites earlier turns, a slow tokenizer.
     """
     if "text" in record:
-        ids = _plain_ids(record["text"], tokenizer)
+        ids = _encode_plain("", record["text"], tokenizer)["input_ids"]
         example = Example(input_ids=ids, labels=list(ids))
     elif tokenizer.chat_template is None and record.get("concatenate"):
-        example = _encode_concatenated(record, tokenizer)
+        prompt, answer = (message["content"] for message in record["messages"])
+        example = _encode_plain(prompt, answer, tokenizer)
     else:
         example = _encode_chat(record, tokenizer)
     example = Example(
@@ -195,8 +187,7 @@ def encode(
 
 def encode_prompt(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokenise a conversation and the header of the answer that should come next."""
-    _require_template(tokenizer)
-    text = _render(messages, tokenizer, add_generation_prompt=True)
+    text = render(messages, tokenizer, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -214,10 +205,13 @@ def split_first_answer(
             'give chat data ("messages", "prompt" and "completion", ...).'
         )
     example = encode(record, tokenizer, max_length=None)
-    if example is None:
-        raise ValueError("The chat template leaves no answer token: check tokenizer.chat_template.")
-    counted = [label != IGNORED for label in example["labels"]]
+    counted = [label != IGNORED for label in example["labels"]] if example else [True]
     start = counted.index(True)
+    if example is None or start == 0:
+        raise ValueError(
+            "The record has no answer, or no token before it: give chat data with a question and "
+            "an answer, and check tokenizer.chat_template."
+        )
     end = counted.index(False, start) if False in counted[start:] else len(counted)
     return example["input_ids"][:start], example["input_ids"][start:end]
 
@@ -274,112 +268,23 @@ def collate(batch: Iterable[Example], pad_token_id: int) -> dict[str, Tensor]:
 
 
 def _encode_chat(record: Record, tokenizer: PreTrainedTokenizerBase) -> Example:
-    messages, context = record["messages"], record.get("context", 0)
-    _require_template(tokenizer)
-    text, spans = _answer_spans(messages, tokenizer)
-    spans = spans[sum(map(_is_answer, messages[:context])) :]
+    text, spans = answer_spans(record["messages"], tokenizer, context=record.get("context", 0))
     ids, labels = _tokens_with_labels(text, spans, tokenizer, add_special_tokens=False)
     return Example(input_ids=ids, labels=labels)
 
 
-def _encode_concatenated(record: Record, tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Prompt and completion as they stand, ended by the eos token."""
-    prompt, completion = (message["content"] for message in record["messages"])
-    span = (len(prompt), len(prompt) + len(completion))
-    ids, labels = _tokens_with_labels(
-        prompt + completion, [span], tokenizer, add_special_tokens=True
-    )
-    if tokenizer.eos_token_id is not None:
-        if ids[-1] == tokenizer.eos_token_id:
-            labels[-1] = ids[-1]
-        else:
+def _encode_plain(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """Prompt and answer as they stand, begun and ended by the special tokens, once."""
+    text, bos, eos = prompt + answer, tokenizer.bos_token, tokenizer.eos_token
+    begun = bos is not None and text.startswith(bos)
+    span = (len(prompt), len(text))
+    ids, labels = _tokens_with_labels(text, [span], tokenizer, add_special_tokens=not begun)
+    if eos is not None and not text.rstrip().endswith(eos):
+        if ids[-1] != tokenizer.eos_token_id:
             ids.append(tokenizer.eos_token_id)
-            labels.append(tokenizer.eos_token_id)
+            labels.append(IGNORED)
+        labels[-1] = ids[-1]
     return Example(input_ids=ids, labels=labels)
-
-
-def _plain_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a text, begun and ended by the special tokens, once."""
-    begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    ids = list(tokenizer(text, add_special_tokens=not begun)["input_ids"])
-    eos = tokenizer.eos_token
-    if eos is not None and not text.rstrip().endswith(eos) and ids[-1] != tokenizer.eos_token_id:
-        ids.append(tokenizer.eos_token_id)
-    return ids
-
-
-def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            f"{type(tokenizer).__name__} has no chat template to render messages with: "
-            "set tokenizer.chat_template, or use a checkpoint whose tokenizer has one."
-        )
-
-
-def _answer_spans(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, list[Span]]:
-    """The rendered conversation and the characters of its answers, one span per assistant turn."""
-    if _GENERATION_MARKER.search(tokenizer.get_chat_template()):
-        return _marked_spans(messages, tokenizer)
-    text = _render(messages, tokenizer)
-    spans = []
-    for i, message in enumerate(messages):
-        if _is_answer(message):
-            if i == 0:
-                raise ValueError(
-                    "The conversation begins with an answer: put a user turn before it, or use a "
-                    "chat template with {% generation %} markers."
-                )
-            before = _render(messages[:i], tokenizer, add_generation_prompt=True)
-            upto = _render(messages[: i + 1], tokenizer)
-            if not (upto.startswith(before) and text.startswith(upto)):
-                raise ValueError(
-                    f"The chat template renders turn {i + 1} of {len(messages)} differently when "
-                    "more turns follow or when it asks for an answer: keep one answer per record, "
-                    "or use a chat template with {% generation %} markers."
-                )
-            spans.append((len(before), len(upto)))
-    return text, spans
-
-
-def _marked_spans(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, list[Span]]:
-    # apply_chat_template(return_assistant_tokens_mask=True) renders the same way, but loses or
-    # overruns an answer that begins or ends with a character without a token (transformers 5.23).
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    texts, spans = render_jinja_template(
-        conversations=[messages],
-        chat_template=tokenizer.get_chat_template(),
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
-    )
-    n_answers = sum(map(_is_answer, messages))
-    if len(spans[0]) != n_answers:
-        raise ValueError(
-            f"The {{% generation %}} markers of the chat template enclose {len(spans[0])} answers "
-            f"of {n_answers}: put them around every assistant turn, or remove them."
-        )
-    return texts[0], spans[0]
-
-
-def _render(
-    messages: list[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    add_generation_prompt: bool = False,
-) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except TemplateError as error:
-        roles = [message["role"] for message in messages]
-        raise ValueError(f"The chat template refuses the turns {roles}: {error}.") from None
 
 
 def _tokens_with_labels(
@@ -393,7 +298,7 @@ def _tokens_with_labels(
     encoding = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
     ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
     labels = [IGNORED] * len(ids)
-    special = _special_ids(tokenizer)
+    special = special_ids(tokenizer)
     for start, end in spans:
         inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
         for i in _until_end_of_turn(inside, ids, offsets, text, special):
@@ -417,6 +322,7 @@ def _until_end_of_turn(
     return inside
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids of the tokens that stand for structure, not for text."""
     added = tokenizer.added_tokens_decoder
     return {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
