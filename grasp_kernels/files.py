@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: str | PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path beside `path`; what was written there takes its place if the block succeeds.
+    """Give a temporary path beside `path`; a block that succeeds puts the file in its place.
 
     Raises:
         FileNotFoundError: the folder of `path` does not exist.

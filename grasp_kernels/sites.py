@@ -1,8 +1,8 @@
 """Where a module touches the residual stream of a pre-norm decoder.
 
-A *writer* adds its output to the stream (`o_proj`, `down_proj`); a *reader* takes the normalised stream
-as its input (`q_proj k_proj v_proj gate_proj up_proj`). Everything else (embeddings, `lm_head`) is
-neither. Names are those of the base model: "model.layers.0.self_attn.o_proj".
+A *writer* adds its output to the stream (`o_proj`, `down_proj`); a *reader* takes the normalised
+stream as its input (`q_proj k_proj v_proj gate_proj up_proj`). Everything else (embeddings,
+`lm_head`) is neither. Names are those of the base model: "model.layers.0.self_attn.o_proj".
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 class Site:
     """One linear layer that writes to the stream or reads from it.
 
-    `norm` is the module name of the norm whose gain sits between the stream and a reader; it is None for
-    writers, and for readers behind a norm without a gain.
+    `norm` is the module name of the norm whose gain sits between the stream and a reader; it is
+    None for writers, and for readers behind a norm without a gain.
     """
 
     name: str
@@ -35,7 +35,8 @@ class SiteRules:
     Args:
         writers: names below a block, such as ("self_attn.o_proj", "mlp.down_proj").
         readers: name below a block -> name below a block of the norm before it, or None.
-        blocks: name of the ModuleList of decoder blocks; a module is "<anything>.<blocks>.<i>.<rest>".
+        blocks: name of the ModuleList of decoder blocks; a module is
+            "<anything>.<blocks>.<i>.<rest>".
     """
 
     writers: tuple[str, ...]
@@ -45,7 +46,8 @@ class SiteRules:
     def __post_init__(self) -> None:
         if isinstance(self.writers, str) or not isinstance(self.readers, Mapping):
             raise TypeError(
-                f"SiteRules got writers={self.writers!r} and readers={self.readers!r}; give a tuple of names and a "
+                f"SiteRules got writers={self.writers!r} and readers={self.readers!r}; give a "
+                "tuple of names and a "
                 "dictionary from a reader's name to the name of its norm (or None)."
             )
         object.__setattr__(self, "writers", tuple(self.writers))
@@ -57,7 +59,7 @@ class SiteRules:
             )
 
     def split(self, name: str) -> tuple[str, int, str] | None:
-        """Stem, layer and rest: ("model.layers", 3, "mlp.up_proj"); None for a module outside of the blocks."""
+        """Stem, layer and rest, ("model.layers", 3, "mlp.up_proj"); None outside of the blocks."""
         match = re.match(rf"((?:.+?\.)?{re.escape(self.blocks)})\.(\d+)\.(.+)$", name)
         return (match[1], int(match[2]), match[3]) if match else None
 
@@ -75,7 +77,7 @@ class SiteRules:
         return None
 
     def sites(self, stem: str, layers: Iterable[int]) -> Iterator[Site]:
-        """Every site of the given blocks below `stem` ("model.layers"), with or without an adapter."""
+        """Every site of the given blocks below `stem` ("model.layers")."""
         for layer in layers:
             for rest in (*self.writers, *self.readers):
                 site = self.site(f"{stem}.{layer}.{rest}")
@@ -98,7 +100,7 @@ RULES: dict[str, SiteRules] = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3
 
 
 def base_name(name: str) -> str:
-    """The base model's name of a module inside a peft model: without "base_model.model." and ".base_layer"."""
+    """The name without what peft adds: no "base_model.model." before, no ".base_layer" after."""
     return name.removeprefix("base_model.model.").removesuffix(".base_layer")
 
 
@@ -109,8 +111,8 @@ def site_rules(
 
     Args:
         model_type: `config.model_type` of the base model, None if it is not known.
-        module_names: base names of the linear layers at hand; they decide where the type is unknown, and
-            are quoted in the error.
+        module_names: base names of the linear layers at hand; they decide where the type is
+            unknown, and are quoted in the error.
         sites: rules of the caller, which win over everything.
 
     Raises:
@@ -130,13 +132,15 @@ def site_rules(
     if model_type is None and endings and all(endings.values()):
         return _LLAMA
     raise ValueError(
-        f"The writers and readers of model type {model_type!r} with modules {sorted(endings)[:8]} are not known; "
-        'declare them with sites=SiteRules(writers=("attn.out",), readers={"attn.query": "norm1"}, blocks="layers").'
+        f"The writers and readers of model type {model_type!r} with modules {sorted(endings)[:8]} "
+        "are not known; "
+        'declare them with sites=SiteRules(writers=("attn.out",), '
+        'readers={"attn.query": "norm1"}, blocks="layers").'
     )
 
 
 def model_sites(model: nn.Module, sites: SiteRules | None = None) -> tuple[Site, ...]:
-    """Every writer and reader of a model (plain or wrapped by peft), in the order of its modules."""
+    """Every writer and reader of a model, plain or wrapped by peft, in the order of its modules."""
     linears = [base_name(name) for name, module in model.named_modules() if _is_linear(module)]
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     rules = site_rules(model_type, linears, sites)
@@ -145,7 +149,7 @@ def model_sites(model: nn.Module, sites: SiteRules | None = None) -> tuple[Site,
 
 
 def model_gains(model: nn.Module, sites: Iterable[Site]) -> dict[str, Tensor]:
-    """The gain `[K]` of every norm that stands before a reader of `sites`, by the norm's module name."""
+    """The gain `[K]` of each norm before a reader of `sites`, by the norm's module name."""
     modules = {base_name(name): module for name, module in model.named_modules()}
     norms = dict.fromkeys(site.norm for site in sites if site.norm is not None)
     weights = {norm: getattr(modules.get(norm), "weight", None) for norm in norms}
@@ -153,5 +157,6 @@ def model_gains(model: nn.Module, sites: Iterable[Site]) -> dict[str, Tensor]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    # peft's layers and those of quantisation libraries are no nn.Linear, but they all have these two
+    # peft's layers and those of quantisation libraries are no nn.Linear, but they all have these
+    # two
     return hasattr(module, "in_features") and hasattr(module, "out_features")

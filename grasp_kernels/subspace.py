@@ -1,6 +1,7 @@
-"""The subspace that a retrain must not rely on: orthonormal bases by module name, and why to trust them.
+"""The subspace that a retrain must not rely on: bases by module name, and why to trust them.
 
-Shapes: `D` width of the residual stream, `k` directions in it, `K` inputs and `N` outputs of a linear
+Shapes: `D` width of the residual stream, `k` directions in it, `K` inputs and `N` outputs of a
+    linear
 layer, `P` and `Q` columns of a read and of a write basis.
 """
 
@@ -30,26 +31,29 @@ _FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Subspace:
-    """Bases of the directions along which a fine-tune moved, by name of the module in the base model.
+    """Bases of the directions along which a fine-tune moved, by module name in the base model.
 
     Attributes:
         write: writer -> `V[N,Q]`, float32, orthonormal columns.
-        read: reader -> `U[K,P]`, float32, orthonormal columns, in the reader's own input coordinates (the
-            norm's gain is folded in).
+        read: reader -> `U[K,P]`, float32, orthonormal columns, in the reader's own input
+            coordinates (the norm's gain is folded in).
         stream: `[D,k]`, the write basis in the stream where one basis serves all layers, else None.
         k: number of directions (the largest of any layer where scope is "layer").
         side: "write", "read" or "both".
         scope: "shared" (one basis for all layers) or "layer".
-        verdict: "found", "weak" (bases are given, the evidence is not convincing) or "nothing" (no bases).
+        verdict: "found", "weak" (bases are given, the evidence is not convincing) or "nothing" (no
+            bases).
         reasons: what the verdict rests on, in sentences.
-        evidence: JSON-able; "spectra" is a list of records, one per basis that was looked for, with the keys
-            side, layer (None for a shared basis), k, singular_values, null (95 % quantile by index), gap;
-            "agreement" is a list of records with the keys side, layers (ids), values (cosines), chance. The
-            sources add keys of their own.
-        metadata: JSON-able; where the bases come from (source, base_model, model_type, options, versions).
+        evidence: JSON-able; "spectra" is a list of records, one per basis that was looked for, with
+            the keys side, layer (None for a shared basis), k, singular_values, null (95 % quantile
+            by index), gap; "agreement" is a list of records with the keys side, layers (ids),
+            values (cosines), chance. The sources add keys of their own.
+        metadata: JSON-able; where the bases come from (source, base_model, model_type, options,
+            versions).
 
     Raises:
-        TypeError, ValueError: a basis is not float32, finite and orthonormal, or a field contradicts another.
+        TypeError, ValueError: a basis is not float32, finite and orthonormal, or a field
+            contradicts another.
     """
 
     write: dict[str, Tensor]
@@ -78,7 +82,8 @@ class Subspace:
                 checked.add(id(basis))
         if (self.verdict == "nothing") != self.is_empty:
             raise ValueError(
-                f"A subspace with verdict {self.verdict!r} has {len(self.write) + len(self.read)} bases; only "
+                f"A subspace with verdict {self.verdict!r} has {len(self.write) + len(self.read)} "
+                "bases; only "
                 '"nothing" comes without any.'
             )
         widest = max((basis.shape[1] for _, basis in self._named()), default=0)
@@ -108,11 +113,13 @@ class Subspace:
         """A subspace from directions of the residual stream, whatever their source.
 
         Args:
-            basis: `[D,k]` (or `[D]`) for all layers, or a mapping layer -> `[D,k]`; layers that the mapping
-                lacks get no basis. Columns need not be orthonormal, but must be independent.
+            basis: `[D,k]` (or `[D]`) for all layers, or a mapping layer -> `[D,k]`; layers that the
+                mapping lacks get no basis. Columns need not be orthonormal, but must be
+                independent.
             sites: the writers and readers of the model, see `sites.model_sites`.
-            gains: norm -> `γ[D]`, see `sites.model_gains`. A stream direction `u` reaches a reader as
-                `γ ⊙ u`, so its basis is `orth(γ ⊙ u)`; a norm without an entry counts as `γ = 1`.
+            gains: norm -> `γ[D]`, see `sites.model_gains`. A stream direction `u` reaches a reader
+                as `γ ⊙ u`, so its basis is `orth(γ ⊙ u)`; a norm without an entry counts as `γ =
+                1`.
             side: which sites get a basis.
 
         Raises:
@@ -137,7 +144,8 @@ class Subspace:
             read[site.name] = behind_norm[key]
         if not write and not read:
             raise ValueError(
-                f"None of the sites takes a {side} basis in the layers {sorted(streams) if by_layer else 'given'}; "
+                f"None of the sites takes a {side} basis in the layers "
+                f"{sorted(streams) if by_layer else 'given'}; "
                 "check `sites` and `side`."
             )
         return cls(
@@ -168,7 +176,7 @@ class Subspace:
         )
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write one safetensors file: each distinct basis once, names and evidence as JSON in its metadata."""
+        """Write one safetensors file: each basis once, the rest as JSON in its metadata."""
         from safetensors.torch import save_file
 
         keys: dict[int, str] = {}
@@ -205,14 +213,17 @@ class Subspace:
         try:
             with safe_open(path, framework="pt") as file:
                 text = (file.metadata() or {}).get(_FORMAT)
-                tensors = {key: file.get_tensor(key) for key in file.keys()} if text else {}  # noqa: SIM118
+                keys = list(file.keys()) if text else []
+                tensors = {key: file.get_tensor(key) for key in keys}
         except SafetensorError as error:
             raise ValueError(
-                f"{str(path)!r} is no safetensors file ({error}); a subspace is what Subspace.save wrote."
+                f"{str(path)!r} is no safetensors file ({error}); a subspace is what "
+                "Subspace.save wrote."
             ) from error
         if text is None:
             raise ValueError(
-                f"{str(path)!r} is a safetensors file but holds no subspace; give one that Subspace.save wrote."
+                f"{str(path)!r} is a safetensors file but holds no subspace; give one that "
+                "Subspace.save wrote."
             )
         header = json.loads(text)
         if header["version"] > _FORMAT_VERSION:
@@ -255,7 +266,8 @@ def check_basis(name: str, basis: Tensor) -> None:
         raise TypeError(f"The basis of {name!r} is {kind}; convert it to a float32 tensor.")
     if basis.ndim != 2 or not 0 < basis.shape[1] <= basis.shape[0]:
         raise ValueError(
-            f"The basis of {name!r} has shape {tuple(basis.shape)}; it must be [width, directions] with at least "
+            f"The basis of {name!r} has shape {tuple(basis.shape)}; it must be [width, "
+            "directions] with at least "
             "one direction and no more than the width."
         )
     if not torch.isfinite(basis).all():
@@ -267,7 +279,8 @@ def check_basis(name: str, basis: Tensor) -> None:
     if error > _ORTHONORMAL_TOLERANCE:
         raise ValueError(
             f"The basis of {name!r} is not orthonormal (‖VᵀV − I‖ = {error:.2g}, allowed "
-            f"{_ORTHONORMAL_TOLERANCE:g}); orthonormalise its columns, for example with Subspace.from_stream."
+            f"{_ORTHONORMAL_TOLERANCE:g}); orthonormalise its columns, for example with "
+            "Subspace.from_stream."
         )
 
 
@@ -281,7 +294,8 @@ def orthonormal(name: str, directions: Tensor) -> Tensor:
     columns = columns[:, None] if columns.ndim == 1 else columns
     if columns.ndim != 2 or columns.shape[1] == 0 or columns.shape[1] > columns.shape[0]:
         raise ValueError(
-            f"The directions of {name} have shape {tuple(directions.shape)}; give [width, directions]."
+            f"The directions of {name} have shape {tuple(directions.shape)}; give [width, "
+            "directions]."
         )
     lengths = columns.norm(dim=0)
     if not torch.isfinite(columns).all() or bool((lengths == 0).any()):
@@ -306,7 +320,8 @@ def _per_layer(basis: Tensor | Mapping[int, Tensor]) -> dict[int, Tensor]:
 def _behind_gain(site: Site, stream: Tensor, gain: Tensor) -> Tensor:
     if gain.shape != stream.shape[:1]:
         raise ValueError(
-            f"The gain of {site.norm!r} has shape {tuple(gain.shape)}, but the directions have width "
+            f"The gain of {site.norm!r} has shape {tuple(gain.shape)}, but the directions have "
+            "width "
             f"{stream.shape[0]}; give gains and directions of the same model."
         )
     return orthonormal(

@@ -27,7 +27,8 @@ def summary(subspace: Subspace) -> str:
     spectra = subspace.evidence.get("spectra", [])
     if spectra:
         lines.append(
-            f"{'side':<6}{'layer':>6}{'k':>3}{'gap':>8}   leading singular values (95 % of the null)"
+            f"{'side':<6}{'layer':>6}{'k':>3}{'gap':>8}   leading singular values (95 % of the "
+            "null)"
         )
     for record in spectra:
         layer = "all" if record["layer"] is None else str(record["layer"])
@@ -37,16 +38,17 @@ def summary(subspace: Subspace) -> str:
             f"{record['side']:<6}{layer:>6}{record['k']:>3}{record['gap']:>8.2f}   {values}"
         )
     for record in subspace.evidence.get("agreement", []):
-        values = sorted(record["values"])
+        cosines = sorted(record["values"])
         lines.append(
-            f"agreement of the layers, {record['side']} side: median {values[len(values) // 2]:.2f}, "
-            f"lowest {values[0]:.2f}, by chance {record['chance']:.2f}"
+            f"agreement of the layers, {record['side']} side: median "
+            f"{cosines[len(cosines) // 2]:.2f}, "
+            f"lowest {cosines[0]:.2f}, by chance {record['chance']:.2f}"
         )
     return "\n".join([*lines, *(f"- {reason}" for reason in subspace.reasons)])
 
 
 def plot(subspace: Subspace, path: str | PathLike[str]) -> None:
-    """Save a PNG: left the spectrum with its null (or the chosen k and gap by layer), right the agreement.
+    """Save a PNG: left the spectrum with its null (by layer: its first value), right the agreement.
 
     Raises:
         ValueError: the subspace was not identified, so there is nothing to show.
