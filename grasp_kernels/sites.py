@@ -47,8 +47,8 @@ class SiteRules:
         if isinstance(self.writers, str) or not isinstance(self.readers, Mapping):
             raise TypeError(
                 f"SiteRules got writers={self.writers!r} and readers={self.readers!r}; give a "
-                "tuple of names and a "
-                "dictionary from a reader's name to the name of its norm (or None)."
+                "tuple of names and a dictionary from a reader's name to the name of its norm (or "
+                "None)."
             )
         object.__setattr__(self, "writers", tuple(self.writers))
         object.__setattr__(self, "readers", dict(self.readers))

@@ -145,8 +145,7 @@ class Subspace:
         if not write and not read:
             raise ValueError(
                 f"None of the sites takes a {side} basis in the layers "
-                f"{sorted(streams) if by_layer else 'given'}; "
-                "check `sites` and `side`."
+                f"{sorted(streams) if by_layer else 'given'}; check `sites` and `side`."
             )
         return cls(
             write,
@@ -217,8 +216,8 @@ class Subspace:
                 tensors = {key: file.get_tensor(key) for key in keys}
         except SafetensorError as error:
             raise ValueError(
-                f"{str(path)!r} is no safetensors file ({error}); a subspace is what "
-                "Subspace.save wrote."
+                f"{str(path)!r} is no safetensors file ({error}); a subspace is what Subspace.save "
+                "wrote."
             ) from error
         if text is None:
             raise ValueError(
@@ -266,9 +265,8 @@ def check_basis(name: str, basis: Tensor) -> None:
         raise TypeError(f"The basis of {name!r} is {kind}; convert it to a float32 tensor.")
     if basis.ndim != 2 or not 0 < basis.shape[1] <= basis.shape[0]:
         raise ValueError(
-            f"The basis of {name!r} has shape {tuple(basis.shape)}; it must be [width, "
-            "directions] with at least "
-            "one direction and no more than the width."
+            f"The basis of {name!r} has shape {tuple(basis.shape)}; it must be [width, directions] "
+            "with at least one direction and no more than the width."
         )
     if not torch.isfinite(basis).all():
         raise ValueError(
@@ -321,8 +319,7 @@ def _behind_gain(site: Site, stream: Tensor, gain: Tensor) -> Tensor:
     if gain.shape != stream.shape[:1]:
         raise ValueError(
             f"The gain of {site.norm!r} has shape {tuple(gain.shape)}, but the directions have "
-            "width "
-            f"{stream.shape[0]}; give gains and directions of the same model."
+            f"width {stream.shape[0]}; give gains and directions of the same model."
         )
     return orthonormal(
         f"{site.norm!r} (gain folded in)", gain.detach().cpu().double()[:, None] * stream

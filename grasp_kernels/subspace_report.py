@@ -41,8 +41,8 @@ def summary(subspace: Subspace) -> str:
         cosines = sorted(record["values"])
         lines.append(
             f"agreement of the layers, {record['side']} side: median "
-            f"{cosines[len(cosines) // 2]:.2f}, "
-            f"lowest {cosines[0]:.2f}, by chance {record['chance']:.2f}"
+            f"{cosines[len(cosines) // 2]:.2f}, lowest {cosines[0]:.2f}, by chance "
+            f"{record['chance']:.2f}"
         )
     return "\n".join([*lines, *(f"- {reason}" for reason in subspace.reasons)])
 
