@@ -143,7 +143,7 @@ def _assemble(
             f"The adapter was initialised with {start!r}, which changes the base weights, so B·A "
             "contains that initialisation beside what was learned."
         )
-    layers.sort(key=lambda layer: layer.site.layer)
+    layers.sort(key=lambda layer: (layer.site.layer, layer.site.name))
     return Adapter(
         tuple(layers), source, base_model, model_type, base.n_layers, rules, tuple(notes)
     )
