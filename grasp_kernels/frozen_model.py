@@ -1,0 +1,186 @@
+"""A frozen causal language model: the answers it gives, and its residual stream on given answers.
+
+Shapes: `B` sequences of a batch, `T` tokens of the longest of them, `M` sequences in all, `L`
+blocks, `D` residual width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+
+@contextmanager
+def frozen_base(model: Any) -> Iterator[Any]:
+    """Lend the base model of `model` for measuring: adapters off, eval mode, no gradients.
+
+    Modes, gradient flags and generation settings are put back one by one: peft sets the flags of an
+    adapter when it is switched off and on, and a user may have frozen some modules but not others.
+
+    Raises:
+        TypeError: not a causal language model of transformers, nor a PeftModel of one.
+    """
+    base = model.get_base_model() if hasattr(model, "disable_adapter") else model
+    if not (hasattr(base, "generate") and hasattr(base, "generation_config")):
+        raise TypeError(
+            f"{type(base).__name__} cannot generate answers: give a causal language model of "
+            "transformers (AutoModelForCausalLM) or a PeftModel of one."
+        )
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    generation_config = base.generation_config
+    try:
+        with ExitStack() as stack:
+            if base is not model:
+                stack.enter_context(model.disable_adapter())
+            stack.enter_context(torch.no_grad())
+            model.eval()
+            yield base
+    finally:
+        base.generation_config = generation_config
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+
+
+def stream_means(
+    base: Any,
+    blocks: Mapping[int, nn.Module],
+    sequences: Sequence[Sequence[int]],
+    spans: Sequence[tuple[int, int]],
+    *,
+    batch_size: int,
+    progress: str | None = None,
+) -> Tensor:
+    """Mean of the stream after each block over the positions [start, end) of each sequence.
+
+    Only one block's hidden states are held at a time. Padding stands on the right, where a causal
+    model does not see it.
+
+    Args:
+        progress: label of the progress bar, None for none.
+
+    Returns:
+        float32 `[L, M, D]` on the CPU, in the order of `blocks`.
+    """
+    rows: dict[int, Tensor] = {}
+    for batch in _batches(sequences, batch_size, progress):
+        input_ids, attention_mask = _pad(base, [sequences[i] for i in batch], "right")
+        weights = torch.zeros(input_ids.shape, device=input_ids.device)
+        for row, i in enumerate(batch):
+            start, end = spans[i]
+            weights[row, start:end] = 1 / (end - start)
+        means = _block_means(base, blocks, input_ids, attention_mask, weights)
+        rows.update(zip(batch, means.unbind(1), strict=True))
+    return torch.stack([rows[i] for i in range(len(sequences))], dim=1)
+
+
+def _block_means(
+    base: Any,
+    blocks: Mapping[int, nn.Module],
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    """Weighted sums over tokens `[L, B, D]` of the block outputs; `weights` is `[B, T]`."""
+    means: dict[int, Tensor] = {}
+
+    def hook(layer: int) -> Any:
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            mean = torch.einsum("bt,btd->bd", weights.to(hidden.device), hidden.float())
+            means[layer] = mean.cpu()
+
+        return keep
+
+    with ExitStack() as stack:
+        for layer, block in blocks.items():
+            stack.callback(block.register_forward_hook(hook(layer)).remove)
+        # The body without the head: no logits are needed, and they are the largest tensor there.
+        base.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return torch.stack([means[layer] for layer in blocks])
+
+
+def generate_answers(
+    base: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    end_ids: Iterable[int],
+    generator: torch.Generator | None = None,
+    progress: str | None = None,
+) -> list[list[int]]:
+    """The model's own answers: greedy, or sampled at temperature 1 where a `generator` is given.
+
+    The checkpoint's generation settings (temperature, penalties, forced tokens) are left aside, for
+    the contrast is with the model's own distribution. `base` comes from `frozen_base`, which puts
+    them back.
+
+    Returns:
+        Token ids, one answer per prompt, up to and including its end token.
+    """
+    from transformers import GenerationConfig
+
+    ends = sorted(set(end_ids))
+    base.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=ends or None,
+        pad_token_id=ends[0] if ends else 0,
+    )
+    noise = [] if generator is None else [_GumbelNoise(generator)]
+    answers: dict[int, list[int]] = {}
+    for batch in _batches(prompts, batch_size, progress):
+        input_ids, attention_mask = _pad(base, [prompts[i] for i in batch], "left")
+        output = base.generate(
+            input_ids=input_ids, attention_mask=attention_mask, logits_processor=noise
+        )
+        for i, row in zip(batch, output[:, input_ids.shape[1] :].tolist(), strict=True):
+            stop = next((n for n, token in enumerate(row) if token in ends), len(row) - 1)
+            answers[i] = row[: stop + 1]
+    return [answers[i] for i in range(len(prompts))]
+
+
+class _GumbelNoise:
+    """Makes greedy decoding a sample: argmax(logits + Gumbel noise) follows softmax(logits).
+
+    `generate` itself samples from the global generator and takes no other.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        noise = torch.empty(scores.shape, device=self.generator.device)
+        noise.exponential_(generator=self.generator)
+        return scores - noise.log().to(scores.device)
+
+
+def _batches(
+    sequences: Sequence[Sequence[int]], batch_size: int, progress: str | None
+) -> Iterator[list[int]]:
+    """Indices of the sequences, longest first, so that a batch has little padding."""
+    from tqdm.auto import tqdm
+
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+    starts = range(0, len(order), batch_size)
+    for start in tqdm(starts, desc=progress, unit="batch", disable=progress is None):
+        yield order[start : start + batch_size]
+
+
+def _pad(base: Any, rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, int64 `[B, T]`, on the device of the embeddings."""
+    ids = [torch.tensor(list(row), dtype=torch.long) for row in rows]
+    ones = [torch.ones_like(row) for row in ids]
+    device = base.get_input_embeddings().weight.device
+    padded = (pad_sequence(part, batch_first=True, padding_side=side) for part in (ids, ones))
+    input_ids, attention_mask = (tensor.to(device) for tensor in padded)
+    return input_ids, attention_mask
