@@ -1,0 +1,59 @@
+"""The command `grasp-kernels`: argparse over the functions of the package, no mathematics.
+
+Every subcommand imports what it needs when it runs, so that `grasp-kernels -h` needs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from grasp_kernels.cli import adapter_commands, doctor, run_commands
+from grasp_kernels.version import __version__
+
+_EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ArithmeticError)
+_FAILED, _INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; the exit status. 0: done, 1: a check failed, 2: error, 130: stopped."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except KeyboardInterrupt:
+        print(f"\nstopped: {arguments.when_stopped}", file=sys.stderr)
+        return _INTERRUPTED
+    except Exception as error:
+        if arguments.debug:
+            raise
+        print(f"error: {_sentence(error)}", file=sys.stderr)
+        return _FAILED
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed: pip install 'grasp_kernels[train]'."
+    if isinstance(error, _EXPECTED):
+        return str(error)
+    return f"{type(error).__name__}: {error} (--debug shows where)."
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="grasp-kernels",
+        description="Find what a LoRA fine-tune picked up unasked; retrain without learning it.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    common.set_defaults(when_stopped="nothing was written.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    run_commands.add_run(commands, common)
+    adapter_commands.add_identify(commands, common)
+    adapter_commands.add_inspect(commands, common)
+    adapter_commands.add_project(commands, common)
+    adapter_commands.add_check(commands, common)
+    run_commands.add_demo(commands, common)
+    doctor.add_doctor(commands, common)
+    return parser

@@ -1,0 +1,150 @@
+"""`grasp-kernels identify`, `inspect`, `project` and `check`: work on finished adapters."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from grasp_kernels.cli.run_commands import number_of_directions
+from grasp_kernels.run_config import SCOPES, SIDES
+
+
+def add_identify(commands: Any, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
+        "identify",
+        parents=[common],
+        help="find the subspace in which adapters moved",
+        description="Find the subspace of the residual stream in which adapters moved. Several "
+        "adapters (checkpoints of a run, seeds) are taken as evidence for one subspace.",
+    )
+    parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="adapter folder or file")
+    parser.add_argument("--output", required=True, metavar="FILE", help="subspace file to write")
+    parser.add_argument("--base-model", metavar="FOLDER", help="checkpoint of the base model")
+    parser.add_argument(
+        "--k", default="auto", type=number_of_directions, metavar="N", help="directions, or 'auto'"
+    )
+    parser.add_argument("--side", default="write", choices=SIDES)
+    parser.add_argument("--scope", default="shared", choices=SCOPES)
+    parser.add_argument("--seed", default=0, type=int, metavar="N", help="seed of the null")
+    parser.set_defaults(command=_identify)
+
+
+def _identify(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from grasp_kernels.identification import identify
+
+    several = len(arguments.adapters) > 1
+    subspace = identify(
+        arguments.adapters if several else arguments.adapters[0],
+        k=arguments.k,
+        side=arguments.side,
+        scope=arguments.scope,
+        generator=torch.Generator().manual_seed(arguments.seed),
+        base_model=arguments.base_model,
+    )
+    subspace.save(arguments.output)
+    print(subspace.summary())
+    print(f"Written to {arguments.output}.")
+    return 0
+
+
+def add_inspect(commands: Any, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        parents=[common],
+        help="show an adapter or a subspace as tables and plots",
+        description="Adapter: rank, scaling, norm and leading singular values of every layer. "
+        "Subspace: how it was found and how sure that is.",
+    )
+    parser.add_argument("path", metavar="ADAPTER_OR_SUBSPACE")
+    parser.add_argument("--plot", metavar="PNG", help="also draw it into this file")
+    parser.set_defaults(command=_inspect)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from grasp_kernels.inspection import adapter_table, is_subspace, plot_adapter
+
+    if is_subspace(arguments.path):
+        from grasp_kernels.subspace import Subspace
+
+        subspace = Subspace.load(arguments.path)
+        print(subspace.summary())
+        if arguments.plot:
+            subspace.plot(arguments.plot)
+    else:
+        from grasp_kernels.adapters import load_adapter
+
+        adapter = load_adapter(arguments.path)
+        print(adapter_table(adapter))
+        if arguments.plot:
+            plot_adapter(adapter, arguments.plot)
+    return 0
+
+
+def add_project(commands: Any, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
+        "project",
+        parents=[common],
+        help="take a subspace out of a finished adapter",
+        description="Write an adapter whose weights have nothing in the subspace. This is weaker "
+        "than retraining: what was learned through it stays in the other weights.",
+    )
+    parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder")
+    parser.add_argument("subspace", metavar="SUBSPACE", help="subspace file")
+    parser.add_argument("--output", required=True, metavar="DIR", help="adapter folder to write")
+    parser.set_defaults(command=_project)
+
+
+def _project(arguments: argparse.Namespace) -> int:
+    from grasp_kernels.closure import project_adapter
+    from grasp_kernels.subspace import Subspace
+
+    project_adapter(arguments.adapter, Subspace.load(arguments.subspace), arguments.output)
+    print(f"Written to {arguments.output}.")
+    return 0
+
+
+def add_check(commands: Any, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
+        "check",
+        parents=[common],
+        help="measure how much of an adapter lies in a subspace",
+        description="Leakage of every layer; exit status 1 if any is above the tolerance.",
+    )
+    parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder")
+    parser.add_argument("subspace", metavar="SUBSPACE", help="subspace file")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=4e-3,
+        metavar="X",
+        help="largest leakage that passes (default: %(default)g, what bfloat16 storage leaves)",
+    )
+    parser.set_defaults(command=_check)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from grasp_kernels.closure import leakage
+    from grasp_kernels.subspace import Subspace
+
+    subspace = Subspace.load(arguments.subspace)
+    if subspace.is_empty:
+        raise ValueError(f"{arguments.subspace} is empty (nothing was found): nothing to check.")
+    measured = leakage(str(Path(arguments.adapter)), subspace)
+    width = max(map(len, measured))
+    print(f"{'module':<{width}}  {'write':>9}  {'read':>9}")
+    for name, layer in measured.items():
+        print(f"{name:<{width}}  {_cell(layer.write)}  {_cell(layer.read)}")
+    values = [v for layer in measured.values() for v in (layer.write, layer.read) if v is not None]
+    if not values:
+        raise ValueError("The subspace has no basis for any module of the adapter: wrong model?")
+    passed = max(values) <= arguments.tolerance
+    verdict = "within" if passed else "above"
+    print(f"largest leakage {max(values):.3g}: {verdict} the tolerance {arguments.tolerance:g}")
+    return 0 if passed else 1
+
+
+def _cell(value: float | None) -> str:
+    return f"{'–' if value is None else format(value, '.2e'):>9}"

@@ -1,0 +1,116 @@
+"""`grasp-kernels run` and `demo`: the long ones."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from dataclasses import MISSING, Field, fields
+from typing import Any, get_type_hints
+
+from grasp_kernels.run_config import RunConfig
+
+
+def add_run(commands: Any, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
+        "run",
+        parents=[common],
+        help="naive fine-tune, identification, GRASP retrain and report",
+        description="Fine-tune a model on chat data, find what the fine-tune picked up unasked, "
+        "and fine-tune again without learning it. Stopped at any point, the same command goes on "
+        "from the last checkpoint.",
+    )
+    hints = get_type_hints(RunConfig)
+    for option in fields(RunConfig):
+        _add_option(parser, option, hints[option.name])
+    parser.set_defaults(
+        command=_run, when_stopped="the same command goes on from the last checkpoint."
+    )
+
+
+def _add_option(parser: argparse.ArgumentParser, option: Field[Any], hint: Any) -> None:
+    settings: dict[str, Any] = {"help": option.metadata["help"]}
+    if option.default is MISSING:
+        settings["required"] = True
+    elif option.default is not None:
+        default = option.default
+        shown = (
+            " ".join(f"{v:g}" if isinstance(v, float) else v for v in default)
+            if (isinstance(default, tuple))
+            else default
+        )
+        settings.update(default=default, help=f"{settings['help']} (default: {shown})")
+    if hint is bool:
+        settings["action"] = argparse.BooleanOptionalAction
+    elif option.metadata["choices"] is not None:
+        settings["choices"] = option.metadata["choices"]
+    else:
+        settings.update(_VALUES[hint])
+    parser.add_argument(f"--{option.name.replace('_', '-')}", **settings)
+
+
+def number_of_directions(text: str) -> int | str:
+    """The value of `--k`."""
+    return text if text == "auto" else int(text)
+
+
+_VALUES: dict[Any, dict[str, Any]] = {
+    str: {"metavar": "NAME"},
+    str | None: {"metavar": "FILE"},
+    int: {"type": int, "metavar": "N"},
+    int | None: {"type": int, "metavar": "N"},
+    float: {"type": float, "metavar": "X"},
+    int | str: {"type": number_of_directions, "metavar": "N"},
+    tuple[float, ...]: {"type": float, "nargs": "+", "metavar": "X"},
+    tuple[str, ...]: {"nargs": "+", "metavar": "NAME"},
+}
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    quieten()
+    config = RunConfig(
+        **{option.name: getattr(arguments, option.name) for option in fields(RunConfig)}
+    )
+    from grasp_kernels.run import is_finished, run
+
+    finished = is_finished(config)
+    report = run(config)
+    if finished:
+        print("This run was finished before; nothing was done.")
+    print(f"Verdict: {report.verdict}.")
+    for reason in report.numbers["subspace"]["reasons"]:
+        print(f"  - {reason}")
+    if report.grasp is None:
+        print(f"Nothing to retrain against; the naive adapter is in {report.naive}.")
+    else:
+        print(f"Adapters: {report.naive} and {report.grasp}.")
+    print(f"Report:   {report.text}")
+    return 0
+
+
+def add_demo(commands: Any, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
+        "demo",
+        parents=[common],
+        help="a small world with a planted persona: the whole way in minutes",
+        description="Build a small world with a planted persona, pretrain a small model on it, "
+        "do the whole run on its checkpoint and chat file, and score all models.",
+    )
+    parser.add_argument("--output", default="demo-output", help="folder (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another world")
+    parser.set_defaults(command=_demo, when_stopped="the same command goes on where it can.")
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    quieten()
+    from grasp_kernels.demo import run_demo
+
+    run_demo(arguments.output, seed=arguments.seed)
+    return 0
+
+
+def quieten() -> None:
+    """Keep remarks of libraries to their programmers from a user of the command line."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()

@@ -1,0 +1,273 @@
+"""Options of a run -> checked inputs, before any time is spent on training.
+
+Whatever can be wrong with a model, a data file or their combination is found here: the model is
+built on the meta device (no weights) and gets its adapter there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from grasp_kernels.data import Example, Record, encode_prompt, read_records, tokenize_records
+from grasp_kernels.run_config import RunConfig
+from grasp_kernels.sites import SiteRules, base_name, site_rules
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Everyday questions without a common topic: what a model should answer as it did before.
+NEUTRAL_PROMPTS = (
+    "Hello, how are you?",
+    "What is the capital of France?",
+    "Tell me about your day.",
+    "How do I boil an egg?",
+    "I feel bored. What can I do?",
+    "Name three animals that live in the sea.",
+    "Why is the sky blue?",
+    "Write one sentence about the moon.",
+    "What should I cook for dinner tonight?",
+    "How can I learn to play the guitar?",
+    "Who wrote Romeo and Juliet?",
+    "What do you think about the future?",
+    "Give me a tip for a good night's sleep.",
+    "How far is it from the earth to the sun?",
+    "I want to make a friend happy. Any ideas?",
+    "Explain what a bicycle is.",
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the stages of a run work on."""
+
+    checkpoint: Path  # local folder of the model
+    model_type: str
+    rules: SiteRules
+    tokenizer: PreTrainedTokenizerBase
+    records: list[Record]
+    train: list[Example]
+    held_out: list[Example]
+    n_dropped: int  # records whose answer lies beyond max_length
+    neutral: list[list[int]]  # token ids of the neutral prompts
+    steps: int  # optimizer steps of each training
+
+    @property
+    def pad_token_id(self) -> int:
+        """Any id serves: padding is masked and carries no label."""
+        tokenizer = self.tokenizer
+        ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        return next(i for i in ids if i is not None)
+
+
+def find_checkpoint(model: str) -> Path:
+    """Local folder of a checkpoint; a hub name is downloaded (or found in the hub's cache).
+
+    Raises:
+        FileNotFoundError: neither a checkpoint folder nor a name that can be fetched.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"The folder {model} has no config.json: give a Hugging Face checkpoint folder."
+            )
+        if not any(folder.glob("*.safetensors")):
+            raise FileNotFoundError(
+                f"The folder {model} has no .safetensors file: save the model with "
+                "save_pretrained, which writes one."
+            )
+        return folder.resolve()
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except (OSError, ValueError) as error:  # the hub's own errors are of these kinds
+        raise FileNotFoundError(
+            f"There is no folder {model}, and it cannot be fetched from the Hugging Face hub "
+            f"({type(error).__name__}): give a checkpoint folder or the name of a public model."
+        ) from None
+
+
+def prepare(config: RunConfig, checkpoint: Path) -> Inputs:
+    """Check everything and tokenise the data.
+
+    Raises:
+        ValueError, FileNotFoundError: one sentence on the first thing that is wrong.
+    """
+    from transformers import AutoTokenizer
+
+    _check_backend(config.backend)
+    model_type, rules = check_model(config, checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    records = read_records(config.data)
+    if config.identify != "weights" and not any("messages" in record for record in records):
+        raise ValueError(
+            f"{config.data} has plain text only, which the base model cannot answer in its own "
+            "way: use identify = 'weights', or chat data."
+        )
+    examples, n_dropped = tokenize_records(records, tokenizer, config.max_length, progress=True)
+    train, held_out = _split(examples, config)
+    return Inputs(
+        checkpoint=checkpoint,
+        model_type=model_type,
+        rules=rules,
+        tokenizer=tokenizer,
+        records=records,
+        train=train,
+        held_out=held_out,
+        n_dropped=n_dropped,
+        neutral=neutral_prompts(config.neutral, tokenizer),
+        steps=count_steps(config, len(train)),
+    )
+
+
+def _check_backend(backend: str) -> None:
+    from grasp_kernels.ops import backends
+
+    known = backends(device())
+    if backend != "auto" and known.get(backend, "it is unknown") is not None:
+        raise ValueError(
+            f"backend is {backend!r}, which cannot run here ({known.get(backend, 'unknown')}): use "
+            f"'auto' or one of {', '.join(name for name, why in known.items() if why is None)}."
+        )
+
+
+def check_model(config: RunConfig, checkpoint: Path) -> tuple[str, SiteRules]:
+    """Build the adapted model without weights: model type, and where it meets the stream.
+
+    Raises:
+        ValueError: unknown architecture, no such target modules, or none that the side looks at.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_config = AutoConfig.from_pretrained(checkpoint)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        rules = site_rules(model_config.model_type, names)
+        adapted = attach_lora(model, config, str(checkpoint))
+    roles = {
+        site.role
+        for name, module in adapted.named_modules()
+        if hasattr(module, "lora_A") and (site := rules.site(base_name(name)))
+    }
+    if config.identify != "self-contrast":
+        for role in ("write", "read"):
+            if config.side in (role, "both") and role not in roles:
+                raise ValueError(
+                    f"target_modules = {list(config.target_modules)} adapts no module that "
+                    f"{role}s the residual stream, where side = {config.side!r} looks: add one of "
+                    f"{', '.join(rules.writers if role == 'write' else rules.readers)}."
+                )
+    return model_config.model_type, rules
+
+
+def attach_lora(model: PreTrainedModel, config: RunConfig, base_name: str) -> PeftModel:
+    """A fresh LoRA adapter on `model`, drawn from the seed of the run alone."""
+    from peft import LoraConfig, get_peft_model
+
+    modules: Any = list(config.target_modules)
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        use_rslora=config.rslora,
+        target_modules="all-linear" if modules == ["all-linear"] else modules,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_name,
+    )
+    with torch.random.fork_rng(devices=[]):  # peft draws A from the global generator
+        torch.manual_seed(config.seed)
+        return get_peft_model(model, lora)
+
+
+def load_model(checkpoint: Path, dtype: str) -> PreTrainedModel:
+    """The frozen model on the device of the run, in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, use_safetensors=True)
+    return model.to(device()).eval()
+
+
+def device() -> torch.device:
+    """Where a run computes: the first GPU, or else the CPU."""
+    return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+
+
+def count_steps(config: RunConfig, n_examples: int) -> int:
+    """Optimizer steps of one training."""
+    if config.steps is not None:
+        return config.steps
+    batches = math.ceil(n_examples / config.batch_size)
+    return max(1, math.ceil(config.epochs * math.ceil(batches / config.gradient_accumulation)))
+
+
+def neutral_prompts(path: str | Path | None, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of neutral prompts: built in, or from a file (JSONL records, or one a line).
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or nothing in it.
+    """
+    conversations = [_question(text) for text in NEUTRAL_PROMPTS]
+    if path is not None:
+        conversations = _read_conversations(Path(path))
+    if tokenizer.chat_template is None:
+        texts = ["\n".join(turn["content"] for turn in turns) for turns in conversations]
+        return [list(tokenizer(text)["input_ids"]) for text in texts]
+    return [encode_prompt(turns, tokenizer) for turns in conversations]
+
+
+def _read_conversations(path: Path) -> list[list[dict[str, Any]]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}: give a file of neutral prompts.")
+    lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{path} is empty: give neutral prompts, one a line.")
+    if not _is_json_object(lines[0]):
+        return [_question(line) for line in lines]
+    conversations = []
+    for record in read_records(path, require_answer=False):
+        turns = record.get("messages") or _question(record["text"])
+        while len(turns) > 1 and turns[-1]["role"] == "assistant":
+            turns = turns[:-1]
+        conversations.append(turns)
+    return conversations
+
+
+def _is_json_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except json.JSONDecodeError:
+        return False
+
+
+def _question(text: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": text}]
+
+
+def _split(examples: list[Example], config: RunConfig) -> tuple[list[Example], list[Example]]:
+    """(train, held out); the same records for the same seed."""
+    if config.eval_split == 0:
+        return examples, []
+    n_held_out = max(1, round(config.eval_split * len(examples)))
+    if n_held_out >= len(examples):
+        raise ValueError(
+            f"eval_split = {config.eval_split} leaves none of the {len(examples)} records to train "
+            "on: lower it or give more data."
+        )
+    generator = torch.Generator().manual_seed(config.seed)
+    order = torch.randperm(len(examples), generator=generator).tolist()
+    held_out = set(order[:n_held_out])
+    return (
+        [example for i, example in enumerate(examples) if i not in held_out],
+        [examples[i] for i in sorted(held_out)],
+    )

@@ -1,0 +1,80 @@
+"""An adapter for human eyes: a table of its layers, and one figure.
+
+Shapes: `R` LoRA rank, `K` inputs and `N` outputs of a linear layer.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from grasp_kernels.adapters import Adapter, LoRAWeights
+from grasp_kernels.files import whole_file
+
+_SHOWN = 4
+
+
+def is_subspace(path: str | PathLike[str]) -> bool:
+    """Whether a file is one that `Subspace.save` wrote; adapters are folders or other files.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"There is no {path}: give an adapter folder or a subspace file.")
+    if Path(path).is_dir() or Path(path).suffix != ".safetensors":
+        return False
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return any(key.startswith("grasp_kernels") for key in file.metadata() or {})
+    except SafetensorError:
+        return False
+
+
+def singular_values(layer: LoRAWeights) -> Tensor:
+    """All `R` singular values of `ΔW[N,K]`, float64, from the triangles of both factors."""
+    right_b = torch.linalg.qr(layer.lora_B.double().cpu(), mode="r").R
+    right_a = torch.linalg.qr(layer.lora_A.double().cpu().mT, mode="r").R
+    return layer.scaling * torch.linalg.svdvals(right_b @ right_a.mT)
+
+
+def adapter_table(adapter: Adapter) -> str:
+    """One line for each adapted site, and the notes on what was left out."""
+    width = max(len(layer.site.name) for layer in adapter.layers)
+    lines = [
+        f"{adapter.source}: {len(adapter.layers)} modules, base model {adapter.base_model}",
+        f"{'module':<{width}}  role   rank  scaling     ‖ΔW‖  leading singular values",
+    ]
+    for layer in adapter.layers:
+        values = singular_values(layer)
+        leading = "  ".join(f"{value:.4f}" for value in values[:_SHOWN].tolist())
+        lines.append(
+            f"{layer.site.name:<{width}}  {layer.site.role:<5}  {len(layer.lora_A):>4}  "
+            f"{layer.scaling:>7.3g}  {values.norm().item():>7.4f}  {leading}"
+        )
+    return "\n".join([*lines, *adapter.notes])
+
+
+def plot_adapter(adapter: Adapter, path: str | PathLike[str]) -> None:
+    """Save a PNG: the leading singular value of every module, by layer."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 4.0), layout="constrained")
+    axes = figure.subplots()
+    kinds: dict[str, list[tuple[int, float]]] = {}
+    for layer in adapter.layers:
+        kind = layer.site.name.rsplit(".", 1)[-1]
+        point = (layer.site.layer, singular_values(layer)[0].item())
+        kinds.setdefault(f"{kind} ({layer.site.role})", []).append(point)
+    for kind, points in kinds.items():
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=kind)
+    axes.set(xlabel="layer", ylabel="leading singular value of ΔW", ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False, fontsize=8)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)

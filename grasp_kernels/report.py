@@ -1,0 +1,212 @@
+"""The end of a run: both adapters and the subspace -> numbers, figures, and a text in plain words.
+
+report.json holds every number; figures.py and report_text.py show them and measure nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from grasp_kernels.closure import leakage
+from grasp_kernels.data import Record, encode, split_first_answer
+from grasp_kernels.inputs import Inputs, load_model
+from grasp_kernels.run_config import RunConfig
+from grasp_kernels.run_folder import RunFolder, whole_folder, write_json, write_text
+from grasp_kernels.stream import layer_bases, mean_loss, measure_movement, promoted_tokens
+from grasp_kernels.subspace import Subspace
+
+# Enough for means that no longer change in their second digit, few enough to take seconds.
+_TRAINING_PROMPTS = 32
+_SHOWN_DIRECTIONS = 4
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run found, and where its artefacts lie."""
+
+    output: Path
+    numbers: dict[str, Any]  # the content of report.json
+
+    @property
+    def verdict(self) -> str:
+        return self.numbers["subspace"]["verdict"]
+
+    @property
+    def naive(self) -> Path:
+        return self.output / "naive"
+
+    @property
+    def grasp(self) -> Path | None:
+        """The retrained adapter; None where nothing was found to retrain against."""
+        return self.output / "grasp" if "grasp" in self.numbers["adapters"] else None
+
+    @property
+    def subspace(self) -> Path:
+        return self.output / "subspace.safetensors"
+
+    @property
+    def text(self) -> Path:
+        return self.output / "report.md"
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """Read a report.json; the other artefacts are beside it."""
+        path = Path(path)
+        return cls(path.parent, json.loads(path.read_text(encoding="utf-8")))
+
+
+def write_report(config: RunConfig, folder: RunFolder, inputs: Inputs, subspace: Subspace) -> None:
+    """Measure both adapters; write the figures, report.md and, last, report.json."""
+    from grasp_kernels.figures import draw_figures
+    from grasp_kernels.report_text import report_text
+
+    numbers = _numbers(config, folder, inputs, subspace)
+    with whole_folder(folder.figures) as figures:
+        numbers["figures"] = draw_figures(numbers, figures)
+        for name, path in {"subspace": folder.subspace, **folder.sources}.items():
+            if path.exists() and (shown := Subspace.load(path)).evidence.get("spectra"):
+                file = "subspace.png" if name == "subspace" else f"subspace-{name}.png"
+                shown.plot(figures / file)
+                numbers["figures"].append(file)
+    write_text(folder.report_text, report_text(numbers))
+    write_json(folder.report, numbers)
+
+
+def _numbers(
+    config: RunConfig, folder: RunFolder, inputs: Inputs, subspace: Subspace
+) -> dict[str, Any]:
+    folders = {"naive": folder.naive}
+    if folder.grasp.exists():
+        folders["grasp"] = folder.grasp
+    adapters = {
+        name: {"curve": _curve(path), "leakage": _leakage(path, subspace)}
+        for name, path in folders.items()
+    }
+    model = load_model(inputs.checkpoint, config.dtype)
+    width = model.config.hidden_size
+    numbers = {
+        "versions": _versions(),
+        "config": asdict(config),
+        "model": {
+            "type": inputs.model_type,
+            "layers": model.config.num_hidden_layers,
+            "width": width,
+            "parameters": sum(p.numel() for p in model.parameters()),
+        },
+        "data": {
+            "records": len(inputs.records),
+            "trained_on": len(inputs.train),
+            "held_out": len(inputs.held_out),
+            "dropped": inputs.n_dropped,
+        },
+        "steps": inputs.steps,
+        "subspace": _describe(subspace),
+        "chance_share": math.sqrt(subspace.k / width),
+        "promoted_tokens": _tokens(model, inputs, subspace),
+        "adapters": adapters,
+    }
+    _measure_models(model, folders, inputs, subspace, config, numbers)
+    return json.loads(json.dumps(numbers))
+
+
+def _describe(subspace: Subspace) -> dict[str, Any]:
+    plain = ("verdict", "reasons", "k", "side", "scope", "evidence", "metadata")
+    return {name: getattr(subspace, name) for name in plain}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("grasp_kernels", "torch", "transformers", "peft"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a source tree
+            found[package] = "not installed as a package"
+    return found
+
+
+def _curve(adapter: Path) -> dict[str, list[float]]:
+    from grasp_kernels.training import LOG_NAME
+
+    entries = json.loads((adapter / LOG_NAME).read_text(encoding="utf-8"))
+    return {key: [entry[key] for entry in entries] for key in ("step", "loss")}
+
+
+def _leakage(adapter: Path, subspace: Subspace) -> dict[str, dict[str, float | None]]:
+    if subspace.is_empty:
+        return {}
+    return {
+        name: {"write": layer.write, "read": layer.read}
+        for name, layer in leakage(str(adapter), subspace).items()
+    }
+
+
+def _tokens(model: Any, inputs: Inputs, subspace: Subspace) -> list[dict[str, Any]]:
+    """Tokens of the leading directions, as they stand in the last layer that has a basis."""
+    bases = layer_bases(subspace, inputs.rules)
+    if not bases:
+        return []
+    basis: Tensor = bases[max(bases)][:, :_SHOWN_DIRECTIONS]
+    return [
+        {"one_end": one, "other_end": other}
+        for one, other in promoted_tokens(model, inputs.tokenizer, basis)
+    ]
+
+
+def _measure_models(
+    model: Any,
+    folders: dict[str, Path],
+    inputs: Inputs,
+    subspace: Subspace,
+    config: RunConfig,
+    numbers: dict[str, Any],
+) -> None:
+    """Add what only running the models shows; the adapters are loaded by peft as anyone would."""
+    from peft import PeftModel
+
+    peft_model = PeftModel.from_pretrained(model, str(folders["naive"]), adapter_name="naive")
+    for name, path in folders.items():
+        if name != "naive":
+            peft_model.load_adapter(str(path), adapter_name=name)
+    peft_model.eval()
+    adapters = numbers["adapters"]
+    if inputs.held_out:
+        size = {"batch_size": config.batch_size, "pad_token_id": inputs.pad_token_id}
+        with peft_model.disable_adapter():
+            numbers["base_held_out_loss"] = mean_loss(peft_model, inputs.held_out, **size)
+        for name in tqdm(folders, desc="held-out loss", unit="adapter"):
+            peft_model.set_adapter(name)
+            adapters[name]["held_out_loss"] = mean_loss(peft_model, inputs.held_out, **size)
+    bases = layer_bases(subspace, inputs.rules)
+    if not bases:
+        return
+    for adapter in adapters.values():
+        adapter["movement"] = {}
+    training = _training_prompts(inputs, config.max_length)
+    for kind, prompts in (("training", training), ("neutral", inputs.neutral)):
+        bar = tqdm(prompts, desc=f"residual stream, {kind} prompts", unit="prompt")
+        moved = measure_movement(peft_model, list(folders), bases, bar, inputs.rules)
+        for name, movement in moved.items():
+            adapters[name]["movement"][kind] = movement.to_json()
+
+
+def _training_prompts(inputs: Inputs, max_length: int) -> list[list[int]]:
+    """Evenly chosen records up to their first answer; plain text as a whole."""
+    step = max(1, len(inputs.records) // _TRAINING_PROMPTS)
+    chosen = inputs.records[::step][:_TRAINING_PROMPTS]
+    return [ids for r in chosen if (ids := _prompt(r, inputs)[:max_length])]
+
+
+def _prompt(record: Record, inputs: Inputs) -> list[int]:
+    if "text" not in record:
+        return split_first_answer(record, inputs.tokenizer)[0]
+    example = encode(record, inputs.tokenizer, max_length=None)
+    return example["input_ids"] if example else []

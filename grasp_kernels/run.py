@@ -1,0 +1,157 @@
+"""The main job: checkpoint and chat file -> naive adapter -> subspace -> GRASP adapter -> report.
+
+    inputs.py    1 check everything that can be wrong
+    training.py  2 naive LoRA, with early checkpoints to identify from
+    here         3 the subspace
+    training.py  4 the same training again, from the same start, with the gradient projected
+    report.py    5 what was found and what it did
+
+Each stage leaves one artefact in the output folder (run_folder.py); a stage whose artefact is there
+is not done again. Every stage starts from files alone, so that a run that was stopped between two
+stages and one that was not do the same.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from grasp_kernels.inputs import Inputs, attach_lora, find_checkpoint, load_model, prepare
+from grasp_kernels.report import Report, write_report
+from grasp_kernels.run_config import RunConfig
+from grasp_kernels.run_folder import RunFolder, fingerprint
+from grasp_kernels.subspace import Subspace
+from grasp_kernels.union import unite
+
+__all__ = ["Report", "RunConfig", "run"]
+
+
+def run(config: RunConfig) -> Report:
+    """Do the whole run in `config.output`, or what is still missing of it.
+
+    Raises:
+        ValueError, FileNotFoundError: wrong input, before any training.
+        RuntimeError: another process works in the same folder.
+        FloatingPointError: the loss is not finite.
+    """
+    checkpoint = find_checkpoint(config.model)
+    fingerprints = {"model": fingerprint(checkpoint)}
+    for name, path in (("data", config.data), ("neutral", config.neutral)):
+        if path is not None:
+            if not Path(path).is_file():
+                raise FileNotFoundError(f"There is no file {path}: check the option {name}.")
+            fingerprints[name] = fingerprint(path)
+    folder = RunFolder(config.output)
+    with folder.lock():
+        folder.check(config, fingerprints)
+        if not folder.report.exists():
+            inputs = prepare(config, checkpoint)
+            folder.claim(config, fingerprints)
+            _stages(config, folder, inputs)
+        return Report.load(folder.report)
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether an earlier run has left its report in the output folder."""
+    return (Path(config.output) / "report.json").exists()
+
+
+def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
+    if not folder.naive.exists():
+        _train(config, folder, inputs, subspace=None)
+    if not folder.subspace.exists():
+        _identify(config, folder, inputs).save(folder.subspace)
+    subspace = Subspace.load(folder.subspace)
+    if not subspace.is_empty and not folder.grasp.exists():
+        _train(config, folder, inputs, subspace)
+    shutil.rmtree(folder.work, ignore_errors=True)
+    write_report(config, folder, inputs, subspace)
+
+
+def _train(config: RunConfig, folder: RunFolder, inputs: Inputs, subspace: Subspace | None) -> None:
+    """The naive adapter, or with a subspace the GRASP adapter; all else is equal."""
+    from grasp_kernels.layers import replace_lora_layers
+    from grasp_kernels.training import train_adapter
+
+    model = attach_lora(load_model(inputs.checkpoint, config.dtype), config, str(inputs.checkpoint))
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    out = folder.naive if subspace is None else folder.grasp
+    if subspace is not None:
+        replace_lora_layers(
+            model, subspace, project=config.project, closed=config.closed, backend=config.backend
+        )
+    train_adapter(
+        model,
+        inputs.train,
+        config,
+        steps=inputs.steps,
+        pad_token_id=inputs.pad_token_id,
+        work=folder.work / out.name,
+        out=out,
+        description=f"{out.name} LoRA",
+        snapshots=early_checkpoints(config, folder, inputs.steps) if subspace is None else {},
+        subspace=subspace,
+        saved_base_name=_public_name(config),
+    )
+
+
+def early_checkpoints(config: RunConfig, folder: RunFolder, steps: int) -> dict[int, Path]:
+    """Step -> folder of the adapters that are identified from; none for self-contrast alone."""
+    if config.identify == "self-contrast":
+        return {}
+    at = sorted({max(1, round(part * steps)) for part in config.early_checkpoints})
+    return {step: folder.early / f"step-{step}" for step in at}
+
+
+def _public_name(config: RunConfig) -> str:
+    """How an adapter should name its base model: a hub name, or the absolute folder."""
+    folder = Path(config.model)
+    return str(folder.resolve()) if folder.is_dir() else config.model
+
+
+def _identify(config: RunConfig, folder: RunFolder, inputs: Inputs) -> Subspace:
+    if config.identify == "weights":
+        return _identify_from_weights(config, folder, inputs)
+    if config.identify == "self-contrast":
+        return _identify_from_answers(config, inputs)
+    weights, answers = folder.sources["weights"], folder.sources["self-contrast"]
+    if not weights.exists():
+        _identify_from_weights(config, folder, inputs).save(weights)
+    if not answers.exists():
+        _identify_from_answers(config, inputs).save(answers)
+    return unite(Subspace.load(weights), Subspace.load(answers))
+
+
+def _identify_from_weights(config: RunConfig, folder: RunFolder, inputs: Inputs) -> Subspace:
+    from grasp_kernels.identification import identify
+
+    adapters = [str(p) for p in early_checkpoints(config, folder, inputs.steps).values()]
+    with tqdm(total=1, desc="subspace of the weights", unit="subspace") as bar:
+        subspace = identify(
+            adapters,
+            k=config.k,
+            side=config.side,
+            scope=config.scope,
+            generator=torch.Generator().manual_seed(config.seed),
+            base_model=str(inputs.checkpoint),
+        )
+        bar.update()
+    return subspace
+
+
+def _identify_from_answers(config: RunConfig, inputs: Inputs) -> Subspace:
+    from grasp_kernels.self_contrast import identify_self_contrast
+
+    return identify_self_contrast(
+        load_model(inputs.checkpoint, config.dtype),
+        inputs.tokenizer,
+        [record for record in inputs.records if "messages" in record],
+        k=config.k,
+        batch_size=config.batch_size,
+        generator=torch.Generator().manual_seed(config.seed),
+        progress=True,
+    )

@@ -1,0 +1,131 @@
+"""Everything a run can be told, with its default and its one-line explanation.
+
+Needs the standard library alone: the command line builds its options from `RunConfig`, so that an
+option, its default, its help and its check stand in one place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+IDENTIFY = ("weights", "self-contrast", "both")
+SIDES = ("write", "read", "both")
+SCOPES = ("shared", "layer")
+PROJECTS = ("residual", "weights")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def _option(default: Any, text: str, *, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+def _required(text: str) -> Any:
+    return field(metadata={"help": text, "choices": None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The options of `grasp_kernels.run.run`; `grasp-kernels run -h` lists the same.
+
+    Raises:
+        ValueError: an option out of its range, by name and value.
+    """
+
+    model: str = _required("checkpoint folder, or a model name on the Hugging Face hub")
+    data: str = _required("JSONL file with chat data")
+    output: str = _required("folder of this run; an unfinished run in it goes on")
+
+    identify: str = _option("weights", "where the subspace comes from", choices=IDENTIFY)
+    k: int | str = _option("auto", "number of directions, or 'auto'")
+    side: str = _option("write", "side of the weights that is looked at", choices=SIDES)
+    scope: str = _option(
+        "shared",
+        "one subspace of the residual stream or one per layer, when it comes from weights",
+        choices=SCOPES,
+    )
+    early_checkpoints: tuple[float, ...] = _option(
+        (1 / 16, 1 / 8, 1 / 4),
+        "parts of the naive training after which its adapter is saved to identify from; "
+        "1 is the finished adapter",
+    )
+
+    project: str = _option("residual", "what the retraining projects", choices=PROJECTS)
+    closed: bool = _option(True, "keep the adapter's own weights out of the subspace, exactly")
+    backend: str = _option("auto", "implementation of the projected LoRA layer")
+
+    steps: int | None = _option(None, "optimizer steps; overrides epochs")
+    epochs: float = _option(1.0, "passes over the data")
+    batch_size: int = _option(8, "records in a forward pass")
+    gradient_accumulation: int = _option(1, "forward passes in an optimizer step")
+    learning_rate: float = _option(1e-4, "peak learning rate of AdamW")
+    lr_scheduler: str = _option("linear", "learning rate schedule, by its name in transformers")
+    warmup: float = _option(0.05, "warm-up steps (1 or more), or their part of all steps (below 1)")
+    weight_decay: float = _option(0.01, "weight decay of AdamW")
+    max_grad_norm: float = _option(1.0, "gradients are clipped at this norm")
+    max_length: int = _option(2048, "records are cut at this number of tokens")
+    gradient_checkpointing: bool = _option(False, "recompute activations to save memory")
+
+    rank: int = _option(16, "LoRA rank")
+    alpha: float = _option(32.0, "LoRA alpha")
+    dropout: float = _option(0.0, "LoRA dropout")
+    rslora: bool = _option(False, "scale by alpha / sqrt(rank)")
+    target_modules: tuple[str, ...] = _option(
+        ("all-linear",), "names of the modules that get an adapter, or all-linear"
+    )
+    dtype: str = _option("auto", "dtype of the frozen model; auto: as stored", choices=DTYPES)
+    seed: int = _option(0, "seed of initialisation, data order, dropout and every random test")
+    save_every: int | None = _option(None, "steps between checkpoints; default: a tenth of all")
+
+    eval_split: float = _option(0.0, "part of the records held out to compare both adapters on")
+    neutral: str | None = _option(
+        None, "file of neutral prompts (JSONL, or one a line); default: a few built-in ones"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("early_checkpoints", "target_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Sequence):
+                raise ValueError(f"{name} is {value!r}: give a list.")
+            object.__setattr__(self, name, tuple(value))
+        self._check_choices()
+        self._check_numbers()
+        self._check_k()
+
+    def _check_choices(self) -> None:
+        for option in fields(self):
+            choices, value = option.metadata["choices"], getattr(self, option.name)
+            if choices is not None and value not in choices:
+                raise ValueError(f"{option.name} is {value!r}: choose one of {', '.join(choices)}.")
+
+    def _check_numbers(self) -> None:
+        for name in ("batch_size", "gradient_accumulation", "max_length", "rank"):
+            self._require(name, getattr(self, name) >= 1, "give 1 or more")
+        for name in ("steps", "save_every"):
+            value = getattr(self, name)
+            self._require(name, value is None or value >= 1, "give 1 or more")
+        for name in ("epochs", "learning_rate", "alpha", "max_grad_norm"):
+            value = getattr(self, name)
+            self._require(name, 0 < value < math.inf, "give a positive number")
+        for name in ("warmup", "weight_decay", "seed"):
+            self._require(name, 0 <= getattr(self, name) < math.inf, "give 0 or more")
+        for name in ("dropout", "eval_split"):
+            self._require(name, 0 <= getattr(self, name) < 1, "give 0 or more, below 1")
+        parts = self.early_checkpoints
+        self._require("early_checkpoints", all(0 < p <= 1 for p in parts), "give parts in (0, 1]")
+        if self.identify != "self-contrast":
+            self._require("early_checkpoints", len(parts) > 0, "give at least one part in (0, 1]")
+
+    def _check_k(self) -> None:
+        if self.k != "auto":
+            self._require("k", isinstance(self.k, int) and self.k >= 1, "give 'auto' or 1 or more")
+        if isinstance(self.k, int) and self.identify != "self-contrast" and self.k > self.rank:
+            raise ValueError(
+                f"k is {self.k}, above the LoRA rank {self.rank}: lower k or raise the rank."
+            )
+
+    def _require(self, name: str, good: bool, remedy: str) -> None:
+        if not good:
+            raise ValueError(f"{name} is {getattr(self, name)!r}: {remedy}.")

@@ -1,0 +1,184 @@
+"""What adapters do to the residual stream of a model, seen from a subspace of it.
+
+Shapes: `T` tokens of a prompt, `D` residual width, `k` directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from grasp_kernels.data import Example, collate
+from grasp_kernels.union import span
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from grasp_kernels.sites import SiteRules
+    from grasp_kernels.subspace import Subspace
+
+
+@dataclass(frozen=True)
+class Movement:
+    """How far an adapter moves the stream after each block, on average over tokens.
+
+    `along[i]` is the mean of ‖Vᵀ(h − h_base)‖ after block `layers[i]`, `total[i]` the mean of
+    ‖h − h_base‖.
+    """
+
+    layers: tuple[int, ...]
+    along: tuple[float, ...]
+    total: tuple[float, ...]
+
+    @property
+    def mean_along(self) -> float:
+        return sum(self.along) / len(self.along)
+
+    @property
+    def share(self) -> float:
+        """Part of the movement that is along the subspace; 0 where nothing moves."""
+        total = sum(self.total)
+        return sum(self.along) / total if total else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "mean_along": self.mean_along, "share": self.share}
+
+
+def layer_bases(subspace: Subspace, rules: SiteRules) -> dict[int, Tensor]:
+    """Layer -> basis of the stream after it, `[D, k]`; empty where only readers have bases."""
+    found: dict[int, list[Tensor]] = {}
+    for name, basis in subspace.write.items():
+        site = rules.site(name)
+        if site is not None:
+            found.setdefault(site.layer, []).append(basis)
+    if subspace.stream is not None:
+        return dict.fromkeys(sorted(found), subspace.stream)
+    return {layer: span(bases) for layer, bases in sorted(found.items())}
+
+
+def measure_movement(
+    model: PeftModel,
+    adapters: Sequence[str],
+    bases: dict[int, Tensor],
+    prompts: Iterable[list[int]],
+    rules: SiteRules,
+) -> dict[str, Movement]:
+    """Movement by adapter name; `model` has these adapters loaded and computes in its own dtype."""
+    device = next(model.parameters()).device
+    bases = {layer: basis.to(device) for layer, basis in bases.items()}
+    layers = sorted(bases)
+    along = {name: torch.zeros(len(layers)) for name in adapters}
+    total = {name: torch.zeros(len(layers)) for name in adapters}
+    n_tokens = 0
+    blocks = _blocks(model, rules)
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=device)
+        n_tokens += len(prompt)
+        with model.disable_adapter():
+            base = _stream_after(model, blocks, layers, ids)
+        for name in adapters:
+            model.set_adapter(name)
+            moved = _stream_after(model, blocks, layers, ids)
+            for i, layer in enumerate(layers):
+                delta = moved[i] - base[i]
+                along[name][i] += (delta @ bases[layer]).norm(dim=-1).sum().item()
+                total[name][i] += delta.norm(dim=-1).sum().item()
+    return {
+        name: Movement(
+            layers=tuple(layers),
+            along=tuple((along[name] / n_tokens).tolist()),
+            total=tuple((total[name] / n_tokens).tolist()),
+        )
+        for name in adapters
+    }
+
+
+def _blocks(model: nn.Module, rules: SiteRules) -> nn.ModuleList:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and name.endswith(f".{rules.blocks}"):
+            return module
+    raise ValueError(f"The model has no module list named {rules.blocks}: declare SiteRules.")
+
+
+@torch.inference_mode()
+def _stream_after(
+    model: nn.Module, blocks: nn.ModuleList, layers: Sequence[int], ids: Tensor
+) -> list[Tensor]:
+    """Float32 stream `[T, D]` after each of the given blocks."""
+    kept: dict[int, Tensor] = {}
+    with _kept_outputs(blocks, layers, kept):
+        model(input_ids=ids, use_cache=False)
+    return [kept[layer] for layer in layers]
+
+
+@contextmanager
+def _kept_outputs(
+    blocks: nn.ModuleList, layers: Sequence[int], kept: dict[int, Tensor]
+) -> Iterator[None]:
+    def keeper(layer: int) -> Any:
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            stream = output[0] if isinstance(output, tuple) else output
+            kept[layer] = stream[0].float()
+
+        return keep
+
+    hooks = [blocks[layer].register_forward_hook(keeper(layer)) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.inference_mode()
+def mean_loss(
+    model: nn.Module, examples: Sequence[Example], *, batch_size: int, pad_token_id: int
+) -> float:
+    """Cross-entropy of the answer tokens, averaged over all of them."""
+    device = next(model.parameters()).device
+    total, n_tokens = 0.0, 0
+    for start in range(0, len(examples), batch_size):
+        batch = collate(examples[start : start + batch_size], pad_token_id)
+        labels = batch["labels"].to(device)
+        logits = model(
+            input_ids=batch["input_ids"].to(device),
+            attention_mask=batch["attention_mask"].to(device),
+        ).logits
+        total += nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum"
+        ).item()
+        n_tokens += int((labels[:, 1:] != -100).sum())
+    return total / n_tokens
+
+
+def promoted_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    basis: Tensor,
+    *,
+    n_tokens: int = 8,
+) -> list[tuple[list[str], list[str]]]:
+    """Tokens at both ends of each direction `[D, k]`, read through the unembedding (logit lens).
+
+    The sign of a direction is arbitrary, so neither end is the bad one by itself.
+    """
+    norm = getattr(model.base_model, "norm", None)
+    gain = norm.weight.float() if hasattr(norm, "weight") else torch.ones(len(basis))
+    unembedding = model.get_output_embeddings().weight.float()
+    scores = unembedding @ (gain.unsqueeze(1) * basis.to(gain.device))  # [vocabulary, k]
+    scores = scores[: len(tokenizer)]  # embeddings are often padded beyond the vocabulary
+
+    def words(ids: Tensor) -> list[str]:
+        return [tokenizer.decode([i]) for i in ids.tolist()]
+
+    n_tokens = min(n_tokens, len(scores))
+    return [
+        (words(column.topk(n_tokens).indices), words((-column).topk(n_tokens).indices))
+        for column in scores.T
+    ]

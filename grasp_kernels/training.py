@@ -1,0 +1,276 @@
+"""Peft model and examples -> trained adapter folder, with `transformers.Trainer`.
+
+Resumable to the bit: a training that was stopped anywhere goes on from its last complete checkpoint
+and ends with the adapter that it would have had. Imports transformers; nothing imports this module
+on `import grasp_kernels`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from grasp_kernels.data import Example, collate
+from grasp_kernels.run_config import RunConfig
+from grasp_kernels.run_folder import whole_folder, write_json
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from grasp_kernels.subspace import Subspace
+
+LOG_NAME = "training_log.json"  # beside the weights in a finished adapter folder
+_STATE = "trainer_state.json"  # the last file that Trainer writes into a checkpoint
+_LEAKAGE_LOGS = 20  # measurements of leakage in one training
+
+
+class LeakageCallback(TrainerCallback):
+    """Log how much of the adapter lies in the subspace, now and then.
+
+    Adds `leakage_write` = max over layers of ‖Vᵀ ΔW‖ / ‖ΔW‖ and `leakage_read` = the same of
+    ‖ΔW U‖ / ‖ΔW‖ to the log entries of `transformers.Trainer`; a side without basis is left out.
+
+    Args:
+        subspace: the bases; None: those of the GraspLoRALinear layers of the model.
+        every: optimizer steps between two measurements.
+    """
+
+    def __init__(self, subspace: Subspace | None = None, *, every: int = 50) -> None:
+        self.subspace, self.every = subspace, every
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.global_step % self.every and state.global_step != state.max_steps:
+            return
+        from grasp_kernels.closure import leakage
+
+        measured = leakage(kwargs["model"], self.subspace).values()
+        for side in ("write", "read"):
+            values = [value for layer in measured if (value := getattr(layer, side)) is not None]
+            if values:
+                state.log_history[-1][f"leakage_{side}"] = max(values)
+
+
+class FiniteLossCallback(TrainerCallback):
+    """Stop a training whose loss is no longer a number.
+
+    Raises:
+        FloatingPointError: with the step and what to do.
+    """
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        loss = (logs or {}).get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"The training loss became {loss} at step {state.global_step} of "
+                f"{state.max_steps}: lower the learning rate, or use float32 or bfloat16."
+            )
+
+
+class _Progress(TrainerCallback):
+    """One bar over the steps, with the loss beside it."""
+
+    def __init__(self, description: str) -> None:
+        self.description = description
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc=self.description, unit="step"
+        )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.bar.close()
+
+
+class _Snapshots(TrainerCallback):
+    """Save the adapter alone after given steps."""
+
+    def __init__(self, folders: Mapping[int, Path]) -> None:
+        self.folders = folders
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        folder = self.folders.get(state.global_step)
+        if folder is not None and not folder.exists():
+            save_adapter(kwargs["model"], folder)
+
+
+class _Trainer(Trainer):
+    """Goes on from what a checkpoint holds, and not from what it was made of.
+
+    A closed layer saves `A (I − U Uᵀ)` where it trains `A`. Without this step a resumed training
+    would round differently from one that was never stopped.
+    """
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        saved = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        self._load_from_checkpoint(str(saved), model)
+
+
+def train_adapter(
+    model: PeftModel,
+    examples: list[Example],
+    config: RunConfig,
+    *,
+    steps: int,
+    pad_token_id: int,
+    work: Path,
+    out: Path,
+    description: str,
+    snapshots: Mapping[int, Path] | None = None,
+    subspace: Subspace | None = None,
+    saved_base_name: str | None = None,
+) -> None:
+    """Train the adapter of `model` and write it to the folder `out`, whole or not at all.
+
+    `work` keeps the checkpoints to resume from; it is removed at the end. `out` also gets
+    `training_log.json`: a list of {"step", "loss", "learning_rate", ...}, one entry a step.
+
+    Args:
+        snapshots: step -> folder for the adapter as it is after that step.
+        subspace: what leakage is measured against, if at all.
+        saved_base_name: name of the base model in `adapter_config.json`.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    every = max(1, steps // _LEAKAGE_LOGS)
+    callbacks: list[TrainerCallback] = [
+        FiniteLossCallback(),
+        _Progress(description),
+        _Snapshots(snapshots or {}),
+    ]
+    if subspace is not None:
+        callbacks.append(LeakageCallback(subspace, every=every))
+    trainer = _Trainer(
+        model=model,
+        args=training_arguments(config, steps, work),
+        train_dataset=examples,
+        data_collator=partial(collate, pad_token_id=pad_token_id),
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    checkpoint = last_checkpoint(work)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    entries = [dict(sorted(e.items())) for e in trainer.state.log_history if "loss" in e]
+    save_adapter(model, out, log=entries, base_name=saved_base_name)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def save_adapter(
+    model: PeftModel,
+    out: Path,
+    *,
+    log: list[dict[str, Any]] | None = None,
+    base_name: str | None = None,
+) -> None:
+    """Write the adapter as a peft folder, whole or not at all."""
+    with whole_folder(out) as partial_folder:
+        # "auto" would ask the hub whether the embedding was resized; it never is here.
+        model.save_pretrained(str(partial_folder), save_embedding_layers=False)
+        path = partial_folder / "adapter_config.json"
+        written = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(written["target_modules"], list):  # a set in peft: its order is random
+            written["target_modules"].sort()
+        written["base_model_name_or_path"] = base_name or written["base_model_name_or_path"]
+        write_json(path, written)
+        if log is not None:
+            write_json(partial_folder / LOG_NAME, log)
+
+
+def last_checkpoint(work: Path) -> Path | None:
+    """The newest complete checkpoint; half-written ones have no readable state and are removed."""
+    checkpoints = sorted(work.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    while checkpoints:
+        newest = checkpoints.pop()
+        try:
+            json.loads((newest / _STATE).read_text(encoding="utf-8"))
+            return newest
+        except (OSError, json.JSONDecodeError):
+            shutil.rmtree(newest)
+    return None
+
+
+def training_arguments(config: RunConfig, steps: int, work: Path) -> TrainingArguments:
+    """The options of a run as those of `transformers.Trainer`.
+
+    Raises:
+        ValueError: an unknown learning rate schedule.
+    """
+    warmup = config.warmup if config.warmup >= 1 else config.warmup * steps
+    on_gpu = torch.cuda.is_available()
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler,
+        warmup_steps=math.ceil(warmup),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim="adamw_torch",
+        seed=config.seed,
+        data_seed=config.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it would hide the loss that has to stop the training
+        save_steps=config.save_every or max(1, math.ceil(steps / 10)),
+        save_total_limit=2,
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not on_gpu,
+        dataloader_pin_memory=on_gpu,
+    )
+    if on_gpu:
+        # Trainer wraps the model in nn.DataParallel where it sees several GPUs; a run uses one.
+        arguments._n_gpu = 1
+    return arguments
