@@ -1,0 +1,38 @@
+"""Choose the backend of an operator, or say why one cannot run."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+
+from torch import device
+
+
+def load(package: str, name: str) -> ModuleType | str:
+    """The module of a backend, or the reason why it cannot be imported."""
+    try:
+        return importlib.import_module(f"{package}.{name}")
+    except ModuleNotFoundError as error:
+        return f"{error.name} is not installed"
+
+
+def why_not(package: str, name: str, where: device) -> str | None:
+    """None when the backend can run on that device, else the reason."""
+    module = load(package, name)
+    return module if isinstance(module, str) else module.unsupported(where)
+
+
+def select(package: str, order: Sequence[str], requested: str, where: device) -> ModuleType:
+    """The backend to run: the first of `order` that can, or exactly the requested one.
+
+    An explicit request never falls back: it runs, or raises with the reason.
+    """
+    if requested not in ("auto", *order):
+        raise ValueError(f"backend {requested!r} is unknown; use 'auto' or one of {tuple(order)}")
+    reason: str | None = None
+    for name in order if requested == "auto" else (requested,):
+        reason = why_not(package, name, where)
+        if reason is None:
+            return importlib.import_module(f"{package}.{name}")
+    raise ValueError(f"backend {requested!r} cannot run on {where}: {reason}")

@@ -1,0 +1,1 @@
+"""The LoRA linear layer with gradient projection: specification, backends, registration."""

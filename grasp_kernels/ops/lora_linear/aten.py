@@ -1,0 +1,123 @@
+"""The operator on few large library calls: cuBLAS or MKL does the work, safe everywhere.
+
+    forward:  S = X̃ A°ᵀ;  Y = X Wᵀ + bias;  Y += S (s B°)ᵀ
+    backward: [dS | D] = dY [s B̂ | V]            B̂ = (I − V Vᵀ) B when residual, else B°
+              dX = dY W;  dX += [dS | D] [A° ; −C]     C = Vᵀ W, the D C term when residual
+              dA = dSᵀ X̃;  dB = s dYᵀ S;  both projected afterwards, small and in float32
+
+Nothing of size T×N or T×K exists beside `Y` and `dX`; dropout works on blocks of rows.
+Shapes: T tokens, K in, N out, R LoRA rank, P read basis size, Q write basis size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grasp_kernels.ops.lora_linear.dropout import masks
+from grasp_kernels.ops.lora_linear.operands import Gradients, Needs, Operands, Saved
+from grasp_kernels.ops.lora_linear.reference import (
+    closed_factors,
+    project_columns,
+    project_rows,
+)
+
+
+def unsupported(where: torch.device) -> str | None:
+    """Library calls run everywhere."""
+    return None
+
+
+def write_weight(weight: Tensor, basis: Tensor) -> Tensor:
+    """`C = Vᵀ W [Q, K]` in the dtype of `W[N, K]`, for `V[N, Q]`."""
+    return basis.to(weight.dtype).mT @ weight
+
+
+def forward(x: Tensor, op: Operands) -> tuple[Tensor, Saved]:
+    """`Y[T, N]` from `X[T, K]`."""
+    A, B, b = closed_factors(op, x.dtype)
+    bias = op.bias
+    if b is not None:
+        bias = op.scaling * b if bias is None else bias + op.scaling * b
+    S = _down(x, A, op)
+    y = F.linear(x, op.weight, bias)
+    return y.addmm_(S, (op.scaling * B).mT), Saved(S, A, B)
+
+
+def backward(dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs) -> Gradients:
+    """The gradients that are needed, from `dY[T, N]`."""
+    dy = dy if _is_blas_layout(dy) else dy.contiguous()
+    V = op.write_basis if op.residual else None
+    dx, dA = _through_adapter(dy, x, saved, V, op, needs)
+
+    dB = dW = dbias = db = None
+    if needs.lora_B:
+        dB = project_columns(op.scaling * (dy.mT @ saved.S), op.write_basis).to(op.lora_B.dtype)
+    if needs.weight:
+        dW = project_columns(dy.mT @ x, V).to(op.weight.dtype)
+    if needs.bias or needs.lora_bias:
+        total = dy.sum(0)
+        dbias = project_columns(total, V).to(dy.dtype) if needs.bias else None
+        if needs.lora_bias and op.lora_bias is not None:
+            db = project_columns(op.scaling * total, op.write_basis).to(op.lora_bias.dtype)
+    return Gradients(dx, dW, dbias, dA, dB, db)
+
+
+def _through_adapter(
+    dy: Tensor, x: Tensor, saved: Saved, V: Tensor | None, op: Operands, needs: Needs
+) -> tuple[Tensor | None, Tensor | None]:
+    """`dX[T, K]` and `dA[R, K]`, which share the skinny product `[dS | D]`."""
+    if not (needs.x or needs.lora_A):
+        return None, None
+    R = saved.A.shape[0]
+    columns = op.scaling * (saved.B if op.closed else project_columns(saved.B, V))
+    rows = saved.A
+    if V is not None and needs.x:
+        C = write_weight(op.weight, V) if op.write_weight is None else op.write_weight
+        columns = torch.cat([columns, V.to(columns.dtype)], dim=1)
+        rows = torch.cat([rows, -C.to(rows.dtype)])
+    dSD = dy @ columns.to(dy.dtype)
+    dS = dSD[:, :R]
+    dx = dy @ op.weight if needs.x else None
+
+    dA: Tensor | None
+    if op.dropout_seed is not None:
+        if dx is not None and rows.shape[0] > R:
+            dx.addmm_(dSD[:, R:], rows[R:])
+        dA = _through_dropout(dx, dS, x, saved.A, op)
+    else:
+        if dx is not None:
+            dx.addmm_(dSD, rows)
+        dA = dS.mT @ x if needs.lora_A else None
+    if dA is not None:
+        dA = project_rows(dA, op.read_basis).to(op.lora_A.dtype)
+    return dx, dA
+
+
+def _through_dropout(dx: Tensor | None, dS: Tensor, x: Tensor, A: Tensor, op: Operands) -> Tensor:
+    """`dA = dSᵀ X̃ [R, K]`, and `dX += mask ⊙ dS A°`, with one mask drawn for both."""
+    assert op.dropout_seed is not None
+    dA = torch.zeros_like(A, dtype=torch.promote_types(A.dtype, torch.float32))
+    for block, mask in masks(x, op.dropout_seed, op.dropout_p):
+        if dx is not None:
+            dx[block].addcmul_(dS[block] @ A, mask)
+        dA += dS[block].mT @ mask.mul_(x[block])
+    return dA
+
+
+def _down(x: Tensor, A: Tensor, op: Operands) -> Tensor:
+    """`S = X̃ Aᵀ [T, R]`."""
+    if op.dropout_seed is None:
+        return x @ A.mT
+    S = x.new_empty(x.shape[0], A.shape[0])
+    for block, mask in masks(x, op.dropout_seed, op.dropout_p):
+        torch.mm(mask.mul_(x[block]), A.mT, out=S[block])
+    return S
+
+
+def _is_blas_layout(matrix: Tensor) -> bool:
+    """Whether a BLAS call can read `matrix[T, N]` in place: unit stride one way, no overlap."""
+    row, column = matrix.stride()
+    T, N = matrix.shape
+    return (column == 1 and row >= max(1, N)) or (row == 1 and column >= max(1, T))

@@ -1,0 +1,48 @@
+"""The dropout mask as a function of a seed, so that nothing of its size is ever stored.
+
+The seed comes from torch's own generator of the device: activation checkpointing, which restores
+that generator, draws the same seed again and so recomputes the same mask.
+Shapes: T tokens, K in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# The mask is drawn in blocks of this many elements: 1 Mi float32 stay inside a last-level cache,
+# and the block size is part of the mask's definition, so forward and backward must agree on it.
+BLOCK_ELEMENTS = 1 << 20
+
+
+def draw_seed(like: Tensor) -> Tensor:
+    """A seed, int64 [1], from the default generator of the device of `like`.
+
+    An ordinary random operator of torch, which every compiler pass knows not to merge or repeat;
+    an operator of our own was merged by common-subexpression elimination in spite of its tag.
+    """
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=like.device)
+
+
+def masks(x: Tensor, seed: Tensor, p: float) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows with their mask, `0` or `1 / (1 − p)`, in the dtype of `x[T, K]`."""
+    generator = torch.Generator(x.device).manual_seed(int(seed))
+    keep = 1.0 - p
+    rows = max(1, BLOCK_ELEMENTS // max(1, x.shape[1]))
+    for start in range(0, x.shape[0], rows):
+        block = slice(start, min(start + rows, x.shape[0]))
+        mask = torch.empty_like(x[block], memory_format=torch.contiguous_format)
+        mask.bernoulli_(keep, generator=generator)
+        yield block, mask.div_(keep) if keep > 0 else mask
+
+
+def dropout(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    """`X̃[T, K]`, whole: `X` itself without a seed."""
+    if seed is None:
+        return x
+    dropped = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for block, mask in masks(x, seed, p):
+        torch.mul(x[block], mask, out=dropped[block])
+    return dropped

@@ -1,0 +1,63 @@
+"""What every backend is given and what it returns.
+
+Shapes: T tokens, K in, N out, R LoRA rank, P read basis size, Q write basis size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Operands:
+    """One adapted linear layer; `W`, `bias` and the activations share the compute dtype.
+
+    The adapter may have another dtype (float32 over a bfloat16 base); the bases are float32.
+    """
+
+    weight: Tensor  # W [N, K]
+    bias: Tensor | None  # [N]
+    lora_A: Tensor  # A [R, K]
+    lora_B: Tensor  # B [N, R]
+    lora_bias: Tensor | None  # b [N]
+    write_basis: Tensor | None  # V [N, Q], orthonormal columns
+    read_basis: Tensor | None  # U [K, P], orthonormal columns
+    write_weight: Tensor | None  # C = Vᵀ W [Q, K] if the caller keeps it, W being frozen
+    dropout_seed: Tensor | None  # int64 [1]
+    scaling: float
+    dropout_p: float
+    residual: bool  # project="residual": dY itself is projected; else only dA and dB
+    closed: bool
+
+
+class Saved(NamedTuple):
+    """What the forward leaves for the backward, in the compute dtype."""
+
+    S: Tensor  # X̃ A°ᵀ [T, R]
+    A: Tensor  # A° [R, K]
+    B: Tensor  # B° [N, R]
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for."""
+
+    x: bool
+    weight: bool
+    bias: bool
+    lora_A: bool
+    lora_B: bool
+    lora_bias: bool
+
+
+class Gradients(NamedTuple):
+    """None where not asked for; each in the dtype of its operand."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+    lora_bias: Tensor | None

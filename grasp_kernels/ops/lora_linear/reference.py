@@ -1,0 +1,84 @@
+"""The SPECIFICATION of the operator, in plain PyTorch, equation by equation.
+
+    X̃  = dropout(X)
+    A° = A (I − U Uᵀ),  B° = (I − V Vᵀ) B,  b° = (I − V Vᵀ) b     if closed, else A, B, b
+    Y  = X Wᵀ + bias + s ((X̃ A°ᵀ) B°ᵀ + b°)
+    dY'= dY (I − V Vᵀ)                                            if residual, else dY
+    dX = dY' W + dropout'(s dY' B° A°)
+    dA = (s dY' B°)ᵀ X̃ (I − U Uᵀ)
+    dB = (I − V Vᵀ) s dY'ᵀ (X̃ A°ᵀ)
+    db = (I − V Vᵀ) s Σ dY',   dW = dY'ᵀ X,   dbias = Σ dY'
+
+Every other backend is tested against this file. The projections of A, B and their gradients are
+computed in at least float32, everything else in the dtype of the activations.
+Shapes: T tokens, K in, N out, R LoRA rank, P read basis size, Q write basis size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grasp_kernels.ops.lora_linear.dropout import dropout
+from grasp_kernels.ops.lora_linear.operands import Gradients, Needs, Operands, Saved
+
+
+def unsupported(where: torch.device) -> str | None:
+    """The specification runs everywhere."""
+    return None
+
+
+def project_columns(matrix: Tensor, basis: Tensor | None) -> Tensor:
+    """`(I − V Vᵀ) M` for `M[N, ...]` and `V[N, Q]`, at least in float32."""
+    if basis is None:
+        return matrix
+    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    basis = basis.to(wide.dtype)
+    return wide - basis @ (basis.mT @ wide)
+
+
+def project_rows(matrix: Tensor, basis: Tensor | None) -> Tensor:
+    """`M (I − U Uᵀ)` for `M[..., K]` and `U[K, P]`, at least in float32."""
+    return project_columns(matrix.mT, basis).mT
+
+
+def closed_factors(op: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Copies `A°[R, K]`, `B°[N, R]`, `b°[N]`, projected in float32 and then rounded to `dtype`."""
+    A, B, b = op.lora_A, op.lora_B, op.lora_bias
+    if op.closed:
+        A, B = project_rows(A, op.read_basis), project_columns(B, op.write_basis)
+        b = None if b is None else project_columns(b, op.write_basis)
+    return A.to(dtype, copy=True), B.to(dtype, copy=True), None if b is None else b.to(dtype)
+
+
+def forward(x: Tensor, op: Operands) -> tuple[Tensor, Saved]:
+    """`Y[T, N]` from `X[T, K]`."""
+    A, B, b = closed_factors(op, x.dtype)
+    S = dropout(x, op.dropout_seed, op.dropout_p) @ A.mT
+    y = x @ op.weight.mT + op.scaling * (S @ B.mT)
+    if op.bias is not None:
+        y = y + op.bias
+    if b is not None:
+        y = y + op.scaling * b
+    return y, Saved(S, A, B)
+
+
+def backward(dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs) -> Gradients:
+    """The gradients that are needed, from `dY[T, N]`."""
+    S, A, B = saved
+    if op.residual:
+        dy = project_rows(dy, op.write_basis).to(x.dtype)
+    dS = op.scaling * (dy @ B)
+    x_dropped = dropout(x, op.dropout_seed, op.dropout_p)
+
+    dx = dy @ op.weight + dropout(dS @ A, op.dropout_seed, op.dropout_p) if needs.x else None
+    dW = dy.mT @ x if needs.weight else None
+    dbias = dy.sum(0) if needs.bias else None
+    dA = dB = db = None
+    if needs.lora_A:
+        dA = project_rows(dS.mT @ x_dropped, op.read_basis).to(op.lora_A.dtype)
+    if needs.lora_B:
+        dB = project_columns(op.scaling * (dy.mT @ S), op.write_basis).to(op.lora_B.dtype)
+    if needs.lora_bias and op.lora_bias is not None:
+        db = project_columns(op.scaling * dy.sum(0), op.write_basis).to(op.lora_bias.dtype)
+    return Gradients(dx, dW, dbias, dA, dB, db)

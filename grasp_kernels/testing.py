@@ -1,0 +1,210 @@
+"""Inputs, the float64 oracle and error budgets, for tests and benchmarks only.
+
+The oracle is not the reference: it lets autograd differentiate an ordinary peft-style layer, in
+which projections stand as steps of their own, so that a mistake in the algebra cannot hide in both.
+Shapes: T tokens, K in, N out, R LoRA rank, P read basis size, Q write basis size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grasp_kernels.ops.lora_linear.api import lora_linear
+from grasp_kernels.ops.lora_linear.dropout import draw_seed, dropout
+from grasp_kernels.ops.project_gradient import project_gradient, project_out
+
+DIFFERENTIABLE = ("x", "weight", "bias", "lora_A", "lora_B", "lora_bias")
+# A result that is stored in a dtype carries about a quarter of its machine epsilon (rms of one
+# rounding to nearest), however it was computed.
+ROUNDING = 0.25
+RATIO = 1.5
+DRAWS = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the operator."""
+
+    T: int = 33
+    K: int = 48
+    N: int = 40
+    R: int = 4
+    P: int = 0
+    Q: int = 0
+    dtype: torch.dtype = torch.float32
+    adapter_dtype: torch.dtype | None = None  # None: the same
+    project: str = "residual"
+    closed: bool = True
+    dropout_p: float = 0.0
+    bias: bool = False
+    lora_bias: bool = False
+    scaling: float = 0.5
+    expanded_dy: bool = False
+
+    def __str__(self) -> str:
+        default = Case()
+        fields = {k: v for k, v in vars(self).items() if v != getattr(default, k)}
+        return "-".join(f"{k}={v}".replace("torch.", "") for k, v in fields.items()) or "plain"
+
+
+def orthonormal(
+    rows: int, columns: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Random `[rows, columns]` with orthonormal columns."""
+    gaussian = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(gaussian)[0].to(dtype)
+
+
+def make_inputs(case: Case, seed: int = 0) -> dict[str, Any]:
+    """Arguments for `lora_linear`, each term of the result of about the same size, and `dy`."""
+    g = torch.Generator().manual_seed(seed)
+    T, K, N, R = case.T, case.K, case.N, case.R
+    adapter_dtype = case.adapter_dtype or case.dtype
+    basis_dtype = torch.promote_types(case.dtype, torch.float32)
+
+    def normal(*shape: int, fan_in: int = 1, dtype: torch.dtype = case.dtype) -> Tensor:
+        return (torch.randn(*shape, generator=g) / fan_in**0.5).to(dtype)
+
+    return {
+        "x": normal(T, K),
+        "weight": normal(N, K, fan_in=K),
+        "bias": normal(N) if case.bias else None,
+        "lora_A": normal(R, K, fan_in=K, dtype=adapter_dtype),
+        "lora_B": normal(N, R, fan_in=R, dtype=adapter_dtype),
+        "lora_bias": normal(N, dtype=adapter_dtype) if case.lora_bias else None,
+        "write_basis": orthonormal(N, case.Q, g, basis_dtype) if case.Q else None,
+        "read_basis": orthonormal(K, case.P, g, basis_dtype) if case.P else None,
+        "dy": normal(1, 1).expand(T, N) if case.expanded_dy else normal(T, N),
+    }
+
+
+def differentiate(case: Case, inputs: dict[str, Any], **options: Any) -> dict[str, Tensor]:
+    """`y` and all gradients of the public operator; `options` go to `lora_linear`."""
+    leaves = _leaves(inputs, None)
+    y = lora_linear(
+        **leaves,
+        write_basis=inputs["write_basis"],
+        read_basis=inputs["read_basis"],
+        scaling=case.scaling,
+        project=case.project,
+        closed=case.closed,
+        dropout_p=case.dropout_p,
+        **options,
+    )
+    return _results(y, leaves, inputs["dy"])
+
+
+def differentiate_stock(
+    case: Case,
+    inputs: dict[str, Any],
+    dtype: torch.dtype | None = None,
+    without: str | None = None,
+) -> dict[str, Tensor]:
+    """The same results from a peft-style layer under plain autograd.
+
+    In float64 it is the oracle; in the dtype of the case it is the error that users have today.
+    The mask is that of the next seed of torch's generator. `without` leaves one part out, for the
+    test of the tests: "dX write", "dS write", "dA read", "dB write", "A closure", "B closure",
+    "dropout".
+    """
+    compute = dtype or case.dtype
+    leaves = _leaves(inputs, dtype)
+    V, U = inputs["write_basis"], inputs["read_basis"]
+    wide = torch.promote_types(compute, torch.float32)
+    V, U = (None if basis is None else basis.to(wide) for basis in (V, U))
+    x, A, B, b = (leaves[name] for name in ("x", "lora_A", "lora_B", "lora_bias"))
+    if U is not None:
+        if without != "dA read":
+            A = project_gradient(A, U)
+        if case.closed and without != "A closure":
+            A = project_out(A, U)
+    if V is not None:
+        if without != "dB write":
+            B = project_gradient(B.mT, V).mT
+            b = None if b is None else project_gradient(b, V)
+        if case.closed and without != "B closure":
+            B = project_out(B.mT, V).mT
+            b = None if b is None else project_out(b, V)
+
+    seed = draw_seed(inputs["x"]) if case.dropout_p else None
+    mask = dropout(torch.ones_like(inputs["x"]), seed, case.dropout_p).to(compute)
+    x_adapter = x if without == "dropout" else x * mask
+    y = F.linear(x, leaves["weight"], leaves["bias"])
+    adapter = F.linear(F.linear(x_adapter, A.to(compute)), B.to(compute))
+    if b is not None:
+        adapter = adapter + b.to(compute)
+    if case.project == "residual" and V is not None:
+        if without != "dX write":
+            y = project_gradient(y, V)
+        if without != "dS write":
+            adapter = project_gradient(adapter, V)
+    y = y + case.scaling * adapter
+    return _results(y, leaves, inputs["dy"].to(compute))
+
+
+def _leaves(inputs: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    return {
+        name: None
+        if inputs[name] is None
+        else inputs[name].detach().to(dtype or inputs[name].dtype).requires_grad_()
+        for name in DIFFERENTIABLE
+    }
+
+
+def _results(y: Tensor, leaves: dict[str, Any], dy: Tensor) -> dict[str, Tensor]:
+    present = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+    gradients = torch.autograd.grad(y, list(present.values()), dy)
+    return {"y": y.detach()} | {f"d{n}": g for n, g in zip(present, gradients, strict=True)}
+
+
+def relative_error(found: Tensor, oracle: Tensor) -> float:
+    """`‖found − oracle‖ / ‖oracle‖` in float64; 0 for empty tensors."""
+    if oracle.numel() == 0:
+        return 0.0
+    difference = torch.linalg.vector_norm(found.double() - oracle.double())
+    scale = torch.linalg.vector_norm(oracle.double())
+    return float(difference / scale) if scale > 0 else float(difference)
+
+
+def budget(stock_error: float, dtype: torch.dtype) -> float:
+    """What an error may be: 1.5 × that of the stock layer, or one rounding of the result."""
+    return max(RATIO * stock_error, ROUNDING * torch.finfo(dtype).eps)
+
+
+def check_against_oracle(
+    case: Case, backend: str, without: str | None = None
+) -> dict[str, tuple[float, float]]:
+    """The results of one case that are over budget: name -> (error, budget).
+
+    Errors are medians over a few draws: a single dot product of a T = R = 1 case may cancel badly
+    in one rounding order and not in the other. `without` cripples the oracle, not the budget.
+    """
+    errors: dict[str, list[tuple[float, float]]] = {}
+    for seed in range(DRAWS):
+        inputs = make_inputs(case, seed)
+        torch.manual_seed(seed)
+        found = differentiate(case, inputs, backend=backend)
+        torch.manual_seed(seed)
+        stock = differentiate_stock(case, inputs)
+        torch.manual_seed(seed)
+        oracle = differentiate_stock(case, inputs, torch.float64)
+        torch.manual_seed(seed)
+        target = differentiate_stock(case, inputs, torch.float64, without) if without else oracle
+        for name in oracle:
+            pair = (
+                relative_error(found[name], target[name]),
+                relative_error(stock[name], oracle[name]),
+            )
+            errors.setdefault(name, []).append(pair)
+    worse = {}
+    for name, pairs in errors.items():
+        error, stock_error = (median(values) for values in zip(*pairs, strict=True))
+        if not error <= budget(stock_error, case.dtype):  # also true for NaN
+            worse[name] = (error, budget(stock_error, case.dtype))
+    return worse

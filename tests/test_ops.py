@@ -1,0 +1,260 @@
+"""Every backend against the float64 oracle, with the error of the stock layer as the budget."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import grasp_kernels as gk
+from grasp_kernels.ops.lora_linear.api import BACKENDS
+from grasp_kernels.testing import (
+    Case,
+    check_against_oracle,
+    differentiate,
+    differentiate_stock,
+    make_inputs,
+)
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BOTH = Case(P=4, Q=4)
+# One case a feature, then the products that interact: the projection with closure and dropout.
+CASES = [
+    Case(),
+    Case(T=0, P=1, Q=1),
+    Case(T=1, R=1, P=1, Q=1),
+    Case(R=3, Q=1),
+    Case(K=160, N=144, R=12, P=32, Q=32),
+    Case(T=130, K=136, N=120, R=128, P=4),
+    Case(T=257, R=16, Q=4, bias=True),
+    Case(bias=True, lora_bias=True, Q=4),
+    Case(expanded_dy=True, P=4, Q=4),
+    *(
+        replace(BOTH, project=project, closed=closed, dropout_p=p)
+        for project in ("residual", "weights")
+        for closed in (True, False)
+        for p in (0.0, 0.3)
+    ),
+]
+MIXED = [
+    replace(BOTH, dtype=torch.bfloat16, adapter_dtype=torch.float32),
+    replace(BOTH, dtype=torch.float16, adapter_dtype=torch.float32, dropout_p=0.1),
+    replace(BOTH, dtype=torch.float32, adapter_dtype=torch.bfloat16),
+]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "case", [replace(case, dtype=dtype) for case in CASES for dtype in DTYPES] + MIXED, ids=str
+)
+def test_backend_is_within_budget_of_the_oracle(case: Case, backend: str) -> None:
+    assert check_against_oracle(case, backend) == {}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=40, deadline=None)
+@given(
+    T=st.integers(0, 40),
+    K=st.integers(1, 40),
+    N=st.integers(1, 40),
+    R=st.integers(1, 20),
+    P=st.integers(0, 5),
+    Q=st.integers(0, 5),
+    closed=st.booleans(),
+    project=st.sampled_from(("residual", "weights")),
+    dropout_p=st.sampled_from((0.0, 0.5, 1.0)),
+)
+def test_any_shape_is_exact_in_float64(backend: str, **shape: object) -> None:
+    case = Case(**shape, dtype=torch.float64, bias=True, lora_bias=True)  # type: ignore[arg-type]
+    case = replace(case, P=min(case.P, case.K), Q=min(case.Q, case.N))
+    inputs = make_inputs(case)
+    torch.manual_seed(1)
+    found = differentiate(case, inputs, backend=backend)
+    torch.manual_seed(1)
+    oracle = differentiate_stock(case, inputs)
+    for name, exact in oracle.items():
+        torch.testing.assert_close(found[name], exact, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("term", "shows_in", "case"),
+    [
+        ("dX write", "dx", BOTH),
+        ("dS write", "dlora_A", replace(BOTH, closed=False)),
+        ("dB write", "dlora_B", replace(BOTH, closed=False, project="weights")),
+        ("dA read", "dlora_A", replace(BOTH, closed=False)),
+        ("A closure", "y", BOTH),
+        ("B closure", "y", BOTH),
+        ("dropout", "y", replace(BOTH, dropout_p=0.3)),
+        ("dropout", "dx", replace(BOTH, dropout_p=0.3)),
+        ("dropout", "dlora_A", replace(BOTH, dropout_p=0.3)),
+    ],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_missing_term_would_be_over_budget(
+    term: str, shows_in: str, case: Case, dtype: torch.dtype, backend: str
+) -> None:
+    """The test of the test: against an oracle without the term, the backend must fail."""
+    worse = check_against_oracle(replace(case, dtype=dtype), backend, without=term)
+    assert shows_in in worse
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("Q", [0, 3])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_gradcheck(backend: str, Q: int, dropout_p: float) -> None:
+    """With project="weights" and closure the gradients are the true ones of the forward."""
+    case = Case(T=4, K=6, N=5, R=2, P=min(Q, 2), Q=Q, dtype=torch.float64)
+    inputs = make_inputs(replace(case, bias=True, lora_bias=True))
+    names = ("x", "weight", "bias", "lora_A", "lora_B", "lora_bias")
+
+    def run(*leaves: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(3)
+        return gk.lora_linear(
+            **dict(zip(names, leaves, strict=True)),
+            scaling=0.7,
+            write_basis=inputs["write_basis"],
+            read_basis=inputs["read_basis"],
+            project="weights",
+            dropout_p=dropout_p,
+            backend=backend,
+        )
+
+    assert torch.autograd.gradcheck(run, [inputs[name].requires_grad_() for name in names])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "case", [Case(), replace(BOTH, dropout_p=0.2, dtype=torch.bfloat16)], ids=str
+)
+def test_a_rerun_is_bitwise_identical(case: Case, backend: str) -> None:
+    inputs, runs = make_inputs(case), []
+    for _ in range(2):
+        torch.manual_seed(5)
+        runs.append(differentiate(case, inputs, backend=backend))
+    for name, first in runs[0].items():
+        assert torch.equal(first, runs[1][name]), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_number_of_leading_dimensions(backend: str) -> None:
+    inputs = make_inputs(replace(BOTH, T=30))
+    arguments = {k: v for k, v in inputs.items() if k not in ("x", "dy")}
+    flat = gk.lora_linear(inputs["x"], **arguments, scaling=0.5, backend=backend)
+    for shape in ((2, 15), (2, 3, 5), (1, 30)):
+        x = inputs["x"].view(*shape, -1)
+        y = gk.lora_linear(x, **arguments, scaling=0.5, backend=backend)
+        assert torch.equal(y, flat.view(*shape, -1))
+    single = gk.lora_linear(inputs["x"][0], **arguments, scaling=0.5, backend=backend)
+    assert single.shape == flat[0].shape
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_inputs(backend: str) -> None:
+    case = replace(BOTH, T=16)
+    inputs = make_inputs(case)
+    plain = differentiate(case, inputs, backend=backend)
+    strided = dict(inputs)
+    strided["x"] = inputs["x"].mT.contiguous().mT
+    strided["dy"] = torch.stack([inputs["dy"], inputs["dy"]], dim=2)[..., 0]
+    strided["weight"] = inputs["weight"].mT.contiguous().mT
+    for name, found in differentiate(case, strided, backend=backend).items():
+        torch.testing.assert_close(found, plain[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_write_weight_is_only_a_cache() -> None:
+    inputs = make_inputs(BOTH)
+    C = inputs["write_basis"].mT @ inputs["weight"]
+    with_cache = differentiate(BOTH, inputs, write_weight=C)
+    for name, found in differentiate(BOTH, inputs).items():
+        assert torch.equal(found, with_cache[name]), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_retain_graph_gives_the_same_gradients_again(backend: str) -> None:
+    inputs = make_inputs(BOTH)
+    A = inputs["lora_A"].requires_grad_()
+    arguments = {k: v for k, v in inputs.items() if k != "dy"}
+    y = gk.lora_linear(**arguments, scaling=0.5, dropout_p=0.5, backend=backend)
+    first = torch.autograd.grad(y, A, inputs["dy"], retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(y, A, inputs["dy"])[0])
+
+
+def test_unneeded_gradients_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from grasp_kernels.ops.lora_linear import aten
+
+    asked = []
+    original = aten.backward
+
+    def spy(dy, x, saved, op, needs):  # type: ignore[no-untyped-def]
+        asked.append(needs)
+        found = original(dy, x, saved, op, needs)
+        assert [g is not None for g in found] == list(needs)
+        return found
+
+    monkeypatch.setattr(aten, "backward", spy)
+    inputs = make_inputs(BOTH)
+    dy = inputs.pop("dy")
+    inputs["lora_B"].requires_grad_()
+    gk.lora_linear(**inputs, scaling=0.5, backend="aten").backward(dy)
+    assert asked[0]._asdict() == dict.fromkeys(asked[0]._fields, False) | {"lora_B": True}
+
+
+def test_second_derivatives_are_refused() -> None:
+    inputs = make_inputs(Case())
+    x = inputs["x"].requires_grad_()
+    arguments = {k: v for k, v in inputs.items() if k != "dy"}
+    (gradient,) = torch.autograd.grad(
+        gk.lora_linear(**arguments, scaling=0.5).square().sum(), x, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_what_a_linear_layer_casts(dtype: torch.dtype) -> None:
+    inputs = make_inputs(replace(BOTH, bias=True))
+    arguments = {k: v for k, v in inputs.items() if k != "dy"}
+    with torch.autocast("cpu", dtype=dtype):
+        y = gk.lora_linear(**arguments, scaling=0.5)
+    cast = arguments | {name: arguments[name].to(dtype) for name in ("x", "weight", "bias")}
+    assert y.dtype == dtype
+    assert torch.equal(y, gk.lora_linear(**cast, scaling=0.5))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"weight": torch.zeros(40, 47)}, ValueError, "x has shape"),
+        (
+            {"lora_B": torch.zeros(40, 5)},
+            ValueError,
+            r"lora_B has shape \(40, 5\), expected \(40, 4\)",
+        ),
+        ({"write_basis": torch.zeros(48, 4)}, ValueError, r"write_basis has shape \(48, 4\)"),
+        ({"read_basis": torch.zeros(40, 4)}, ValueError, r"read_basis has shape \(40, 4\)"),
+        ({"lora_A": torch.zeros(0, 48), "lora_B": torch.zeros(40, 0)}, ValueError, "rank 0"),
+        (
+            {"x": torch.zeros(33, 48, dtype=torch.bfloat16)},
+            TypeError,
+            "weight has dtype torch.float32",
+        ),
+        ({"lora_A": torch.zeros(4, 48, dtype=torch.int64)}, TypeError, "floating point"),
+        ({"lora_A": torch.zeros(4, 48, device="meta")}, ValueError, "lora_A is on meta"),
+        ({"project": "stream"}, ValueError, "project is 'stream'; use one of"),
+        ({"dropout_p": 1.5}, ValueError, "dropout_p is 1.5"),
+        ({"backend": "tpu"}, ValueError, "backend 'tpu' is unknown"),
+    ],
+)
+def test_bad_input_is_named(change: dict, error: type[Exception], message: str) -> None:
+    inputs = make_inputs(BOTH)
+    del inputs["dy"]
+    with pytest.raises(error, match=message):
+        gk.lora_linear(**(inputs | {"scaling": 0.5} | change))
+
+
+def test_backends_says_what_can_run() -> None:
+    assert gk.backends("cpu") == dict.fromkeys(BACKENDS)
