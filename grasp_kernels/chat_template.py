@@ -99,7 +99,7 @@ def _marked_spans(
         )
     n_answers = sum(map(is_answer, messages))
     # A template may mark an answer in parts; only a context needs to know which part is whose.
-    if not spans[0] or (context and len(spans[0]) != n_answers):
+    if (n_answers and not spans[0]) or (context and len(spans[0]) != n_answers):
         raise ValueError(
             f"The {{% generation %}} markers of the chat template enclose {len(spans[0])} parts "
             f"where the conversation has {n_answers} answers: put them around every assistant "
