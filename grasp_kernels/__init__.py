@@ -5,7 +5,7 @@ The way of the data, one module a step:
     adapters        peft model, folder or file  -> LoRA weights with their site in the model
     identification  LoRA weights                -> Subspace (self_contrast: base model, records -> Subspace)
     subspace        orthonormal bases by module name, saved as safetensors
-    layers          peft model and Subspace     -> the same model on GraspLoRALinear
+    replacement     peft model and Subspace     -> the same model on layers.GraspLoRALinear
     ops             the differentiable operator -> a backend -> gradients
 
 Importing the package needs torch alone; every public name is imported on first use.
@@ -29,8 +29,8 @@ _HOMES = {
     "project_adapter": "closure",
     "project_gradient": "ops",
     "randomized_svd": "svd",
-    "replace_lora_layers": "layers",
-    "restore_lora_layers": "layers",
+    "replace_lora_layers": "replacement",
+    "restore_lora_layers": "replacement",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]

@@ -17,14 +17,13 @@ from torch import Tensor
 
 from grasp_kernels.ops.lora_linear.api import lora_linear
 from grasp_kernels.ops.lora_linear.dropout import draw_seed, dropout
-from grasp_kernels.ops.project_gradient import project_gradient, project_out
+from grasp_kernels.ops.projection import project_columns, project_gradient, project_rows
 
 DIFFERENTIABLE = ("x", "weight", "bias", "lora_A", "lora_B", "lora_bias")
 # A result that is stored in a dtype carries about a quarter of its machine epsilon (rms of one
 # rounding to nearest), however it was computed.
 ROUNDING = 0.25
 RATIO = 1.5
-DRAWS = 5
 
 
 @dataclass(frozen=True)
@@ -123,14 +122,14 @@ def differentiate_stock(
         if without != "dA read":
             A = project_gradient(A, U)
         if case.closed and without != "A closure":
-            A = project_out(A, U)
+            A = project_rows(A, U)
     if V is not None:
         if without != "dB write":
             B = project_gradient(B.mT, V).mT
             b = None if b is None else project_gradient(b, V)
         if case.closed and without != "B closure":
-            B = project_out(B.mT, V).mT
-            b = None if b is None else project_out(b, V)
+            B = project_columns(B, V)
+            b = None if b is None else project_columns(b, V)
 
     seed = draw_seed(inputs["x"]) if case.dropout_p else None
     mask = dropout(torch.ones_like(inputs["x"]), seed, case.dropout_p).to(compute)
@@ -182,11 +181,11 @@ def check_against_oracle(
 ) -> dict[str, tuple[float, float]]:
     """The results of one case that are over budget: name -> (error, budget).
 
-    Errors are medians over a few draws: a single dot product of a T = R = 1 case may cancel badly
-    in one rounding order and not in the other. `without` cripples the oracle, not the budget.
+    Errors are medians over draws, more of them where `dS[T, R]` has few elements: the rounding of
+    a single number is luck. `without` cripples the oracle, not the budget.
     """
     errors: dict[str, list[tuple[float, float]]] = {}
-    for seed in range(DRAWS):
+    for seed in range(5 + 60 // max(1, case.T * case.R)):
         inputs = make_inputs(case, seed)
         torch.manual_seed(seed)
         found = differentiate(case, inputs, backend=backend)

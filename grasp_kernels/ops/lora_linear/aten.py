@@ -17,11 +17,8 @@ from torch import Tensor
 
 from grasp_kernels.ops.lora_linear.dropout import masks
 from grasp_kernels.ops.lora_linear.operands import Gradients, Needs, Operands, Saved
-from grasp_kernels.ops.lora_linear.reference import (
-    closed_factors,
-    project_columns,
-    project_rows,
-)
+from grasp_kernels.ops.lora_linear.reference import closed_factors
+from grasp_kernels.ops.projection import project_columns, project_rows
 
 
 def unsupported(where: torch.device) -> str | None:

@@ -21,25 +21,12 @@ from torch import Tensor
 
 from grasp_kernels.ops.lora_linear.dropout import dropout
 from grasp_kernels.ops.lora_linear.operands import Gradients, Needs, Operands, Saved
+from grasp_kernels.ops.projection import project_columns, project_rows
 
 
 def unsupported(where: torch.device) -> str | None:
     """The specification runs everywhere."""
     return None
-
-
-def project_columns(matrix: Tensor, basis: Tensor | None) -> Tensor:
-    """`(I − V Vᵀ) M` for `M[N, ...]` and `V[N, Q]`, at least in float32."""
-    if basis is None:
-        return matrix
-    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    basis = basis.to(wide.dtype)
-    return wide - basis @ (basis.mT @ wide)
-
-
-def project_rows(matrix: Tensor, basis: Tensor | None) -> Tensor:
-    """`M (I − U Uᵀ)` for `M[..., K]` and `U[K, P]`, at least in float32."""
-    return project_columns(matrix.mT, basis).mT
 
 
 def closed_factors(op: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:

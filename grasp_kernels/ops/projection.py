@@ -1,6 +1,6 @@
-"""Identity forward, projected backward: for writers that a LoRA operator does not cover.
+"""Projections onto the complement of a basis, of small matrices and of gradients.
 
-Shapes: T tokens, N residual width, Q write basis size.
+Shapes: N, K widths of the residual stream or of an input, P, Q basis sizes.
 """
 
 from __future__ import annotations
@@ -11,10 +11,18 @@ import torch
 from torch import Tensor
 
 
-def project_out(matrix: Tensor, basis: Tensor) -> Tensor:
-    """`M (I − V Vᵀ)` for `M[..., N]` and orthonormal `V[N, Q]`, in the dtype of `M`."""
-    basis = basis.to(matrix.dtype)
-    return matrix - (matrix @ basis) @ basis.mT
+def project_columns(matrix: Tensor, basis: Tensor | None) -> Tensor:
+    """`(I − V Vᵀ) M` for `M[N, ...]` and `V[N, Q]`, at least in float32; `M` without a basis."""
+    if basis is None:
+        return matrix
+    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    basis = basis.to(wide.dtype)
+    return wide - basis @ (basis.mT @ wide)
+
+
+def project_rows(matrix: Tensor, basis: Tensor | None) -> Tensor:
+    """`M (I − U Uᵀ)` for `M[..., K]` and `U[K, P]`, at least in float32."""
+    return project_columns(matrix.mT, basis).mT
 
 
 class _ProjectGradient(torch.autograd.Function):
@@ -26,7 +34,8 @@ class _ProjectGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *dy: Tensor) -> tuple[Tensor, None]:
         (basis,) = ctx.saved_tensors
-        return project_out(dy[0], basis.to(dy[0].device)), None
+        basis = basis.to(dy[0])
+        return dy[0] - (dy[0] @ basis) @ basis.mT, None
 
 
 def project_gradient(y: Tensor, basis: Tensor) -> Tensor:

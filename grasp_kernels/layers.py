@@ -1,0 +1,272 @@
+"""GraspLoRALinear: peft's LoRA layer, computed by one operator that also projects the gradient.
+
+Shapes: T tokens, K in, N out, R LoRA rank, P read basis size, Q write basis size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners import lora
+from torch import Tensor, nn
+
+from grasp_kernels.ops import lora_linear, project_gradient
+from grasp_kernels.ops.lora_linear.aten import write_weight
+from grasp_kernels.ops.projection import project_columns, project_rows
+
+# A factor counts as closed when its share along the basis is at rounding level; writing it again
+# would change the last bit at every save.
+_CLOSED_TO = 8
+
+
+class GraspLoRALinear(lora.Linear):
+    """A `peft.tuners.lora.Linear` whose forward is `grasp_kernels.lora_linear`.
+
+    Parameters, state-dict keys, merging and adapter management are peft's. Where the operator does
+    not apply (see `why_stock`) the stock forward runs, with the same projection of its gradient.
+    Closed layers keep `Vᵀ ΔW = 0` and `ΔW U = 0` in whatever leaves them: forward, state dict,
+    merged weights.
+
+    Attributes:
+        write_basis: `V[N, Q]`, float32, non-persistent buffer, or None.
+        read_basis: `U[K, P]`, float32, non-persistent buffer, or None.
+        project: "residual" or "weights", see `lora_linear`.
+        closed_adapters: names of the adapters that are kept closed.
+        backend: "auto" or the name of a backend.
+    """
+
+    write_basis: Tensor | None
+    read_basis: Tensor | None
+    project: str
+    closed_adapters: frozenset[str]
+    backend: str
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: LoraConfig,
+        *args: Any,
+        write_basis: Tensor | None = None,
+        read_basis: Tensor | None = None,
+        project: str = "residual",
+        closed: bool = True,
+        backend: str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(base_layer, adapter_name, config, *args, **kwargs)
+        self.set_projection(write_basis, read_basis, project, closed, backend)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        r: int = 16,
+        lora_alpha: int = 32,
+        *,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        adapter_name: str = "default",
+        write_basis: Tensor | None = None,
+        read_basis: Tensor | None = None,
+        project: str = "residual",
+        closed: bool = True,
+        backend: str = "auto",
+    ) -> GraspLoRALinear:
+        """Adapt one `nn.Linear` in a script without a peft model; its weight is frozen."""
+        config = LoraConfig(
+            r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, use_rslora=use_rslora
+        )
+        linear.requires_grad_(False)
+        return cls(
+            linear,
+            adapter_name,
+            config,
+            r=r,
+            lora_alpha=lora_alpha,
+            write_basis=write_basis,
+            read_basis=read_basis,
+            project=project,
+            closed=closed,
+            backend=backend,
+        )
+
+    @classmethod
+    def adopt(cls, layer: lora.Linear, *projection: Any) -> None:
+        """Turn a stock layer into this class in place; arguments as for `set_projection`."""
+        layer.__class__ = cls
+        assert isinstance(layer, cls)
+        layer.set_projection(*projection)
+
+    def release(self) -> None:
+        """Turn this layer back into peft's own, in place, with the weights it computed with."""
+        self.close_()
+        for name in ("write_basis", "read_basis"):
+            delattr(self, name)
+        for name in ("project", "closed_adapters", "backend", "_write_weight"):
+            self.__dict__.pop(name)
+        self.__class__ = lora.Linear
+
+    def set_projection(
+        self,
+        write_basis: Tensor | None,
+        read_basis: Tensor | None,
+        project: str,
+        closed: bool,
+        backend: str,
+    ) -> None:
+        """Set bases and options; the adapters that exist now are closed if `closed`."""
+        weight = self.get_base_layer().weight
+        for name, basis in (("write_basis", write_basis), ("read_basis", read_basis)):
+            if basis is not None:
+                basis = basis.detach().to(weight.device, torch.float32)
+            self.register_buffer(name, basis, persistent=False)
+        self.project = project
+        self.closed_adapters = frozenset(self.lora_A) if closed else frozenset()
+        self.backend = backend
+        self._write_weight: tuple[Any, Tensor | None] = (None, None)
+        self.close_()
+
+    def why_stock(self, x: Tensor, *args: Any, **kwargs: Any) -> str | None:
+        """None when the operator computes this call, else why peft's own forward does."""
+        if args or any(value is not None for value in kwargs.values()):
+            return f"extra arguments {sorted(kwargs)}"
+        if self.disable_adapters:
+            return "adapters are disabled"
+        if self.merged:
+            return "the adapter is merged"
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if len(active) != 1:
+            return f"{len(active)} active adapters"
+        reason = why_never(self, active[0])
+        if reason is not None:
+            return reason
+        weight = self.base_layer.weight
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            return f"input of {x.dtype} for a weight of {weight.dtype}"
+        return None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`Y[..., N]` from `X[..., K]`."""
+        if self.why_stock(x, *args, **kwargs) is not None:
+            return self._stock_forward(x, *args, **kwargs)
+        adapter = next(name for name in self.active_adapters if name in self.lora_A)
+        lora_B, dropout = self.lora_B[adapter], self.lora_dropout[adapter]
+        return lora_linear(
+            x,
+            self.base_layer.weight,
+            self.base_layer.bias,
+            self.lora_A[adapter].weight,
+            lora_B.weight,
+            self.scaling[adapter],
+            lora_bias=lora_B.bias,
+            write_basis=self.write_basis,
+            read_basis=self.read_basis,
+            write_weight=self._cached_write_weight(),
+            project=self.project,
+            closed=adapter in self.closed_adapters,
+            dropout_p=dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0,
+            backend=self.backend,
+        )
+
+    def _stock_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.close_()
+        y = super().forward(x, *args, **kwargs)
+        if self.project == "residual" and self.write_basis is not None:
+            y = project_gradient(y, self.write_basis)
+        return y
+
+    def _cached_write_weight(self) -> Tensor | None:
+        """`C = Vᵀ W [Q, K]`, which only changes when the base weight does."""
+        if self.project != "residual" or self.write_basis is None:
+            return None
+        key, cached = self._write_weight
+        if torch.compiler.is_compiling():
+            return cached
+        weight = self.base_layer.weight
+        now = (weight.data_ptr(), weight._version, weight.dtype)
+        if now != key:
+            with torch.no_grad():
+                cached = write_weight(weight, self.write_basis)
+            self._write_weight = (now, cached)
+        return cached
+
+    @torch.no_grad()
+    def close_(self) -> None:
+        """Write `A°`, `B°`, `b°` into the parameters; the function of the layer stays as it is."""
+        for name in self.closed_adapters & self.lora_A.keys():
+            lora_A, lora_B = self.lora_A[name], self.lora_B[name]
+            _close_(lora_A.weight, lambda A: project_rows(A, self.read_basis))
+            _close_(lora_B.weight, lambda B: project_columns(B, self.write_basis))
+            if lora_B.bias is not None:
+                _close_(lora_B.bias, lambda b: project_columns(b, self.write_basis))
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """peft's `ΔW`, which merging uses, of the closed factors."""
+        self.close_()
+        return super().get_delta_weight(adapter)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # A state dict visits this layer before the factors below it, so they are stored closed;
+        # closing in place (not a copy) makes the checkpoint the very state that training goes on
+        # from, so that a resumed run repeats an uninterrupted one bit by bit.
+        self.close_()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GraspLoRALinear:
+        # `model.bfloat16()` must not round the bases: closure is as exact as they are.
+        bases = self.write_basis, self.read_basis
+        super()._apply(fn, recurse)
+        for name, basis in zip(("write_basis", "read_basis"), bases, strict=True):
+            moved = getattr(self, name)
+            if moved is not None and moved.dtype != torch.float32:
+                setattr(self, name, basis.to(moved.device))
+        return self
+
+
+def why_never(layer: nn.Module, adapter: str) -> str | None:
+    """Why the operator can never compute a peft layer as it is set up, or None if it can."""
+    if not isinstance(layer, lora.Linear):
+        return f"{type(layer).__module__}.{type(layer).__qualname__} is not peft's lora.Linear"
+    base = layer.base_layer
+    if type(base) is not nn.Linear:
+        return f"the base layer is a {type(base).__name__}"
+    if layer.fan_in_fan_out:
+        return "fan_in_fan_out weights"
+    if adapter in layer.lora_variant:
+        return f"the LoRA variant {type(layer.lora_variant[adapter]).__name__}"
+    if base.weight.requires_grad:
+        return "the base weight is trained too"
+    children = (base, layer.lora_A[adapter], layer.lora_B[adapter])
+    if any(_has_hooks(child) for child in children):
+        return "a child module has hooks"
+    if any(type(child.weight) is not nn.Parameter for child in children):
+        return f"a weight is a {type(base.weight).__name__}"
+    if not base.weight.is_floating_point():
+        return f"a base weight of {base.weight.dtype}"
+    if not isinstance(layer.lora_dropout[adapter], (nn.Dropout, nn.Identity)):
+        return f"the dropout is a {type(layer.lora_dropout[adapter]).__name__}"
+    return None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "_hf_hook" in module.__dict__
+    )
+
+
+def _close_(parameter: Tensor, projection: Callable[[Tensor], Tensor]) -> None:
+    closed = projection(parameter)
+    if closed is parameter or parameter.is_meta:
+        return
+    removed = torch.linalg.vector_norm(closed - parameter.to(closed.dtype))
+    rounding = _CLOSED_TO * torch.finfo(parameter.dtype).eps
+    if removed > rounding * torch.linalg.vector_norm(closed):
+        parameter.copy_(closed)
