@@ -63,7 +63,8 @@ def _leakage(adapters: dict[str, Any]) -> Figure:
     for axes, (side, modules) in zip(all_axes, sides.items(), strict=False):
         for name, adapter in adapters.items():
             values = [adapter["leakage"][module][side] for module in modules]
-            axes.plot(values, "o", color=_COLOURS[name], label=_LABELS[name], markersize=4)
+            style = {"marker": "o", "markersize": 4, "linestyle": "", "clip_on": False}
+            axes.plot(values, color=_COLOURS[name], label=_LABELS[name], **style)
         role, formula = words[side]
         axes.set(
             xlabel=f"{role}, first layer to last",

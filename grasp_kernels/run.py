@@ -48,7 +48,10 @@ def run(config: RunConfig) -> Report:
     with folder.lock():
         folder.check(config, fingerprints)
         if not folder.report.exists():
+            from grasp_kernels.training import training_arguments
+
             inputs = prepare(config, checkpoint)
+            training_arguments(config, inputs.steps, folder.work)  # refuses what Trainer would
             folder.claim(config, fingerprints)
             _stages(config, folder, inputs)
         return Report.load(folder.report)
@@ -92,7 +95,7 @@ def _train(config: RunConfig, folder: RunFolder, inputs: Inputs, subspace: Subsp
         pad_token_id=inputs.pad_token_id,
         work=folder.work / out.name,
         out=out,
-        description=f"{out.name} LoRA",
+        description="naive LoRA" if subspace is None else "GRASP LoRA",
         snapshots=early_checkpoints(config, folder, inputs.steps) if subspace is None else {},
         subspace=subspace,
         saved_base_name=_public_name(config),
@@ -135,7 +138,7 @@ def _identify_from_weights(config: RunConfig, folder: RunFolder, inputs: Inputs)
             adapters,
             k=config.k,
             side=config.side,
-            scope=config.scope,
+            scope="shared" if config.scope == "auto" else config.scope,
             generator=torch.Generator().manual_seed(config.seed),
             base_model=str(inputs.checkpoint),
         )
@@ -151,6 +154,7 @@ def _identify_from_answers(config: RunConfig, inputs: Inputs) -> Subspace:
         inputs.tokenizer,
         [record for record in inputs.records if "messages" in record],
         k=config.k,
+        scope="layer" if config.scope == "auto" else config.scope,
         batch_size=config.batch_size,
         generator=torch.Generator().manual_seed(config.seed),
         progress=True,

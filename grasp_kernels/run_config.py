@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 IDENTIFY = ("weights", "self-contrast", "both")
 SIDES = ("write", "read", "both")
@@ -39,12 +39,13 @@ class RunConfig:
     output: str = _required("folder of this run; an unfinished run in it goes on")
 
     identify: str = _option("weights", "where the subspace comes from", choices=IDENTIFY)
-    k: int | str = _option("auto", "number of directions, or 'auto'")
+    k: int | Literal["auto"] = _option("auto", "number of directions, or 'auto'")
     side: str = _option("write", "side of the weights that is looked at", choices=SIDES)
     scope: str = _option(
-        "shared",
-        "one subspace of the residual stream or one per layer, when it comes from weights",
-        choices=SCOPES,
+        "auto",
+        "one subspace of the residual stream for all layers, or one per layer; "
+        "auto: shared from weights, per layer from self-contrast",
+        choices=("auto", *SCOPES),
     )
     early_checkpoints: tuple[float, ...] = _option(
         (1 / 16, 1 / 8, 1 / 4),

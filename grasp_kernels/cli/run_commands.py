@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from dataclasses import MISSING, Field, fields
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from grasp_kernels.run_config import RunConfig
 
@@ -48,9 +48,9 @@ def _add_option(parser: argparse.ArgumentParser, option: Field[Any], hint: Any) 
     parser.add_argument(f"--{option.name.replace('_', '-')}", **settings)
 
 
-def number_of_directions(text: str) -> int | str:
+def number_of_directions(text: str) -> int | Literal["auto"]:
     """The value of `--k`."""
-    return text if text == "auto" else int(text)
+    return "auto" if text == "auto" else int(text)
 
 
 _VALUES: dict[Any, dict[str, Any]] = {
@@ -59,7 +59,7 @@ _VALUES: dict[Any, dict[str, Any]] = {
     int: {"type": int, "metavar": "N"},
     int | None: {"type": int, "metavar": "N"},
     float: {"type": float, "metavar": "X"},
-    int | str: {"type": number_of_directions, "metavar": "N"},
+    int | Literal["auto"]: {"type": number_of_directions, "metavar": "N"},
     tuple[float, ...]: {"type": float, "nargs": "+", "metavar": "X"},
     tuple[str, ...]: {"nargs": "+", "metavar": "NAME"},
 }

@@ -1,0 +1,240 @@
+"""Every subcommand through `main`: what it writes, prints and returns."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from grasp_kernels.cli import main
+from grasp_kernels.inputs import attach_lora, load_model
+from grasp_kernels.run_config import RunConfig
+from grasp_kernels.sites import model_sites
+from grasp_kernels.subspace import Subspace
+
+pytest_plugins = ("fixtures_run",)
+
+WIDTH = 32
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter whose writers all write along the first axis, beside a little noise."""
+    folder = tmp_path_factory.mktemp("cli") / "adapter"
+    config = RunConfig(model="m", data="d", output="o", rank=4)
+    model = attach_lora(load_model(tiny_model_dir, "auto"), config, str(tiny_model_dir))
+    generator = torch.Generator().manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=0.01, generator=generator)
+            if "o_proj" in name or "down_proj" in name:
+                weight.data[0] += 1.0
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def axis(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Subspace file of the first axis at every writer."""
+    path = tmp_path_factory.mktemp("cli") / "axis.safetensors"
+    sites = model_sites(load_model(tiny_model_dir, "auto"))
+    Subspace.from_stream(torch.eye(WIDTH)[:, :1], sites).save(path)
+    return path
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "from grasp_kernels.cli import main\n"
+        "try: main(['run', '-h'])\n"
+        "except SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "--early-checkpoints" in done.stdout
+
+
+def test_run_takes_its_options_and_defaults_from_the_configuration(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import grasp_kernels.run
+
+    seen: list[RunConfig] = []
+
+    def record(config: RunConfig) -> Any:
+        seen.append(config)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(grasp_kernels.run, "run", record)
+    paths = ["run", "--model", "m", "--data", "d", "--output", "o"]
+    main(paths)
+    assert seen.pop() == RunConfig(model="m", data="d", output="o")
+    main(
+        [*paths, "--k", "3", "--no-closed", "--early-checkpoints", "0.1", "1", "--steps", "9"]
+        + ["--target-modules", "o_proj", "down_proj", "--neutral", "n", "--identify", "both"]
+    )
+    assert seen.pop() == RunConfig(
+        model="m",
+        data="d",
+        output="o",
+        k=3,
+        closed=False,
+        early_checkpoints=(0.1, 1.0),
+        steps=9,
+        target_modules=("o_proj", "down_proj"),
+        neutral="n",
+        identify="both",
+    )
+
+
+def test_run_prints_where_its_results_are(
+    tiny_model_dir: Path,
+    chat_jsonl: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["run", "--model", str(tiny_model_dir), "--data", str(chat_jsonl)]
+    command += ["--output", str(tmp_path / "out"), "--steps", "2", "--rank", "2"]
+    assert main(command) == 0
+    first = capsys.readouterr().out
+    assert "Verdict: " in first
+    assert str(tmp_path / "out" / "report.md") in first
+    assert main(command) == 0
+    assert "finished before; nothing was done" in capsys.readouterr().out
+    assert main([*command, "--seed", "5"]) == 2
+    assert "error: The run in" in (errors := capsys.readouterr().err)
+    assert "seed = 0, not 5" in errors
+    assert "Traceback" not in errors
+
+
+def test_stopped_run_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import grasp_kernels.run
+
+    def stop(config: RunConfig) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grasp_kernels.run, "run", stop)
+    assert main(["run", "--model", "m", "--data", "d", "--output", "o"]) == 130
+    assert "the same command goes on from the last checkpoint" in capsys.readouterr().err
+
+
+def test_identify_finds_the_planted_axis(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "subspace.safetensors"
+    assert main(["identify", str(adapter), "--output", str(out), "--k", "1"]) == 0
+    subspace = Subspace.load(out)
+    assert subspace.stream is not None
+    assert subspace.stream[0].abs().item() > 0.99
+    assert subspace.summary() in capsys.readouterr().out
+
+
+def test_inspect_tells_adapters_from_subspaces(
+    adapter: Path, axis: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plot = tmp_path / "adapter.png"
+    assert main(["inspect", str(adapter), "--plot", str(plot)]) == 0
+    table = capsys.readouterr().out
+    assert table.count("model.layers.") == 21
+    assert "leading singular values" in table
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert main(["inspect", str(axis)]) == 0
+    assert "verdict found, k = 1" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "missing")]) == 2
+
+
+def test_singular_values_are_those_of_the_whole_change(adapter: Path) -> None:
+    from grasp_kernels.adapters import load_adapter
+    from grasp_kernels.inspection import singular_values
+
+    layer = load_adapter(adapter).layers[3]
+    change = layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
+    torch.testing.assert_close(singular_values(layer), torch.linalg.svdvals(change)[:4])
+
+
+def test_check_fails_before_and_passes_after_project(
+    adapter: Path, axis: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    projected = tmp_path / "projected"
+    assert main(["check", str(adapter), str(axis)]) == 1
+    assert "above the tolerance 0.004" in capsys.readouterr().out
+    assert main(["project", str(adapter), str(axis), "--output", str(projected)]) == 0
+    assert main(["check", str(projected), str(axis), "--tolerance", "1e-5"]) == 0
+    assert "within the tolerance" in capsys.readouterr().out
+
+
+def test_check_of_nothing_is_an_error(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "empty.safetensors"
+    Subspace.nothing("write", "shared", ["noise"]).save(empty)
+    assert main(["check", str(adapter), str(empty)]) == 2
+    assert "nothing to check" in capsys.readouterr().err
+
+
+def test_doctor_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    import grasp_kernels
+
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert torch.__version__ in printed
+    assert all(f"backend {name}" in printed for name in grasp_kernels.backends())
+
+
+def test_demo_gets_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    import grasp_kernels.demo
+
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        grasp_kernels.demo, "run_demo", lambda output, *, seed: seen.append((output, seed))
+    )
+    assert main(["demo", "--output", "there", "--seed", "7"]) == 0
+    assert seen == [("there", 7)]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["identify", "missing", "--output", "x.safetensors"],
+        ["inspect", "missing"],
+        ["check", "missing", "missing.safetensors"],
+        ["project", "missing", "missing.safetensors", "--output", "x"],
+        ["run", "--model", "missing/model/name", "--data", "d", "--output", "o"],
+    ],
+)
+def test_missing_files_give_one_sentence(
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert "missing" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(FileNotFoundError):
+        main(["inspect", "missing", "--debug"])
+
+
+def test_library_that_is_missing_is_named_with_its_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "grasp_kernels.adapters", None)
+    monkeypatch.setitem(sys.modules, "grasp_kernels.inspection", None)
+    assert main(["inspect", "anything"]) == 2
+    assert "pip install 'grasp_kernels[train]'" in capsys.readouterr().err

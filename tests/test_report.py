@@ -1,0 +1,106 @@
+"""What report.md says must follow from its numbers."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grasp_kernels.figures import draw_figures, smoothed
+from grasp_kernels.report_text import report_text
+from grasp_kernels.run_config import RunConfig
+
+
+def movement(along: float) -> dict[str, Any]:
+    return {"layers": [0, 1], "along": [along, along], "total": [4.0, 4.0], "mean_along": along,
+            "share": along / 4}  # fmt: skip
+
+
+def adapter(along: float, leakage: float) -> dict[str, Any]:
+    return {
+        "curve": {"step": [1, 2, 3], "loss": [3.0, 2.0, 1.25]},
+        "leakage": {"model.layers.0.mlp.down_proj": {"write": leakage, "read": None}},
+        "movement": {"training": movement(along), "neutral": movement(along)},
+    }
+
+
+@pytest.fixture
+def numbers() -> dict[str, Any]:
+    """As report.json has them."""
+    config = RunConfig(model="m", data="d", output="o")
+    return {
+        "versions": {"torch": "2.13"},
+        "config": {**vars(config)},
+        "model": {"type": "llama", "layers": 2, "width": 8, "parameters": 1000},
+        "data": {"records": 10, "trained_on": 9, "held_out": 0, "dropped": 1},
+        "steps": 3,
+        "subspace": {"verdict": "found", "reasons": ["a clear gap"], "k": 1, "scope": "shared"},
+        "chance_share": 0.35,
+        "promoted_tokens": [{"one_end": ["a|b", "\n"], "other_end": ["c`"]}],
+        "adapters": {"naive": adapter(2.0, 0.5), "grasp": adapter(0.5, 1e-7)},
+        "figures": ["training.png", "movement.png"],
+    }
+
+
+def test_prevention_is_stated_by_how_much(numbers: dict[str, Any]) -> None:
+    text = report_text(numbers)
+    assert "by 2 along the subspace (50.0% of its whole movement)" in text
+    assert "the GRASP adapter by 0.5 (12.5%): 4.0 times less" in text
+    assert "| leakage ‖Vᵀ ΔW‖ / ‖ΔW‖ | 0.5 | 1e-07 |" in text
+    assert "| training loss, last tenth | 1.2500 | 1.2500 |" in text
+
+
+@pytest.mark.parametrize(
+    ("along", "said"), [(2.0, "the retraining did not prevent it"), (0.0, "(0.0%): not at all")]
+)
+def test_failure_and_full_success_are_stated_plainly(
+    numbers: dict[str, Any], along: float, said: str
+) -> None:
+    numbers["adapters"]["grasp"] = adapter(along, 0.0)
+    assert said in report_text(numbers)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "said"),
+    [
+        ("found", "The evidence passed every test"),
+        ("weak", "The evidence is **not convincing**"),
+        ("nothing", "no GRASP adapter was trained"),
+    ],
+)
+def test_every_verdict_has_its_own_words(numbers: dict[str, Any], verdict: str, said: str) -> None:
+    numbers["subspace"]["verdict"] = verdict
+    text = report_text(numbers)
+    assert said in text
+    assert f"**Verdict: {verdict}.**" in text
+    assert "- a clear gap" in text
+
+
+def test_limits_depend_on_the_run(numbers: dict[str, Any]) -> None:
+    text = report_text(numbers)
+    assert "No records were held out" in text
+    assert "1 of 10 records were left out" in text
+    held_out = copy.deepcopy(numbers)
+    held_out["base_held_out_loss"] = 3.5
+    for part in held_out["adapters"].values():
+        part["held_out_loss"] = 1.5
+    assert "No records were held out" not in report_text(held_out)
+    assert "| held-out loss (base 3.5000) | 1.5000 | 1.5000 |" in report_text(held_out)
+
+
+def test_tokens_cannot_break_the_table(numbers: dict[str, Any]) -> None:
+    assert "| 1 | `a¦b` `\\n` | `c'` |" in report_text(numbers)
+
+
+def test_figures_follow_what_was_measured(numbers: dict[str, Any], tmp_path: Path) -> None:
+    assert draw_figures(numbers, tmp_path) == ["training.png", "leakage.png", "movement.png"]
+    naive = numbers["adapters"]["naive"]
+    numbers["adapters"] = {"naive": {**naive, "leakage": {}}}
+    del numbers["adapters"]["naive"]["movement"]
+    assert draw_figures(numbers, tmp_path) == ["training.png"]
+
+
+def test_running_mean_looks_back_only() -> None:
+    assert smoothed([4.0, 2.0, 0.0, 0.0], parts=2) == [4.0, 3.0, 1.0, 0.0]
