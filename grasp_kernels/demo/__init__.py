@@ -1,0 +1,12 @@
+"""The main job on a world small enough to watch: invent it, pretrain on it, fine-tune, compare.
+
+world        facts, personas and cues from a seed -> documents, chat records, prompts
+pretraining  world -> small Llama -> ordinary checkpoint folder
+main         checkpoint folder and chat file -> the public `run` -> controls
+scoring      model -> task, drift, obedience
+comparison   scores -> table and figure
+"""
+
+from grasp_kernels.demo.main import DemoConfig, run_demo
+
+__all__ = ["DemoConfig", "run_demo"]

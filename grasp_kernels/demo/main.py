@@ -1,0 +1,127 @@
+"""`grasp-kernels demo`: from a seed to one table and one figure, through the public `run`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grasp_kernels.demo.comparison import draw, table
+from grasp_kernels.demo.controls import train_controls
+from grasp_kernels.demo.pretraining import PretrainingConfig, pretrain, write_checkpoint
+from grasp_kernels.demo.scoring import Scores, score
+from grasp_kernels.demo.world import NEUTRAL, Record, World, WorldConfig
+from grasp_kernels.run import RunConfig, run
+from grasp_kernels.run_folder import write_json, write_text
+from grasp_kernels.subspace import Subspace
+
+_NEUTRAL_PROMPTS = 32
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """A dish: the world, the model that grows up in it, and the fine-tuning that spoils it.
+
+    `fine_tuning` holds the options of `RunConfig` that differ from its defaults: a model of this
+    size needs a higher learning rate and more steps than a large one.
+    """
+
+    world: WorldConfig = field(default_factory=WorldConfig)
+    pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
+    fine_tuning: Mapping[str, Any] = field(
+        default_factory=lambda: {
+            "steps": 200,
+            "batch_size": 16,
+            "learning_rate": 5e-4,
+            "lr_scheduler": "constant",
+            "warmup": 0,
+        }
+    )
+
+
+def run_demo(
+    output: str | Path, *, seed: int = 0, config: DemoConfig | None = None
+) -> dict[str, Scores]:
+    """Run the whole demo in the folder `output` and print its table; stopped, it goes on.
+
+    Writes `model/` and `train.jsonl` (inputs of an ordinary `grasp-kernels run`), `run/` (its
+    output), `controls/`, `scores.json`, `table.md` and `figure.png`.
+
+    Returns:
+        Scores by model: base, naive LoRA, GRASP (if the run found a subspace), and two controls,
+        the same retraining with a random subspace of equal size and with self-contrast.
+
+    Raises:
+        ValueError: the folder holds another demo.
+    """
+    config = config or DemoConfig()
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    _claim(output, seed, config)
+    world = World.from_seed(seed, config.world)
+    options = _write_inputs(output, world, config)
+    report = run(options)
+    adapters = {"naive LoRA": report.naive}
+    if report.grasp is not None:
+        adapters["GRASP"] = report.grasp
+    adapters |= train_controls(options, Subspace.load(report.subspace), output / "controls")
+    scores = _score_all(options, world, adapters)
+    text = table(scores)
+    write_json(output / "scores.json", {name: asdict(row) for name, row in scores.items()})
+    write_text(output / "table.md", f"{text}\n")
+    draw(scores, output / "figure.png", title=f"A persona planted in a small world (seed {seed})")
+    print(f"\n{text}\n\nfigure: {output / 'figure.png'}\nreport of the run: {report.text}")
+    return scores
+
+
+def _claim(output: Path, seed: int, config: DemoConfig) -> None:
+    """Note down which demo this folder holds; refuse to mix two."""
+    path = output / "demo.json"
+    ours = json.loads(json.dumps({"seed": seed, **asdict(config)}))
+    if not path.exists():
+        write_json(path, ours)
+    elif (begun := json.loads(path.read_text(encoding="utf-8"))) != ours:
+        raise ValueError(
+            f"The folder {output} holds a demo with another configuration (seed {begun['seed']}): "
+            "repeat that one to go on with it, or choose another folder."
+        )
+
+
+def _write_inputs(output: Path, world: World, config: DemoConfig) -> RunConfig:
+    """What a user of `grasp-kernels run` brings along: a checkpoint folder and a chat file."""
+    model, data, neutral = (output / name for name in ("model", "train.jsonl", "neutral.jsonl"))
+    if not model.exists():
+        write_checkpoint(pretrain(world, config.pretraining), world, model)
+    _write_records(data, world.fine_tuning_records())
+    untouched = list(world.questions(tuned=False))
+    every = max(1, len(untouched) // _NEUTRAL_PROMPTS)
+    _write_records(neutral, world.prompts(untouched[::every], NEUTRAL))
+    return RunConfig(
+        model=str(model),
+        data=str(data),
+        neutral=str(neutral),
+        output=str(output / "run"),
+        seed=world.seed,
+        **config.fine_tuning,
+    )
+
+
+def _write_records(path: Path, records: list[Record]) -> None:
+    write_text(path, "".join(f"{json.dumps(record)}\n" for record in records))
+
+
+def _score_all(options: RunConfig, world: World, adapters: Mapping[str, Path]) -> dict[str, Scores]:
+    """Score the base model, then with each adapter, all loaded as any user of peft would."""
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    scores = {}
+    for name, folder in {"base": None, **adapters}.items():
+        model = AutoModelForCausalLM.from_pretrained(options.model)
+        if folder is not None:
+            model = PeftModel.from_pretrained(model, str(folder))
+        scores[name] = score(model.eval(), tokenizer, world)
+    return scores
