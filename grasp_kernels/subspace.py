@@ -46,8 +46,9 @@ class Subspace:
         reasons: what the verdict rests on, in sentences.
         evidence: JSON-able; "spectra" is a list of records, one per basis that was looked for, with
             the keys side, layer (None for a shared basis), k, singular_values, null (95 % quantile
-            by index), gap; "agreement" is a list of records with the keys side, layers (ids),
-            values (cosines), chance. The sources add keys of their own.
+            by index), gap, and statistic where the null belongs to
+            other values than the singular ones; "agreement" is a list of records with the keys
+            side, layers (ids), values (cosines), chance. The sources add keys of their own.
         metadata: JSON-able; where the bases come from (source, base_model, model_type, options,
             versions).
 

@@ -7,6 +7,7 @@ Both show what every source of a subspace puts into `evidence` ("spectra" and "a
 from __future__ import annotations
 
 from os import PathLike
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from grasp_kernels.files import whole_file
@@ -32,16 +33,15 @@ def summary(subspace: Subspace) -> str:
         )
     for record in spectra:
         layer = "all" if record["layer"] is None else str(record["layer"])
-        pairs = list(zip(record["singular_values"], record["null"], strict=False))[:4]
+        pairs = list(zip(tested(record), record["null"], strict=False))[:4]
         values = "  ".join(f"{value:.3f} ({null:.3f})" for value, null in pairs)
         lines.append(
             f"{record['side']:<6}{layer:>6}{record['k']:>3}{record['gap']:>8.2f}   {values}"
         )
     for record in subspace.evidence.get("agreement", []):
-        cosines = sorted(record["values"])
         lines.append(
             f"agreement of the layers, {record['side']} side: median "
-            f"{cosines[len(cosines) // 2]:.2f}, lowest {cosines[0]:.2f}, by chance "
+            f"{cosines[len(cosines) // 2]:.2f}, lowest {min(record['values']):.2f}, by chance "
             f"{record['chance']:.2f}"
         )
     return "\n".join([*lines, *(f"- {reason}" for reason in subspace.reasons)])
@@ -74,6 +74,11 @@ def plot(subspace: Subspace, path: str | PathLike[str]) -> None:
         figure.savefig(temporary, format="png", dpi=150)
 
 
+def tested(record: dict[str, Any]) -> list[float]:
+    """The values that the null of a spectrum belongs to: the singular values unless said otherwise."""
+    return record.get("statistic", record["singular_values"])
+
+
 def _plot_spectra(axes: Any, spectra: list[dict[str, Any]]) -> None:
     for record in spectra:
         values, null = record["singular_values"][:_SHOWN], record["null"][:_SHOWN]
@@ -101,7 +106,7 @@ def _plot_leading(axes: Any, spectra: list[dict[str, Any]]) -> None:
         records = [record for record in spectra if record["side"] == side]
         layers = [record["layer"] for record in records]
         colour = _COLOUR[side]
-        leading = [record["singular_values"][0] for record in records]
+        leading = [tested(record)[0] for record in records]
         null = [record["null"][0] for record in records]
         axes.plot(layers, leading, "-", color=colour, alpha=0.5, label=f"{side} side")
         chosen = [

@@ -1,0 +1,80 @@
+"""Numbers that speak for or against a subspace, whatever its source, and where the lines are drawn.
+
+Shapes: `D` width of the residual stream, `k`, `p`, `q` directions in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MAX_K = 4  # k="auto" never takes more; a factor is assumed to be simple
+NULL_DRAWS = 64
+NULL_QUANTILE = 0.95
+
+# In small trials with a planted factor (5 seeds, a 4-layer model) directions with a gap of at least
+# 1.6 between neighbouring singular values, and an agreement of at least 0.7 between two disjoint
+# halves of the data, were good ones; benign data gave gaps of 1.0 to 1.4 and agreements up to 0.2.
+# Not validated on large models.
+CLEAR_GAP = 1.6
+CLEAR_AGREEMENT = 0.7
+NO_AGREEMENT = 0.2
+
+_LARGEST_GAP = 1e6  # stands for a division by zero, so that evidence stays finite and JSON-able
+
+
+def gap_after(singular_values: Sequence[float], k: int) -> float:
+    """`σ_k / σ_{k+1}`, 1-based; the last value is followed by zero."""
+    following = singular_values[k] if k < len(singular_values) else 0.0
+    return min(singular_values[k - 1] / following, _LARGEST_GAP) if following else _LARGEST_GAP
+
+
+def choose_k(singular_values: Sequence[float], above_null: int, most: int = MAX_K) -> int:
+    """The leading values above the null up to their largest gap: 0 if none is above it.
+
+    Args:
+        singular_values: descending; one more than `most` where there are as many.
+        above_null: how many of them, from the first, stand above the null.
+    """
+    candidates = range(1, min(above_null, most, len(singular_values)) + 1)
+    return max(candidates, key=lambda k: gap_after(singular_values, k), default=0)
+
+
+def count_above(statistic: Tensor, null: Tensor) -> int:
+    """How many of the leading values stand above their null, without interruption."""
+    below = (statistic <= null).nonzero()
+    return int(below[0]) if len(below) else len(statistic)
+
+
+def principal_cosines(first: Tensor, second: Tensor) -> Tensor:
+    """Cosines `[min(p, q)]` of the principal angles between the spans of `[D, p]` and `[D, q]`.
+
+    Björck and Golub 1973: the singular values of the product of orthonormal bases, largest first.
+    """
+    return torch.linalg.svdvals(first.double().mT @ second.double()).clamp(max=1.0)
+
+
+def overlap(first: Tensor, second: Tensor) -> float:
+    """Root mean square of the principal cosines: 1 if the smaller span lies in the larger one."""
+    return float(principal_cosines(first, second).square().mean().sqrt())
+
+
+def chance_overlap(k: int, width: int) -> float:
+    """Expected overlap of a random direction with a `k`-dimensional subspace: `√(k / D)`."""
+    return math.sqrt(k / width)
+
+
+def more_than_chance(hits: int, trials: int) -> bool:
+    """Whether `hits` of `trials` tests at the null quantile are more than chance gives.
+
+    One-sided binomial test at the same level as the tests themselves.
+    """
+    level = 1 - NULL_QUANTILE
+    tail = sum(
+        math.comb(trials, i) * level**i * (1 - level) ** (trials - i)
+        for i in range(hits, trials + 1)
+    )
+    return hits > 0 and tail <= level

@@ -1,0 +1,272 @@
+"""LoRA weights -> the subspace of the residual stream in which a fine-tune moved.
+
+GRASP (arXiv 2605.27676), step one, from the factors alone: writers by the left singular vectors of
+their `ΔW`, readers by the right ones with the norm's gain folded in.
+
+Shapes: `D` width of the residual stream, `k` directions in it.
+
+Time on two cores, loading not counted (rank 16, all linears, write side, shared): 0.9 s for the
+shapes of Llama-3.1-8B, 4.3 s for those of the 70B model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grasp_kernels.adapters import Adapter, load_adapter
+from grasp_kernels.evidence import overlap
+from grasp_kernels.search import Finding, Options, compare_sources, search_layers, search_shared
+from grasp_kernels.sites import Site, SiteRules
+from grasp_kernels.stack import stack_blocks
+from grasp_kernels.subspace import SCOPES, SIDES, VERDICTS, Subspace
+from grasp_kernels.version import __version__
+
+_BLIND_SPOT = (
+    "A harmless factor that the whole task shares, such as an answer format, looks the same from "
+    "here: check what the directions promote and what projecting them costs the task."
+)
+_READ_CAVEAT = (
+    "Read directions mean something only once lora_A has moved away from its initialisation, which "
+    "the weights do not tell, and they often follow the mean activation."
+)
+
+
+def identify(
+    adapter: Any,
+    *,
+    k: int | str = "auto",
+    side: str = "write",
+    scope: str = "shared",
+    n_oversamples: int = 8,
+    n_iter: int = 4,
+    generator: torch.Generator | None = None,
+    base_model: nn.Module | str | PathLike[str] | None = None,
+    sites: SiteRules | None = None,
+    halves: Sequence[Any] | None = None,
+) -> Subspace:
+    """Find the directions of the residual stream along which a LoRA fine-tune moved.
+
+    Args:
+        adapter: a peft model, an adapter folder, a .safetensors file, or a list of these
+            (checkpoints of one run, or seeds), whose blocks are stacked. Early checkpoints identify
+            better than converged ones.
+        k: number of directions, or "auto": the leading singular values above the null up to their
+            largest gap, at most 4, none where the evidence is at the level of chance.
+        side: "write", "read" or "both".
+        scope: "shared", one basis for all layers, or "layer", one for each.
+        n_oversamples, n_iter: of the randomized SVD.
+        generator: source of randomness, by default a new one with seed 0.
+        base_model: module or checkpoint folder, for the norm gains (read side) and the depth, where
+            the adapter does not lead to it.
+        sites: writers and readers of an architecture that is not known.
+        halves: two or more adapters that were trained on disjoint data (or from different seeds).
+            They take no part in the basis; their agreement is the best evidence that there is.
+
+    Returns:
+        A subspace whose `reasons` carry the numbers. "found": above the null, with a clear gap,
+        carried by at least half of the layers, and not contradicted by the sources. "weak": some of
+        that is missing. "nothing": at the level of chance (never with an integer `k`). `evidence`
+        has the keys spectra and agreement (see `Subspace`) and sources, a list of records with the
+        keys side, kind ("adapters" or "halves"), values (overlap of each pair) and chance.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError: options out of range, or an adapter that cannot be
+            used, see `load_adapter`.
+    """
+    _check_options(k, side, scope)
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    options = Options(k if isinstance(k, int) else None, n_oversamples, n_iter, generator)
+    seed = generator.initial_seed()
+    given = list(adapter) if isinstance(adapter, (list, tuple)) else [adapter]
+    adapters = [load_adapter(one, base_model=base_model, sites=sites) for one in given]
+    separate = [load_adapter(one, base_model=base_model, sites=sites) for one in halves or ()]
+    if not adapters or len(separate) == 1:
+        raise ValueError(
+            f"identify got {len(adapters)} adapters and {len(separate)} halves; give at least one "
+            "adapter, and no halves or at least two."
+        )
+    sides = ("write", "read") if side == "both" else (side,)
+    findings = [_search(adapters, separate, one, scope, options) for one in sides]
+    metadata = {
+        "source": "weights",
+        "base_model": adapters[0].base_model,
+        "model_type": adapters[0].model_type,
+        "adapters": [one.source for one in adapters],
+        "halves": [one.source for one in separate],
+        "options": {
+            "k": k,
+            "side": side,
+            "scope": scope,
+            "n_oversamples": n_oversamples,
+            "n_iter": n_iter,
+            "block_norm": "spectral",
+        },
+        "seed": seed,
+        "versions": {"grasp_kernels": __version__, "torch": torch.__version__},
+    }
+    return _assemble(findings, [*adapters, *separate], side, scope, metadata)
+
+
+def agreement(first: Subspace, second: Subspace) -> float:
+    """How much two subspaces of one model agree: 1 if one lies in the other everywhere.
+
+    Root mean square of the principal cosines, averaged over the modules that both have a basis for.
+
+    Raises:
+        ValueError: no module has a basis in both.
+    """
+    pairs = [
+        (own[name], other[name])
+        for own, other in ((first.write, second.write), (first.read, second.read))
+        for name in own
+        if name in other
+    ]
+    if not pairs:
+        raise ValueError(
+            f"The two subspaces have no module in common ({len(first.write) + len(first.read)} and "
+            f"{len(second.write) + len(second.read)} bases); compare non-empty ones of the same "
+            "side."
+        )
+    # modules that share one basis on both sides have one overlap
+    distinct = {(id(one), id(other)): (one, other) for one, other in pairs}
+    values = {key: overlap(one.cpu(), other.cpu()) for key, (one, other) in distinct.items()}
+    return mean(values[id(one), id(other)] for one, other in pairs)
+
+
+def _check_options(k: int | str, side: str, scope: str) -> None:
+    if k != "auto" and (isinstance(k, (bool, str)) or not isinstance(k, int) or k < 1):
+        raise ValueError(f'k is {k!r}; it must be "auto" or a whole number of at least 1.')
+    for name, value, known in (("side", side, SIDES), ("scope", scope, SCOPES)):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}.")
+
+
+def _search(
+    adapters: list[Adapter], separate: list[Adapter], side: str, scope: str, options: Options
+) -> Finding:
+    """Stack one side of all adapters, search it, and compare the sources."""
+    chosen = [_of_side(one, side) for one in adapters]
+    stack, zero = stack_blocks(layer for layers in chosen for layer in layers)
+    if not stack.groups:
+        raise ValueError(
+            f"Every {side} block of the adapter is zero; identify on the other side, or train "
+            "longer."
+        )
+    search = search_shared if scope == "shared" else search_layers
+    finding = search(stack, side, options)
+    if len(adapters) > 1:
+        stacks = [stack_blocks(layers)[0] for layers in chosen]
+        compare_sources(finding, stacks, options, independent=False)
+    if separate:
+        stacks = [stack_blocks(_of_side(one, side))[0] for one in separate]
+        compare_sources(finding, stacks, options, independent=True)
+    elif finding.bases is not None:
+        finding.facts.append(
+            "No adapters of disjoint data were given (halves), so whether other data would give "
+            "the same directions is not known."
+        )
+    if zero:
+        finding.facts.append(f"{len(zero)} blocks are zero and were skipped ({zero[0]} first).")
+    if side == "read":
+        _read_caveats(finding, chosen)
+    return finding
+
+
+def _of_side(adapter: Adapter, side: str) -> list[Any]:
+    layers = [layer for layer in adapter.layers if layer.site.role == side]
+    if not layers:
+        other = "read" if side == "write" else "write"
+        names = adapter.rules.writers if side == "write" else tuple(adapter.rules.readers)
+        raise ValueError(
+            f"The adapter {adapter.source!r} has no LoRA weights on the {side} side "
+            f"({', '.join(names)}); train with those as targets, or identify with side={other!r}."
+        )
+    return layers
+
+
+def _read_caveats(finding: Finding, chosen: list[list[Any]]) -> None:
+    if finding.bases is None:
+        return
+    finding.facts.append(_READ_CAVEAT)
+    if any(layer.gain is None and layer.site.norm for layers in chosen for layer in layers):
+        finding.facts.append(
+            "The norm gains are not known and count as 1; give base_model to fold them in."
+        )
+
+
+def _assemble(
+    findings: list[Finding],
+    adapters: list[Adapter],
+    side: str,
+    scope: str,
+    metadata: dict[str, Any],
+) -> Subspace:
+    """Spread the bases over the modules of the model, adapted or not."""
+    notes = dict.fromkeys(note for adapter in adapters for note in adapter.notes)
+    verdict = min((finding.verdict for finding in findings), key=VERDICTS.index)
+    caveats = [] if verdict == "nothing" else [_BLIND_SPOT]
+    reasons = [
+        *(sentence for finding in findings for sentence in (*finding.facts, *finding.doubts)),
+        *caveats,
+        *notes,
+    ]
+    evidence = {
+        "spectra": [record for finding in findings for record in finding.spectra],
+        "agreement": [record for finding in findings for record in finding.agreement],
+        "sources": [record for finding in findings for record in finding.sources],
+    }
+    parts = {
+        finding.side: Subspace.from_stream(
+            finding.bases,
+            _model_sites(adapters, finding.side),
+            gains=_gains(adapters),
+            side=finding.side,
+        )
+        for finding in findings
+        if finding.bases is not None
+    }
+    if not parts:
+        return Subspace.nothing(side, scope, reasons, evidence=evidence, metadata=metadata)
+    write = parts.get("write")
+    read = parts.get("read")
+    return Subspace(
+        write.write if write else {},
+        read.read if read else {},
+        write.stream if write else None,
+        max(part.k for part in parts.values()),
+        side,
+        scope,
+        verdict,
+        tuple(reasons),
+        evidence,
+        metadata,
+    )
+
+
+def _model_sites(adapters: list[Adapter], side: str) -> Iterable[Site]:
+    """Every writer of every block, adapted or not; of the readers those behind a known norm."""
+    first = adapters[0]
+    seen = [layer.site for adapter in adapters for layer in adapter.layers]
+    places = [parts for site in seen if (parts := first.rules.split(site.name))]
+    depth = max((adapter.n_layers or 0 for adapter in adapters), default=0)
+    layers = sorted({layer for _, layer, _ in places} | set(range(depth)))
+    norms = {site.norm for site in seen}
+    for stem in dict.fromkeys(stem for stem, _, _ in places):
+        for site in first.rules.sites(stem, layers):
+            if site.role == side and (side == "write" or site.norm in norms):
+                yield site
+
+
+def _gains(adapters: list[Adapter]) -> Mapping[str, Tensor]:
+    return {
+        layer.site.norm: layer.gain
+        for adapter in adapters
+        for layer in adapter.layers
+        if layer.site.norm is not None and layer.gain is not None
+    }

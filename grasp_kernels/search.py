@@ -1,0 +1,315 @@
+"""A stack of blocks -> the directions that stand out, and how sure that is.
+
+Two searches, one basis for all layers or one for each layer, with the same kind of answer. Both
+test
+against sign flips of their own: of the whole stack for a shared basis, of the neighbouring layers
+    for
+the basis of a single layer, which has too few blocks to be tested within itself.
+
+Shapes: `D` width of the residual stream, `k` directions in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import combinations
+from statistics import mean, median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grasp_kernels.evidence import (
+    CLEAR_AGREEMENT,
+    CLEAR_GAP,
+    MAX_K,
+    NO_AGREEMENT,
+    NULL_DRAWS,
+    NULL_QUANTILE,
+    chance_overlap,
+    choose_k,
+    count_above,
+    gap_after,
+    more_than_chance,
+    overlap,
+)
+from grasp_kernels.stack import Stack, largest_by_chance, support, support_by_chance
+
+_SHOWN = 8  # singular values that are reported beside those that k needs
+# A random direction overlaps a given one by more than twice the expected √(1/D) in 5 % of all cases
+# (two-sided normal quantile), and a k-dimensional subspace less often.
+_ABOVE_CHANCE = 2.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to search; `k` is None for "auto"."""
+
+    k: int | None
+    n_oversamples: int
+    n_iter: int
+    generator: torch.Generator
+
+
+@dataclass
+class Finding:
+    """The bases of one side: one for all layers, one by layer, or None where nothing was found.
+
+    `facts` and `doubts` are sentences; without doubts the verdict is "found".
+    """
+
+    side: str
+    bases: Tensor | dict[int, Tensor] | None
+    spectra: list[dict[str, Any]]
+    agreement: list[dict[str, Any]] = field(default_factory=list)
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    facts: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        if self.bases is None:
+            return "nothing"
+        return "weak" if self.doubts else "found"
+
+
+def search_shared(stack: Stack, side: str, options: Options) -> Finding:
+    """One basis for all layers: the leading left singular vectors of the stack."""
+    _check_rank(options.k, stack, "the adapter")
+    size = min(max((options.k or MAX_K) + 1, _SHOWN), *stack.rows.shape)
+    u, s = _leading(stack, size, options)
+    values = s.tolist()
+    null = _null_of_largest(stack, options)
+    above = count_above(s, torch.full_like(s, null))
+    k = options.k or choose_k(values, above)
+    record: dict[str, Any] = {
+        "side": side,
+        "layer": None,
+        "k": k,
+        "singular_values": values,
+        "null": [null] * len(values),
+        "gap": gap_after(values, max(k, 1)),
+    }
+    finding = Finding(side, u[:, :k] if k else None, [record])
+    finding.facts.append(
+        f"{side} side: {above} of the first {len(values)} singular values of {len(stack.groups)} "
+        f"stacked blocks stand above what chance gives in {NULL_QUANTILE:.0%} of {NULL_DRAWS} sign "
+        f"flips (the largest is {values[0]:.2f} against {null:.2f})."
+    )
+    if not above:
+        _no_evidence(finding, options)
+    if k:
+        _judge_gap(finding, record["gap"], k)
+        _judge_layers(finding, stack, u[:, :k], s[:k])
+    return finding
+
+
+def search_layers(stack: Stack, side: str, options: Options) -> Finding:
+    """One basis for each layer: the left singular vectors of its own blocks.
+
+    The blocks of one layer are too few for a null of their own, so its directions must show up in
+    the blocks of the neighbouring layers, which had no part in finding them.
+    """
+    layers = stack.layers
+    finding = Finding(side, None, [])
+    bases: dict[int, Tensor] = {}
+    tops: list[Tensor] = []
+    hits = []
+    for position, layer in enumerate(layers):
+        own = stack.of_layers([layer])
+        _check_rank(options.k, own, f"layer {layer}")
+        u, s, _ = torch.linalg.svd(own.rows.mT, full_matrices=False)
+        neighbours = layers[max(position - 1, 0) : position] + layers[position + 1 : position + 2]
+        record = _layer_record(stack, neighbours, u, s.tolist(), options)
+        above = count_above(*map(torch.tensor, (record["statistic"], record["null"])))
+        k = options.k or choose_k(record["singular_values"], above)
+        if above:
+            hits.append(layer)
+        if k:
+            bases[layer] = u[:, :k].contiguous()
+        record.update(side=side, layer=layer, k=k)
+        record["gap"] = gap_after(record["singular_values"], max(k, 1))
+        finding.spectra.append(record)
+        tops.append(u[:, :1])
+    finding.facts.append(
+        f"{side} side: the directions of {len(hits)} of {len(layers)} layers show up in the "
+        f"neighbouring layers more than {NULL_QUANTILE:.0%} of {NULL_DRAWS} sign flips do."
+    )
+    if more_than_chance(len(hits), len(layers)) or options.k:
+        finding.bases = bases
+    if len(layers) > 1 and not more_than_chance(len(hits), len(layers)):
+        _no_evidence(finding, options)
+    if finding.bases is None:
+        _judge_reach(finding, layers, layers)
+        return finding
+    _judge_gap(finding, median(record["gap"] for record in finding.spectra if record["k"]), None)
+    if len(layers) > 1:
+        values = [
+            mean(overlap(tops[i], tops[j]) for j in (i - 1, i + 1) if 0 <= j < len(tops))
+            for i in range(len(tops))
+        ]
+        _record_agreement(finding, layers, values, chance_overlap(1, stack.rows.shape[1]))
+    _judge_reach(finding, hits, layers)
+    return finding
+
+
+def compare_sources(
+    finding: Finding, stacks: list[Stack], options: Options, *, independent: bool
+) -> None:
+    """Add the agreement between the bases that each source gives by itself.
+
+    Args:
+        independent: the sources saw different data, so that agreement is evidence of a factor.
+    """
+    if finding.bases is None:
+        return
+    found = [_bases_like(finding.bases, stack, options) for stack in stacks]
+    values, chances = [], []
+    for first, second in combinations(found, 2):
+        common = [key for key in first if key in second]
+        values.append(mean(overlap(first[key], second[key]) for key in common))
+        chances.append(mean(chance_overlap(first[key].shape[1], len(first[key])) for key in common))
+    value, chance = mean(values), mean(chances)
+    kind = "halves" if independent else "adapters"
+    finding.sources.append({"side": finding.side, "kind": kind, "values": values, "chance": chance})
+    numbers = f"{value:.2f} (by chance {chance:.2f})"
+    if independent:
+        sentence = (
+            f"Adapters of separate data or seeds agree on the {finding.side} basis to {numbers}."
+        )
+    else:
+        sentence = (
+            f"The {len(stacks)} adapters agree on the {finding.side} basis to {numbers}; for "
+            "checkpoints of one run that says only that it has settled, not that other data would "
+            "give it."
+        )
+    (finding.doubts if value < CLEAR_AGREEMENT else finding.facts).append(sentence)
+    if independent and value <= NO_AGREEMENT and options.k is None:
+        finding.bases = None
+
+
+def _leading(stack: Stack, rank: int, options: Options) -> tuple[Tensor, Tensor]:
+    return stack.leading(
+        rank,
+        n_oversamples=options.n_oversamples,
+        n_iter=options.n_iter,
+        generator=options.generator,
+    )
+
+
+def _null_of_largest(stack: Stack, options: Options) -> float:
+    """The quantile that the first singular value, and so each of them, must pass.
+
+    One bound for all of them: it holds for the largest value, so for the others it is strict.
+    """
+    draws = largest_by_chance(stack, NULL_DRAWS, options.generator)
+    return float(draws.quantile(NULL_QUANTILE))
+
+
+def _layer_record(
+    stack: Stack, neighbours: list[int], u: Tensor, values: list[float], options: Options
+) -> dict[str, Any]:
+    """Spectrum of a layer, and the support of its directions in the neighbours with its null."""
+    tested = u[:, : min(options.k or MAX_K, MAX_K)]
+    record = {"singular_values": values[: max(options.k or 0, MAX_K) + 1]}
+    if not neighbours:
+        return {**record, "statistic": [0.0], "null": [0.0]}
+    around = stack.of_layers(neighbours)
+    null = support_by_chance(around, tested, NULL_DRAWS, options.generator)
+    return {
+        **record,
+        "statistic": support(around, tested).tolist(),
+        "null": null.quantile(NULL_QUANTILE, dim=0).tolist(),
+    }
+
+
+def _check_rank(k: int | None, stack: Stack, where: str) -> None:
+    rank = int(torch.linalg.matrix_rank(stack.rows @ stack.rows.mT)) if k else 0
+    if k and k > rank:
+        raise ValueError(
+            f"k is {k}, but {where} moved along {rank} directions only; choose k ≤ {rank}."
+        )
+
+
+def _no_evidence(finding: Finding, options: Options) -> None:
+    finding.doubts.append(
+        "That is what unrelated layers give, so there is no evidence of a common direction."
+        if options.k is None
+        else f"That is what unrelated layers give; k={options.k} directions were asked for."
+    )
+
+
+def _judge_gap(finding: Finding, gap: float, k: int | None) -> None:
+    which = "The median gap after the chosen directions" if k is None else f"The gap after k = {k}"
+    if gap < CLEAR_GAP:
+        finding.doubts.append(
+            f"{which} is {gap:.2f}, below {CLEAR_GAP}, so the number of directions is not clear."
+        )
+    else:
+        finding.facts.append(f"{which} is {gap:.2f}.")
+
+
+def _judge_layers(finding: Finding, stack: Stack, u: Tensor, s: Tensor) -> None:
+    """Compare the top direction of each layer with the basis that the other layers give.
+
+    Leaving a layer out is one power step from the shared basis, `(GGᵀ − G_l G_lᵀ) U`: without it a
+    layer would agree with itself. The step would flatter unaligned layers, but those were refused
+    before.
+    """
+    layers = stack.layers
+    if len(layers) > 1:
+        values = []
+        for layer in layers:
+            rows = stack.of_layers([layer]).rows
+            others = torch.linalg.qr(u * s.square() - rows.mT @ (rows @ u))[0]
+            top = torch.linalg.svd(rows.mT, full_matrices=False)[0][:, :1]
+            values.append(overlap(top, others))
+        chance = chance_overlap(u.shape[1], len(u))
+        _record_agreement(finding, layers, values, chance)
+        hits = [
+            layer
+            for layer, value in zip(layers, values, strict=True)
+            if value > _ABOVE_CHANCE * chance
+        ]
+    else:
+        hits = layers
+    _judge_reach(finding, hits, layers)
+
+
+def _record_agreement(
+    finding: Finding, layers: list[int], values: list[float], chance: float
+) -> None:
+    finding.agreement.append(
+        {"side": finding.side, "layers": layers, "values": values, "chance": chance}
+    )
+    finding.facts.append(
+        f"The top direction of a layer agrees with the others to {median(values):.2f} in the "
+        f"median (by chance {chance:.2f})."
+    )
+
+
+def _judge_reach(finding: Finding, hits: list[int], layers: list[int]) -> None:
+    if len(layers) == 1:
+        finding.doubts.append(
+            f"Only layer {layers[0]} carries weights on this side, so no other layer can confirm "
+            "it."
+        )
+    elif 2 * len(hits) < len(layers):
+        named = ", ".join(map(str, hits[:12])) or "none"
+        finding.doubts.append(
+            f"Only {len(hits)} of {len(layers)} layers move along it (layers: {named})."
+        )
+
+
+def _bases_like(
+    bases: Tensor | dict[int, Tensor], stack: Stack, options: Options
+) -> dict[int, Tensor]:
+    """What a stack gives by itself in place of `bases`: by layer, -1 for the shared basis."""
+    if isinstance(bases, Tensor):
+        return {-1: _leading(stack, min(bases.shape[1], *stack.rows.shape), options)[0]}
+    own = {}
+    for layer, basis in bases.items():
+        if layer in stack.layers:
+            u = torch.linalg.svd(stack.of_layers([layer]).rows.mT, full_matrices=False)[0]
+            own[layer] = u[:, : basis.shape[1]]
+    return own
