@@ -28,8 +28,7 @@ def summary(subspace: Subspace) -> str:
     spectra = subspace.evidence.get("spectra", [])
     if spectra:
         lines.append(
-            f"{'side':<6}{'layer':>6}{'k':>3}{'gap':>8}   leading singular values (95 % of the "
-            "null)"
+            f"{'side':<6}{'layer':>6}{'k':>3}{'gap':>8}   tested values (95 % of the null)"
         )
     for record in spectra:
         layer = "all" if record["layer"] is None else str(record["layer"])
@@ -41,7 +40,7 @@ def summary(subspace: Subspace) -> str:
     for record in subspace.evidence.get("agreement", []):
         lines.append(
             f"agreement of the layers, {record['side']} side: median "
-            f"{cosines[len(cosines) // 2]:.2f}, lowest {min(record['values']):.2f}, by chance "
+            f"{median(record['values']):.2f}, lowest {min(record['values']):.2f}, by chance "
             f"{record['chance']:.2f}"
         )
     return "\n".join([*lines, *(f"- {reason}" for reason in subspace.reasons)])
@@ -75,7 +74,7 @@ def plot(subspace: Subspace, path: str | PathLike[str]) -> None:
 
 
 def tested(record: dict[str, Any]) -> list[float]:
-    """The values that the null of a spectrum belongs to: the singular values unless said otherwise."""
+    """The values that the null belongs to: singular values unless the record says otherwise."""
     return record.get("statistic", record["singular_values"])
 
 
