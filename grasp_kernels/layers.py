@@ -222,7 +222,7 @@ class GraspLoRALinear(lora.Linear):
         super()._apply(fn, recurse)
         for name, basis in zip(("write_basis", "read_basis"), bases, strict=True):
             moved = getattr(self, name)
-            if moved is not None and moved.dtype != torch.float32:
+            if basis is not None and moved.dtype != torch.float32:
                 setattr(self, name, basis.to(moved.device))
         return self
 

@@ -5,6 +5,7 @@ Shapes: K in, N out, P read basis size, Q write basis size, D residual width.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from grasp_kernels.layers import GraspLoRALinear, why_never
 from grasp_kernels.ops import backends, project_gradient
 from grasp_kernels.ops.lora_linear.api import PROJECTIONS
-from grasp_kernels.sites import SiteRules, base_name, model_sites
+from grasp_kernels.sites import Site, SiteRules, base_name, model_sites
 from grasp_kernels.subspace import Subspace
 
 _HOOKS = "_grasp_writer_hooks"
@@ -29,6 +30,7 @@ class Replacement:
     write_projected: list[str] = field(default_factory=list)
     read_projected: list[str] = field(default_factory=list)
     hooked_writers: list[str] = field(default_factory=list)  # no adapter: only dY is projected
+    bare_writers: list[str] = field(default_factory=list)  # the subspace has no basis for them
     fallbacks: dict[str, str] = field(default_factory=dict)  # name -> why it stays with peft
 
     def __str__(self) -> str:
@@ -37,6 +39,7 @@ class Replacement:
             ("  with a write basis", len(self.write_projected)),
             ("  with a read basis", len(self.read_projected)),
             ("writers without an adapter, gradient projected", len(self.hooked_writers)),
+            ("writers that the subspace does not cover", len(self.bare_writers)),
             ("layers that stay with peft", len(self.fallbacks)),
         ]
         width = max(len(title) for title, _ in rows)
@@ -81,13 +84,16 @@ def replace_lora_layers(
         raise ValueError(
             "the model has no LoRA layers; wrap it with peft.get_peft_model before replacing them"
         )
-    if subspace is None or subspace.is_empty:
-        write, read = {}, {}
-    else:
-        write, read = _bases(model, subspace, sites)
+    report = Replacement()
+    write: dict[str, Tensor] = {}
+    read: dict[str, Tensor] = {}
+    if subspace is not None and not subspace.is_empty:
+        known = model_sites(model, sites)
+        write, read = _bases(model, subspace, known)
+        writers = [site.name for site in known if site.role == "write"]
+        report.bare_writers = [name for name in writers if write and name not in write]
     restore_lora_layers(model)
 
-    report = Replacement()
     for name, layer in layers.items():
         reason = _why_kept(layer)
         if reason is not None:
@@ -123,16 +129,17 @@ def _check_options(project: str, backend: str) -> None:
 def _why_kept(layer: LoraLayer) -> str | None:
     if type(layer) not in (lora.Linear, GraspLoRALinear):
         return f"a {type(layer).__name__} layer of peft has no operator here"
+    if "forward" in layer.__dict__:
+        return "its forward was replaced on the instance (device_map and offloading do that)"
     reasons = (why_never(layer, adapter) for adapter in layer.lora_A)
     return next((reason for reason in reasons if reason is not None), None)
 
 
 def _bases(
-    model: nn.Module, subspace: Subspace, sites: SiteRules | None
+    model: nn.Module, subspace: Subspace, known: Iterable[Site]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The bases by module name, checked against the model."""
     modules = {base_name(name): module for name, module in model.named_modules()}
-    known = model_sites(model, sites)
     write = dict(subspace.write)
     if subspace.stream is not None:
         for site in known:
@@ -152,12 +159,6 @@ def _bases(
                     f"the {role} basis for {name!r} has {basis.shape[0]} rows but the layer has "
                     f"{width} features; identify the subspace on an adapter of this model"
                 )
-    bare = [site.name for site in known if site.role == "write" and site.name not in write]
-    if write and bare:
-        raise ValueError(
-            f"the subspace has no write basis for {len(bare)} writers such as {bare[0]!r}, through "
-            "which the factor could still be learned; identify it with all layers, or scope='shared'"
-        )
     return write, dict(subspace.read)
 
 

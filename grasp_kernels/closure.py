@@ -1,0 +1,158 @@
+"""How much of an adapter lies along a subspace, and its removal from a finished adapter.
+
+Shapes: K in, N out, R LoRA rank, P read basis size, Q write basis size.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from grasp_kernels.adapter_files import WEIGHTS, find_weights
+from grasp_kernels.adapters import load_adapter
+from grasp_kernels.files import whole_folder
+from grasp_kernels.ops.projection import project_columns, project_rows
+from grasp_kernels.sites import base_name
+from grasp_kernels.subspace import Subspace
+
+_COPIED = (".json", ".md", ".jinja")  # an adapter folder's configuration, card, tokenizer
+
+
+class Leakage(NamedTuple):
+    """Shares of `ΔW` in one layer, 0 to 1; None where the layer has no such basis."""
+
+    read: float | None  # ‖ΔW U‖ / ‖ΔW‖
+    write: float | None  # ‖Vᵀ ΔW‖ / ‖ΔW‖
+
+
+def leakage(
+    source: nn.Module | str | PathLike[str], subspace: Subspace | None = None
+) -> dict[str, Leakage]:
+    """The leakage of every LoRA layer that has a basis, by module name in the base model.
+
+    Args:
+        source: a model with LoRA layers (its first active adapter counts), or an adapter folder.
+        subspace: whose bases to measure along; by default those of the model's GraspLoRALinear
+            layers.
+
+    Raises:
+        ValueError: no bases to measure along, or a subspace of another model.
+    """
+    if isinstance(source, nn.Module):
+        layers = list(_model_layers(source, subspace))
+    elif subspace is None:
+        raise ValueError("an adapter folder has no bases of its own; pass the subspace to measure")
+    else:
+        layers = [
+            (
+                layer.site.name,
+                layer.lora_A,
+                layer.lora_B,
+                subspace.read.get(layer.site.name),
+                subspace.write.get(layer.site.name),
+            )
+            for layer in load_adapter(source).layers
+        ]
+    found = {
+        name: _layer_leakage(name, A, B, U, V)
+        for name, A, B, U, V in layers
+        if U is not None or V is not None
+    }
+    if not found:
+        raise ValueError(
+            "no LoRA layer has a basis to measure along; pass a subspace that covers these layers"
+        )
+    return found
+
+
+def _model_layers(
+    model: nn.Module, subspace: Subspace | None
+) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None, Tensor | None]]:
+    """Name, A, B, U, V of every adapted linear layer."""
+    for name, module in model.named_modules():
+        lora_A = getattr(module, "lora_A", None)
+        if not isinstance(lora_A, nn.ModuleDict) or not lora_A:
+            continue
+        layer: Any = module
+        active = [a for a in layer.active_adapters if a in lora_A] or list(lora_A)
+        if subspace is None:
+            U, V = getattr(layer, "read_basis", None), getattr(layer, "write_basis", None)
+        else:
+            site = base_name(name)
+            U, V = subspace.read.get(site), subspace.write.get(site)
+        if active[0] in getattr(layer, "closed_adapters", ()):
+            layer.close_()
+        A, B = layer.lora_A[active[0]].weight, layer.lora_B[active[0]].weight
+        yield base_name(name), A.detach(), B.detach(), U, V
+
+
+@torch.no_grad()
+def _layer_leakage(name: str, A: Tensor, B: Tensor, U: Tensor | None, V: Tensor | None) -> Leakage:
+    A, B = A.double(), B.double()
+    for role, basis, width in (("read", U, A.shape[1]), ("write", V, B.shape[0])):
+        if basis is not None and basis.shape[0] != width:
+            raise ValueError(
+                f"the {role} basis for {name!r} has {basis.shape[0]} rows but the layer has "
+                f"{width} features; the subspace belongs to another model"
+            )
+    total = _product_norm(B, A)
+    if total == 0.0:
+        return Leakage(None if U is None else 0.0, None if V is None else 0.0)
+    return Leakage(
+        None if U is None else _product_norm(B, A @ U.to(A)) / total,
+        None if V is None else _product_norm(V.to(B).mT @ B, A) / total,
+    )
+
+
+def _product_norm(B: Tensor, A: Tensor) -> float:
+    """`‖B A‖` from the R×R Gram matrices, without forming the product."""
+    return float(((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0.0).sqrt())
+
+
+def project_adapter(
+    adapter_dir: str | PathLike[str], subspace: Subspace, out: str | PathLike[str]
+) -> None:
+    """Remove a subspace from a finished adapter: `A (I − U Uᵀ)`, `(I − V Vᵀ) B`.
+
+    A baseline and a quick remedy, not GRASP: the retrain with projected gradients is what lets the
+    rest of the adapter learn the task without the factor. `out` is a new adapter folder in peft's
+    format, with the dtypes of the old one.
+
+    Raises:
+        FileExistsError: `out` exists.
+        ValueError: the subspace is empty, or covers no layer of the adapter.
+    """
+    from safetensors.torch import load_file, save_file
+
+    source, target = Path(adapter_dir), Path(out)
+    if target.exists():
+        raise FileExistsError(f"{str(target)!r} exists; choose a new folder for the adapter")
+    if subspace.is_empty:
+        raise ValueError("the subspace is empty, there is nothing to project out of the adapter")
+    leakage(source, subspace)  # checks the adapter, and that the two fit
+    weights = find_weights(source, None)
+    projected = _projected(load_file(weights), subspace)
+    with whole_folder(target) as folder:
+        for file in weights.parent.iterdir():
+            if file.suffix in _COPIED and file.is_file():
+                shutil.copy2(file, folder / file.name)
+        save_file(projected, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def _projected(tensors: Mapping[str, Tensor], subspace: Subspace) -> dict[str, Tensor]:
+    found = {}
+    for key, tensor in tensors.items():
+        name, _, factor = base_name(key).rpartition(".lora_")
+        projected = tensor
+        if factor.startswith("A"):
+            projected = project_rows(tensor, subspace.read.get(name))
+        elif factor.startswith("B"):
+            projected = project_columns(tensor, subspace.write.get(name))
+        found[key] = projected.to(tensor.dtype).contiguous()
+    return found

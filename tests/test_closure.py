@@ -1,0 +1,95 @@
+"""Leakage of adapters and their projection after the fact."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny_model, tiny_peft_model
+from peft import PeftModel
+from safetensors.torch import load_file
+from test_replacement import a_subspace, logits
+
+import grasp_kernels as gk
+
+
+def test_leakage_is_the_share_of_the_update() -> None:
+    model = tiny_peft_model()
+    subspace = a_subspace(model)
+    leaks = gk.leakage(model, subspace)
+    assert len(leaks) == 7 * 3
+    for name, module in model.named_modules():
+        site = gk.sites.base_name(name)
+        if not hasattr(module, "get_delta_weight"):
+            continue
+        delta = module.get_delta_weight("default").double()
+        if site in subspace.write:
+            expected = (subspace.write[site].double().mT @ delta).norm() / delta.norm()
+            assert leaks[site].write == pytest.approx(float(expected), rel=1e-5)
+            assert leaks[site].read is None
+        else:
+            expected = (delta @ subspace.read[site].double()).norm() / delta.norm()
+            assert leaks[site].read == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_an_untrained_layer_leaks_nothing() -> None:
+    model = tiny_peft_model()
+    with torch.no_grad():
+        model.get_base_model().model.layers[0].mlp.down_proj.lora_B.default.weight.zero_()
+    leaks = gk.leakage(model, a_subspace(model))
+    assert leaks["model.layers.0.mlp.down_proj"].write == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_projected_adapter_is_closed_and_loads_in_stock_peft(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    model = tiny_peft_model(lora_bias=True).to(dtype)
+    subspace = a_subspace(model)
+    model.save_pretrained(tmp_path / "adapter")
+    gk.project_adapter(tmp_path / "adapter", subspace, tmp_path / "out" / "projected")
+    limit = 1e-6 if dtype == torch.float32 else 4e-3
+    for leak in gk.leakage(tmp_path / "out" / "projected", subspace).values():
+        assert all(share is None or share <= limit for share in leak)
+    old = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    new = load_file(tmp_path / "out" / "projected" / "adapter_model.safetensors")
+    assert {k: (v.shape, v.dtype) for k, v in old.items()} == {
+        k: (v.shape, v.dtype) for k, v in new.items()
+    }
+    # The layers compute with the same closed factors.
+    gk.replace_lora_layers(model, subspace)
+    projected = PeftModel.from_pretrained(tiny_model().to(dtype), tmp_path / "out" / "projected")
+    projected.to(dtype)
+    expected = logits(model)
+    assert (logits(projected) - expected).norm() <= 4 * torch.finfo(dtype).eps * expected.norm()
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["projected"]
+
+
+def test_bad_input_is_named(tmp_path: Path) -> None:
+    model = tiny_peft_model()
+    subspace = a_subspace(model)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="has no bases of its own; pass the subspace"):
+        gk.leakage(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="no LoRA layer has a basis"):
+        gk.leakage(model)
+    with pytest.raises(FileExistsError, match="exists; choose a new folder"):
+        gk.project_adapter(tmp_path / "adapter", subspace, tmp_path / "adapter")
+    nothing = gk.Subspace.nothing("write", "shared", ["no evidence"])
+    with pytest.raises(ValueError, match="the subspace is empty"):
+        gk.project_adapter(tmp_path / "adapter", nothing, tmp_path / "out")
+    narrow = gk.Subspace(
+        {"model.layers.0.mlp.down_proj": torch.eye(8)[:, :1]},
+        {},
+        None,
+        1,
+        "write",
+        "layer",
+        "found",
+    )
+    with pytest.raises(ValueError, match=r"has 8 rows but the layer has 32 features"):
+        gk.leakage(tmp_path / "adapter", narrow)
+    with pytest.raises(ValueError, match=r"has 8 rows but the layer has 32 features"):
+        gk.project_adapter(tmp_path / "adapter", narrow, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(FileNotFoundError):
+        gk.project_adapter(tmp_path / "missing", subspace, tmp_path / "out")
