@@ -60,7 +60,7 @@ def test_a_projected_adapter_is_closed_and_loads_in_stock_peft(
     projected = PeftModel.from_pretrained(tiny_model().to(dtype), tmp_path / "out" / "projected")
     projected.to(dtype)
     expected = logits(model)
-    assert (logits(projected) - expected).norm() <= 4 * torch.finfo(dtype).eps * expected.norm()
+    assert (logits(projected) - expected).norm() <= 16 * torch.finfo(dtype).eps * expected.norm()
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["projected"]
 
 

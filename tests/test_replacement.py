@@ -1,6 +1,7 @@
 """peft models on GraspLoRALinear: equality with stock peft, projection, closure, round trips."""
 
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -62,15 +63,20 @@ def total_error(found: dict[str, Tensor], oracle: dict[str, Tensor]) -> float:
 def test_without_a_subspace_it_is_stock_peft(config: Any, lora_bias: bool) -> None:
     options: dict[str, Any] = {} if config is None else {"config_class": config}
     model = tiny_peft_model(**options, lora_bias=lora_bias)
-    loss, stock = loss_and_gradients(model)
-    report = gk.replace_lora_layers(model)
-    assert len(report.replaced) == 7 * 3
-    assert not report.fallbacks
-    loss_again, found = loss_and_gradients(model)
-    gk.restore_lora_layers(model)
-    _, oracle = loss_and_gradients(model.double())
-    torch.testing.assert_close(loss_again, loss)
-    assert total_error(found, oracle) <= 1.5 * total_error(stock, oracle)
+    ratios = []
+    for seed in range(9):  # the error of one draw is luck: single ratios range from 0.4 to 2.3
+        randomise_adapter(model, seed)
+        loss, stock = loss_and_gradients(model)
+        report = gk.replace_lora_layers(model)
+        assert len(report.replaced) == 7 * 3
+        assert not report.fallbacks
+        loss_again, found = loss_and_gradients(model)
+        torch.testing.assert_close(loss_again, loss)
+        gk.restore_lora_layers(model)
+        _, oracle = loss_and_gradients(model.double())
+        model.float()
+        ratios.append(total_error(found, oracle) / total_error(stock, oracle))
+    assert median(ratios) <= 1.5
 
 
 @pytest.mark.parametrize("targets", [ALL_LINEAR, ("q_proj", "v_proj"), ("down_proj",)])

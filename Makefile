@@ -1,0 +1,36 @@
+# `make demo` runs the main job, `make test` the checks; each sets everything up by itself.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+DEMO ?= demo-output
+SEED ?= 0
+
+.PHONY: demo test lint bench clean
+
+demo: $(READY)
+	$(BIN)/grasp-kernels demo --output $(DEMO) --seed $(SEED)
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/grasp-kernels bench
+
+# torch first and alone: a range that admits a newer release would fetch gigabytes of CUDA packages
+# on a machine that has no use for them. TORCH="torch" takes the newest.
+TORCH ?= torch==2.13.0
+$(READY): pyproject.toml setup.py csrc/host.cpp
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet pybind11 ninja "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info grasp_kernels/*.so
