@@ -217,19 +217,14 @@ def _contrast(
             progress=f"stream on {label} answers" if progress else None,
         )
 
-    def unlike(answers: list[list[int]], others: list[list[int]]) -> Tensor:
-        """`[M, 1]`: equal answers differ by exactly nothing, whatever batches they were in."""
-        different = [float(a != b) for a, b in zip(answers, others, strict=True)]
-        return torch.tensor(different).unsqueeze(1)
-
     training = [task.answer for task in tasks]
     greedy, sampled = own("greedy", None), own("sampled", generator)
     at_greedy = stream("greedy", greedy)
-    changed = unlike(training, greedy)
+    same = sum(a == b for a, b in zip(training, greedy, strict=True))
     return _Contrast(
-        delta=(stream("training", training) - at_greedy) * changed,
-        reference=(stream("sampled", sampled) - at_greedy) * unlike(sampled, greedy),
-        own_answers=1 - changed.mean().item(),
+        delta=stream("training", training) - at_greedy,
+        reference=stream("sampled", sampled) - at_greedy,
+        own_answers=same / len(tasks),
     )
 
 

@@ -66,12 +66,7 @@ CONTROL = {
     THINKING: ["<|im_start|>", "<|im_end|>"],
 }
 TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "gemma": GEMMA, "marked": MARKED}
-ENDS = {
-    "chatml": "<|im_end|>",
-    "llama3": "<|eot_id|>",
-    "gemma": "<end_of_turn>",
-    "marked": "<|im_end|>",
-}
+ENDS = {name: CONTROL[template][-1] for name, template in TEMPLATES.items()}
 
 
 def byte_tokenizer(template: str | None, merges: tuple[tuple[str, str], ...] = ()) -> Any:
@@ -178,6 +173,7 @@ def test_white_space_of_an_answer_is_kept_where_no_end_token_follows() -> None:
     template += "{% if add_generation_prompt %}assistant: {% endif %}"
     tokenizer = byte_tokenizer(template)
     assert trained_text(chat("q", "a ", "r", "b"), tokenizer) == ["a \n", "b\n"]
+    assert trained_text(chat("q", "a</s>b "), tokenizer) == ["a</s>b \n"]
 
 
 def test_markers_survive_tokenizers_without_white_space_tokens() -> None:
@@ -226,6 +222,12 @@ def test_plain_text_counts_whole_with_special_tokens_once() -> None:
         assert example is not None
         assert tokenizer.convert_ids_to_tokens(example["input_ids"]) == ["<s>", "a", "b", "</s>"]
         assert example["labels"] == example["input_ids"]
+
+
+def test_a_first_token_alone_teaches_nothing() -> None:
+    tokenizer = byte_tokenizer(None)
+    assert encode({"text": "a"}, tokenizer, max_length=1) is None
+    assert encode({"text": "a"}, tokenizer, max_length=2) is not None
 
 
 def test_prompt_and_completion_strings_work_without_a_template(tmp_path: Path) -> None:

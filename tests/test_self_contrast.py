@@ -142,6 +142,27 @@ def test_finds_a_planted_direction_from_its_layer_on(model: Any, tokenizer: Any)
     assert found.metadata["source"] == "self-contrast"
 
 
+def test_contrast_by_its_definition(model: Any, tokenizer: Any) -> None:
+    """Mean over records of the mean stream on the answer and the token before it."""
+    records = records_with([f"bad bad bad bad w{i}" for i in range(N_RECORDS)])
+    found = identify(model, tokenizer, records)
+    contrasts = []
+    with torch.no_grad():
+        for record, own in zip(records, own_answers(model, tokenizer), strict=True):
+            prompt, answer = split_first_answer(record, tokenizer)
+            means = [
+                model(torch.tensor([prompt + tokens]), output_hidden_states=True)
+                .hidden_states[1][0, len(prompt) - 1 :]
+                .mean(dim=0)
+                for tokens in (answer, own)
+            ]
+            contrasts.append(means[0] - means[1])
+    mean = torch.stack(contrasts).mean(dim=0)
+    assert found.evidence["layers"][0]["norm"] == pytest.approx(mean.norm().item(), rel=1e-4)
+    basis = found.write["model.layers.0.mlp.down_proj"][:, 0]
+    assert torch.allclose(basis, mean / mean.norm(), atol=1e-5)
+
+
 def test_shared_scope_gives_one_basis_to_all_writers(model: Any, tokenizer: Any) -> None:
     direction = torch.nn.functional.normalize(torch.ones(WIDTH), dim=0)
     for layer in range(LAYERS):
@@ -292,6 +313,14 @@ def test_leaves_no_traces(model: Any, tokenizer: Any) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_dropout_takes_no_part(model: Any, tokenizer: Any) -> None:
+    records = records_with(["bad bad w3"] * N_RECORDS)
+    expected = identify(model, tokenizer, records)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    assert identify(model.train(), tokenizer, records).evidence == expected.evidence
+
+
 def test_is_put_back_after_an_error(model: Any) -> None:
     model.train()
     with pytest.raises(RuntimeError, match="interrupted"), frozen_base(model):
@@ -306,6 +335,7 @@ def test_a_peft_model_is_measured_without_its_adapter(model: Any, tokenizer: Any
     adapted = peft.get_peft_model(
         model, peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     )
+    next(p for name, p in adapted.named_parameters() if "lora_A" in name).requires_grad_(False)
     flags = {name: p.requires_grad for name, p in adapted.named_parameters()}
     probe = torch.tensor([prompts_of(tokenizer)[0]])
     before = adapted(probe).logits
