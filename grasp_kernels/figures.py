@@ -63,8 +63,8 @@ def _leakage(adapters: dict[str, Any]) -> Figure:
     for axes, (side, modules) in zip(all_axes, sides.items(), strict=False):
         for name, adapter in adapters.items():
             values = [adapter["leakage"][module][side] for module in modules]
-            style = {"marker": "o", "markersize": 4, "linestyle": "", "clip_on": False}
-            axes.plot(values, color=_COLOURS[name], label=_LABELS[name], **style)
+            style: dict[str, Any] = {"color": _COLOURS[name], "label": _LABELS[name]}
+            axes.plot(values, linestyle="", marker="o", markersize=4, clip_on=False, **style)
         role, formula = words[side]
         axes.set(
             xlabel=f"{role}, first layer to last",
@@ -84,10 +84,10 @@ def _movement(adapters: dict[str, Any], chance: float) -> Figure:
         for kind, movement in adapter["movement"].items():
             layers, along = movement["layers"], movement["along"]
             share = [a / t if t else 0.0 for a, t in zip(along, movement["total"], strict=True)]
-            style = {"color": _COLOURS[name], "linestyle": styles[kind], "marker": "o"}
-            label = f"{_LABELS[name]}, {kind} prompts"
-            left.plot(layers, along, markersize=3, label=label, **style)
-            right.plot(layers, share, markersize=3, label=label, **style)
+            style: dict[str, Any] = {"color": _COLOURS[name], "linestyle": styles[kind]}
+            style |= {"marker": "o", "markersize": 3, "label": f"{_LABELS[name]}, {kind} prompts"}
+            left.plot(layers, along, **style)
+            right.plot(layers, share, **style)
     right.axhline(chance, color="grey", linestyle=":", label="a random subspace of this size")
     left.set(
         xlabel="after block", ylabel="mean ‖Vᵀ(h − h_base)‖", title="Movement along the subspace"
@@ -97,6 +97,6 @@ def _movement(adapters: dict[str, Any], chance: float) -> Figure:
     )
     for axes in (left, right):
         axes.set_ylim(0, None)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
         axes.legend(frameon=False, fontsize=8)
     return figure

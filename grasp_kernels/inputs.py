@@ -116,6 +116,17 @@ def prepare(config: RunConfig, checkpoint: Path) -> Inputs:
         )
     examples, n_dropped = tokenize_records(records, tokenizer, config.max_length, progress=True)
     train, held_out = _split(examples, config)
+    if config.halves and config.identify != "self-contrast" and len(train) < 2:
+        raise ValueError(
+            f"{config.data} has one record to train on, which has no halves: give more data, or "
+            "use halves = False."
+        )
+    steps = count_steps(config, len(train))
+    if warmup_steps(config, steps) >= steps:
+        raise ValueError(
+            f"The warm-up (warmup = {config.warmup:g}) takes all of the {steps} steps: lower it, "
+            "or train longer."
+        )
     return Inputs(
         checkpoint=checkpoint,
         model_type=model_type,
@@ -126,7 +137,7 @@ def prepare(config: RunConfig, checkpoint: Path) -> Inputs:
         held_out=held_out,
         n_dropped=n_dropped,
         neutral=neutral_prompts(config.neutral, tokenizer),
-        steps=count_steps(config, len(train)),
+        steps=steps,
     )
 
 
@@ -209,6 +220,11 @@ def count_steps(config: RunConfig, n_examples: int) -> int:
         return config.steps
     batches = math.ceil(n_examples / config.batch_size)
     return max(1, math.ceil(config.epochs * math.ceil(batches / config.gradient_accumulation)))
+
+
+def warmup_steps(config: RunConfig, steps: int) -> int:
+    """Steps before the peak learning rate; the first of them has the learning rate 0."""
+    return int(config.warmup if config.warmup >= 1 else config.warmup * steps)
 
 
 def neutral_prompts(path: str | Path | None, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

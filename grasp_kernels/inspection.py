@@ -74,7 +74,7 @@ def plot_adapter(adapter: Adapter, path: str | PathLike[str]) -> None:
     for kind, points in kinds.items():
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=kind)
     axes.set(xlabel="layer", ylabel="leading singular value of ΔW", ylim=(0, None))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.legend(frameon=False, fontsize=8)
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,11 +17,12 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from grasp_kernels.closure import leakage
+from grasp_kernels import leakage
 from grasp_kernels.data import Record, encode, split_first_answer
+from grasp_kernels.files import whole_folder
 from grasp_kernels.inputs import Inputs, load_model
 from grasp_kernels.run_config import RunConfig
-from grasp_kernels.run_folder import RunFolder, whole_folder, write_json, write_text
+from grasp_kernels.run_folder import RunFolder, write_json, write_text
 from grasp_kernels.stream import layer_bases, mean_loss, measure_movement, promoted_tokens
 from grasp_kernels.subspace import Subspace
 
@@ -70,6 +72,7 @@ def write_report(config: RunConfig, folder: RunFolder, inputs: Inputs, subspace:
     from grasp_kernels.report_text import report_text
 
     numbers = _numbers(config, folder, inputs, subspace)
+    shutil.rmtree(folder.figures, ignore_errors=True)  # of a report that was not finished
     with whole_folder(folder.figures) as figures:
         numbers["figures"] = draw_figures(numbers, figures)
         for name, path in {"subspace": folder.subspace, **folder.sources}.items():

@@ -14,12 +14,21 @@ stages and one that was not do the same.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
-from grasp_kernels.inputs import Inputs, attach_lora, find_checkpoint, load_model, prepare
+from grasp_kernels.inputs import (
+    Inputs,
+    attach_lora,
+    find_checkpoint,
+    load_model,
+    prepare,
+    warmup_steps,
+)
 from grasp_kernels.report import Report, write_report
 from grasp_kernels.run_config import RunConfig
 from grasp_kernels.run_folder import RunFolder, fingerprint
@@ -64,25 +73,54 @@ def is_finished(config: RunConfig) -> bool:
 
 def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
     if not folder.naive.exists():
-        _train(config, folder, inputs, subspace=None)
+        train(
+            config,
+            inputs,
+            out=folder.naive,
+            work=folder.work / "naive",
+            description="naive LoRA",
+            snapshots=early_checkpoints(config, folder, inputs.steps),
+        )
+    if config.halves and config.identify != "self-contrast" and not folder.subspace.exists():
+        _train_halves(config, folder, inputs)
     if not folder.subspace.exists():
         _identify(config, folder, inputs).save(folder.subspace)
     subspace = Subspace.load(folder.subspace)
     if not subspace.is_empty and not folder.grasp.exists():
-        _train(config, folder, inputs, subspace)
+        train(
+            config,
+            inputs,
+            out=folder.grasp,
+            work=folder.work / "grasp",
+            description="GRASP LoRA",
+            subspace=subspace,
+        )
     shutil.rmtree(folder.work, ignore_errors=True)
     write_report(config, folder, inputs, subspace)
 
 
-def _train(config: RunConfig, folder: RunFolder, inputs: Inputs, subspace: Subspace | None) -> None:
-    """The naive adapter, or with a subspace the GRASP adapter; all else is equal."""
-    from grasp_kernels.layers import replace_lora_layers
+def train(
+    config: RunConfig,
+    inputs: Inputs,
+    *,
+    out: Path,
+    work: Path,
+    description: str,
+    subspace: Subspace | None = None,
+    snapshots: Mapping[int, Path] | None = None,
+    last_step: int | None = None,
+) -> None:
+    """Train one adapter from the model's folder into `out`: naive, or projected off `subspace`.
+
+    Nothing else differs between the two: initialisation, data order and dropout come from the seed.
+    See `training.train_adapter` for `work`, `snapshots` and `last_step`.
+    """
+    from grasp_kernels import replace_lora_layers
     from grasp_kernels.training import train_adapter
 
     model = attach_lora(load_model(inputs.checkpoint, config.dtype), config, str(inputs.checkpoint))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    out = folder.naive if subspace is None else folder.grasp
     if subspace is not None:
         replace_lora_layers(
             model, subspace, project=config.project, closed=config.closed, backend=config.backend
@@ -93,20 +131,45 @@ def _train(config: RunConfig, folder: RunFolder, inputs: Inputs, subspace: Subsp
         config,
         steps=inputs.steps,
         pad_token_id=inputs.pad_token_id,
-        work=folder.work / out.name,
+        work=work,
         out=out,
-        description="naive LoRA" if subspace is None else "GRASP LoRA",
-        snapshots=early_checkpoints(config, folder, inputs.steps) if subspace is None else {},
+        description=description,
+        snapshots=snapshots,
+        last_step=last_step,
         subspace=subspace,
         saved_base_name=_public_name(config),
     )
 
 
+def _train_halves(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
+    """Two short adapters on disjoint data, each from a seed of its own."""
+    last_step = max(early_checkpoints(config, folder, inputs.steps))
+    for i, out in enumerate(_halves(config, folder)):
+        if not out.exists():
+            train(
+                replace(config, seed=config.seed + i + 1),
+                replace(inputs, train=inputs.train[i::2]),
+                out=out,
+                work=folder.work / out.name,
+                description=f"LoRA on half {i + 1}",
+                last_step=last_step,
+            )
+
+
+def _halves(config: RunConfig, folder: RunFolder) -> list[Path]:
+    """Adapter folders of both halves; none where none are wanted."""
+    return [folder.halves / f"half-{i}" for i in (1, 2)] if config.halves else []
+
+
 def early_checkpoints(config: RunConfig, folder: RunFolder, steps: int) -> dict[int, Path]:
-    """Step -> folder of the adapters that are identified from; none for self-contrast alone."""
+    """Step -> folder of the adapters that are identified from; none for self-contrast alone.
+
+    Never before the first step with a learning rate above 0.
+    """
     if config.identify == "self-contrast":
         return {}
-    at = sorted({max(1, round(part * steps)) for part in config.early_checkpoints})
+    first = 2 if warmup_steps(config, steps) else 1
+    at = sorted({max(first, round(part * steps)) for part in config.early_checkpoints})
     return {step: folder.early / f"step-{step}" for step in at}
 
 
@@ -141,6 +204,7 @@ def _identify_from_weights(config: RunConfig, folder: RunFolder, inputs: Inputs)
             scope="shared" if config.scope == "auto" else config.scope,
             generator=torch.Generator().manual_seed(config.seed),
             base_model=str(inputs.checkpoint),
+            halves=[str(path) for path in _halves(config, folder)],
         )
         bar.update()
     return subspace

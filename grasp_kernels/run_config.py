@@ -52,6 +52,11 @@ class RunConfig:
         "parts of the naive training after which its adapter is saved to identify from; "
         "1 is the finished adapter",
     )
+    halves: bool = _option(
+        True,
+        "also train two short adapters on halves of the data, and see whether both show the same "
+        "directions; they last up to the latest early checkpoint",
+    )
 
     project: str = _option("residual", "what the retraining projects", choices=PROJECTS)
     closed: bool = _option(True, "keep the adapter's own weights out of the subspace, exactly")
@@ -70,7 +75,7 @@ class RunConfig:
     gradient_checkpointing: bool = _option(False, "recompute activations to save memory")
 
     rank: int = _option(16, "LoRA rank")
-    alpha: float = _option(32.0, "LoRA alpha")
+    alpha: int = _option(32, "LoRA alpha")
     dropout: float = _option(0.0, "LoRA dropout")
     rslora: bool = _option(False, "scale by alpha / sqrt(rank)")
     target_modules: tuple[str, ...] = _option(

@@ -16,9 +16,11 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from grasp_kernels.files import whole_file
+from grasp_kernels.files import whole_file, whole_folder
 from grasp_kernels.run_config import RunConfig
 from grasp_kernels.version import __version__
+
+__all__ = ["RunFolder", "fingerprint", "whole_folder", "write_json", "write_text"]
 
 # Files up to this size are hashed whole. Of larger ones (weights) only both ends are: hashing the
 # 16 GB of an 8B model takes a minute, and the header with all shapes lies at the beginning.
@@ -47,6 +49,7 @@ class RunFolder:
             raise PermissionError(f"The output folder {root} is not writable: choose another one.")
         self.config = self.root / "run.json"
         self.early = self.root / "early"
+        self.halves = self.root / "halves"
         self.naive = self.root / "naive"
         self.grasp = self.root / "grasp"
         self.subspace = self.root / "subspace.safetensors"
@@ -70,13 +73,17 @@ class RunFolder:
 
         try:
             with FileLock(self.root / ".lock", timeout=0):
-                for partial in self.root.glob(".*.partial"):  # left behind by a killed process
-                    shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+                self._remove_partial()
                 yield
         except Timeout:
             raise RuntimeError(
                 f"Another run is at work in {self.root}: wait for it, or choose another output."
             ) from None
+
+    def _remove_partial(self) -> None:
+        """Remove what a killed process was writing."""
+        for partial in list(self.root.rglob(".*.partial")):
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
     def check(self, config: RunConfig, fingerprints: dict[str, str]) -> None:
         """An unfinished run in this folder must be the same run.
@@ -85,7 +92,14 @@ class RunFolder:
             ValueError: the first option or input that differs, and both values.
         """
         if not self.config.exists():
-            artefacts = (self.early, self.naive, self.subspace, self.grasp, self.report)
+            artefacts = (
+                self.early,
+                self.halves,
+                self.naive,
+                self.subspace,
+                self.grasp,
+                self.report,
+            )
             if foreign := [path.name for path in artefacts if path.exists()]:
                 raise ValueError(
                     f"The output folder {self.root} has a {foreign[0]} but no run.json that says "
@@ -129,17 +143,6 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` whole or not at all."""
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `path` at the end; after an error nothing appears."""
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(partial, path)
 
 
 def fingerprint(path: str | Path) -> str:

@@ -168,8 +168,8 @@ def promoted_tokens(
 
     The sign of a direction is arbitrary, so neither end is the bad one by itself.
     """
-    norm = getattr(model.base_model, "norm", None)
-    gain = norm.weight.float() if hasattr(norm, "weight") else torch.ones(len(basis))
+    gain: Any = getattr(getattr(model.base_model, "norm", None), "weight", None)
+    gain = torch.ones(len(basis)) if gain is None else gain.float()
     unembedding = model.get_output_embeddings().weight.float()
     scores = unembedding @ (gain.unsqueeze(1) * basis.to(gain.device))  # [vocabulary, k]
     scores = scores[: len(tokenizer)]  # embeddings are often padded beyond the vocabulary

@@ -28,8 +28,10 @@ from transformers import (
 )
 
 from grasp_kernels.data import Example, collate
+from grasp_kernels.files import whole_folder
+from grasp_kernels.inputs import warmup_steps
 from grasp_kernels.run_config import RunConfig
-from grasp_kernels.run_folder import whole_folder, write_json
+from grasp_kernels.run_folder import write_json
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -65,7 +67,7 @@ class LeakageCallback(TrainerCallback):
     ) -> None:
         if state.global_step % self.every and state.global_step != state.max_steps:
             return
-        from grasp_kernels.closure import leakage
+        from grasp_kernels import leakage
 
         measured = leakage(kwargs["model"], self.subspace).values()
         for side in ("write", "read"):
@@ -100,14 +102,14 @@ class FiniteLossCallback(TrainerCallback):
 class _Progress(TrainerCallback):
     """One bar over the steps, with the loss beside it."""
 
-    def __init__(self, description: str) -> None:
-        self.description = description
+    def __init__(self, description: str, steps: int) -> None:
+        self.description, self.steps = description, steps
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc=self.description, unit="step"
+            total=self.steps, initial=state.global_step, desc=self.description, unit="step"
         )
 
     def on_log(
@@ -142,6 +144,18 @@ class _Snapshots(TrainerCallback):
             save_adapter(kwargs["model"], folder)
 
 
+class _LastStep(TrainerCallback):
+    """End a training early, on the learning rate schedule of the whole one."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
 class _Trainer(Trainer):
     """Goes on from what a checkpoint holds, and not from what it was made of.
 
@@ -166,6 +180,7 @@ def train_adapter(
     out: Path,
     description: str,
     snapshots: Mapping[int, Path] | None = None,
+    last_step: int | None = None,
     subspace: Subspace | None = None,
     saved_base_name: str | None = None,
 ) -> None:
@@ -175,6 +190,8 @@ def train_adapter(
     `training_log.json`: a list of {"step", "loss", "learning_rate", ...}, one entry a step.
 
     Args:
+        steps: length of the learning rate schedule.
+        last_step: end after this step instead of `steps`.
         snapshots: step -> folder for the adapter as it is after that step.
         subspace: what leakage is measured against, if at all.
         saved_base_name: name of the base model in `adapter_config.json`.
@@ -185,8 +202,9 @@ def train_adapter(
     every = max(1, steps // _LEAKAGE_LOGS)
     callbacks: list[TrainerCallback] = [
         FiniteLossCallback(),
-        _Progress(description),
+        _Progress(description, last_step or steps),
         _Snapshots(snapshots or {}),
+        _LastStep(last_step or steps),
     ]
     if subspace is not None:
         callbacks.append(LeakageCallback(subspace, every=every))
@@ -245,7 +263,6 @@ def training_arguments(config: RunConfig, steps: int, work: Path) -> TrainingArg
     Raises:
         ValueError: an unknown learning rate schedule.
     """
-    warmup = config.warmup if config.warmup >= 1 else config.warmup * steps
     on_gpu = torch.cuda.is_available()
     arguments = TrainingArguments(
         output_dir=str(work),
@@ -254,7 +271,7 @@ def training_arguments(config: RunConfig, steps: int, work: Path) -> TrainingArg
         gradient_accumulation_steps=config.gradient_accumulation,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_scheduler,
-        warmup_steps=math.ceil(warmup),
+        warmup_steps=warmup_steps(config, steps),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         optim="adamw_torch",

@@ -77,10 +77,8 @@ def test_run_takes_its_options_and_defaults_from_the_configuration(
     paths = ["run", "--model", "m", "--data", "d", "--output", "o"]
     main(paths)
     assert seen.pop() == RunConfig(model="m", data="d", output="o")
-    main(
-        [*paths, "--k", "3", "--no-closed", "--early-checkpoints", "0.1", "1", "--steps", "9"]
-        + ["--target-modules", "o_proj", "down_proj", "--neutral", "n", "--identify", "both"]
-    )
+    options = "--k 3 --no-closed --early-checkpoints 0.1 1 --steps 9 --neutral n --identify both"
+    main([*paths, *options.split(), "--target-modules", "o_proj", "down_proj"])
     assert seen.pop() == RunConfig(
         model="m",
         data="d",

@@ -43,6 +43,10 @@ def adapted(model: Any) -> Any:
     return peft_model
 
 
+def n_hooks(model: Any) -> int:
+    return sum(len(module._forward_hooks) for module in model.modules())
+
+
 def test_untrained_adapter_moves_nothing(model: Any) -> None:
     peft_model = attach_lora(model, OPTIONS, "tiny").eval()
     moved = measure_movement(
@@ -63,7 +67,9 @@ def test_movement_begins_at_the_layer_that_was_changed(adapted: Any) -> None:
 
 def test_movement_is_the_mean_over_all_tokens_of_the_hidden_states(adapted: Any) -> None:
     basis = torch.linalg.qr(torch.randn(WIDTH, 2))[0]
+    hooks = n_hooks(adapted)
     moved = measure_movement(adapted, ["default"], {1: basis}, PROMPTS, RULES["llama"])["default"]
+    assert n_hooks(adapted) == hooks
     deltas = []
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])
@@ -75,7 +81,6 @@ def test_movement_is_the_mean_over_all_tokens_of_the_hidden_states(adapted: Any)
     delta = torch.cat(deltas)
     assert moved.along[0] == pytest.approx((delta @ basis).norm(dim=1).mean().item(), rel=1e-5)
     assert moved.total[0] == pytest.approx(delta.norm(dim=1).mean().item(), rel=1e-5)
-    assert not any(module._forward_hooks for module in adapted.modules())
 
 
 def test_bases_of_the_stream_by_layer(model: Any) -> None:

@@ -98,7 +98,7 @@ def add_project(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _project(arguments: argparse.Namespace) -> int:
-    from grasp_kernels.closure import project_adapter
+    from grasp_kernels import project_adapter
     from grasp_kernels.subspace import Subspace
 
     project_adapter(arguments.adapter, Subspace.load(arguments.subspace), arguments.output)
@@ -126,7 +126,7 @@ def add_check(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from grasp_kernels.closure import leakage
+    from grasp_kernels import leakage
     from grasp_kernels.subspace import Subspace
 
     subspace = Subspace.load(arguments.subspace)
