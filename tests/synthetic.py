@@ -1,0 +1,53 @@
+"""Random adapters of a Llama-type model, with planted directions of known strength."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from grasp_kernels.adapters import Adapter, LoRAWeights
+from grasp_kernels.sites import RULES
+
+RULE = RULES["llama"]
+
+
+def unit_directions(width: int, k: int = 1, seed: int = 99) -> Tensor:
+    """Orthonormal `[width, k]`."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(width, k, generator=generator))[0]
+
+
+def synthetic_adapter(
+    *,
+    layers: int = 8,
+    width: int = 128,
+    rank: int = 8,
+    planted: Tensor | None = None,
+    strength: float = 2.0,
+    carriers: Sequence[int] | None = None,
+    adapted: Iterable[int] | None = None,
+    side: str = "write",
+    gains: bool = False,
+    seed: int = 0,
+) -> Adapter:
+    """Gaussian factors; on `carriers` (default: all) the stream side of each block is moved along
+    `planted[width, k]`, `strength` times as far as along a typical direction of the noise."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = range(layers) if adapted is None else adapted
+    weights = []
+    for site in RULE.sites("model.layers", chosen):
+        gain = torch.rand(width, generator=generator) + 0.5 if gains else None
+        if site.role != side:
+            continue
+        stream = torch.randn(width, rank, generator=generator) / width**0.5
+        other = torch.randn(rank, 3 * width, generator=generator) / (3 * width) ** 0.5
+        if planted is not None and (carriers is None or site.layer in carriers):
+            for direction in planted.mT:
+                mixing = torch.randn(rank, generator=generator) / rank**0.5
+                stream += strength * torch.outer(direction, mixing)
+        if side == "write":
+            weights.append(LoRAWeights(site, other, stream, 2.0, None))
+        else:
+            seen = stream.mT if gain is None else stream.mT / gain
+            weights.append(LoRAWeights(site, seen, other.mT, 2.0, gain))
+    return Adapter(tuple(weights), f"seed {seed}", None, "llama", layers, RULE, ())

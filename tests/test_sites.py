@@ -1,0 +1,108 @@
+"""Names of modules -> writers, readers and the norms before them."""
+
+import pytest
+from models import Qwen2Config, tiny_model, tiny_peft_model
+from torch import nn
+
+from grasp_kernels.sites import (
+    RULES,
+    SiteRules,
+    base_name,
+    model_gains,
+    model_sites,
+    site_rules,
+)
+
+LLAMA = RULES["llama"]
+
+
+@pytest.mark.parametrize("stem", ["layers", "model.layers", "base.decoder.layers"])
+def test_every_linear_of_a_block_has_its_role_layer_and_norm(stem: str) -> None:
+    writer = LLAMA.site(f"{stem}.11.mlp.down_proj")
+    reader = LLAMA.site(f"{stem}.2.self_attn.v_proj")
+    gate = LLAMA.site(f"{stem}.2.mlp.gate_proj")
+    assert writer is not None and reader is not None and gate is not None
+    assert (writer.role, writer.layer, writer.norm) == ("write", 11, None)
+    assert (reader.role, reader.layer) == ("read", 2)
+    assert reader.norm == f"{stem}.2.input_layernorm"
+    assert gate.norm == f"{stem}.2.post_attention_layernorm"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lm_head", "model.embed_tokens", "model.layers.0.self_attn", "model.blocks.0.mlp.down_proj"],
+)
+def test_other_modules_are_no_sites(name: str) -> None:
+    assert LLAMA.site(name) is None
+
+
+def test_sites_enumerates_what_site_recognises() -> None:
+    sites = list(LLAMA.sites("model.layers", [0, 5]))
+    assert {site.layer for site in sites} == {0, 5}
+    assert len(sites) == 14 and sum(site.role == "write" for site in sites) == 4
+    assert all(LLAMA.site(site.name) == site for site in sites)
+
+
+def test_a_reader_may_stand_behind_a_norm_without_gain() -> None:
+    rules = SiteRules(writers=("mlp.out",), readers={"mlp.in": None}, blocks="h")
+    site = rules.site("transformer.h.3.mlp.in")
+    assert site is not None and (site.layer, site.norm) == (3, None)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_known_model_types(model_type: str) -> None:
+    assert site_rules(model_type, []) is LLAMA
+
+
+def test_an_unknown_type_is_judged_by_its_names() -> None:
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "lm_head"]
+    assert site_rules(None, names) is LLAMA
+    with pytest.raises(ValueError, match=r"type None with modules \['attn.out'.*SiteRules\("):
+        site_rules(None, [*names, "transformer.h.0.attn.out"])
+
+
+def test_a_known_name_does_not_make_an_unknown_type_known() -> None:
+    with pytest.raises(ValueError, match=r"'gemma9' with modules \['mlp.down_proj'\].*SiteRules\("):
+        site_rules("gemma9", ["model.layers.0.mlp.down_proj"])
+
+
+def test_the_rules_of_the_caller_win() -> None:
+    rules = SiteRules(writers=("a",), readers={})
+    assert site_rules("gemma9", ["x"], rules) is rules
+
+
+def test_rules_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"\['a'\] as writers and as readers"):
+        SiteRules(writers=("a", "b"), readers={"a": None})
+    with pytest.raises(TypeError, match="tuple of names"):
+        SiteRules(writers="self_attn.o_proj", readers={})  # type: ignore[arg-type]
+
+
+def test_base_name_removes_what_peft_adds() -> None:
+    name = "base_model.model.model.layers.0.mlp.up_proj.base_layer"
+    assert base_name(name) == "model.layers.0.mlp.up_proj"
+    assert base_name("model.layers.0.mlp.up_proj") == "model.layers.0.mlp.up_proj"
+
+
+def test_model_sites_are_the_same_with_and_without_peft() -> None:
+    plain, wrapped = model_sites(tiny_model()), model_sites(tiny_peft_model(("o_proj", "q_proj")))
+    assert plain == wrapped
+    assert len(plain) == 3 * 7
+
+
+def test_gains_are_those_of_the_norm_before_each_reader() -> None:
+    model = tiny_model(Qwen2Config)
+    gains = model_gains(model, model_sites(model))
+    assert len(gains) == 6
+    norm = model.model.layers[1].post_attention_layernorm
+    assert gains["model.layers.1.post_attention_layernorm"].equal(norm.weight)
+
+
+def test_a_foreign_model_needs_rules() -> None:
+    class Foreign(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.h = nn.ModuleList([nn.Linear(2, 2)])
+
+    with pytest.raises(ValueError, match="declare them with sites"):
+        model_sites(Foreign())
