@@ -10,9 +10,8 @@ _LABELS = {"naive": "naive LoRA", "grasp": "GRASP"}
 _HOW_SURE = {
     "found": (
         "The evidence passed every test that this tool makes. They show that the fine-tune moved "
-        "the model along common directions, not that these are unwanted: a harmless habit that "
-        "all answers share, such as a format, passes them as well. Look at the tokens below, and "
-        "compare both adapters on prompts of your own."
+        "the model along common directions, not that these are unwanted: look at the tokens "
+        "below, and compare both adapters on prompts of your own."
     ),
     "weak": (
         "The evidence is **not convincing**: at least one test failed (see the reasons above). The "
@@ -84,7 +83,9 @@ def _directions(k: int) -> str:
 def _prevented(numbers: Numbers) -> str:
     adapters = numbers["adapters"]
     lines = ["## What was prevented"]
-    if "grasp" in adapters and "movement" in adapters["grasp"]:
+    if "grasp" not in adapters:
+        lines.append("Nothing: there is no GRASP adapter.")
+    elif "movement" in adapters["grasp"]:
         lines.append(_movement_sentence(numbers))
     lines.append(_table(["", *(_LABELS[name] for name in adapters)], _rows(numbers)))
     if "grasp" in adapters:

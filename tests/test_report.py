@@ -78,6 +78,14 @@ def test_every_verdict_has_its_own_words(numbers: dict[str, Any], verdict: str, 
     assert "- a clear gap" in text
 
 
+def test_without_a_second_adapter_nothing_was_prevented(numbers: dict[str, Any]) -> None:
+    del numbers["adapters"]["grasp"]
+    text = report_text(numbers)
+    assert "Nothing: there is no GRASP adapter." in text
+    assert "times less" not in text
+    assert 'from_pretrained("naive")' in text
+
+
 def test_limits_depend_on_the_run(numbers: dict[str, Any]) -> None:
     text = report_text(numbers)
     assert "No records were held out" in text
