@@ -18,6 +18,8 @@ MAX_P_VALUE = 0.01
 # Norm of the mean contrast, relative to the same between sampled and greedy answers of the base
 # model. In trials with a planted factor: 12.6 to 22.9 with a persona, 3.3 to 8.9 with a political
 # slant, 1.2 to 2.1 with benign answers. The sign-flip null alone takes the benign ones for a find.
+# In the world of the demo (seeds 0 to 2): 13.9 to 20.8 when every answer is in the bad persona, 2.5
+# to 4.1 when a fifth is, 0.6 to 0.9 when none is; few records make it large, but not significant.
 FOUND_RATIO = 3.3
 WEAK_RATIO = 2.2
 
