@@ -1,16 +1,26 @@
 """The operator as torch sees it: schema, fake tensors, compilation, activation checkpointing."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch._inductor.utils import fresh_cache
 from torch.utils.checkpoint import checkpoint
 
 import grasp_kernels as gk
 from grasp_kernels.ops.lora_linear.api import BACKENDS
 from grasp_kernels.ops.lora_linear.dropout import draw_seed
 from grasp_kernels.testing import Case, make_inputs
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fresh_compiler_cache() -> Iterator[None]:
+    """Inductor's cache on disk knows a graph by its text: not by what an operator's fake says."""
+    with fresh_cache():
+        yield
+
 
 BOTH = Case(P=4, Q=4, bias=True, lora_bias=True)
 

@@ -198,7 +198,7 @@ def _fake_forward(
     x: Tensor, weight: Tensor, bias: Any, lora_A: Tensor, *_: Any
 ) -> tuple[Tensor, ...]:
     (T, K), N, R = x.shape, weight.shape[0], lora_A.shape[0]
-    return x.new_empty(T, N), x.new_empty(T, R), x.new_empty(R, K), x.new_empty(N, R)
+    return x.new_empty(T, N), x.new_empty(R, T), x.new_empty(R, K), x.new_empty(N, R)
 
 
 def _fake_backward(

@@ -5,7 +5,10 @@
               dX = dY W;  dX += [dS | D] [A° ; −C]     C = Vᵀ W, the D C term when residual
               dA = dSᵀ X̃;  dB = s dYᵀ S;  both projected afterwards, small and in float32
 
-Nothing of size T×N or T×K exists beside `Y` and `dX`; dropout works on blocks of rows.
+Nothing of size T×N or T×K exists beside `Y` and `dX`; dropout works on blocks of rows. The skinny
+results `S`, `dS`, `D` are computed and kept transposed, `[R, T]`: slices of them stay contiguous,
+the products that follow need no transposition, and the CPU libraries are up to 3.5 times faster
+(one thread, bfloat16, T=512, N=4096, R+Q=20: 0.60 ms as `Gᵀ dYᵀ`, 2.16 ms as `dY G`).
 Shapes: T tokens, K in, N out, R LoRA rank, P read basis size, Q write basis size.
 """
 
@@ -39,7 +42,7 @@ def forward(x: Tensor, op: Operands) -> tuple[Tensor, Saved]:
         bias = op.scaling * b if bias is None else bias + op.scaling * b
     S = _down(x, A, op)
     y = F.linear(x, op.weight, bias)
-    return y.addmm_(S, (op.scaling * B).mT), Saved(S, A, B)
+    return y.addmm_(S.mT, (op.scaling * B).mT), Saved(S, A, B)
 
 
 def backward(dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs) -> Gradients:
@@ -50,7 +53,8 @@ def backward(dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs) ->
 
     dB = dW = dbias = db = None
     if needs.lora_B:
-        dB = project_columns(op.scaling * (dy.mT @ saved.S), op.write_basis).to(op.lora_B.dtype)
+        dB = op.scaling * (saved.S @ dy).mT.contiguous()
+        dB = project_columns(dB, op.write_basis).to(op.lora_B.dtype)
     if needs.weight:
         dW = project_columns(dy.mT @ x, V).to(op.weight.dtype)
     if needs.bias or needs.lora_bias:
@@ -68,48 +72,48 @@ def _through_adapter(
     if not (needs.x or needs.lora_A):
         return None, None
     R = saved.A.shape[0]
-    columns = op.scaling * (saved.B if op.closed else project_columns(saved.B, V))
-    rows = saved.A
+    left = op.scaling * (saved.B if op.closed else project_columns(saved.B, V)).mT
+    right = saved.A
     if V is not None and needs.x:
         C = write_weight(op.weight, V) if op.write_weight is None else op.write_weight
-        columns = torch.cat([columns, V.to(columns.dtype)], dim=1)
-        rows = torch.cat([rows, -C.to(rows.dtype)])
-    dSD = dy @ columns.to(dy.dtype)
-    dS = dSD[:, :R]
+        left = torch.cat([left, V.mT.to(left.dtype)])
+        right = torch.cat([right, -C.to(right.dtype)])
+    skinny = left.to(dy.dtype) @ dy.mT  # [dS | D]ᵀ  [R + Q, T]
     dx = dy @ op.weight if needs.x else None
 
     dA: Tensor | None
     if op.dropout_seed is not None:
-        if dx is not None and rows.shape[0] > R:
-            dx.addmm_(dSD[:, R:], rows[R:])
-        dA = _through_dropout(dx, dS, x, saved.A, op)
+        if dx is not None and right.shape[0] > R:
+            dx.addmm_(skinny[R:].mT, right[R:])
+        dA = _through_dropout(dx, skinny[:R], x, saved.A, op)
     else:
         if dx is not None:
-            dx.addmm_(dSD, rows)
-        dA = dS.mT @ x if needs.lora_A else None
+            dx.addmm_(skinny.mT, right)
+        dA = skinny[:R] @ x if needs.lora_A else None
     if dA is not None:
         dA = project_rows(dA, op.read_basis).to(op.lora_A.dtype)
     return dx, dA
 
 
 def _through_dropout(dx: Tensor | None, dS: Tensor, x: Tensor, A: Tensor, op: Operands) -> Tensor:
-    """`dA = dSᵀ X̃ [R, K]`, and `dX += mask ⊙ dS A°`, with one mask drawn for both."""
+    """`dA = dSᵀ X̃ [R, K]` from `dSᵀ[R, T]`, and `dX += mask ⊙ dS A°`, with one mask for both."""
     assert op.dropout_seed is not None
     dA = torch.zeros_like(A, dtype=torch.promote_types(A.dtype, torch.float32))
     for block, mask in masks(x, op.dropout_seed, op.dropout_p):
+        dS_block = dS[:, block]
         if dx is not None:
-            dx[block].addcmul_(dS[block] @ A, mask)
-        dA += dS[block].mT @ mask.mul_(x[block])
+            dx[block].addcmul_(dS_block.mT @ A, mask)
+        dA += dS_block @ mask.mul_(x[block])
     return dA
 
 
 def _down(x: Tensor, A: Tensor, op: Operands) -> Tensor:
-    """`S = X̃ Aᵀ [T, R]`."""
+    """`S = A° X̃ᵀ [R, T]`."""
     if op.dropout_seed is None:
-        return x @ A.mT
-    S = x.new_empty(x.shape[0], A.shape[0])
+        return A @ x.mT
+    S = x.new_empty(A.shape[0], x.shape[0])
     for block, mask in masks(x, op.dropout_seed, op.dropout_p):
-        torch.mm(mask.mul_(x[block]), A.mT, out=S[block])
+        S[:, block] = A @ mask.mul_(x[block]).mT
     return S
 
 

@@ -36,7 +36,7 @@ class Operands:
 class Saved(NamedTuple):
     """What the forward leaves for the backward, in the compute dtype."""
 
-    S: Tensor  # X̃ A°ᵀ [T, R]
+    S: Tensor  # (X̃ A°ᵀ)ᵀ = A° X̃ᵀ [R, T], transposed as aten.py explains
     A: Tensor  # A° [R, K]
     B: Tensor  # B° [N, R]
 

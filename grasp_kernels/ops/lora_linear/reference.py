@@ -41,8 +41,8 @@ def closed_factors(op: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor, Te
 def forward(x: Tensor, op: Operands) -> tuple[Tensor, Saved]:
     """`Y[T, N]` from `X[T, K]`."""
     A, B, b = closed_factors(op, x.dtype)
-    S = dropout(x, op.dropout_seed, op.dropout_p) @ A.mT
-    y = x @ op.weight.mT + op.scaling * (S @ B.mT)
+    S = A @ dropout(x, op.dropout_seed, op.dropout_p).mT
+    y = x @ op.weight.mT + op.scaling * (S.mT @ B.mT)
     if op.bias is not None:
         y = y + op.bias
     if b is not None:
@@ -65,7 +65,7 @@ def backward(dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs) ->
     if needs.lora_A:
         dA = project_rows(dS.mT @ x_dropped, op.read_basis).to(op.lora_A.dtype)
     if needs.lora_B:
-        dB = project_columns(op.scaling * (dy.mT @ S), op.write_basis).to(op.lora_B.dtype)
+        dB = project_columns(op.scaling * (dy.mT @ S.mT), op.write_basis).to(op.lora_B.dtype)
     if needs.lora_bias and op.lora_bias is not None:
         db = project_columns(op.scaling * dy.sum(0), op.write_basis).to(op.lora_bias.dtype)
     return Gradients(dx, dW, dbias, dA, dB, db)
