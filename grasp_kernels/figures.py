@@ -73,7 +73,7 @@ def _leakage(adapters: dict[str, Any]) -> Figure:
         )
         axes.set_yscale("symlog", linthresh=1e-6)
         axes.set_ylim(0, 1.5)
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="center right")
     return figure
 
 
@@ -98,5 +98,6 @@ def _movement(adapters: dict[str, Any], chance: float) -> Figure:
     for axes in (left, right):
         axes.set_ylim(0, None)
         axes.locator_params(axis="x", integer=True)
-        axes.legend(frameon=False, fontsize=8)
+    handles, labels = right.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     return figure

@@ -1,8 +1,8 @@
 """Peft model and examples -> trained adapter folder, with `transformers.Trainer`.
 
-Resumable to the bit: a training that was stopped anywhere goes on from its last complete checkpoint
-and ends with the adapter that it would have had. Imports transformers; nothing imports this module
-on `import grasp_kernels`.
+Resumable: a training that was stopped anywhere goes on from its last complete checkpoint and ends
+with the adapter that it would have had, to the bit where the device computes alike twice. Imports
+transformers, so nothing imports this module on `import grasp_kernels`.
 """
 
 from __future__ import annotations
@@ -100,17 +100,15 @@ class FiniteLossCallback(TrainerCallback):
 
 
 class _Progress(TrainerCallback):
-    """One bar over the steps, with the loss beside it."""
+    """Move a bar over the steps, with the loss beside it."""
 
-    def __init__(self, description: str, steps: int) -> None:
-        self.description, self.steps = description, steps
+    def __init__(self, bar: tqdm) -> None:
+        self.bar = bar
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.bar = tqdm(
-            total=self.steps, initial=state.global_step, desc=self.description, unit="step"
-        )
+        self.bar.initial = self.bar.n = state.global_step  # what an earlier process has done
 
     def on_log(
         self,
@@ -123,11 +121,6 @@ class _Progress(TrainerCallback):
         if logs and "loss" in logs:
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
             self.bar.update(state.global_step - self.bar.n)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.bar.close()
 
 
 class _Snapshots(TrainerCallback):
@@ -199,25 +192,25 @@ def train_adapter(
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    every = max(1, steps // _LEAKAGE_LOGS)
+    last_step = last_step or steps
     callbacks: list[TrainerCallback] = [
         FiniteLossCallback(),
-        _Progress(description, last_step or steps),
         _Snapshots(snapshots or {}),
-        _LastStep(last_step or steps),
+        _LastStep(last_step),
     ]
     if subspace is not None:
-        callbacks.append(LeakageCallback(subspace, every=every))
-    trainer = _Trainer(
-        model=model,
-        args=training_arguments(config, steps, work),
-        train_dataset=examples,
-        data_collator=partial(collate, pad_token_id=pad_token_id),
-        callbacks=callbacks,
-    )
-    trainer.remove_callback(PrinterCallback)
+        callbacks.append(LeakageCallback(subspace, every=max(1, steps // _LEAKAGE_LOGS)))
     checkpoint = last_checkpoint(work)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with tqdm(total=last_step, desc=description, unit="step") as bar:
+        trainer = _Trainer(
+            model=model,
+            args=training_arguments(config, steps, work),
+            train_dataset=examples,
+            data_collator=partial(collate, pad_token_id=pad_token_id),
+            callbacks=[*callbacks, _Progress(bar)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     entries = [dict(sorted(e.items())) for e in trainer.state.log_history if "loss" in e]
     save_adapter(model, out, log=entries, base_name=saved_base_name)
     shutil.rmtree(work, ignore_errors=True)
