@@ -199,6 +199,11 @@ def _scaling_from_config(config: Mapping[str, Any]) -> Callable[[str, int], floa
                 f"{CONFIG} says r={rank}, lora_alpha={alpha} for {name!r}, but its lora_A has rank "
                 f"{stored_rank}; give the configuration that belongs to these weights."
             )
+        if rank < 1:
+            raise ValueError(
+                f"{CONFIG} gives {name!r} rank {rank}; a LoRA needs a rank of at least 1, so train "
+                "it again."
+            )
         return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
     return scaling

@@ -60,7 +60,7 @@ def identify(
             largest gap, at most 4, none where the evidence is at the level of chance.
         side: "write", "read" or "both".
         scope: "shared", one basis for all layers, or "layer", one for each.
-        n_oversamples, n_iter: of the randomized SVD.
+        n_oversamples, n_iter: of the randomized SVD (that of a single layer is exact).
         generator: source of randomness, by default a new one with seed 0.
         base_model: module or checkpoint folder, for the norm gains (read side) and the depth, where
             the adapter does not lead to it.

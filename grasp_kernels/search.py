@@ -39,6 +39,7 @@ _SHOWN = 8  # singular values that are reported beside those that k needs
 # A random direction overlaps a given one by more than twice the expected √(1/D) in 5 % of all cases
 # (two-sided normal quantile), and a k-dimensional subspace less often.
 _ABOVE_CHANCE = 2.0
+_ZERO = 1e-5  # singular values below this part of the first are rounding of the float32 blocks
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,9 @@ class Finding:
 
 def search_shared(stack: Stack, side: str, options: Options) -> Finding:
     """One basis for all layers: the leading left singular vectors of the stack."""
-    _check_rank(options.k, stack, "the adapter")
     size = min(max((options.k or MAX_K) + 1, _SHOWN), *stack.rows.shape)
     u, s = _leading(stack, size, options)
+    _check_rank(options.k, s, "the adapter")
     values = s.tolist()
     null = _null_of_largest(stack, options)
     above = count_above(s, torch.full_like(s, null))
@@ -117,8 +118,8 @@ def search_layers(stack: Stack, side: str, options: Options) -> Finding:
     hits = []
     for position, layer in enumerate(layers):
         own = stack.of_layers([layer])
-        _check_rank(options.k, own, f"layer {layer}")
         u, s, _ = torch.linalg.svd(own.rows.mT, full_matrices=False)
+        _check_rank(options.k, s, f"layer {layer}")
         neighbours = layers[max(position - 1, 0) : position] + layers[position + 1 : position + 2]
         record = _layer_record(stack, neighbours, u, s.tolist(), options)
         above = count_above(*map(torch.tensor, (record["statistic"], record["null"])))
@@ -166,10 +167,10 @@ def compare_sources(
     found = [_bases_like(finding.bases, stack, options) for stack in stacks]
     values, chances = [], []
     for first, second in combinations(found, 2):
-        common = [key for key in first if key in second]
-        values.append(mean(overlap(first[key], second[key]) for key in common))
-        chances.append(mean(chance_overlap(first[key].shape[1], len(first[key])) for key in common))
-    value, chance = mean(values), mean(chances)
+        pairs = [(first[key], second[key]) for key in first if key in second]
+        values.append(mean([overlap(*pair) for pair in pairs] or [0.0]))
+        chances += [chance_overlap(own.shape[1], len(own)) for own, _ in pairs]
+    value, chance = mean(values), mean(chances or [0.0])
     kind = "halves" if independent else "adapters"
     finding.sources.append({"side": finding.side, "kind": kind, "values": values, "chance": chance})
     numbers = f"{value:.2f} (by chance {chance:.2f})"
@@ -223,9 +224,9 @@ def _layer_record(
     }
 
 
-def _check_rank(k: int | None, stack: Stack, where: str) -> None:
-    rank = int(torch.linalg.matrix_rank(stack.rows @ stack.rows.mT)) if k else 0
-    if k and k > rank:
+def _check_rank(k: int | None, singular_values: Tensor, where: str) -> None:
+    rank = int((singular_values > _ZERO * singular_values[0]).sum())
+    if k is not None and k > rank:
         raise ValueError(
             f"k is {k}, but {where} moved along {rank} directions only; choose k ≤ {rank}."
         )

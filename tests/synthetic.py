@@ -34,11 +34,14 @@ def synthetic_adapter(
     `planted[width, k]`, `strength` times as far as along a typical direction of the noise."""
     generator = torch.Generator().manual_seed(seed)
     chosen = range(layers) if adapted is None else adapted
+    known: dict[str | None, Tensor] = {}
     weights = []
     for site in RULE.sites("model.layers", chosen):
-        gain = torch.rand(width, generator=generator) + 0.5 if gains else None
         if site.role != side:
             continue
+        if gains and site.norm not in known:
+            known[site.norm] = torch.rand(width, generator=generator) + 0.5
+        gain = known.get(site.norm) if side == "read" else None
         stream = torch.randn(width, rank, generator=generator) / width**0.5
         other = torch.randn(rank, 3 * width, generator=generator) / (3 * width) ** 0.5
         if planted is not None and (carriers is None or site.layer in carriers):

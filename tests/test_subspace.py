@@ -1,0 +1,234 @@
+"""The subspace as a value: what it accepts, what it keeps, what it shows."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from synthetic import RULE, unit_directions
+from torch import Tensor
+
+from grasp_kernels.sites import Site
+from grasp_kernels.subspace import Subspace, check_basis, orthonormal
+
+SITES = tuple(RULE.sites("model.layers", range(3)))
+WIDTH = 24
+EVIDENCE = {
+    "spectra": [
+        {
+            "side": "write",
+            "layer": None,
+            "k": 2,
+            "singular_values": [3.0, 2.5, 0.9],
+            "null": [1.2, 1.2, 1.2],
+            "gap": 2.8,
+        }
+    ],
+    "agreement": [{"side": "write", "layers": [0, 1, 2], "values": [0.9, 0.8, 0.7], "chance": 0.2}],
+}
+
+
+def some_subspace(side: str = "both", **options: Any) -> Subspace:
+    gains = {site.norm: torch.rand(WIDTH) + 0.5 for site in SITES if site.norm}
+    options = {"evidence": EVIDENCE, "metadata": {"source": "weights"}, **options}
+    basis = options.pop("basis", unit_directions(WIDTH, 2))
+    return Subspace.from_stream(basis, SITES, gains=gains, side=side, **options)
+
+
+def bases_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return list(first) == list(second) and all(first[n].equal(second[n]) for n in first)
+
+
+def test_shared_bases_reach_every_writer_and_pass_the_gain_of_every_reader() -> None:
+    stream = unit_directions(WIDTH, 2)
+    gains = {site.norm: torch.rand(WIDTH) + 0.5 for site in SITES if site.norm}
+    subspace = Subspace.from_stream(stream, SITES, gains=gains, side="both")
+    assert subspace.stream is not None and torch.allclose(subspace.stream, stream, atol=1e-6)
+    assert (len(subspace.write), len(subspace.read), subspace.scope) == (6, 15, "shared")
+    assert all(basis is subspace.stream for basis in subspace.write.values())
+    for site in SITES:
+        if site.norm:
+            basis = subspace.read[site.name]
+            behind = gains[site.norm][:, None] * stream
+            assert torch.allclose(basis @ (basis.mT @ behind), behind, atol=1e-5)
+            assert not torch.allclose(basis @ (basis.mT @ stream), stream, atol=1e-2)
+
+
+def test_layers_without_directions_get_no_basis() -> None:
+    by_layer = {0: unit_directions(WIDTH, 1), 2: unit_directions(WIDTH, 3, seed=1)}
+    subspace = some_subspace("write", basis=by_layer)
+    assert {RULE.site(name).layer for name in subspace.write} == {0, 2}  # type: ignore[union-attr]
+    assert subspace.stream is None and subspace.scope == "layer" and subspace.k == 3
+    assert subspace.write["model.layers.0.mlp.down_proj"].shape == (WIDTH, 1)
+
+
+def test_an_unknown_gain_counts_as_one() -> None:
+    subspace = Subspace.from_stream(unit_directions(WIDTH), SITES, side="read")
+    assert all(torch.allclose(b, unit_directions(WIDTH)) for b in subspace.read.values())
+    assert subspace.stream is None and not subspace.write
+
+
+@settings(max_examples=30, deadline=None)
+@given(k=st.integers(1, 6), width=st.integers(6, 40), seed=st.integers(0, 2**31))
+def test_orthonormal_keeps_span_and_signs(k: int, width: int, seed: int) -> None:
+    columns = torch.randn(width, k, generator=torch.Generator().manual_seed(seed)) * 10
+    basis = orthonormal("x", columns)
+    check_basis("x", basis)
+    assert torch.allclose(basis @ (basis.mT @ columns), columns, atol=1e-3)
+    assert float(basis[:, 0] @ columns[:, 0]) > 0
+
+
+@pytest.mark.parametrize("side", ["write", "read", "both"])
+@pytest.mark.parametrize("layered", [False, True])
+def test_round_trip_through_a_file(tmp_path: Path, side: str, layered: bool) -> None:
+    basis = {1: unit_directions(WIDTH, 2)} if layered else unit_directions(WIDTH, 2)
+    before = some_subspace(side, basis=basis, verdict="weak", reasons=["ünsure"])
+    before.save(tmp_path / "s.safetensors")
+    after = Subspace.load(tmp_path / "s.safetensors")
+    assert bases_equal(before.write, after.write) and bases_equal(before.read, after.read)
+    assert (before.stream is None) == (after.stream is None)
+    for name in ("k", "side", "scope", "verdict", "reasons", "evidence", "metadata"):
+        assert getattr(before, name) == getattr(after, name)
+    assert [path.name for path in tmp_path.iterdir()] == ["s.safetensors"]
+
+
+def test_each_basis_is_stored_once(tmp_path: Path) -> None:
+    some_subspace("write").save(tmp_path / "s.safetensors")
+    with safe_open(tmp_path / "s.safetensors", framework="pt") as file:
+        assert list(file.keys()) == ["basis.0"]
+
+
+def test_the_empty_subspace_round_trips(tmp_path: Path) -> None:
+    nothing = Subspace.nothing("write", "shared", ["no evidence"])
+    nothing.save(tmp_path / "n.safetensors")
+    after = Subspace.load(tmp_path / "n.safetensors")
+    assert after.is_empty and after.k == 0 and after.reasons == ("no evidence",)
+
+
+def test_moving_keeps_shared_bases_shared() -> None:
+    moved = some_subspace("both").to("cpu")
+    assert len({id(basis) for basis in moved.write.values()}) == 1
+    assert len({id(basis) for basis in moved.read.values()}) == 6
+
+
+def with_basis(basis: Tensor, **changes: Any) -> Subspace:
+    fields: dict[str, Any] = {"k": 1, "side": "write", "scope": "layer", "verdict": "found"}
+    return Subspace({"m": basis}, {}, None, **{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    ("basis", "kind", "message"),
+    [
+        (unit_directions(8).double(), TypeError, "'m' is torch.float64; convert"),
+        (unit_directions(8).bfloat16(), TypeError, "'m' is torch.bfloat16; convert"),
+        (torch.ones(8), ValueError, r"'m' has shape \(8,\)"),
+        (torch.eye(3)[:2], ValueError, r"'m' has shape \(2, 3\)"),
+        (torch.ones(8, 0), ValueError, r"'m' has shape \(8, 0\)"),
+        (torch.full((8, 1), float("nan")), ValueError, "'m' has non-finite values"),
+        (unit_directions(8) * 1.001, ValueError, "'m' is not orthonormal .* = 0.002"),
+        (torch.ones(8, 2) / 8**0.5, ValueError, "'m' is not orthonormal"),
+    ],
+)
+def test_unfit_bases(basis: Tensor, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        with_basis(basis, k=basis.shape[-1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"side": "up"}, "side is 'up'; it must be one of write, read, both"),
+        ({"scope": "model"}, "scope is 'model'; it must be one of shared, layer"),
+        ({"verdict": "maybe"}, "verdict is 'maybe'; it must be one of found, weak, nothing"),
+        ({"k": 2}, "k is 2, but the widest basis has 1"),
+        ({"verdict": "nothing"}, "verdict 'nothing' has 1 bases"),
+    ],
+)
+def test_contradictions(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        with_basis(unit_directions(8), **changes)
+
+
+def test_found_without_bases_is_a_contradiction() -> None:
+    with pytest.raises(ValueError, match="verdict 'found' has 0 bases"):
+        Subspace({}, {}, None, 0, "write", "shared", "found")
+
+
+@pytest.mark.parametrize(
+    ("directions", "message"),
+    [
+        (torch.ones(WIDTH, 2), "linearly dependent"),
+        (torch.zeros(WIDTH, 1), "zero or non-finite"),
+        (torch.full((WIDTH,), float("inf")), "zero or non-finite"),
+        (torch.ones(2, 2, 2), r"shape \(2, 2, 2\)"),
+    ],
+)
+def test_directions_that_span_nothing(directions: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Subspace.from_stream(directions, SITES)
+
+
+def test_gain_of_another_width() -> None:
+    gains = {"model.layers.0.input_layernorm": torch.ones(WIDTH + 1)}
+    with pytest.raises(ValueError, match=r"shape \(25,\), but the directions have width 24"):
+        Subspace.from_stream(unit_directions(WIDTH), SITES, gains=gains, side="read")
+
+
+def test_no_site_for_the_directions() -> None:
+    readers = [Site("model.layers.0.mlp.up_proj", 0, "read", None)]
+    with pytest.raises(ValueError, match="None of the sites takes a write basis"):
+        Subspace.from_stream(unit_directions(WIDTH), readers, side="write")
+
+
+def test_loading_what_is_no_subspace(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no subspace file .*missing\.safetensors"):
+        Subspace.load(tmp_path / "missing.safetensors")
+    (tmp_path / "text.safetensors").write_text("hello")
+    with pytest.raises(ValueError, match="is no safetensors file"):
+        Subspace.load(tmp_path / "text.safetensors")
+    save_file({"w": torch.ones(1)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(ValueError, match="holds no subspace"):
+        Subspace.load(tmp_path / "foreign.safetensors")
+    header = json.dumps({"version": 99})
+    save_file({}, tmp_path / "new.safetensors", metadata={"grasp_kernels.subspace": header})
+    with pytest.raises(ValueError, match=r"format 99.*upgrade"):
+        Subspace.load(tmp_path / "new.safetensors")
+
+
+def test_nothing_is_written_when_saving_fails(tmp_path: Path) -> None:
+    path = tmp_path / "s.safetensors"
+    some_subspace().save(path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="JSON"):
+        some_subspace(metadata={"x": float("nan")}).save(path)
+    with pytest.raises(FileNotFoundError, match=r"'.*absent' does not exist"):
+        some_subspace().save(tmp_path / "absent" / "s.safetensors")
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_summary_shows_verdict_numbers_and_reasons() -> None:
+    text = some_subspace(verdict="weak", reasons=["only a few layers"]).summary()
+    assert "verdict weak, k = 2, shared both side, 6 writers and 15 readers" in text
+    assert "3.000 (1.200)  2.500 (1.200)  0.900 (1.200)" in text
+    assert "median 0.80, lowest 0.70, by chance 0.20" in text
+    assert text.endswith("- only a few layers")
+
+
+@pytest.mark.parametrize("layered", [False, True])
+def test_plot_writes_a_png(tmp_path: Path, layered: bool) -> None:
+    record = {**EVIDENCE["spectra"][0], "layer": 1, "statistic": [0.8], "null": [0.2]}
+    evidence = {**EVIDENCE, "spectra": [record, {**record, "layer": 2, "k": 0}]}
+    basis = {1: unit_directions(WIDTH, 2)} if layered else unit_directions(WIDTH, 2)
+    subspace = some_subspace(basis=basis, evidence=evidence if layered else EVIDENCE)
+    subspace.plot(tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_needs_spectra(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no spectra in its evidence"):
+        some_subspace(evidence={}).plot(tmp_path / "p.png")
