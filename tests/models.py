@@ -33,11 +33,14 @@ def tiny_model(config_class: type = LlamaConfig, seed: int = 0, **options: Any) 
 
 
 def tiny_peft_model(
-    targets: tuple[str, ...] = ALL_LINEAR, config_class: type = LlamaConfig, **options: Any
+    targets: tuple[str, ...] = ALL_LINEAR,
+    config_class: type = LlamaConfig,
+    r: int = 4,
+    **options: Any,
 ) -> PeftModel:
     """The tiny model with a trained-looking adapter (B is not zero)."""
     base = tiny_model(config_class)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), **options)
+    config = LoraConfig(r=r, lora_alpha=8, target_modules=list(targets), **options)
     model = get_peft_model(base, config)
     randomise_adapter(model)
     return model

@@ -62,7 +62,9 @@ def total_error(found: dict[str, Tensor], oracle: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize("lora_bias", [False, True])
 def test_without_a_subspace_it_is_stock_peft(config: Any, lora_bias: bool) -> None:
     options: dict[str, Any] = {} if config is None else {"config_class": config}
-    model = tiny_peft_model(**options, lora_bias=lora_bias)
+    # r = 16: at r = 4 and 32 inputs MKL's A Xᵀ rounds 1.5 times worse than X Aᵀ (at 4096 inputs it
+    # is the other way round, 0.5 times).
+    model = tiny_peft_model(**options, r=16, lora_bias=lora_bias)
     ratios = []
     for seed in range(9):  # the error of one draw is luck: single ratios range from 0.4 to 2.3
         randomise_adapter(model, seed)
