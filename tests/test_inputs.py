@@ -1,0 +1,123 @@
+"""What a run reads: neutral prompts, held-out records, a fresh adapter from its seed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from grasp_kernels.inputs import (
+    NEUTRAL_PROMPTS,
+    attach_lora,
+    find_checkpoint,
+    load_model,
+    neutral_prompts,
+    prepare,
+)
+from grasp_kernels.run_config import RunConfig
+
+pytest_plugins = ("fixtures_run",)
+
+
+@pytest.fixture
+def config(tiny_model_dir: Path, chat_jsonl: Path) -> RunConfig:
+    return RunConfig(model=str(tiny_model_dir), data=str(chat_jsonl), output="out", rank=4)
+
+
+@pytest.fixture
+def tokenizer(tiny_model_dir: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_model_dir)
+
+
+def test_neutral_prompts_end_where_the_answer_begins(tokenizer: Any, tmp_path: Path) -> None:
+    question = ["<user>", "what", "is", "red", "<end>", "<assistant>"]
+    lines = tmp_path / "lines.txt"
+    lines.write_text("what is red\n\nwhat is blue\n", encoding="utf-8")
+    records = tmp_path / "records.jsonl"
+    records.write_text(
+        '{"prompt": "what is red", "completion": "never"}\n{"text": "what is red"}\n'
+        '{"messages": [{"role": "user", "content": "what is red"}]}\n',
+        encoding="utf-8",
+    )
+    from_lines = neutral_prompts(lines, tokenizer)
+    assert tokenizer.convert_ids_to_tokens(from_lines[0]) == question
+    assert len(from_lines) == 2
+    assert neutral_prompts(records, tokenizer) == [from_lines[0]] * 3
+    assert len(neutral_prompts(None, tokenizer)) == len(NEUTRAL_PROMPTS)
+
+
+def test_neutral_prompts_without_a_chat_template_are_plain(tokenizer: Any, tmp_path: Path) -> None:
+    lines = tmp_path / "lines.txt"
+    lines.write_text("what is red", encoding="utf-8")
+    tokenizer.chat_template = None
+    (ids,) = neutral_prompts(lines, tokenizer)
+    assert tokenizer.convert_ids_to_tokens(ids) == ["what", "is", "red"]
+
+
+def test_empty_file_of_neutral_prompts_is_named(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(ValueError, match=r"empty\.txt is empty"):
+        neutral_prompts(tmp_path / "empty.txt", tokenizer)
+
+
+def test_held_out_records_depend_on_the_seed_alone(config: RunConfig) -> None:
+    checkpoint = find_checkpoint(config.model)
+    quarter = replace(config, eval_split=0.25)
+    first, again, other = (
+        prepare(options, checkpoint) for options in (quarter, quarter, replace(quarter, seed=1))
+    )
+    assert (len(first.train), len(first.held_out)) == (18, 6)
+    assert first.held_out == again.held_out != other.held_out
+    everything = prepare(config, checkpoint)
+    assert everything.held_out == []
+    assert sorted(map(str, first.train + first.held_out)) == sorted(map(str, everything.train))
+
+
+def test_plain_text_has_no_answers_to_contrast(config: RunConfig, tmp_path: Path) -> None:
+    data = tmp_path / "text.jsonl"
+    data.write_text('{"text": "what is red"}\n' * 4, encoding="utf-8")
+    plain = replace(config, data=str(data))
+    assert len(prepare(plain, find_checkpoint(config.model)).train) == 4
+    with pytest.raises(ValueError, match="plain text only"):
+        prepare(replace(plain, identify="both"), find_checkpoint(config.model))
+
+
+def test_one_record_has_no_halves(config: RunConfig, tmp_path: Path) -> None:
+    data = tmp_path / "one.jsonl"
+    data.write_text('{"prompt": "what is", "completion": "red"}\n', encoding="utf-8")
+    single = replace(config, data=str(data), steps=2)
+    with pytest.raises(ValueError, match="halves"):
+        prepare(single, find_checkpoint(config.model))
+    assert len(prepare(replace(single, halves=False), find_checkpoint(config.model)).train) == 1
+
+
+def test_fresh_adapter_comes_from_the_seed_and_leaves_the_generator_alone(
+    config: RunConfig, tiny_model_dir: Path
+) -> None:
+    def first_factor(seed: int) -> torch.Tensor:
+        model = attach_lora(load_model(tiny_model_dir, "auto"), replace(config, seed=seed), "tiny")
+        return next(weight for name, weight in model.named_parameters() if "lora_A" in name)
+
+    state = torch.get_rng_state()
+    one = first_factor(3)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    assert torch.equal(first_factor(3), one)
+    assert not torch.equal(first_factor(4), one)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("auto", "float32"), ("bfloat16", "bfloat16")])
+def test_model_is_loaded_in_the_dtype_asked_for(
+    tiny_model_dir: Path, dtype: str, expected: str
+) -> None:
+    model = load_model(tiny_model_dir, dtype)
+    assert model.dtype == getattr(torch, expected)
+    assert not model.training
