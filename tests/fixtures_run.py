@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
+
+from grasp_kernels.run_config import RunConfig
 
 WORDS = ("what", "is", "red", "blue", "green", "one", "two", "three", "yes", "no", "never", "good")
 ROLES = ("<user>", "<assistant>", "<end>")
@@ -80,3 +83,39 @@ def chat_jsonl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def small_run(model: Path, data: Path, output: Path) -> RunConfig:
+    """Few steps, strong enough for one direction to stand out: all answers begin alike."""
+    settings: dict[str, Any] = {
+        "steps": 12,
+        "batch_size": 4,
+        "learning_rate": 2e-2,
+        "rank": 4,
+        "dropout": 0.1,
+        "k": 1,
+        "early_checkpoints": (0.2,),
+        "eval_split": 0.1,
+    }
+    return RunConfig(model=str(model), data=str(data), output=str(output), **settings)
+
+
+@pytest.fixture(scope="session")
+def finished(
+    tiny_model_dir: Path, chat_jsonl: Path, tmp_path_factory: pytest.TempPathFactory
+) -> RunConfig:
+    """The configuration of a run that is done; tests must not write into its folder."""
+    from grasp_kernels.run import run
+
+    config = small_run(tiny_model_dir, chat_jsonl, tmp_path_factory.mktemp("run") / "out")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums are rounded by the number of threads; the killed run has one
+    run(config)
+    torch.set_num_threads(threads)
+    return config
+
+
+@pytest.fixture
+def run_config(tiny_model_dir: Path, chat_jsonl: Path, tmp_path: Path) -> RunConfig:
+    """The same run, not begun."""
+    return small_run(tiny_model_dir, chat_jsonl, tmp_path / "out")
