@@ -5,8 +5,10 @@ their `ΔW`, readers by the right ones with the norm's gain folded in.
 
 Shapes: `D` width of the residual stream, `k` directions in it.
 
-Time on two cores, loading not counted (rank 16, all linears, write side, shared): 0.9 s for the
-shapes of Llama-3.1-8B, 4.3 s for those of the 70B model.
+Time for a rank-16 bf16 adapter on all linears, write side, reading the file included, on one core
+of a busy machine: 0.8 to 1.7 s for the shapes of an 8B Llama (32 layers, width 4096), 3.4 to 6.6 s
+for those of a 70B (80 layers, width 8192). Memory at most twice the adapter. Most of it is the
+null.
 """
 
 from __future__ import annotations
