@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from functools import cache
 from types import ModuleType
 
 from torch import device
 
 
+@cache
 def load(package: str, name: str) -> ModuleType | str:
     """The module of a backend, or the reason why it cannot be imported."""
     try:
@@ -32,7 +34,8 @@ def select(package: str, order: Sequence[str], requested: str, where: device) ->
         raise ValueError(f"backend {requested!r} is unknown; use 'auto' or one of {tuple(order)}")
     reason: str | None = None
     for name in order if requested == "auto" else (requested,):
-        reason = why_not(package, name, where)
-        if reason is None:
-            return importlib.import_module(f"{package}.{name}")
+        module = load(package, name)
+        reason = module if isinstance(module, str) else module.unsupported(where)
+        if isinstance(module, ModuleType) and reason is None:
+            return module
     raise ValueError(f"backend {requested!r} cannot run on {where}: {reason}")

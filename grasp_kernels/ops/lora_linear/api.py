@@ -71,7 +71,9 @@ def lora_linear(
         raise ValueError(f"project is {project!r}; use one of {PROJECTIONS}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; use a probability between 0 and 1")
-    y, *_ = _forward(
+    # Eager calls enter at the autograd function, one hop later than compiled ones.
+    differentiable = _forward if torch.compiler.is_compiling() else _LoraLinear.apply
+    y, *_ = differentiable(
         x.reshape(-1, x.shape[-1]),
         weight,
         bias,
@@ -228,7 +230,12 @@ class _LoraLinear(torch.autograd.Function):
             return (None,) * (1 + _N_TENSORS + n_options)
         x, S, A, B, *tensors = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:6])
-        found = _backward(dy, x, S, A, B, needs, *tensors, *ctx.options)
+        inputs = (dy, x, S, A, B, needs, *tensors, *ctx.options)
+        if torch.is_grad_enabled():  # create_graph=True: keep the node that refuses a second time
+            found = _backward(*inputs)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                found = _backward(*inputs)
         wanted = (g if needed else None for g, needed in zip(found, needs, strict=True))
         return *wanted, *(None,) * (_N_TENSORS - 5 + n_options)
 
