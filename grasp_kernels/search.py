@@ -1,10 +1,8 @@
 """A stack of blocks -> the directions that stand out, and how sure that is.
 
 Two searches, one basis for all layers or one for each layer, with the same kind of answer. Both
-test
-against sign flips of their own: of the whole stack for a shared basis, of the neighbouring layers
-    for
-the basis of a single layer, which has too few blocks to be tested within itself.
+test against sign flips of their own: of the whole stack for a shared basis, of the neighbouring
+layers for the basis of a single layer, which has too few blocks to be tested within itself.
 
 Shapes: `D` width of the residual stream, `k` directions in it.
 """
@@ -89,6 +87,7 @@ def search_shared(stack: Stack, side: str, options: Options) -> Finding:
         "k": k,
         "singular_values": values,
         "null": [null] * len(values),
+        "above_null": above,
         "gap": gap_after(values, max(k, 1)),
     }
     finding = Finding(side, u[:, :k] if k else None, [record])
@@ -112,39 +111,24 @@ def search_layers(stack: Stack, side: str, options: Options) -> Finding:
     the blocks of the neighbouring layers, which had no part in finding them.
     """
     layers = stack.layers
-    finding = Finding(side, None, [])
-    bases: dict[int, Tensor] = {}
-    tops: list[Tensor] = []
-    hits = []
-    for position, layer in enumerate(layers):
-        own = stack.of_layers([layer])
-        u, s, _ = torch.linalg.svd(own.rows.mT, full_matrices=False)
-        _check_rank(options.k, s, f"layer {layer}")
-        neighbours = layers[max(position - 1, 0) : position] + layers[position + 1 : position + 2]
-        record = _layer_record(stack, neighbours, u, s.tolist(), options)
-        above = count_above(*map(torch.tensor, (record["statistic"], record["null"])))
-        k = options.k or choose_k(record["singular_values"], above)
-        if above:
-            hits.append(layer)
-        if k:
-            bases[layer] = u[:, :k].contiguous()
-        record.update(side=side, layer=layer, k=k)
-        record["gap"] = gap_after(record["singular_values"], max(k, 1))
-        finding.spectra.append(record)
-        tops.append(u[:, :1])
+    found = [_search_layer(stack, position, side, options) for position in range(len(layers))]
+    records = [record for _, record in found]
+    hits = [record["layer"] for record in records if record["above_null"]]
+    convincing = more_than_chance(len(hits), len(layers))
+    bases = {r["layer"]: u[:, : r["k"]].contiguous() for u, r in found if r["k"]}
+    finding = Finding(side, bases if convincing or options.k else None, records)
     finding.facts.append(
         f"{side} side: the directions of {len(hits)} of {len(layers)} layers show up in the "
         f"neighbouring layers more than {NULL_QUANTILE:.0%} of {NULL_DRAWS} sign flips do."
     )
-    if more_than_chance(len(hits), len(layers)) or options.k:
-        finding.bases = bases
-    if len(layers) > 1 and not more_than_chance(len(hits), len(layers)):
+    if len(layers) > 1 and not convincing:
         _no_evidence(finding, options)
     if finding.bases is None:
-        _judge_reach(finding, layers, layers)
+        _judge_single_layer(finding, layers)
         return finding
-    _judge_gap(finding, median(record["gap"] for record in finding.spectra if record["k"]), None)
+    _judge_gap(finding, median(record["gap"] for record in records if record["k"]), None)
     if len(layers) > 1:
+        tops = [u[:, :1] for u, _ in found]
         values = [
             mean(overlap(tops[i], tops[j]) for j in (i - 1, i + 1) if 0 <= j < len(tops))
             for i in range(len(tops))
@@ -165,12 +149,16 @@ def compare_sources(
     if finding.bases is None:
         return
     found = [_bases_like(finding.bases, stack, options) for stack in stacks]
-    values, chances = [], []
-    for first, second in combinations(found, 2):
-        pairs = [(first[key], second[key]) for key in first if key in second]
-        values.append(mean([overlap(*pair) for pair in pairs] or [0.0]))
-        chances += [chance_overlap(own.shape[1], len(own)) for own, _ in pairs]
-    value, chance = mean(values), mean(chances or [0.0])
+    common = [
+        [(first[key], second[key]) for key in first if key in second]
+        for first, second in combinations(found, 2)
+    ]
+    if not all(common):
+        finding.doubts.append("The adapters to compare have no layer in common.")
+        return
+    values = [mean(overlap(*pair) for pair in pairs) for pairs in common]
+    value = mean(values)
+    chance = mean(chance_overlap(own.shape[1], len(own)) for pairs in common for own, _ in pairs)
     kind = "halves" if independent else "adapters"
     finding.sources.append({"side": finding.side, "kind": kind, "values": values, "chance": chance})
     numbers = f"{value:.2f} (by chance {chance:.2f})"
@@ -207,20 +195,34 @@ def _null_of_largest(stack: Stack, options: Options) -> float:
     return float(draws.quantile(NULL_QUANTILE))
 
 
-def _layer_record(
-    stack: Stack, neighbours: list[int], u: Tensor, values: list[float], options: Options
-) -> dict[str, Any]:
-    """Spectrum of a layer, and the support of its directions in the neighbours with its null."""
-    tested = u[:, : min(options.k or MAX_K, MAX_K)]
-    record = {"singular_values": values[: max(options.k or 0, MAX_K) + 1]}
-    if not neighbours:
-        return {**record, "statistic": [0.0], "null": [0.0]}
-    around = stack.of_layers(neighbours)
-    null = support_by_chance(around, tested, NULL_DRAWS, options.generator)
-    return {
-        **record,
-        "statistic": support(around, tested).tolist(),
-        "null": null.quantile(NULL_QUANTILE, dim=0).tolist(),
+def _search_layer(
+    stack: Stack, position: int, side: str, options: Options
+) -> tuple[Tensor, dict[str, Any]]:
+    """Directions of one layer, and their spectrum with the support that neighbours give."""
+    layers = stack.layers
+    layer = layers[position]
+    neighbours = layers[max(position - 1, 0) : position] + layers[position + 1 : position + 2]
+    u, s, _ = torch.linalg.svd(stack.of_layers([layer]).rows.mT, full_matrices=False)
+    _check_rank(options.k, s, f"layer {layer}")
+    values = s[: max(options.k or 0, MAX_K) + 1].tolist()
+    tested = u[:, :MAX_K]
+    supported, null = torch.zeros(1), torch.zeros(1)
+    if neighbours:
+        around = stack.of_layers(neighbours)
+        supported = support(around, tested)
+        draws = support_by_chance(around, tested, NULL_DRAWS, options.generator)
+        null = draws.quantile(NULL_QUANTILE, dim=0)
+    above = count_above(supported, null)
+    k = options.k or choose_k(values, above)
+    return u, {
+        "side": side,
+        "layer": layer,
+        "k": k,
+        "singular_values": values,
+        "statistic": supported.tolist(),
+        "null": null.tolist(),
+        "above_null": above,
+        "gap": gap_after(values, max(k, 1)),
     }
 
 
@@ -290,15 +292,18 @@ def _record_agreement(
 
 
 def _judge_reach(finding: Finding, hits: list[int], layers: list[int]) -> None:
-    if len(layers) == 1:
-        finding.doubts.append(
-            f"Only layer {layers[0]} carries weights on this side, so no other layer can confirm "
-            "it."
-        )
-    elif 2 * len(hits) < len(layers):
+    _judge_single_layer(finding, layers)
+    if len(layers) > 1 and 2 * len(hits) < len(layers):
         named = ", ".join(map(str, hits[:12])) or "none"
         finding.doubts.append(
             f"Only {len(hits)} of {len(layers)} layers move along it (layers: {named})."
+        )
+
+
+def _judge_single_layer(finding: Finding, layers: list[int]) -> None:
+    if len(layers) == 1:
+        finding.doubts.append(
+            f"Only layer {layers[0]} carries weights on this side, so no other one can confirm it."
         )
 
 

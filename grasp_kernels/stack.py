@@ -4,8 +4,7 @@ The left singular vectors of the stack are the directions that many layers moved
 null says how large its first singular value is by chance.
 
 Shapes: `D` width of the stream, `R` LoRA rank, `K` inputs and `N` outputs of a linear layer, `C`
-    columns
-of all blocks together, `G` groups of blocks, `F` draws of the null.
+columns of all blocks together, `G` groups of blocks, `F` draws of the null.
 """
 
 from __future__ import annotations
@@ -80,16 +79,15 @@ class Stack:
 def stack_blocks(layers: Iterable[LoRAWeights]) -> tuple[Stack, list[str]]:
     """Stack the blocks of writers (or of readers, never of both), and name those that are all zero.
 
-    A block holds the singular values and the stream-side singular vectors of a layer's `ΔW`,
-    without
+    A block holds the singular values and the stream-side singular vectors of a layer's `ΔW` without
     forming it: `B (A Aᵀ)^½` for a writer, `γ ⊙ Aᵀ (Bᵀ B)^½` for a reader. A reader works on `γ ⊙
-        ĥ`, so
-    the row `w` of its `ΔW` measures the stream along `γ ⊙ w`.
+        ĥ`,
+    so the row `w` of its `ΔW` measures the stream along `γ ⊙ w`.
 
     Every block is divided by its spectral norm, so that no layer dominates: raw blocks collapse
         onto
-    the layer that moved most once training goes on. The spectral norm rather than the Frobenius
-    norm, because then a layer's say does not depend on how much else it learned.
+    the layer that moved most once training goes on. The spectral rather than the Frobenius norm,
+    because then a layer's say does not depend on how much else it learned.
 
     Raises:
         ValueError: blocks of different width.
@@ -190,7 +188,8 @@ def _flipped_gram(stack: Stack, signs: Tensor, v: Tensor) -> Tensor:
 def support(stack: Stack, directions: Tensor) -> Tensor:
     """How much the blocks move along `directions[D, k]`: root mean square over groups, `[k]`.
 
-    1 means that each group moved along the direction as far as along any.
+    1 means that each group moved along the direction as far as along any; a group of several
+    blocks (sources, or readers of one norm) can reach the square root of their number.
     """
     return (stack.rows @ directions).square().sum(dim=0).div(len(stack.groups)).sqrt()
 

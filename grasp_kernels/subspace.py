@@ -1,8 +1,7 @@
 """The subspace that a retrain must not rely on: bases by module name, and why to trust them.
 
 Shapes: `D` width of the residual stream, `k` directions in it, `K` inputs and `N` outputs of a
-    linear
-layer, `P` and `Q` columns of a read and of a write basis.
+linear layer, `P` and `Q` columns of a read and of a write basis.
 """
 
 from __future__ import annotations
@@ -46,9 +45,9 @@ class Subspace:
         reasons: what the verdict rests on, in sentences.
         evidence: JSON-able; "spectra" is a list of records, one per basis that was looked for, with
             the keys side, layer (None for a shared basis), k, singular_values, null (95 % quantile
-            by index), gap, and statistic where the null belongs to
-            other values than the singular ones; "agreement" is a list of records with the keys
-            side, layers (ids), values (cosines), chance. The sources add keys of their own.
+            by index), gap, and statistic where the null belongs to other values than the singular
+            ones; "agreement" is a list of records with the keys side, layers (ids), values
+            (cosines), chance. The sources of subspaces add keys of their own.
         metadata: JSON-able; where the bases come from (source, base_model, model_type, options,
             versions).
 
@@ -84,8 +83,7 @@ class Subspace:
         if (self.verdict == "nothing") != self.is_empty:
             raise ValueError(
                 f"A subspace with verdict {self.verdict!r} has {len(self.write) + len(self.read)} "
-                "bases; only "
-                '"nothing" comes without any.'
+                "bases, but verdict 'nothing' and only that comes without any; correct one of them."
             )
         widest = max((basis.shape[1] for _, basis in self._named()), default=0)
         if self.k != widest:
@@ -119,8 +117,7 @@ class Subspace:
                 independent.
             sites: the writers and readers of the model, see `sites.model_sites`.
             gains: norm -> `γ[D]`, see `sites.model_gains`. A stream direction `u` reaches a reader
-                as `γ ⊙ u`, so its basis is `orth(γ ⊙ u)`; a norm without an entry counts as `γ =
-                1`.
+                as `γ ⊙ u`, so its basis is `orth(γ ⊙ u)`; a norm without an entry has `γ = 1`.
             side: which sites get a basis.
 
         Raises:

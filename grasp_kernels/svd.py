@@ -5,8 +5,7 @@ finder is their Algorithm 4.4 (subspace iteration, which needs the QR factorisat
 two products), the decomposition their Algorithm 5.1.
 
 Shapes: leading dimensions `...` are a batch of equal shapes, `M` rows, `N` columns, `R` inner width
-    of
-a factored matrix, `L` columns of a sketch.
+of a factored matrix, `L` columns of a sketch.
 """
 
 from __future__ import annotations

@@ -202,6 +202,15 @@ def test_halves_that_disagree_refute() -> None:
     assert identify(whole, halves=halves, k=1).verdict == "weak"
 
 
+def test_halves_of_different_layers_cannot_be_compared() -> None:
+    planted = unit_directions(WIDTH)
+    whole = synthetic_adapter(planted=planted, strength=4)
+    halves = [synthetic_adapter(planted=planted, adapted=part) for part in ([0, 1], [4, 5])]
+    subspace = identify(whole, halves=halves, scope="layer")
+    assert subspace.verdict == "weak" and has_reason(subspace, "no layer in common")
+    assert identify(whole, halves=halves).verdict == "found"
+
+
 # explicit k, options, errors
 
 

@@ -181,7 +181,7 @@ def test_negative_options(options: dict[str, int]) -> None:
 def test_unfit_inputs() -> None:
     with pytest.raises(ValueError, match=r"shape \(3,\) of torch.float32"):
         randomized_svd(torch.randn(3), 1)
-    with pytest.raises(ValueError, match="of torch.int64"):
+    with pytest.raises(ValueError, match=r"of torch\.int64"):
         randomized_svd(torch.ones(3, 3, dtype=torch.int64), 1)
     with pytest.raises(ValueError, match=r"B has shape \(4, 2\) and A \(3, 5\)"):
         FactoredOperator(torch.ones(4, 2), torch.ones(3, 5))
