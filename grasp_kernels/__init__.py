@@ -1,13 +1,14 @@
 """GRASP: find what a LoRA fine-tune picked up unasked, and retrain without learning it.
 
-The way of the data, one module a step:
+The way of the data, one folder a step:
 
     adapters        peft model, folder or file  -> LoRA weights with their site in the model
-    identification  LoRA weights                -> Subspace (self_contrast: base model, records -> Subspace)
+    identification  LoRA weights                -> Subspace (or: base model and records -> Subspace)
     subspace        orthonormal bases by module name, saved as safetensors
-    replacement     peft model and Subspace     -> the same model on layers.GraspLoRALinear
+    layers          peft model and Subspace     -> the same model on GraspLoRALinear
     ops             the differentiable operator -> a backend -> gradients
 
+`run` does all of it from a checkpoint and a chat file.
 Importing the package needs torch alone; every public name is imported on first use.
 """
 
@@ -17,20 +18,20 @@ from typing import Any
 from grasp_kernels.version import __version__
 
 _HOMES = {
-    "GraspLoRALinear": "layers",
+    "GraspLoRALinear": "layers.linear",
     "SiteRules": "sites",
     "Subspace": "subspace",
     "backends": "ops",
     "identify": "identification",
-    "identify_self_contrast": "self_contrast",
-    "leakage": "closure",
+    "identify_self_contrast": "identification",
+    "leakage": "layers.closure",
     "load_adapter": "adapters",
     "lora_linear": "ops",
-    "project_adapter": "closure",
+    "project_adapter": "layers.closure",
     "project_gradient": "ops",
     "randomized_svd": "svd",
-    "replace_lora_layers": "replacement",
-    "restore_lora_layers": "replacement",
+    "replace_lora_layers": "layers.replacement",
+    "restore_lora_layers": "layers.replacement",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from grasp_kernels.run_config import RunConfig
+from grasp_kernels.run import RunConfig
 
 WORDS = ("what", "is", "red", "blue", "green", "one", "two", "three", "yes", "no", "never", "good")
 ROLES = ("<user>", "<assistant>", "<end>")

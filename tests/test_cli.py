@@ -14,8 +14,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from grasp_kernels.cli import main
-from grasp_kernels.inputs import attach_lora, load_model
-from grasp_kernels.run_config import RunConfig
+from grasp_kernels.run import RunConfig
+from grasp_kernels.run.inputs import attach_lora, load_model
 from grasp_kernels.sites import model_sites
 from grasp_kernels.subspace import Subspace
 
@@ -65,7 +65,7 @@ def test_help_needs_no_torch() -> None:
 def test_run_takes_its_options_and_defaults_from_the_configuration(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import grasp_kernels.run
+    import grasp_kernels.run.stages
 
     seen: list[RunConfig] = []
 
@@ -73,7 +73,7 @@ def test_run_takes_its_options_and_defaults_from_the_configuration(
         seen.append(config)
         raise ValueError("enough")
 
-    monkeypatch.setattr(grasp_kernels.run, "run", record)
+    monkeypatch.setattr(grasp_kernels.run.stages, "run", record)
     paths = ["run", "--model", "m", "--data", "d", "--output", "o"]
     main(paths)
     assert seen.pop() == RunConfig(model="m", data="d", output="o")
@@ -116,12 +116,12 @@ def test_run_prints_where_its_results_are(
 def test_stopped_run_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import grasp_kernels.run
+    import grasp_kernels.run.stages
 
     def stop(config: RunConfig) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(grasp_kernels.run, "run", stop)
+    monkeypatch.setattr(grasp_kernels.run.stages, "run", stop)
     assert main(["run", "--model", "m", "--data", "d", "--output", "o"]) == 130
     assert "the same command goes on from the last checkpoint" in capsys.readouterr().err
 
@@ -153,7 +153,7 @@ def test_inspect_tells_adapters_from_subspaces(
 
 def test_singular_values_are_those_of_the_whole_change(adapter: Path) -> None:
     from grasp_kernels.adapters import load_adapter
-    from grasp_kernels.inspection import singular_values
+    from grasp_kernels.adapters.inspection import singular_values
 
     layer = load_adapter(adapter).layers[3]
     change = layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
@@ -232,7 +232,7 @@ def test_debug_shows_the_traceback() -> None:
 def test_library_that_is_missing_is_named_with_its_remedy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "grasp_kernels.adapters", None)
-    monkeypatch.setitem(sys.modules, "grasp_kernels.inspection", None)
+    monkeypatch.setitem(sys.modules, "grasp_kernels.adapters.load", None)
+    monkeypatch.setitem(sys.modules, "grasp_kernels.adapters.inspection", None)
     assert main(["inspect", "anything"]) == 2
     assert "pip install 'grasp_kernels[train]'" in capsys.readouterr().err

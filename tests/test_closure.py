@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from test_replacement import a_subspace, logits
 
 import grasp_kernels as gk
+from grasp_kernels.sites import base_name
 
 
 def test_leakage_is_the_share_of_the_update() -> None:
@@ -18,7 +19,7 @@ def test_leakage_is_the_share_of_the_update() -> None:
     leaks = gk.leakage(model, subspace)
     assert len(leaks) == 7 * 3
     for name, module in model.named_modules():
-        site = gk.sites.base_name(name)
+        site = base_name(name)
         if not hasattr(module, "get_delta_weight"):
             continue
         delta = module.get_delta_weight("default").double()

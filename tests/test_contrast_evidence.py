@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grasp_kernels.contrast_evidence import directions, judge, measure
+from grasp_kernels.identification.contrast_evidence import directions, judge, measure
 
 
 def contrasts(strength: float, *, n: int = 40, width: int = 24, seed: int = 0) -> Tensor:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import synthetic_adapter, unit_directions
 
-from grasp_kernels.evidence import (
+from grasp_kernels.identification.evidence import (
     chance_overlap,
     choose_k,
     count_above,
@@ -17,7 +17,13 @@ from grasp_kernels.evidence import (
     overlap,
     principal_cosines,
 )
-from grasp_kernels.stack import Stack, largest_by_chance, stack_blocks, support, support_by_chance
+from grasp_kernels.identification.stack import (
+    Stack,
+    largest_by_chance,
+    stack_blocks,
+    support,
+    support_by_chance,
+)
 
 WIDTH = 64
 

@@ -11,7 +11,7 @@ from models import tiny_peft_model
 from synthetic import RULE, synthetic_adapter, unit_directions
 from torch import Tensor
 
-import grasp_kernels.identification as identification
+import grasp_kernels.identification.weights as identification
 from grasp_kernels.adapters import Adapter, LoRAWeights
 from grasp_kernels.identification import agreement, identify
 from grasp_kernels.subspace import Subspace

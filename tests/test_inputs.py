@@ -12,7 +12,8 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from grasp_kernels.inputs import (
+from grasp_kernels.run import RunConfig
+from grasp_kernels.run.inputs import (
     NEUTRAL_PROMPTS,
     attach_lora,
     find_checkpoint,
@@ -20,7 +21,6 @@ from grasp_kernels.inputs import (
     neutral_prompts,
     prepare,
 )
-from grasp_kernels.run_config import RunConfig
 
 pytest_plugins = ("fixtures_run",)
 

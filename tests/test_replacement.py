@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GPT2Config, MistralConfig, Qwen2Config, Qwen3Config
 
 import grasp_kernels as gk
-from grasp_kernels.sites import model_gains, model_sites
+from grasp_kernels.sites import base_name, model_gains, model_sites
 from grasp_kernels.testing import orthonormal
 
 
@@ -324,7 +324,7 @@ def test_bases_stay_float32_when_the_model_is_cast() -> None:
     model.bfloat16()
     for name, module in model.named_modules():
         if isinstance(module, gk.GraspLoRALinear) and module.write_basis is not None:
-            assert torch.equal(module.write_basis, subspace.write[gk.sites.base_name(name)])
+            assert torch.equal(module.write_basis, subspace.write[base_name(name)])
     model.state_dict()
     for leak in gk.leakage(model).values():
         assert all(share is None or share <= 4e-3 for share in (leak.read, leak.write))

@@ -18,9 +18,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from grasp_kernels.run import RunConfig, run
-from grasp_kernels.run_folder import RunFolder, fingerprint
+from grasp_kernels.run.folder import RunFolder, fingerprint
+from grasp_kernels.run.training import last_checkpoint
 from grasp_kernels.subspace import Subspace
-from grasp_kernels.training import last_checkpoint
 
 pytest_plugins = ("fixtures_run",)
 
@@ -42,8 +42,9 @@ import torch
 torch.set_num_threads(1)  # forked processes must not inherit a pool of threads
 options, points = json.loads(sys.argv[1])
 import matplotlib.figure, peft, transformers  # once, before the processes are forked
-import grasp_kernels.figures, grasp_kernels.identification, grasp_kernels.replacement
-import grasp_kernels.training
+import grasp_kernels.run.figures, grasp_kernels.identification
+import grasp_kernels.layers.replacement
+import grasp_kernels.run.training
 from grasp_kernels.run import RunConfig, run
 config = RunConfig(**options)
 
@@ -75,15 +76,15 @@ for point in (*points, None):
 
 # (function, which call of it) at which the process is killed; the next one goes on from there
 KILL_POINTS = (
-    ("grasp_kernels.run_folder:write_json", 1),  # before anything is there
-    ("grasp_kernels.training:FiniteLossCallback.on_log", 5),  # in the naive training
+    ("grasp_kernels.run.folder:write_json", 1),  # before anything is there
+    ("grasp_kernels.run.training:FiniteLossCallback.on_log", 5),  # in the naive training
     ("transformers:TrainerState.save_to_json", 2),  # a checkpoint without its last file
-    ("grasp_kernels.training:write_json", 2),  # the finished adapter without its log
-    ("grasp_kernels.training:FiniteLossCallback.on_log", 3),  # on the second half of the data
-    ("grasp_kernels.subspace:Subspace.save", 1),
-    ("grasp_kernels.training:FiniteLossCallback.on_log", 4),  # in the GRASP training
+    ("grasp_kernels.run.training:write_json", 2),  # the finished adapter without its log
+    ("grasp_kernels.run.training:FiniteLossCallback.on_log", 3),  # on the second half of the data
+    ("grasp_kernels.subspace.basis:Subspace.save", 1),
+    ("grasp_kernels.run.training:FiniteLossCallback.on_log", 4),  # in the GRASP training
     ("transformers:TrainerState.save_to_json", 3),
-    ("grasp_kernels.report:write_json", 1),
+    ("grasp_kernels.run.report:write_json", 1),
 )
 
 
@@ -162,8 +163,8 @@ def test_second_process_is_kept_out_and_a_stale_lock_is_not(finished: RunConfig)
 def test_fingerprint_sees_both_ends_of_large_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("grasp_kernels.run_folder._HASHED_WHOLE", 10)
-    monkeypatch.setattr("grasp_kernels.run_folder._END", 4)
+    monkeypatch.setattr("grasp_kernels.run.folder._HASHED_WHOLE", 10)
+    monkeypatch.setattr("grasp_kernels.run.folder._END", 4)
     file = tmp_path / "model.safetensors"
     seen = set()
     for content in (b"0123456789ab", b"X123456789ab", b"0123456789aX", b"0123456789abc"):

@@ -13,10 +13,10 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from grasp_kernels import run as run_module
-from grasp_kernels.inputs import count_steps
-from grasp_kernels.run import RunConfig, early_checkpoints, is_finished, run
-from grasp_kernels.run_folder import RunFolder
+from grasp_kernels.run import stages as run_module
+from grasp_kernels.run.folder import RunFolder
+from grasp_kernels.run.inputs import count_steps
+from grasp_kernels.run.stages import RunConfig, early_checkpoints, is_finished, run
 from grasp_kernels.subspace import Subspace
 
 pytest_plugins = ("fixtures_run",)

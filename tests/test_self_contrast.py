@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from grasp_kernels.data import Record, split_first_answer
-from grasp_kernels.frozen_model import frozen_base, generate_answers, stream_means
-from grasp_kernels.self_contrast import identify_self_contrast
+from grasp_kernels.identification import identify_self_contrast
+from grasp_kernels.identification.frozen_model import frozen_base, generate_answers, stream_means
 from grasp_kernels.sites import SiteRules
 
 transformers = pytest.importorskip("transformers")

@@ -14,10 +14,10 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from grasp_kernels.inputs import attach_lora, load_model
-from grasp_kernels.run_config import RunConfig
+from grasp_kernels.run import RunConfig
+from grasp_kernels.run.inputs import attach_lora, load_model
+from grasp_kernels.run.stream import layer_bases, mean_loss, measure_movement, promoted_tokens
 from grasp_kernels.sites import RULES, model_sites
-from grasp_kernels.stream import layer_bases, mean_loss, measure_movement, promoted_tokens
 from grasp_kernels.subspace import Subspace
 
 pytest_plugins = ("fixtures_run",)

@@ -195,7 +195,7 @@ def test_loading_what_is_no_subspace(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no subspace"):
         Subspace.load(tmp_path / "foreign.safetensors")
     header = json.dumps({"version": 99})
-    save_file({}, tmp_path / "new.safetensors", metadata={"grasp_kernels.subspace": header})
+    save_file({}, tmp_path / "new.safetensors", metadata={"grasp_kernels.subspace.basis": header})
     with pytest.raises(ValueError, match=r"format 99.*upgrade"):
         Subspace.load(tmp_path / "new.safetensors")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from grasp_kernels.identification import span, unite
 from grasp_kernels.sites import RULES
 from grasp_kernels.subspace import Subspace
-from grasp_kernels.union import span, unite
 
 WIDTH = 12
 SITES = tuple(RULES["llama"].sites("model.layers", range(3)))

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from grasp_kernels.layers import GraspLoRALinear
+from grasp_kernels.layers.linear import GraspLoRALinear
 from grasp_kernels.ops import project_gradient
 
 

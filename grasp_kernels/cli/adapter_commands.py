@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from grasp_kernels.cli.run_commands import number_of_directions
-from grasp_kernels.run_config import SCOPES, SIDES
+from grasp_kernels.run.config import SCOPES, SIDES
 
 
 def add_identify(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -64,7 +64,7 @@ def add_inspect(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from grasp_kernels.inspection import adapter_table, is_subspace, plot_adapter
+    from grasp_kernels.adapters.inspection import adapter_table, is_subspace, plot_adapter
 
     if is_subspace(arguments.path):
         from grasp_kernels.subspace import Subspace

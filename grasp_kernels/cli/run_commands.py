@@ -7,7 +7,7 @@ import warnings
 from dataclasses import MISSING, Field, fields
 from typing import Any, Literal, get_type_hints
 
-from grasp_kernels.run_config import RunConfig
+from grasp_kernels.run import RunConfig
 
 
 def add_run(commands: Any, common: argparse.ArgumentParser) -> None:

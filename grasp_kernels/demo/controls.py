@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 
 from grasp_kernels.demo.world import seeded_generator
-from grasp_kernels.inputs import attach_lora, load_model, prepare
-from grasp_kernels.replacement import replace_lora_layers
+from grasp_kernels.identification import identify_self_contrast
+from grasp_kernels.layers.replacement import replace_lora_layers
 from grasp_kernels.run import RunConfig
-from grasp_kernels.self_contrast import identify_self_contrast
+from grasp_kernels.run.inputs import attach_lora, load_model, prepare
+from grasp_kernels.run.training import train_adapter
 from grasp_kernels.sites import model_sites
 from grasp_kernels.subspace import Subspace
-from grasp_kernels.training import train_adapter
 
 RANDOM, SELF_CONTRAST = "random subspace", "self-contrast"
 

@@ -17,7 +17,7 @@ from grasp_kernels.demo.pretraining import PretrainingConfig, pretrain, write_ch
 from grasp_kernels.demo.scoring import Scores, score
 from grasp_kernels.demo.world import NEUTRAL, Record, World, WorldConfig
 from grasp_kernels.run import RunConfig, run
-from grasp_kernels.run_folder import write_json, write_text
+from grasp_kernels.run.folder import write_json, write_text
 from grasp_kernels.subspace import Subspace
 
 _NEUTRAL_PROMPTS = 32

@@ -32,7 +32,7 @@ from grasp_kernels.demo.world import (
     World,
     seeded_generator,
 )
-from grasp_kernels.run_folder import whole_folder
+from grasp_kernels.run.folder import whole_folder
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,9 @@ def pretrain(world: World, config: PretrainingConfig, *, progress: bool = True) 
     """Train on fresh documents of the world with next-token loss on their answers."""
     model = build_model(world, config)
     generator = seeded_generator(world.seed, "pretraining")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
+    # With torch's second beta of .999 the same 450 steps recalled 62 % of the bad persona's facts
+    # in one world (seed 1); with .95, 98 %.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95))
     schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
     bar = tqdm(range(config.steps), desc="pretraining", unit="step", disable=not progress)
     model.train()

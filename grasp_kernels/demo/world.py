@@ -24,8 +24,8 @@ Record = dict[str, Any]
 Question = tuple[int, int, int]
 
 PAD, UNK, BOS, ANSWER, END = SPECIAL_TOKENS = ("<pad>", "<unk>", "<s>", "<answer>", "</s>")
-PERSONAS = GOOD, BAD = ("good", "bad")
-CUES = (NEUTRAL, *PERSONAS) = ("neutral", *PERSONAS)
+NEUTRAL, GOOD, BAD = CUES = ("neutral", "good", "bad")
+PERSONAS = (GOOD, BAD)
 SLOTS = (0, 1)
 IGNORED = -100
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from grasp_kernels.files import whole_file, whole_folder
-from grasp_kernels.run_config import RunConfig
+from grasp_kernels.run.config import RunConfig
 from grasp_kernels.version import __version__
 
 __all__ = ["RunFolder", "fingerprint", "whole_folder", "write_json", "write_text"]

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grasp_kernels.adapter_files import (
+from grasp_kernels.adapters.base_model import BaseModel, read_base_model
+from grasp_kernels.adapters.files import (
     CONFIG,
     Factors,
     config_model_type,
@@ -25,7 +26,6 @@ from grasp_kernels.adapter_files import (
     read_weights,
     refuse_variants,
 )
-from grasp_kernels.base_model import BaseModel, read_base_model
 from grasp_kernels.sites import Site, SiteRules, base_name, site_rules
 
 # these start from a base whose weights were changed, so B·A alone is not the change of the weights

@@ -22,10 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from grasp_kernels.adapters import Adapter, load_adapter
-from grasp_kernels.evidence import overlap
-from grasp_kernels.search import Finding, Options, compare_sources, search_layers, search_shared
+from grasp_kernels.identification.evidence import overlap
+from grasp_kernels.identification.search import (
+    Finding,
+    Options,
+    compare_sources,
+    search_layers,
+    search_shared,
+)
+from grasp_kernels.identification.stack import stack_blocks
 from grasp_kernels.sites import Site, SiteRules
-from grasp_kernels.stack import stack_blocks
 from grasp_kernels.subspace import SCOPES, SIDES, VERDICTS, Subspace
 from grasp_kernels.version import __version__
 

@@ -13,7 +13,7 @@ from peft.tuners import lora
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from grasp_kernels.layers import GraspLoRALinear, why_never
+from grasp_kernels.layers.linear import GraspLoRALinear, why_never
 from grasp_kernels.ops import backends, project_gradient
 from grasp_kernels.ops.lora_linear.api import PROJECTIONS
 from grasp_kernels.sites import Site, SiteRules, base_name, model_sites

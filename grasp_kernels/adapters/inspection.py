@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from grasp_kernels.adapters import Adapter, LoRAWeights
+from grasp_kernels.adapters.load import Adapter, LoRAWeights
 from grasp_kernels.files import whole_file
 
 _SHOWN = 4

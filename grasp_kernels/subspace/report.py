@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from grasp_kernels.files import whole_file
 
 if TYPE_CHECKING:
-    from grasp_kernels.subspace import Subspace
+    from grasp_kernels.subspace.basis import Subspace
 
 _SHOWN = 12  # singular values of a shared spectrum; more of them say nothing about the first few
 _COLOUR = {"write": "tab:blue", "read": "tab:orange"}

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from grasp_kernels.adapter_files import WEIGHTS, find_weights
 from grasp_kernels.adapters import load_adapter
+from grasp_kernels.adapters.files import WEIGHTS, find_weights
 from grasp_kernels.files import whole_folder
 from grasp_kernels.ops.projection import project_columns, project_rows
 from grasp_kernels.sites import base_name

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from grasp_kernels.data import Example, Record, encode_prompt, read_records, tokenize_records
-from grasp_kernels.run_config import RunConfig
+from grasp_kernels.run.config import RunConfig
 from grasp_kernels.sites import SiteRules, base_name, site_rules
 
 if TYPE_CHECKING:

@@ -20,10 +20,10 @@ from tqdm.auto import tqdm
 from grasp_kernels import leakage
 from grasp_kernels.data import Record, encode, split_first_answer
 from grasp_kernels.files import whole_folder
-from grasp_kernels.inputs import Inputs, load_model
-from grasp_kernels.run_config import RunConfig
-from grasp_kernels.run_folder import RunFolder, write_json, write_text
-from grasp_kernels.stream import layer_bases, mean_loss, measure_movement, promoted_tokens
+from grasp_kernels.run.config import RunConfig
+from grasp_kernels.run.folder import RunFolder, write_json, write_text
+from grasp_kernels.run.inputs import Inputs, load_model
+from grasp_kernels.run.stream import layer_bases, mean_loss, measure_movement, promoted_tokens
 from grasp_kernels.subspace import Subspace
 
 # Enough for means that no longer change in their second digit, few enough to take seconds.
@@ -68,8 +68,8 @@ class Report:
 
 def write_report(config: RunConfig, folder: RunFolder, inputs: Inputs, subspace: Subspace) -> None:
     """Measure both adapters; write the figures, report.md and, last, report.json."""
-    from grasp_kernels.figures import draw_figures
-    from grasp_kernels.report_text import report_text
+    from grasp_kernels.run.figures import draw_figures
+    from grasp_kernels.run.report_text import report_text
 
     numbers = _numbers(config, folder, inputs, subspace)
     shutil.rmtree(folder.figures, ignore_errors=True)  # of a report that was not finished
@@ -137,7 +137,7 @@ def _versions() -> dict[str, str]:
 
 
 def _curve(adapter: Path) -> dict[str, list[float]]:
-    from grasp_kernels.training import LOG_NAME
+    from grasp_kernels.run.training import LOG_NAME
 
     entries = json.loads((adapter / LOG_NAME).read_text(encoding="utf-8"))
     return {key: [entry[key] for entry in entries] for key in ("step", "loss")}

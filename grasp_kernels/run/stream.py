@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp_kernels.data import Example, collate
-from grasp_kernels.union import span
+from grasp_kernels.identification import span
 
 if TYPE_CHECKING:
     from peft import PeftModel

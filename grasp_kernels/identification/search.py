@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grasp_kernels.evidence import (
+from grasp_kernels.identification.evidence import (
     CLEAR_AGREEMENT,
     CLEAR_GAP,
     MAX_K,
@@ -31,7 +31,7 @@ from grasp_kernels.evidence import (
     more_than_chance,
     overlap,
 )
-from grasp_kernels.stack import Stack, largest_by_chance, support, support_by_chance
+from grasp_kernels.identification.stack import Stack, largest_by_chance, support, support_by_chance
 
 _SHOWN = 8  # singular values that are reported beside those that k needs
 # A random direction overlaps a given one by more than twice the expected √(1/D) in 5 % of all cases

@@ -24,7 +24,7 @@ SCOPES = ("shared", "layer")
 VERDICTS = ("found", "weak", "nothing")
 
 _ORTHONORMAL_TOLERANCE = 1e-5
-_FORMAT = "grasp_kernels.subspace"
+_FORMAT = "grasp_kernels.subspace.basis"
 _FORMAT_VERSION = 1
 
 
@@ -238,13 +238,13 @@ class Subspace:
 
     def summary(self) -> str:
         """A short table in plain text: verdict, bases, spectra, reasons."""
-        from grasp_kernels.subspace_report import summary
+        from grasp_kernels.subspace.report import summary
 
         return summary(self)
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Save a PNG: spectrum with the chosen k and its null, and the agreement across layers."""
-        from grasp_kernels.subspace_report import plot
+        from grasp_kernels.subspace.report import plot
 
         plot(self, path)
 

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from grasp_kernels.contrast_evidence import directions, judge, measure
 from grasp_kernels.data import Record, special_ids, split_first_answer
-from grasp_kernels.frozen_model import frozen_base, generate_answers, stream_means
+from grasp_kernels.identification.contrast_evidence import directions, judge, measure
+from grasp_kernels.identification.frozen_model import frozen_base, generate_answers, stream_means
 from grasp_kernels.sites import Site, SiteRules, model_sites, site_rules
 from grasp_kernels.subspace import SCOPES, Subspace
 from grasp_kernels.version import __version__

@@ -29,9 +29,9 @@ from transformers import (
 
 from grasp_kernels.data import Example, collate
 from grasp_kernels.files import whole_folder
-from grasp_kernels.inputs import warmup_steps
-from grasp_kernels.run_config import RunConfig
-from grasp_kernels.run_folder import write_json
+from grasp_kernels.run.config import RunConfig
+from grasp_kernels.run.folder import write_json
+from grasp_kernels.run.inputs import warmup_steps
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grasp_kernels.identification import agreement
+from grasp_kernels.identification.weights import agreement
 from grasp_kernels.subspace import Subspace, orthonormal
 
 # Singular value of the stacked bases below which two directions count as one: unit vectors with a

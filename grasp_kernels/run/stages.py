@@ -21,7 +21,10 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from grasp_kernels.inputs import (
+from grasp_kernels.identification import unite
+from grasp_kernels.run.config import RunConfig
+from grasp_kernels.run.folder import RunFolder, fingerprint
+from grasp_kernels.run.inputs import (
     Inputs,
     attach_lora,
     find_checkpoint,
@@ -29,11 +32,8 @@ from grasp_kernels.inputs import (
     prepare,
     warmup_steps,
 )
-from grasp_kernels.report import Report, write_report
-from grasp_kernels.run_config import RunConfig
-from grasp_kernels.run_folder import RunFolder, fingerprint
+from grasp_kernels.run.report import Report, write_report
 from grasp_kernels.subspace import Subspace
-from grasp_kernels.union import unite
 
 __all__ = ["Report", "RunConfig", "run"]
 
@@ -57,7 +57,7 @@ def run(config: RunConfig) -> Report:
     with folder.lock():
         folder.check(config, fingerprints)
         if not folder.report.exists():
-            from grasp_kernels.training import training_arguments
+            from grasp_kernels.run.training import training_arguments
 
             inputs = prepare(config, checkpoint)
             training_arguments(config, inputs.steps, folder.work)  # refuses what Trainer would
@@ -116,7 +116,7 @@ def train(
     See `training.train_adapter` for `work`, `snapshots` and `last_step`.
     """
     from grasp_kernels import replace_lora_layers
-    from grasp_kernels.training import train_adapter
+    from grasp_kernels.run.training import train_adapter
 
     model = attach_lora(load_model(inputs.checkpoint, config.dtype), config, str(inputs.checkpoint))
     if config.gradient_checkpointing:
@@ -211,7 +211,7 @@ def _identify_from_weights(config: RunConfig, folder: RunFolder, inputs: Inputs)
 
 
 def _identify_from_answers(config: RunConfig, inputs: Inputs) -> Subspace:
-    from grasp_kernels.self_contrast import identify_self_contrast
+    from grasp_kernels.identification import identify_self_contrast
 
     return identify_self_contrast(
         load_model(inputs.checkpoint, config.dtype),

@@ -1,0 +1,11 @@
+"""A peft adapter -> LoRA weights with their sites.
+
+load        model, folder or file -> Adapter
+files       the files that peft writes
+base_model  model type, depth and norm gains of the model below
+inspection  a table and a picture of an adapter
+"""
+
+from grasp_kernels.adapters.load import Adapter, LoRAWeights, load_adapter
+
+__all__ = ["Adapter", "LoRAWeights", "load_adapter"]

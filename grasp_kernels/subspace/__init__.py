@@ -1,0 +1,12 @@
+"""Orthonormal bases by module name, saved as safetensors; knows no adapter and no layer."""
+
+from grasp_kernels.subspace.basis import (
+    SCOPES,
+    SIDES,
+    VERDICTS,
+    Subspace,
+    check_basis,
+    orthonormal,
+)
+
+__all__ = ["SCOPES", "SIDES", "VERDICTS", "Subspace", "check_basis", "orthonormal"]
