@@ -25,7 +25,7 @@ def is_subspace(path: str | PathLike[str]) -> bool:
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"There is no {path}: give an adapter folder or a subspace file.")
-    if Path(path).is_dir() or Path(path).suffix != ".safetensors":
+    if Path(path).is_dir():
         return False
     from safetensors import SafetensorError, safe_open
 

@@ -6,6 +6,7 @@ Every subcommand imports what it needs when it runs, so that `grasp-kernels -h` 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -24,6 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped: {arguments.when_stopped}", file=sys.stderr)
         return _INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, or the interpreter complains at its end
+        return 0
     except Exception as error:
         if arguments.debug:
             raise
