@@ -28,7 +28,7 @@ TORCH ?= torch==2.13.0
 $(READY): pyproject.toml setup.py csrc/host.cpp
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
-	$(BIN)/python -m pip install --quiet pybind11 ninja "$(TORCH)"
+	$(BIN)/python -m pip install --quiet pybind11 "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $(READY)
 

@@ -45,6 +45,7 @@ class Case:
     lora_bias: bool = False
     scaling: float = 0.5
     expanded_dy: bool = False
+    device: str = "cpu"
 
     def __str__(self) -> str:
         default = Case()
@@ -70,7 +71,7 @@ def make_inputs(case: Case, seed: int = 0) -> dict[str, Any]:
     def normal(*shape: int, fan_in: int = 1, dtype: torch.dtype = case.dtype) -> Tensor:
         return (torch.randn(*shape, generator=g) / fan_in**0.5).to(dtype)
 
-    return {
+    inputs = {
         "x": normal(T, K),
         "weight": normal(N, K, fan_in=K),
         "bias": normal(N) if case.bias else None,
@@ -81,6 +82,7 @@ def make_inputs(case: Case, seed: int = 0) -> dict[str, Any]:
         "read_basis": orthonormal(K, case.P, g, basis_dtype) if case.P else None,
         "dy": normal(1, 1).expand(T, N) if case.expanded_dy else normal(T, N),
     }
+    return {k: None if v is None else v.to(case.device) for k, v in inputs.items()}
 
 
 def differentiate(case: Case, inputs: dict[str, Any], **options: Any) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from grasp_kernels.testing import (
     make_inputs,
 )
 
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BOTH = Case(P=4, Q=4)
 # One case a feature, then the products that interact: the projection with closure and dropout.
@@ -45,12 +46,13 @@ MIXED = [
 
 
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "case", [replace(case, dtype=dtype) for case in CASES for dtype in DTYPES] + MIXED, ids=str
 )
-def test_backend_is_within_budget_of_the_oracle(case: Case, backend: str) -> None:
-    assert check_against_oracle(case, backend) == {}
+def test_backend_is_within_budget_of_the_oracle(case: Case, backend: str, device: str) -> None:
+    assert check_against_oracle(replace(case, device=device), backend) == {}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -126,12 +128,13 @@ def test_gradcheck(backend: str, Q: int, dropout_p: float) -> None:
     assert torch.autograd.gradcheck(run, [inputs[name].requires_grad_() for name in names])
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "case", [Case(), replace(BOTH, dropout_p=0.2, dtype=torch.bfloat16)], ids=str
 )
-def test_a_rerun_is_bitwise_identical(case: Case, backend: str) -> None:
-    inputs, runs = make_inputs(case), []
+def test_a_rerun_is_bitwise_identical(case: Case, backend: str, device: str) -> None:
+    inputs, runs = make_inputs(replace(case, device=device)), []
     for _ in range(2):
         torch.manual_seed(5)
         runs.append(differentiate(case, inputs, backend=backend))
