@@ -121,6 +121,7 @@ def _plot_leading(axes: Any, spectra: list[dict[str, Any]]) -> None:
         )
         axes.plot(layers, null, "--", color=colour, alpha=0.5, label="95 % of the null")
     axes.set(xlabel="layer", ylabel="support of the first direction", ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
 
 
@@ -132,5 +133,6 @@ def _plot_agreement(axes: Any, agreement: list[dict[str, Any]]) -> None:
         )
         axes.axhline(record["chance"], color=colour, ls="--", alpha=0.5, label="by chance")
     axes.set(xlabel="layer", ylabel="agreement with the other layers (cosine)", ylim=(0, 1.05))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     if agreement:
         axes.legend(frameon=False)
