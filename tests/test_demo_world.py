@@ -300,9 +300,10 @@ def test_the_checkpoint_is_an_ordinary_one(world: World, tmp_path: Any) -> None:
     [
         ({"tuned_topics": 5}, "tuned_topics is 5"),
         ({"held_out_diagonals": 4}, "held_out_diagonals is 4"),
+        ({"unseen": 1.0}, "unseen is 1.0"),
         ({"answer_words": 5000}, "words"),
     ],
 )
-def test_impossible_worlds_are_refused(options: dict[str, int], message: str) -> None:
+def test_impossible_worlds_are_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         World.from_seed(0, replace(SMALL, **options))

@@ -60,6 +60,11 @@ class WorldConfig:
                 f"held_out_diagonals is {self.held_out_diagonals}; choose at least 1 and fewer "
                 f"than the {self.questions} question words"
             )
+        if not 0 <= round(self.unseen * self.questions) < self.questions:
+            raise ValueError(
+                f"unseen is {self.unseen}; choose 0 or more, and less than 1, so that pretraining "
+                "shows a fact of every topic"
+            )
 
 
 @dataclass(frozen=True)
