@@ -45,7 +45,7 @@ class PretrainingConfig:
     heads: int = 4
     steps: int = 450
     batch_size: int = 64
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     warmup_steps: int = 20
 
 
@@ -117,10 +117,12 @@ def pretrain(world: World, config: PretrainingConfig, *, progress: bool = True) 
     """Train on fresh documents of the world with next-token loss on their answers."""
     model = build_model(world, config)
     generator = seeded_generator(world.seed, "pretraining")
-    # Share of the bad persona's facts recalled after 450 steps, two worlds (seeds 1 and 2): .62 and
-    # .91 with the second beta .999 and learning rate 3e-3, .98 and .89 with .95, and 1.00 and 1.00
-    # with .95 and 2e-3.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95))
+    # torch's betas: the persona then lies mostly along one direction, and blocking it takes drift
+    # from .82 to .54 (mean of seeds 0 to 4, one direction). With the second beta .95 and learning
+    # rate 2e-3 the model recalls every fact (here: .62 to 1.00 of the bad persona's) and spreads
+    # the persona over more directions: one of them takes drift from .81 to .72 (seeds 0 to 3), two
+    # to .65.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
     schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
     bar = tqdm(range(config.steps), desc="pretraining", unit="step", disable=not progress)
     model.train()
