@@ -40,6 +40,7 @@ class DemoConfig:
             "learning_rate": 5e-4,
             "lr_scheduler": "constant",
             "warmup": 0,
+            "max_grad_norm": 0,
         }
     )
 

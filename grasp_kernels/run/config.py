@@ -70,7 +70,7 @@ class RunConfig:
     lr_scheduler: str = _option("linear", "learning rate schedule, by its name in transformers")
     warmup: float = _option(0.05, "warm-up steps (1 or more), or their part of all steps (below 1)")
     weight_decay: float = _option(0.01, "weight decay of AdamW")
-    max_grad_norm: float = _option(1.0, "gradients are clipped at this norm")
+    max_grad_norm: float = _option(1.0, "gradients are clipped at this norm; 0: never")
     max_length: int = _option(2048, "records are cut at this number of tokens")
     gradient_checkpointing: bool = _option(False, "recompute activations to save memory")
 
@@ -112,10 +112,10 @@ class RunConfig:
         for name in ("steps", "save_every"):
             value = getattr(self, name)
             self._require(name, value is None or value >= 1, "give 1 or more")
-        for name in ("epochs", "learning_rate", "alpha", "max_grad_norm"):
+        for name in ("epochs", "learning_rate", "alpha"):
             value = getattr(self, name)
             self._require(name, 0 < value < math.inf, "give a positive number")
-        for name in ("warmup", "weight_decay", "seed"):
+        for name in ("warmup", "weight_decay", "max_grad_norm", "seed"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "give 0 or more")
         for name in ("dropout", "eval_split"):
             self._require(name, 0 <= getattr(self, name) < 1, "give 0 or more, below 1")
