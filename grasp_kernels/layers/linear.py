@@ -138,27 +138,30 @@ class GraspLoRALinear(lora.Linear):
             return "adapters are disabled"
         if self.merged:
             return "the adapter is merged"
-        active = [name for name in self.active_adapters if name in self.lora_A]
+        active = self._active()
         if len(active) != 1:
             return f"{len(active)} active adapters"
         reason = why_never(self, active[0])
         if reason is not None:
             return reason
-        weight = self.base_layer.weight
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            return f"input of {x.dtype} for a weight of {weight.dtype}"
+        dtype = self.base_layer.weight.dtype
+        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            return f"input of {x.dtype} for a weight of {dtype}"
         return None
+
+    def _active(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.lora_A]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`Y[..., N]` from `X[..., K]`."""
         if self.why_stock(x, *args, **kwargs) is not None:
             return self._stock_forward(x, *args, **kwargs)
-        adapter = next(name for name in self.active_adapters if name in self.lora_A)
-        lora_B, dropout = self.lora_B[adapter], self.lora_dropout[adapter]
+        (adapter,) = self._active()
+        base, lora_B, dropout = self.base_layer, self.lora_B[adapter], self.lora_dropout[adapter]
         return lora_linear(
             x,
-            self.base_layer.weight,
-            self.base_layer.bias,
+            base.weight,
+            base.bias,
             self.lora_A[adapter].weight,
             lora_B.weight,
             self.scaling[adapter],

@@ -212,11 +212,26 @@ def _fake_backward(
     )
 
 
+def _below_autograd(registered: Any, run: Any, *inputs: Any) -> tuple[Tensor, ...]:
+    """The registered operator on its inputs.
+
+    Where nothing listens (no dispatch mode, no tensor subclass) its implementation is called
+    straight away: torch takes 50 µs (forward) and 80 µs (backward) to pass 15 arguments through the
+    dispatcher, a quarter of what a small layer costs in all.
+    """
+    plain = torch._C._len_torch_dispatch_stack() == 0 and all(
+        type(value) in (Tensor, torch.nn.Parameter) for value in inputs if isinstance(value, Tensor)
+    )
+    if plain:
+        return run(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return registered(*inputs)
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *operands: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            y, *saved = _forward(x, *operands)
+        y, *saved = _below_autograd(_forward, _run_forward, x, *operands)
         ctx.save_for_backward(x, *saved, *operands[:_N_TENSORS])
         ctx.options = operands[_N_TENSORS:]
         ctx.mark_non_differentiable(*saved)
@@ -234,8 +249,7 @@ class _LoraLinear(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: keep the node that refuses a second time
             found = _backward(*inputs)
         else:
-            with torch._C._AutoDispatchBelowAutograd():
-                found = _backward(*inputs)
+            found = _below_autograd(_backward, _run_backward, *inputs)
         wanted = (g if needed else None for g, needed in zip(found, needs, strict=True))
         return *wanted, *(None,) * (_N_TENSORS - 5 + n_options)
 
@@ -243,8 +257,7 @@ class _LoraLinear(torch.autograd.Function):
 class _OnceDifferentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return _backward(*inputs)
+        return _below_autograd(_backward, _run_backward, *inputs)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
