@@ -118,10 +118,10 @@ def pretrain(world: World, config: PretrainingConfig, *, progress: bool = True) 
     model = build_model(world, config)
     generator = seeded_generator(world.seed, "pretraining")
     # torch's betas: the persona then lies mostly along one direction, and blocking it takes drift
-    # from .82 to .54 (mean of seeds 0 to 4, one direction). With the second beta .95 and learning
-    # rate 2e-3 the model recalls every fact (here: .62 to 1.00 of the bad persona's) and spreads
-    # the persona over more directions: one of them takes drift from .81 to .72 (seeds 0 to 3), two
-    # to .65.
+    # from .82 to .51 (mean of seeds 0 to 4, identified after 1/20 of the steps). With the second
+    # beta .95 and learning rate 2e-3 the model recalls every fact (here: .62 to 1.00 of the bad
+    # persona's) and spreads the persona over more directions: one of them takes drift from .79 to
+    # .66, two to .59 (seeds 0 to 2).
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
     schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
     bar = tqdm(range(config.steps), desc="pretraining", unit="step", disable=not progress)
