@@ -10,9 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-
 from grasp_kernels.cli import main
 from grasp_kernels.run import RunConfig
 from grasp_kernels.run.inputs import attach_lora, load_model

@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("peft")
-pytest.importorskip("transformers")
-
 from grasp_kernels.demo import DemoConfig, run_demo
 from grasp_kernels.demo.comparison import draw, table
 from grasp_kernels.demo.pretraining import PretrainingConfig

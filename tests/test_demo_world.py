@@ -9,9 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-
-pytest.importorskip("transformers")
-
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grasp_kernels.data import IGNORED, encode, encode_prompt

@@ -9,9 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-
 from grasp_kernels.run import RunConfig
 from grasp_kernels.run.inputs import (
     NEUTRAL_PROMPTS,

@@ -14,9 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-
 from grasp_kernels.run import RunConfig, run
 from grasp_kernels.run.folder import RunFolder, fingerprint
 from grasp_kernels.run.training import last_checkpoint

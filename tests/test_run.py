@@ -10,9 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-
 from grasp_kernels.run import stages as run_module
 from grasp_kernels.run.folder import RunFolder
 from grasp_kernels.run.inputs import count_steps

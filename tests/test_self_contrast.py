@@ -6,16 +6,15 @@ import copy
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
+import transformers
 from torch import Tensor
 
 from grasp_kernels.data import Record, split_first_answer
 from grasp_kernels.identification import identify_self_contrast
 from grasp_kernels.identification.frozen_model import frozen_base, generate_answers, stream_means
 from grasp_kernels.sites import SiteRules
-
-transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
@@ -329,7 +328,8 @@ def test_is_put_back_after_an_error(model: Any) -> None:
 
 
 def test_a_peft_model_is_measured_without_its_adapter(model: Any, tokenizer: Any) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     records = records_with(["bad bad w3"] * N_RECORDS)
     expected = identify(make_model(), tokenizer, records)
     adapted = peft.get_peft_model(

@@ -11,9 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-
 from grasp_kernels.run import RunConfig
 from grasp_kernels.run.inputs import attach_lora, load_model
 from grasp_kernels.run.stream import layer_bases, mean_loss, measure_movement, promoted_tokens

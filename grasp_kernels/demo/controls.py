@@ -8,10 +8,9 @@ import torch
 
 from grasp_kernels.demo.world import seeded_generator
 from grasp_kernels.identification import identify_self_contrast
-from grasp_kernels.layers.replacement import replace_lora_layers
 from grasp_kernels.run import RunConfig
-from grasp_kernels.run.inputs import attach_lora, load_model, prepare
-from grasp_kernels.run.training import train_adapter
+from grasp_kernels.run.inputs import load_model, prepare
+from grasp_kernels.run.stages import train
 from grasp_kernels.sites import model_sites
 from grasp_kernels.subspace import Subspace
 
@@ -37,21 +36,13 @@ def train_controls(options: RunConfig, found: Subspace, output: Path) -> dict[st
     adapters = {name: output / name.replace(" ", "-") for name in subspaces}
     for name, folder in adapters.items():
         if not folder.exists() and not subspaces[name].is_empty:
-            model = attach_lora(
-                load_model(inputs.checkpoint, options.dtype), options, str(inputs.checkpoint)
-            )
-            replace_lora_layers(
-                model, subspaces[name], project=options.project, closed=options.closed
-            )
-            train_adapter(
-                model,
-                inputs.train,
+            train(
                 options,
-                steps=inputs.steps,
-                pad_token_id=inputs.pad_token_id,
-                work=output / "work" / folder.name,
+                inputs,
                 out=folder,
+                work=output / "work" / folder.name,
                 description=f"{name} LoRA",
+                subspace=subspaces[name],
             )
     return {name: folder for name, folder in adapters.items() if folder.exists()}
 
