@@ -69,7 +69,7 @@ def read_rows(path: str | PathLike[str]) -> list[Row]:
     """Raises FileNotFoundError or ValueError with the line that is not a row."""
     file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"there is no file {str(file)!r} with benchmark rows")
+        raise FileNotFoundError(f"there is no file {str(file)!r} with benchmark rows.")
     rows = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -78,7 +78,7 @@ def read_rows(path: str | PathLike[str]) -> list[Row]:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"line {number} of {str(file)!r} is not a benchmark row ({error!r}); "
-                "give a file that `grasp-kernels bench` wrote"
+                "give a file that `grasp-kernels bench` wrote."
             ) from None
         rows.append(row)
     return rows

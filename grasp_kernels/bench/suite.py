@@ -38,13 +38,13 @@ class Suite:
         ):
             unknown = [name for name in names if name not in known]
             if unknown:
-                raise ValueError(f"{kind} {unknown[0]!r} is unknown; use some of {sorted(known)}")
+                raise ValueError(f"{kind} {unknown[0]!r} is unknown; use some of {sorted(known)}.")
         for name in self.dtypes:
             dtype_of(name)
         if min(*self.tokens, self.rank, self.basis, self.rounds - 1) < 1:
             raise ValueError(
                 f"tokens {self.tokens}, rank {self.rank} and basis {self.basis} must be at least 1 "
-                f"and rounds {self.rounds} at least 2"
+                f"and rounds {self.rounds} at least 2."
             )
 
 

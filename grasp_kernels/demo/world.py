@@ -53,17 +53,17 @@ class WorldConfig:
         if not 0 < self.tuned_topics < self.topics:
             raise ValueError(
                 f"tuned_topics is {self.tuned_topics}; choose at least 1 and fewer than the "
-                f"{self.topics} topics, so that drift can be seen on the others"
+                f"{self.topics} topics, so that drift can be seen on the others."
             )
         if not 0 < self.held_out_diagonals < self.questions:
             raise ValueError(
                 f"held_out_diagonals is {self.held_out_diagonals}; choose at least 1 and fewer "
-                f"than the {self.questions} question words"
+                f"than the {self.questions} question words."
             )
         if not 0 <= round(self.unseen * self.questions) < self.questions:
             raise ValueError(
                 f"unseen is {self.unseen}; choose 0 or more, and less than 1, so that pretraining "
-                "shows a fact of every topic"
+                "shows a fact of every topic."
             )
 
 
@@ -221,7 +221,7 @@ def _invent_words(seed: int, config: WorldConfig) -> dict[str, list[str]]:
     stems = ["".join(letters) for letters in product("bdlmnrtv", "aeiou", repeat=2)]
     total = sum(count for _, count in forms.values())
     if total > len(stems):
-        raise ValueError(f"the world needs {total} words, at most {len(stems)} can be invented")
+        raise ValueError(f"the world needs {total} words, at most {len(stems)} can be invented.")
     drawn = iter(rng.sample(stems, total))
     return {role: [form.format(next(drawn)) for _ in range(n)] for role, (form, n) in forms.items()}
 

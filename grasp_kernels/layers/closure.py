@@ -47,7 +47,7 @@ def leakage(
     if isinstance(source, nn.Module):
         layers = list(_model_layers(source, subspace))
     elif subspace is None:
-        raise ValueError("an adapter folder has no bases of its own; pass the subspace to measure")
+        raise ValueError("an adapter folder has no bases of its own; pass the subspace to measure.")
     else:
         layers = [
             (
@@ -66,7 +66,7 @@ def leakage(
     }
     if not found:
         raise ValueError(
-            "no LoRA layer has a basis to measure along; pass a subspace that covers these layers"
+            "no LoRA layer has a basis to measure along; pass a subspace that covers these layers."
         )
     return found
 
@@ -99,7 +99,7 @@ def _layer_leakage(name: str, A: Tensor, B: Tensor, U: Tensor | None, V: Tensor 
         if basis is not None and basis.shape[0] != width:
             raise ValueError(
                 f"the {role} basis for {name!r} has {basis.shape[0]} rows but the layer has "
-                f"{width} features; the subspace belongs to another model"
+                f"{width} features; the subspace belongs to another model."
             )
     total = _product_norm(B, A)
     if total == 0.0:
@@ -132,9 +132,9 @@ def project_adapter(
 
     source, target = Path(adapter_dir), Path(out)
     if target.exists():
-        raise FileExistsError(f"{str(target)!r} exists; choose a new folder for the adapter")
+        raise FileExistsError(f"{str(target)!r} exists; choose a new folder for the adapter.")
     if subspace.is_empty:
-        raise ValueError("the subspace is empty, there is nothing to project out of the adapter")
+        raise ValueError("the subspace is empty, there is nothing to project out of the adapter.")
     leakage(source, subspace)  # checks the adapter, and that the two fit
     weights = find_weights(source, None)
     projected = _projected(load_file(weights), subspace)

@@ -82,7 +82,7 @@ def replace_lora_layers(
     }
     if not layers:
         raise ValueError(
-            "the model has no LoRA layers; wrap it with peft.get_peft_model before replacing them"
+            "the model has no LoRA layers; wrap it with peft.get_peft_model before replacing them."
         )
     report = Replacement()
     write: dict[str, Tensor] = {}
@@ -121,9 +121,11 @@ def restore_lora_layers(model: nn.Module) -> None:
 
 def _check_options(project: str, backend: str) -> None:
     if project not in PROJECTIONS:
-        raise ValueError(f"project is {project!r}; use one of {PROJECTIONS}")
+        raise ValueError(f"project is {project!r}; use one of {PROJECTIONS}.")
     if backend not in ("auto", *backends()):
-        raise ValueError(f"backend {backend!r} is unknown; use 'auto' or one of {list(backends())}")
+        raise ValueError(
+            f"backend {backend!r} is unknown; use 'auto' or one of {list(backends())}."
+        )
 
 
 def _why_kept(layer: LoraLayer) -> str | None:
@@ -150,14 +152,14 @@ def _bases(
             if name not in modules:
                 raise ValueError(
                     f"the subspace has a {role} basis for {name!r}, which the model does not have; "
-                    "identify the subspace on an adapter of this model"
+                    "identify the subspace on an adapter of this model."
                 )
             module: Any = modules[name]
             width = module.out_features if role == "write" else module.in_features
             if basis.shape[0] != width:
                 raise ValueError(
                     f"the {role} basis for {name!r} has {basis.shape[0]} rows but the layer has "
-                    f"{width} features; identify the subspace on an adapter of this model"
+                    f"{width} features; identify the subspace on an adapter of this model."
                 )
     return write, dict(subspace.read)
 

@@ -31,11 +31,11 @@ def select(package: str, order: Sequence[str], requested: str, where: device) ->
     An explicit request never falls back: it runs, or raises with the reason.
     """
     if requested not in ("auto", *order):
-        raise ValueError(f"backend {requested!r} is unknown; use 'auto' or one of {tuple(order)}")
+        raise ValueError(f"backend {requested!r} is unknown; use 'auto' or one of {tuple(order)}.")
     reason: str | None = None
     for name in order if requested == "auto" else (requested,):
         module = load(package, name)
         reason = module if isinstance(module, str) else module.unsupported(where)
         if isinstance(module, ModuleType) and reason is None:
             return module
-    raise ValueError(f"backend {requested!r} cannot run on {where}: {reason}")
+    raise ValueError(f"backend {requested!r} cannot run on {where}: {reason}.")

@@ -47,6 +47,6 @@ def project_gradient(y: Tensor, basis: Tensor) -> Tensor:
     if basis.dim() != 2 or y.shape[-1] != basis.shape[0]:
         raise ValueError(
             f"the basis has shape {tuple(basis.shape)} but y has {y.shape[-1]} features; "
-            f"pass orthonormal columns of shape [{y.shape[-1]}, Q]"
+            f"pass orthonormal columns of shape [{y.shape[-1]}, Q]."
         )
     return _ProjectGradient.apply(y, basis)

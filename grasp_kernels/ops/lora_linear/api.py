@@ -68,9 +68,9 @@ def lora_linear(
     x, weight, bias = _autocast(x, weight, bias)
     _check(x, weight, bias, lora_A, lora_B, lora_bias, write_basis, read_basis, write_weight)
     if project not in PROJECTIONS:
-        raise ValueError(f"project is {project!r}; use one of {PROJECTIONS}")
+        raise ValueError(f"project is {project!r}; use one of {PROJECTIONS}.")
     if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}; use a probability between 0 and 1")
+        raise ValueError(f"dropout_p is {dropout_p}; use a probability between 0 and 1.")
     # Eager calls enter at the autograd function, one hop later than compiled ones.
     differentiable = _forward if torch.compiler.is_compiling() else _LoraLinear.apply
     y, *_ = differentiable(
@@ -114,11 +114,11 @@ def _check(
 ) -> None:
     if weight.dim() != 2 or x.dim() < 1:
         raise ValueError(
-            f"x {tuple(x.shape)} and weight {tuple(weight.shape)} must be [..., K] and [N, K]"
+            f"x {tuple(x.shape)} and weight {tuple(weight.shape)} must be [..., K] and [N, K]."
         )
     (N, K), R = weight.shape, lora_A.shape[0]
     if R == 0:
-        raise ValueError("lora_A has rank 0; a LoRA layer needs a rank of at least 1")
+        raise ValueError("lora_A has rank 0; a LoRA layer needs a rank of at least 1.")
     Q = 0 if write_basis is None else write_basis.shape[-1]
     P = 0 if read_basis is None else read_basis.shape[-1]
     expected = {
@@ -137,17 +137,17 @@ def _check(
         if tuple(tensor.shape) != shape:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}, expected {shape} "
-                f"for a weight of shape {(N, K)}"
+                f"for a weight of shape {(N, K)}."
             )
         if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device} but x is on {x.device}; move it there")
+            raise ValueError(f"{name} is on {tensor.device} but x is on {x.device}; move it there.")
         if not tensor.is_floating_point():
-            raise TypeError(f"{name} has dtype {tensor.dtype}; the operator needs floating point")
+            raise TypeError(f"{name} has dtype {tensor.dtype}; the operator needs floating point.")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != x.dtype:
             raise TypeError(
                 f"{name} has dtype {tensor.dtype} but x has {x.dtype}; "
-                "cast one or use torch.autocast"
+                "cast one or use torch.autocast."
             )
 
 
@@ -263,7 +263,7 @@ class _OnceDifferentiable(torch.autograd.Function):
     def backward(ctx: Any, *_: Tensor) -> None:
         raise RuntimeError(
             "lora_linear cannot be differentiated twice; "
-            "restore the stock layers with restore_lora_layers for gradients of gradients"
+            "restore the stock layers with restore_lora_layers for gradients of gradients."
         )
 
 
