@@ -5,6 +5,7 @@ Shapes: T tokens, K in, N out, R LoRA rank, P read basis size, Q write basis siz
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -74,7 +75,7 @@ def lora_linear(
     # Eager calls enter at the autograd function, one hop later than compiled ones.
     differentiable = _forward if torch.compiler.is_compiling() else _LoraLinear.apply
     y, *_ = differentiable(
-        x.reshape(-1, x.shape[-1]),
+        x,
         weight,
         bias,
         lora_A,
@@ -90,7 +91,7 @@ def lora_linear(
         closed,
         backend,
     )
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return y
 
 
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
@@ -173,9 +174,10 @@ def _run_forward(x: Tensor, *operands: Any) -> tuple[Tensor, ...]:
     """`Y` and what the backward needs: `S`, `A°`, `B°`."""
     *fields, backend = operands
     module = dispatch.select(__package__, BACKENDS, backend, x.device)
+    op = Operands(*fields)
     with _without_autocast(x):
-        y, saved = module.forward(x, Operands(*fields))
-    return y, *saved
+        y, saved = module.forward(x.reshape(-1, x.shape[-1]), op)
+    return y.view(*x.shape[:-1], op.weight.shape[0]), *saved
 
 
 def _run_backward(
@@ -184,9 +186,11 @@ def _run_backward(
     """The gradients in the order of Needs; empty where not needed."""
     *fields, backend = operands
     module = dispatch.select(__package__, BACKENDS, backend, x.device)
+    rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     with _without_autocast(x):
-        found = module.backward(dy, x, Saved(S, A, B), Operands(*fields), Needs(*needs))
-    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in found)
+        found = module.backward(*rows, Saved(S, A, B), Operands(*fields), Needs(*needs))
+    dx, *others = (x.new_empty(0) if gradient is None else gradient for gradient in found)
+    return dx.view(x.shape) if needs[0] else dx, *others
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -199,8 +203,9 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 def _fake_forward(
     x: Tensor, weight: Tensor, bias: Any, lora_A: Tensor, *_: Any
 ) -> tuple[Tensor, ...]:
-    (T, K), N, R = x.shape, weight.shape[0], lora_A.shape[0]
-    return x.new_empty(T, N), x.new_empty(R, T), x.new_empty(R, K), x.new_empty(N, R)
+    (*leading, K), N, R = x.shape, weight.shape[0], lora_A.shape[0]
+    y, S = x.new_empty(*leading, N), x.new_empty(R, math.prod(leading))
+    return y, S, x.new_empty(R, K), x.new_empty(N, R)
 
 
 def _fake_backward(
