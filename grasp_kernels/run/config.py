@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from grasp_kernels.choices import SCOPES, SIDES
+
 IDENTIFY = ("weights", "self-contrast", "both")
-SIDES = ("write", "read", "both")
-SCOPES = ("shared", "layer")
 PROJECTS = ("residual", "weights")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grasp_kernels.choices import SCOPES, SIDES
 from grasp_kernels.files import whole_file
 from grasp_kernels.sites import Site
 
-SIDES = ("write", "read", "both")
-SCOPES = ("shared", "layer")
 VERDICTS = ("found", "weak", "nothing")
 
 _ORTHONORMAL_TOLERANCE = 1e-5
