@@ -1,66 +1,265 @@
 """The benchmark measures what it says, and refuses what is wrong; no time is asserted."""
 
-import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from grasp_kernels.bench import Suite, providers, read_rows, run_suite, table, write_rows
-from grasp_kernels.bench.providers import PROVIDERS, Provider, Weights
+from grasp_kernels.bench import Suite, levels, ours, provider, run_suite, table
+from grasp_kernels.bench.gate import Gate
+from grasp_kernels.bench.provider import Refusal, Weights, make_weights
+from grasp_kernels.bench.providers import PROVIDERS, at_level, choose
+from grasp_kernels.bench.shapes import MODELS, Linear
 from grasp_kernels.cli import main
+from grasp_kernels.layers import linear
+from grasp_kernels.ops import backends
 from grasp_kernels.ops.lora_linear import aten
+from grasp_kernels.ops.lora_linear.api import BACKENDS
 from grasp_kernels.testing import Case, differentiate, make_inputs
 
-TINY = Suite(models=("tiny",), tokens=(16,), rounds=2, rank=4, basis=2)
+CPU = torch.device("cpu")
+TINY = Suite(
+    models=("tiny",), tokens=(16,), rounds=2, ranks=(4,), basis=(2,), device="cpu", layers=1
+)
+# torch.compile takes seconds a layer; it has a test of its own
+QUICK = tuple(name for name in PROVIDERS if name != "peft-compile")
 
 
-def test_every_provider_of_every_case_has_a_row(tmp_path: Path) -> None:
-    rows = list(run_suite(TINY))
-    assert len(rows) == 7 * 2 * len(PROVIDERS)
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def kinds(rows: list[dict[str, Any]]) -> dict[str, set[str | None]]:
+    found: dict[str, set[str | None]] = {}
     for row in rows:
-        assert row["refused"] is None
-        assert 0 < row["both"]["p20"] <= row["both"]["median"] <= row["both"]["p80"]
-        assert row["torch"] == torch.__version__
-    write_rows(tmp_path / "rows.jsonl", rows)
-    assert read_rows(tmp_path / "rows.jsonl") == json.loads(json.dumps(rows))
+        found.setdefault(row["provider"], set()).add(row["refusal"])
+    return found
+
+
+def check_timed(row: dict[str, Any]) -> None:
+    for part in ("forward", "backward", "both"):
+        assert 0 < row[part]["p20"] <= row[part]["median"] <= row[part]["p80"]
+        assert row["floor_ms"][part] > 0
+        assert row["flops"][part] > 0
+    assert row["torch"] == torch.__version__
+    assert row["peak_memory"] is None and row["cold"] is False  # on a CPU
+
+
+def test_every_provider_of_every_linear_has_a_row() -> None:
+    rows = list(run_suite(replace(TINY, providers=QUICK)))
+    assert len(rows) == 7 * 2 * len(QUICK)
+    for row in rows:
+        if row["refusal"] is None:
+            check_timed(row)
+        else:
+            assert row["refusal"] == "unavailable", row["refused"]
+            assert row["both"]["median"] is None
+    timed = {row["provider"] for row in rows if row["refusal"] is None}
+    assert timed == {n for n in QUICK if PROVIDERS[n].unavailable(CPU, torch.bfloat16) is None}
+    assert timed >= {"frozen", "peft", "peft-default", "peft-hook", "grasp-aten-projected"}
+    assert timed >= {"ordering-addmm-twice", "ordering-addmm", "ordering-saved"}
     text = table(rows)
-    assert "| tiny | down_proj | bfloat16 | 16 | 512→256 |" in text
-    assert text.count("**all**") == 2
+    assert "| tiny | down_proj | bfloat16 | 16 | 4 | 2 | 512→256 |" in text
+    assert "| tiny | **all** | float32 | 16 | 4 | 2 |" in text
+    assert "- peft-default unavailable: in float32 it is the provider 'peft'" in text
+
+
+@pytest.mark.parametrize(("level", "cases"), [("layer", 1), ("step", 2)])
+def test_every_provider_of_a_layer_and_of_a_step_has_a_row(level: str, cases: int) -> None:
+    names = tuple(name for name in at_level(level) if name != "peft-compile")
+    rows = list(run_suite(replace(TINY, level=level, dtypes=("bfloat16",), providers=names)))
+    assert len(rows) == cases * len(names)
+    assert {row["checkpointing"] for row in rows} == ({None} if level == "layer" else {False, True})
+    for row in rows:
+        assert row["refusal"] is None or PROVIDERS[row["provider"]].unavailable(
+            CPU, torch.bfloat16
+        ), row["refused"]
+        if row["refusal"] is None:
+            check_timed(row)
+            assert row["linear"] is None and row["layers"] == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("level", ["linear", "layer", "step"])
+def test_a_gpu_times_cold_and_watches_its_memory(level: str) -> None:
+    rows = list(run_suite(replace(TINY, level=level, dtypes=("bfloat16",), device="cuda")))
+    assert kinds(rows) == {name: {None} for name in choose((), level)}
+    assert all(row["cold"] and row["peak_memory"] > 0 for row in rows)
+    assert all(0 < row["both"]["p20"] <= row["both"]["p80"] for row in rows)
+    warm = run_suite(replace(TINY, level=level, dtypes=("bfloat16",), device="cuda", cold=False))
+    assert not any(row["cold"] for row in warm)
+
+
+def test_peft_under_compile_passes_the_gate() -> None:
+    weights = make_weights(Linear("o_proj", 32, 48, True), torch.float32, "cpu", 4, 2)
+    assert Gate(weights, torch.float32).refusal(PROVIDERS["peft-compile"], CPU) is None
 
 
 def test_a_wrong_provider_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     original = aten.write_weight
-    monkeypatch.setattr(aten, "write_weight", lambda W, V: 0 * original(W, V))
-    monkeypatch.setattr(providers.GraspLoRALinear, "_cached_write_weight", lambda self: None)
-    rows = list(run_suite(TINY))
-    wrong = {(row["linear"], row["provider"]) for row in rows if row["refused"] is not None}
-    assert wrong == {("o_proj", "grasp-projected"), ("down_proj", "grasp-projected")}
+    for module in (aten, linear):
+        monkeypatch.setattr(module, "write_weight", lambda W, V: 0 * original(W, V))
+    names = ("peft", "grasp-aten", "grasp-aten-projected")
+    rows = list(run_suite(replace(TINY, dtypes=("float32",), providers=names)))
+    wrong = {(row["linear"], row["provider"]) for row in rows if row["refusal"] == "wrong"}
+    assert wrong == {("o_proj", "grasp-aten-projected"), ("down_proj", "grasp-aten-projected")}
     for row in rows:
-        if row["refused"] is not None:
+        if row["refusal"] is not None:
             assert "dx" in row["refused"]
             assert row["both"]["median"] is None
-    assert "wrong" in table(rows)
+    text = table(rows)
+    assert "- grasp-aten-projected wrong: dx" in text
+    total = next(line for line in text.splitlines() if "**all**" in line)
+    assert total.rstrip(" |").endswith("–")  # no sum over five linears
 
 
-def test_all_layers_of_a_case_hold_the_same_weights() -> None:
-    g = torch.Generator().manual_seed(0)
-    weights = Weights(
-        torch.randn(6, 5, generator=g),
-        torch.randn(2, 5, generator=g),
-        torch.randn(6, 2, generator=g),
-        2.0,
-        None,
-        None,
+def test_a_missing_projection_of_a_layer_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = aten.write_weight
+    for module in (aten, linear):
+        monkeypatch.setattr(module, "write_weight", lambda W, V: 0 * original(W, V))
+    names = ("grasp-aten", "grasp-aten-projected")
+    rows = list(run_suite(replace(TINY, level="layer", dtypes=("bfloat16",), providers=names)))
+    assert kinds(rows) == {"grasp-aten": {None}, "grasp-aten-projected": {"wrong"}}
+
+
+@pytest.mark.parametrize("name", ["ordering-addmm-twice", "ordering-addmm", "ordering-saved"])
+@pytest.mark.parametrize("scale", [0.5, 1.0])
+def test_the_gate_sees_a_wrong_scaling(name: str, scale: float) -> None:
+    weights = make_weights(Linear("q_proj", 32, 48, False), torch.bfloat16, "cpu", 4, 0)
+    scaled = replace(
+        PROVIDERS[name],
+        build=lambda w: PROVIDERS[name].build(replace(w, scaling=scale * w.scaling)),
     )
-    x = torch.randn(3, 5, generator=g)
-    expected = x @ weights.weight.T + 2.0 * x @ weights.lora_A.T @ weights.lora_B.T
-    for name, provider in PROVIDERS.items():
-        assert isinstance(provider, Provider)
-        y = provider.build(weights)(x)
+    refusal = Gate(weights, torch.bfloat16).refusal(scaled, CPU)
+    if scale == 1.0:
+        assert refusal is None
+    else:
+        assert refusal is not None and refusal.kind == "wrong"
+        assert {"y", "dx", "dlora_A", "dlora_B"} <= {
+            part.split()[0] for part in refusal.reason.split(", ")
+        }
+
+
+def test_what_cannot_run_is_unavailable_and_what_breaks_has_failed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(weights: Weights) -> Any:
+        raise RuntimeError("no such kernel\nand a long story")
+
+    for name, foreign in (("ours-broken", False), ("theirs-broken", True)):
+        monkeypatch.setitem(
+            PROVIDERS, name, provider.Provider("it raises", broken, foreign=foreign)
+        )
+    suite = replace(TINY, dtypes=("float32",), providers=("peft", "ours-broken", "theirs-broken"))
+    rows = list(run_suite(suite))
+    assert kinds(rows) == {
+        "peft": {None},
+        "ours-broken": {"failed"},
+        "theirs-broken": {"unavailable"},
+    }
+    assert {row["refused"] for row in rows} == {
+        None,
+        "it raised RuntimeError: no such kernel",
+    }
+    options = "--models tiny --tokens 4 --rounds 2 --dtypes float32 --device cpu --providers peft"
+    assert main(["bench", *options.split(), "theirs-broken"]) == 0
+    assert main(["bench", *options.split(), "ours-broken"]) == 1
+    assert "ours-broken failed: it raised RuntimeError" in capsys.readouterr().out
+
+
+def test_running_out_of_memory_is_no_mistake() -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+    assert PROVIDERS["grasp"].failure(error).kind == "unavailable"
+    assert PROVIDERS["grasp"].failure(ValueError("odd")) == Refusal(
+        "failed", "it raised ValueError: odd"
+    )
+
+
+def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = {"fast": "it needs a GPU", "slow": None}
+    monkeypatch.setattr(ours.api, "backends", lambda device: reasons)
+    assert ours._unavailable("fast", CPU, torch.float32) == "it needs a GPU"
+    assert ours._unavailable("slow", CPU, torch.float32) is None
+    assert ours.resolve("auto", CPU) == "slow"
+    assert ours._unavailable("auto", CPU, torch.float32) is None
+
+
+def test_an_interpreter_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons: dict[str, str | None] = {"triton": None, "aten": None}
+    monkeypatch.setattr(ours.api, "backends", lambda device: reasons)
+    for backend in ("triton", "auto"):
+        assert ours._unavailable(backend, CPU, torch.float32) == "Triton's interpreter is not timed"
+    reasons["triton"] = "there is no GPU"
+    assert ours._unavailable("triton", CPU, torch.float32) == "there is no GPU"
+
+
+def test_every_backend_but_the_specification_is_a_provider(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ours.api, "BACKENDS", ("new", "reference"))
+    assert set(ours.our_providers()) == {
+        *("grasp", "grasp-projected", "grasp-default", "grasp-new", "grasp-new-projected")
+    }
+
+
+def test_nothing_is_projected_without_a_basis() -> None:
+    suite = replace(TINY, dtypes=("float32",), basis=(0, 2), providers=("frozen", "peft-hook"))
+    rows = list(run_suite(replace(suite, level="layer")))
+    assert [(row["Q"], row["provider"], row["refusal"]) for row in rows] == [
+        (0, "frozen", None),
+        (0, "peft-hook", "unavailable"),
+        (2, "frozen", None),
+        (2, "peft-hook", None),
+    ]
+
+
+def test_a_step_that_does_not_fit_is_refused_before_it_is_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(levels, "free_memory", lambda device: 1_000_000)
+    monkeypatch.setattr(levels, "whole_model", lambda *options: pytest.fail("it was built"))
+    suite = replace(TINY, level="step", dtypes=("float32",), providers=("peft",))
+    rows = list(run_suite(suite))
+    assert {row["refusal"] for row in rows} == {"unavailable"}
+    assert "a step of 1 layers with T = 16 takes about" in rows[0]["refused"]
+    assert "0.0 GB are free on cpu: fewer --layers or --tokens" in rows[0]["refused"]
+
+
+def test_all_layers_of_a_case_compute_the_same() -> None:
+    weights = make_weights(Linear("q_proj", 5, 6, False), torch.float32, "cpu", 2, 0)
+    x = torch.randn(3, 5)
+    A, B = weights.lora_A, weights.lora_B
+    expected = x @ weights.weight.T + 2.0 * x @ A.T @ B.T
+    for name, found in PROVIDERS.items():
+        if name == "peft-compile" or found.unavailable(CPU, torch.float32):
+            continue
         target = x @ weights.weight.T if name == "frozen" else expected
-        torch.testing.assert_close(y, target)
+        torch.testing.assert_close(found.build(weights)(x), target)
+
+
+def test_all_models_of_a_case_share_the_frozen_weights() -> None:
+    layer = levels.decoder_layer(MODELS["tiny"], torch.float32, "cpu", 4, 2)
+    built = [layer.build(PROVIDERS[name]) for name in ("frozen", "peft", "grasp-projected")]
+    frozen = [{p.data_ptr() for p in m.parameters() if not p.requires_grad} for m in built]
+    trained = [{p.data_ptr() for p in m.parameters() if p.requires_grad} for m in built]
+    assert frozen[0] == frozen[1] == frozen[2]
+    assert list(map(len, trained)) == [0, 14, 14]
+    assert not trained[1] & trained[2]
+
+
+def test_providers_are_chosen_by_name_and_by_group() -> None:
+    usual = choose((), "linear")
+    assert usual == tuple(name for name, p in PROVIDERS.items() if p.by_default)
+    assert set(choose(("all",), "linear")).isdisjoint({"unsloth", "axolotl", "lorafusion"})
+    assert choose(("peers",), "linear") == ("unsloth", "axolotl", "lorafusion")
+    assert choose(("grasp", "peft"), "step") == ("peft", "grasp")
+    assert set(choose(("all",), "linear")) | set(choose(("peers",), "linear")) == set(PROVIDERS)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +268,14 @@ def test_all_layers_of_a_case_hold_the_same_weights() -> None:
         (["--models", "gpt-9"], "model 'gpt-9' is unknown"),
         (["--providers", "magic"], "provider 'magic' is unknown"),
         (["--dtypes", "int8"], "dtype 'int8' is unknown"),
+        (["--level", "city"], "level 'city' is unknown"),
+        (["--preset", "huge"], "preset 'huge' is unknown"),
+        (["--device", "tpu"], "device 'tpu' cannot be timed here"),
+        (["--level", "layer", "--providers", "ordering-addmm"], "exists for single linears only"),
         (["--tokens", "0"], "must be at least 1"),
+        (["--rank", "8", "0"], "must be at least 1"),
+        (["--basis", "-1"], "at least 0"),
+        (["--level", "step", "--layers", "0"], "must be at least 1"),
         (["--report", "missing.jsonl"], "there is no file 'missing.jsonl'"),
     ],
 )
@@ -80,18 +286,60 @@ def test_bad_input_is_named(
     assert message in capsys.readouterr().err
 
 
-def test_a_foreign_file_is_no_report(tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text('{"provider": "peft"}\n')
-    with pytest.raises(ValueError, match=r"line 1 of .* is not a benchmark row"):
-        read_rows(tmp_path / "rows.jsonl")
+def test_rows_of_a_stopped_run_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = iter(range(100))
+
+    def stopped(original: Any, *arguments: Any) -> Any:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    from grasp_kernels.bench import suite
+
+    monkeypatch.setattr(suite, "_measure", partial(stopped, suite._measure))
+    out = tmp_path / "rows.csv"
+    options = f"--models tiny --tokens 4 --rounds 2 --providers peft --device cpu --output {out}"
+    assert main(["bench", *options.split()]) == 130
+    assert "the rows so far are in the file" in capsys.readouterr().err
+    assert len(out.read_text().splitlines()) == 1 + 2
 
 
-@pytest.mark.parametrize("backend", ["aten", "reference"])
-def test_small_operator(benchmark: BenchmarkFixture, backend: str) -> None:
+def test_the_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--list"]) == 0
+    text = capsys.readouterr().out
+    for name in (*MODELS, *PROVIDERS, "llama", "full"):
+        assert name in text
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("Q", [0, 2])
+def test_small_operator(benchmark: BenchmarkFixture, backend: str, Q: int) -> None:
     """`pytest tests/test_bench.py --benchmark-only` shows the cost of one small call."""
-    case = Case(T=64, K=64, N=64, R=8, Q=2)
+    reason = backends(CPU)[backend]
+    if reason is not None or ours._unavailable(backend, CPU, torch.float32) is not None:
+        pytest.skip(reason or "an interpreter is not timed")
+    case = Case(T=64, K=64, N=64, R=8, Q=Q)
     inputs = make_inputs(case)
     found = benchmark.pedantic(
         differentiate, args=(case, inputs), kwargs={"backend": backend}, rounds=20, warmup_rounds=2
     )
     assert found["y"].shape == (64, 64)
+
+
+@pytest.mark.parametrize("name", [name for name in QUICK if PROVIDERS[name].by_default])
+def test_small_layer(benchmark: BenchmarkFixture, name: str) -> None:
+    """The same for one small layer of each of the usual providers."""
+    found = PROVIDERS[name]
+    reason = found.unavailable(CPU, torch.bfloat16)
+    if reason is not None:
+        pytest.skip(reason)
+    weights = make_weights(Linear("o_proj", 64, 64, True), torch.bfloat16, "cpu", 8, 2)
+    work = levels._layer_work(lambda: weights, 64, found)
+
+    def step() -> None:
+        work.reset()
+        work.backward(work.forward())
+
+    benchmark.pedantic(step, rounds=20, warmup_rounds=2)

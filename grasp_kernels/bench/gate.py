@@ -5,52 +5,95 @@ Shapes: T tokens, K in, N out.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
+from statistics import median
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from grasp_kernels.bench.providers import Provider, Weights, trained
+from grasp_kernels.bench.provider import Provider, Refusal, trained
+from grasp_kernels.bench.providers import PROVIDERS
 from grasp_kernels.testing import budget, relative_error
 
 _TOKENS = 64  # enough to see a missing term, little enough for float64
+_DRAWS = 5  # errors are medians over inputs: that of one input may be luck
 
 
-def over_budget(provider: Provider, weights: Weights, stock: Provider) -> dict[str, float]:
-    """The results whose error passes the budget of `testing.budget`: name -> error.
+_Found = dict[str, Tensor]
 
-    Compared on the real weights of the case, against float64, with the error of `stock` as scale;
-    `stock` computes the same function (with the hook if the provider projects).
+
+class Subject(Protocol):
+    """The weights of a case, of a single linear or of a decoder layer."""
+
+    def build(self, provider: Provider) -> nn.Module: ...
+
+    def double(self) -> Subject: ...
+
+    def inputs(self, T: int, seed: int) -> tuple[Tensor, Tensor]: ...
+
+
+class Gate:
+    """Compares providers on the weights of one case with float64.
+
+    The scale of an error is that of stock peft in the same dtype, with the hook if the provider
+    projects, which computes the same function.
     """
-    generator = torch.Generator().manual_seed(1)
-    N, K = weights.weight.shape
-    dtype = weights.weight.dtype
-    x, dy = (
-        torch.randn(_TOKENS, width, generator=generator).to(weights.weight) for width in (K, N)
-    )
-    exact = _results(stock.build(_double(weights)), x.double(), dy.double())
-    theirs = _results(stock.build(weights), x, dy)
-    ours = _results(provider.build(weights), x, dy)
-    errors = {name: relative_error(ours[name], value) for name, value in exact.items()}
-    return {
-        name: error
-        for name, error in errors.items()
-        if not error <= budget(relative_error(theirs[name], exact[name]), dtype)
-    }
+
+    def __init__(self, subject: Subject, dtype: torch.dtype) -> None:
+        self.subject, self.dtype = subject, dtype
+        self.inputs = [subject.inputs(_TOKENS, seed) for seed in range(1, 1 + _DRAWS)]
+        self._scale = cache(self._measure_stock)
+
+    def refusal(self, provider: Provider, device: torch.device) -> Refusal | None:
+        """Why the provider is not timed, or None."""
+        reason = provider.unavailable(device, self.dtype)
+        if reason is not None:
+            return Refusal("unavailable", reason)
+        if provider.adapters == "none":  # there is nothing of an adapter in it to be wrong
+            return None
+        try:
+            worse = self.over_budget(provider)
+        except Exception as error:  # whatever it raises, the others are still timed
+            return provider.failure(error)
+        if not worse:
+            return None
+        return Refusal("wrong", ", ".join(f"{name} {error:.1e}" for name, error in worse.items()))
+
+    def over_budget(self, provider: Provider) -> dict[str, float]:
+        """The results whose error passes the budget of `testing.budget`: name -> error."""
+        exact, allowed = self._scale(provider.projects)
+        errors = self._errors(self.subject.build(provider), exact)
+        return {name: error for name, error in errors.items() if not error <= allowed[name]}
+
+    def _measure_stock(self, projects: bool) -> tuple[list[_Found], dict[str, float]]:
+        """Exact results of each input, and the error that each result may have."""
+        stock = PROVIDERS["peft-hook" if projects else "peft"]
+        wide = self.subject.double().build(stock)
+        exact = [_results(wide, x.double(), dy.double()) for x, dy in self.inputs]
+        theirs = self._errors(self.subject.build(stock), exact)
+        return exact, {name: budget(error, self.dtype) for name, error in theirs.items()}
+
+    def _errors(self, layer: nn.Module, exact: list[_Found]) -> dict[str, float]:
+        """Results by the names of `exact`, which has them in the same order."""
+        errors: dict[str, list[float]] = {}
+        for (x, dy), expected in zip(self.inputs, exact, strict=True):
+            found = _results(layer, x, dy).values()
+            for (name, value), result in zip(expected.items(), found, strict=True):
+                errors.setdefault(name, []).append(relative_error(result, value))
+        return {name: median(values) for name, values in errors.items()}
 
 
-def _results(layer: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    x = x.requires_grad_()
-    y = layer(x)
-    leaves = [x, *trained(layer)]
-    names = ["dx", "dlora_A", "dlora_B"][: len(leaves)]
-    gradients = torch.autograd.grad(y, leaves, dy)
+def _results(layer: nn.Module, x: Tensor, dy: Tensor) -> _Found:
+    """`y`, `dx` and the gradients of the adapter, in the order of the layer's parameters."""
+    leaf = x.detach().requires_grad_()
+    y = layer(leaf)
+    gradients = torch.autograd.grad(y, [leaf, *trained(layer)], dy)
+    trained_names = [name for name, p in layer.named_parameters() if p.requires_grad]
+    names = ["dx", *(f"d{_short(name)}" for name in trained_names)]
     return {"y": y.detach()} | dict(zip(names, gradients, strict=True))
 
 
-def _double(weights: Weights) -> Weights:
-    wide: dict[str, Any] = {
-        name: value.double() if isinstance(value, Tensor) else value
-        for name, value in vars(weights).items()
-    }
-    return Weights(**wide)
+def _short(name: str) -> str:
+    """ "q_proj.lora_A" of "base_model.model.layers.0.self_attn.q_proj.lora_A.default.weight"."""
+    return ".".join(name.removesuffix(".default.weight").split(".")[-2:])

@@ -1,96 +1,51 @@
-"""What is compared. A provider builds one adapted layer; all of one case hold the same weights.
+"""The registry of what is compared, by name.
 
-Shapes: K in, N out, R LoRA rank, P read basis size, Q write basis size.
+Our backends come from the tuple of the operator, so that a new one is timed without a word here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from grasp_kernels.bench.orderings import ORDERINGS
+from grasp_kernels.bench.ours import our_providers
+from grasp_kernels.bench.peers import PEERS
+from grasp_kernels.bench.peft_providers import PEFT_PROVIDERS
+from grasp_kernels.bench.provider import Provider
 
-import torch
-from peft import LoraConfig
-from peft.tuners import lora
-from torch import Tensor, nn
-
-from grasp_kernels.layers.linear import GraspLoRALinear
-from grasp_kernels.ops import project_gradient
-
-
-@dataclass(frozen=True)
-class Weights:
-    """`W[N, K]` and the adapter in the compute dtype; `V[N, Q]` or `U[K, P]` in float32."""
-
-    weight: Tensor
-    lora_A: Tensor
-    lora_B: Tensor
-    scaling: float
-    write_basis: Tensor | None
-    read_basis: Tensor | None
+PROVIDERS: dict[str, Provider] = {**PEFT_PROVIDERS, **ORDERINGS, **PEERS, **our_providers()}
+LEVELS = ("linear", "layer", "step")
+_GROUPS = {"all", "peers"}
 
 
-@dataclass(frozen=True)
-class Provider:
-    """`projects` says whether the projection is part of what it computes."""
-
-    build: Callable[[Weights], nn.Module]
-    projects: bool
-
-
-def _stock(weights: Weights) -> lora.Linear:
-    """peft's layer with its adapter in the dtype of the base."""
-    N, K = weights.weight.shape
-    R = weights.lora_A.shape[0]
-    linear = nn.Linear(K, N, bias=False, device="meta")
-    linear.weight = nn.Parameter(weights.weight, requires_grad=False)
-    config = LoraConfig(r=R, lora_alpha=1)
-    layer = lora.Linear(linear, "default", config, r=R, lora_alpha=1)
-    for factors, value in ((layer.lora_A, weights.lora_A), (layer.lora_B, weights.lora_B)):
-        factors["default"].weight = nn.Parameter(value.clone())
-    layer.scaling["default"] = weights.scaling
-    return layer
+def at_level(level: str) -> dict[str, Provider]:
+    """The providers that exist for single linears, or for whole layers and steps."""
+    return {
+        name: provider
+        for name, provider in PROVIDERS.items()
+        if level == "linear" or provider.adapt is not None
+    }
 
 
-def _frozen(weights: Weights) -> nn.Module:
-    return _stock(weights).base_layer
+def choose(names: tuple[str, ...], level: str) -> tuple[str, ...]:
+    """Names in the order of the registry; none given: the usual ones.
 
+    "all" stands for all of the level but the peers, "peers" for those: to import a peer may change
+    what is timed beside it, so that is asked for in so many words.
 
-def _stock_with_hook(weights: Weights) -> nn.Module:
-    """peft's layer whose output gradient is projected by a hook, the plain way to do it."""
-    layer = _stock(weights)
-    basis = weights.write_basis
-    if basis is not None:
-        layer.register_forward_hook(lambda module, inputs, y: project_gradient(y, basis))
-    return layer
+    Raises:
+        ValueError: a name is unknown, or does not exist at that level.
+    """
+    known = at_level(level)
+    for name in set(names) - _GROUPS:
+        if name not in PROVIDERS:
+            raise ValueError(f"provider {name!r} is unknown; use some of {sorted(PROVIDERS)}.")
+        if name not in known:
+            raise ValueError(
+                f"provider {name!r} exists for single linears only; leave it out or use "
+                "--level linear."
+            )
 
+    def wanted(name: str) -> bool:
+        group = "peers" if name in PEERS else "all"
+        return name in names or group in names or (not names and PROVIDERS[name].by_default)
 
-def _ours(project: bool) -> Callable[[Weights], nn.Module]:
-    def build(weights: Weights) -> nn.Module:
-        layer = _stock(weights)
-        bases = (weights.write_basis, weights.read_basis) if project else (None, None)
-        GraspLoRALinear.adopt(layer, *bases, "residual", True, "auto")
-        return layer
-
-    return build
-
-
-PROVIDERS: dict[str, Provider] = {
-    "frozen": Provider(_frozen, False),
-    "peft": Provider(_stock, False),
-    "peft-hook": Provider(_stock_with_hook, True),
-    "grasp": Provider(_ours(project=False), False),
-    "grasp-projected": Provider(_ours(project=True), True),
-}
-
-
-def trained(layer: nn.Module) -> list[Tensor]:
-    """The parameters whose gradients a step computes."""
-    return [parameter for parameter in layer.parameters() if parameter.requires_grad]
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """float32, float16 or bfloat16 by name."""
-    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if name not in dtypes:
-        raise ValueError(f"dtype {name!r} is unknown; use one of {sorted(dtypes)}.")
-    return dtypes[name]
+    return tuple(name for name in known if wanted(name))

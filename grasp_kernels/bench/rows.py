@@ -1,134 +1,114 @@
-"""Rows of the benchmark on disk, and the table made from them."""
+"""Rows of the benchmark on disk: JSON lines, or CSV where the file is called so."""
 
 from __future__ import annotations
 
+import csv
 import json
-import platform
-import subprocess
 from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from grasp_kernels.files import whole_file
-from grasp_kernels.version import __version__
 
 Row = dict[str, Any]
 
-
-def environment() -> Row:
-    """What a row needs to be compared with another: machine, versions, commit."""
-    import peft
-
-    cuda = torch.cuda.is_available()
-    return {
-        "device": torch.cuda.get_device_name() if cuda else _processor(),
-        "threads": torch.get_num_threads(),
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "peft": peft.__version__,
-        "grasp_kernels": __version__,
-        "commit": _commit(),
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = info.read_text().splitlines() if info.is_file() else []
-    found = (line.split(":", 1)[1].strip() for line in names if line.startswith("model name"))
-    return next(found, platform.processor() or platform.machine())
-
-
-def _commit() -> str | None:
-    """The commit of a source checkout, with "+" when files differ from it; None elsewhere."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        described = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return described.stdout.strip()
+# Columns whose cells in a CSV are text even where they look like a number.
+_TEXT = {
+    *("level", "model", "linear", "dtype", "provider", "backend", "refused", "refusal"),
+    *("device", "capability", "driver", "cuda", "python", "torch", "triton", "peft"),
+    *("grasp_kernels", "commit"),
+}
+# What rows of version 0.1 do not say: they were single linears on a warm cache.
+_BEFORE: Row = {
+    "level": "linear",
+    "cold": False,
+    **dict.fromkeys(("layers", "checkpointing", "backend", "refusal", "peak_memory")),
+    **dict.fromkeys(("floor_ms", "flops", "extra_bytes", "peak_tflops", "bandwidth_gbs")),
+    **dict.fromkeys(("capability", "driver", "triton")),
+}
 
 
 def write_rows(path: str | PathLike[str], rows: Iterable[Row]) -> None:
-    """One JSON object a line, the file whole or not at all."""
+    """One row a line, the file whole or not at all; CSV when its name ends in ".csv"."""
     with whole_file(path) as partial:
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        if Path(path).suffix == ".csv":
+            _write_csv(partial, list(rows))
+        else:
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            partial.write_text(text, encoding="utf-8")
 
 
-def read_rows(path: str | PathLike[str]) -> list[Row]:
-    """Raises FileNotFoundError or ValueError with the line that is not a row."""
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no file {str(file)!r} with benchmark rows.")
+def read_rows(*paths: str | PathLike[str]) -> list[Row]:
+    """The rows of some files, those of earlier versions included.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: names the line that is not a row.
+    """
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            row["provider"], row["both"]["median"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"line {number} of {str(file)!r} is not a benchmark row ({error!r}); "
-                "give a file that `grasp-kernels bench` wrote."
-            ) from None
-        rows.append(row)
+    for path in paths:
+        file = Path(path)
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no file {str(file)!r} with benchmark rows.")
+        lines = _csv_lines(file) if file.suffix == ".csv" else _json_lines(file)
+        for number, line in lines:
+            try:
+                rows.append(_checked(json.loads(line) if isinstance(line, str) else _nested(line)))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"line {number} of {str(file)!r} is not a benchmark row ({error!r}); "
+                    "give a file that `grasp-kernels bench` wrote."
+                ) from None
     return rows
 
 
-def table(rows: list[Row]) -> str:
-    """Markdown: for each case the milliseconds of every provider, and its ratio to stock peft."""
-    providers = list(dict.fromkeys(row["provider"] for row in rows))
-    cases: dict[tuple[Any, ...], dict[str, Row]] = {}
-    for row in rows:
-        key = (row["model"], row["linear"], row["dtype"], row["T"], row["K"], row["N"])
-        cases.setdefault(key, {})[row["provider"]] = row
-    lines = [
-        "| model | linear | dtype | T | K→N | " + " | ".join(providers) + " |",
-        "|---|---|---|---|---|" + "---|" * len(providers),
-    ]
-    for (model, linear, dtype, T, K, N), found in cases.items():
-        cells = [_cell(found.get(name), found.get("peft")) for name in providers]
-        lines.append(
-            f"| {model} | {linear} | {dtype} | {T} | {K}→{N} | " + " | ".join(cells) + " |"
-        )
-    for (model, dtype, T), sums in _layer_totals(rows, providers).items():
-        cells = [_total_cell(sums.get(name), sums.get("peft")) for name in providers]
-        lines.append(f"| {model} | **all** | {dtype} | {T} | | " + " | ".join(cells) + " |")
-    environment = {k: rows[0][k] for k in ("device", "threads", "torch", "peft", "commit")}
-    note = ", ".join(f"{name} {value}" for name, value in environment.items())
-    return "\n".join(
-        [*lines, "", f"Milliseconds, forward + backward, median (ratio to peft). {note}."]
-    )
+def _json_lines(file: Path) -> Iterable[tuple[int, str]]:
+    return enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
 
 
-def _layer_totals(rows: list[Row], providers: list[str]) -> dict[tuple[Any, ...], dict[str, float]]:
-    totals: dict[tuple[Any, ...], dict[str, float]] = {}
-    for row in rows:
-        sums = totals.setdefault(
-            (row["model"], row["dtype"], row["T"]), dict.fromkeys(providers, 0.0)
-        )
-        sums[row["provider"]] += row["both"]["median"] if row["refused"] is None else float("nan")
-    return totals
+def _csv_lines(file: Path) -> Iterable[tuple[int, dict[str, str]]]:
+    with open(file, encoding="utf-8", newline="") as text:
+        return list(enumerate(csv.DictReader(text), 2))
 
 
-def _cell(row: Row | None, stock: Row | None) -> str:
-    if row is None:
-        return "–"
-    if row["refused"] is not None:
-        return "wrong"
-    return _total_cell(row["both"]["median"], stock["both"]["median"] if stock else None)
+def _checked(row: Row) -> Row:
+    row["provider"], row["model"], row["refused"], row["both"]["median"]
+    row = {**_BEFORE, **row}
+    if row["refused"] is not None and row["refusal"] is None:
+        row["refusal"] = "wrong"
+    return row
 
 
-def _total_cell(value: float | None, stock: float | None) -> str:
-    if value is None or value != value:
-        return "–"
-    return f"{value:.2f}" + (f" ({value / stock:.2f})" if stock else "")
+def _write_csv(path: Path, rows: list[Row]) -> None:
+    flat = [_flat(row) for row in rows]
+    columns = list(dict.fromkeys(column for row in flat for column in row))
+    with open(path, "w", encoding="utf-8", newline="") as text:
+        writer = csv.DictWriter(text, columns)
+        writer.writeheader()
+        writer.writerows(flat)
+
+
+def _flat(row: Row) -> dict[str, str]:
+    """Nested fields as "both.median"; an empty cell is None."""
+    cells: dict[str, str] = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            cells |= {f"{name}.{key}": cell for key, cell in _flat(value).items()}
+        elif value is None:
+            cells[name] = ""
+        else:
+            cells[name] = value if isinstance(value, str) else json.dumps(value)
+    return cells
+
+
+def _nested(cells: dict[str, str]) -> Row:
+    row: Row = {}
+    for column, cell in cells.items():
+        name, _, key = column.partition(".")
+        value = None if not cell else cell if name in _TEXT else json.loads(cell)
+        if key:
+            row.setdefault(name, {})[key] = value
+        else:
+            row[name] = value
+    return row

@@ -6,109 +6,181 @@ Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 
-from grasp_kernels.bench.gate import over_budget
-from grasp_kernels.bench.providers import PROVIDERS, Provider, Weights, dtype_of
-from grasp_kernels.bench.rows import Row, environment
-from grasp_kernels.bench.shapes import MODELS, Linear
-from grasp_kernels.bench.timing import time_in_turn
-from grasp_kernels.testing import orthonormal
+from grasp_kernels.bench import cost
+from grasp_kernels.bench.gate import Gate
+from grasp_kernels.bench.levels import GROUPS, Case, Group
+from grasp_kernels.bench.machine import environment, measure_rates
+from grasp_kernels.bench.provider import Refusal, dtype_of
+from grasp_kernels.bench.providers import LEVELS, PROVIDERS, choose
+from grasp_kernels.bench.rows import Row
+from grasp_kernels.bench.shapes import MODELS
+from grasp_kernels.bench.timing import Measured, time_in_turn
+
+_MISSING = {"median": None, "p20": None, "p80": None}
 
 
 @dataclass(frozen=True)
 class Suite:
-    """What to measure. Every linear layer of each model; writers get a write basis of size Q."""
+    """What to measure.
 
+    Attributes:
+        level: "linear" (the linears of a decoder layer, each by itself), "layer" (a decoder layer)
+            or "step" (a training step of the model, with and without activation checkpointing).
+        models, dtypes, tokens, ranks: every combination is a case.
+        basis: sizes Q of the write basis of the writers; 0 for none.
+        rounds: measurements of each provider.
+        providers: names, "all", "peers"; none for the usual ones.
+        layers: decoder layers of a step; None for those of the model.
+        cold: write a buffer larger than the L2 of a GPU before each measurement.
+    """
+
+    level: str = "linear"
     models: tuple[str, ...] = ("qwen2.5-0.5b",)
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     tokens: tuple[int, ...] = (512,)
-    rank: int = 16
-    basis: int = 4
+    ranks: tuple[int, ...] = (16,)
+    basis: tuple[int, ...] = (4,)
     rounds: int = 15
-    providers: tuple[str, ...] = tuple(PROVIDERS)
+    providers: tuple[str, ...] = ()
+    layers: int | None = None
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    cold: bool = True
 
     def __post_init__(self) -> None:
         for kind, names, known in (
+            ("level", (self.level,), LEVELS),
             ("model", self.models, MODELS),
-            ("provider", self.providers, PROVIDERS),
         ):
             unknown = [name for name in names if name not in known]
             if unknown:
                 raise ValueError(f"{kind} {unknown[0]!r} is unknown; use some of {sorted(known)}.")
         for name in self.dtypes:
             dtype_of(name)
-        if min(*self.tokens, self.rank, self.basis, self.rounds - 1) < 1:
+        choose(self.providers, self.level)
+        layers = () if self.layers is None else (self.layers,)
+        if (
+            min(*self.tokens, *self.ranks, *layers, self.rounds - 1, *(Q + 1 for Q in self.basis))
+            < 1
+        ):
             raise ValueError(
-                f"tokens {self.tokens}, rank {self.rank} and basis {self.basis} must be at least 1 "
-                f"and rounds {self.rounds} at least 2."
+                f"tokens {self.tokens}, ranks {self.ranks} and layers {self.layers} must be at "
+                f"least 1, basis {self.basis} at least 0 and rounds {self.rounds} at least 2."
+            )
+        self._check_device()
+
+    def _check_device(self) -> None:
+        kind = self.device.partition(":")[0]
+        if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+            raise ValueError(
+                f"device {self.device!r} cannot be timed here; use 'cpu', or 'cuda' where torch "
+                "sees a GPU."
             )
 
 
 def run_suite(suite: Suite) -> Iterator[Row]:
     """One row a case and provider, in the order of the table."""
-    machine = environment()
-    for model in suite.models:
-        for linear in dict.fromkeys(MODELS[model]):
-            for dtype in suite.dtypes:
-                weights = _weights(linear, dtype, suite)
-                refused = {name: _refusal(PROVIDERS[name], weights) for name in suite.providers}
-                for T in suite.tokens:
-                    case = {"model": model, **linear._asdict(), "dtype": dtype, "T": T}
-                    case["linear"] = case.pop("name")
-                    yield from _measure(case, suite, weights, refused, machine)
+    device = torch.device(suite.device)
+    machine = environment(device)
+    rates = cache(lambda dtype: measure_rates(dtype, device))
+    names = choose(suite.providers, suite.level)
+    for group in GROUPS[suite.level](suite):
+        found = rates(group.dtype)  # before the first case of a dtype
+        refused = _refusals(group, names, device)
+        for case in group.cases:
+            for row in _measure(case, group, suite, refused, found):
+                yield {**row, **found._asdict(), **machine}
+
+
+def _refusals(
+    group: Group, names: tuple[str, ...], device: torch.device
+) -> dict[str, Refusal | None]:
+    gate = Gate(group.subject(), group.dtype)
+    nothing = Refusal("unavailable", "nothing is projected with Q = 0")
+    return {
+        name: nothing
+        if PROVIDERS[name].projects and group.Q == 0
+        else gate.refusal(PROVIDERS[name], device)
+        for name in names
+    }
 
 
 def _measure(
-    case: Row, suite: Suite, weights: Weights, refused: dict[str, str | None], machine: Row
+    case: Case,
+    group: Group,
+    suite: Suite,
+    refused: dict[str, Refusal | None],
+    rates: cost.Rates,
 ) -> Iterator[Row]:
-    (N, K), T = weights.weight.shape, case["T"]
-    generator = torch.Generator().manual_seed(2)
-    x, dy = (torch.randn(T, width, generator=generator).to(weights.weight) for width in (K, N))
-    layers = {
-        name: PROVIDERS[name].build(weights) for name, reason in refused.items() if reason is None
-    }
-    times = time_in_turn(layers, x, dy, rounds=suite.rounds)
-    for name, reason in refused.items():
-        measured = {part: asdict(t) for part, t in times[name].items()} if name in times else {}
-        missing = {"median": None}
+    device = torch.device(suite.device)
+    reason = case.refusal()
+    if reason is not None:
+        refused = {name: refusal or reason for name, refusal in refused.items()}
+    outcomes = _outcomes(case, suite, refused, device)
+    products = cost.total([cost.frozen_flops(linear, case.T) for linear in case.linears])
+    extra = cost.total([cost.extra_bytes(x, case.T, group.dtype.itemsize) for x in case.linears])
+    products, extra = (cost.total([part], case.times) for part in (products, extra))
+    floor = cost.floor_ms(cost.total([products, case.head]), extra, rates)
+    for name, outcome in outcomes.items():
+        provider = PROVIDERS[name]
+        needed = cost.needed_flops(
+            case.linears,
+            case.T,
+            group.R,
+            group.Q,
+            adapts=provider.adapters != "none",
+            projects=provider.projects,
+        )
+        refusal = outcome if isinstance(outcome, Refusal) else None
         yield {
-            **case,
-            "R": suite.rank,
-            "Q": suite.basis,
+            **case.labels,
+            "R": group.R,
+            "Q": group.Q,
             "provider": name,
-            "projects": PROVIDERS[name].projects,
-            "refused": reason,
+            "projects": provider.projects,
+            "backend": provider.backend(device),
+            "refused": refusal and refusal.reason,
+            "refusal": refusal and refusal.kind,
             "rounds": suite.rounds,
-            **{part: measured.get(part, missing) for part in ("forward", "backward", "both")},
-            **machine,
+            "cold": suite.cold and device.type == "cuda",
+            **_times(outcome),
+            "floor_ms": floor.as_row(),
+            "flops": cost.total([cost.total([needed], case.times), case.head]).as_row(),
+            "extra_bytes": extra.as_row(),
         }
 
 
-def _refusal(provider: Provider, weights: Weights) -> str | None:
-    """Why a provider is not timed: the results that are over budget."""
-    if provider is PROVIDERS["frozen"]:
-        return None
-    stock = PROVIDERS["peft-hook" if provider.projects else "peft"]
-    worse = over_budget(provider, weights, stock)
-    return None if not worse else ", ".join(f"{name} {error:.1e}" for name, error in worse.items())
+def _outcomes(
+    case: Case, suite: Suite, refused: dict[str, Refusal | None], device: torch.device
+) -> dict[str, Measured | Refusal]:
+    """The times or the refusal of each provider."""
+    works: dict[str, Any] = {}
+    failed: dict[str, Refusal] = {}
+    for name, refusal in refused.items():
+        if refusal is not None:
+            failed[name] = refusal
+            continue
+        try:
+            works[name] = case.work(PROVIDERS[name])
+        except Exception as error:
+            failed[name] = PROVIDERS[name].failure(error)
+    measured = time_in_turn(works, device, rounds=suite.rounds, cold=suite.cold)
+    return {
+        name: failed[name] if name in failed else _checked(name, measured[name]) for name in refused
+    }
 
 
-def _weights(linear: Linear, dtype: str, suite: Suite) -> Weights:
-    generator = torch.Generator().manual_seed(0)
-    K, N, R = linear.K, linear.N, suite.rank
+def _checked(name: str, found: Measured | Exception) -> Measured | Refusal:
+    return PROVIDERS[name].failure(found) if isinstance(found, Exception) else found
 
-    def normal(*shape: int) -> torch.Tensor:
-        values = torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
-        return values.to(suite.device, dtype_of(dtype))
 
-    basis = orthonormal(N, suite.basis, generator).to(suite.device) if linear.writes else None
-    weight, lora_A, lora_B = normal(N, K), normal(R, K), normal(N, R)
-    if basis is not None:
-        # The stock layer cannot close its factors; closed ones make both compute the same function.
-        closed = lora_B.double() - basis.double() @ (basis.double().mT @ lora_B.double())
-        lora_B = closed.to(lora_B.dtype)
-    return Weights(weight, lora_A, lora_B, 2.0, basis, None)
+def _times(outcome: Measured | Refusal) -> Row:
+    if isinstance(outcome, Measured):
+        return outcome.as_row()
+    parts: Row = {part: dict(_MISSING) for part in ("forward", "backward", "both")}
+    return {**parts, "peak_memory": None}
