@@ -15,6 +15,7 @@ LEAVES = {"choices", "files", "sites", "svd", "version"}
 # A folder may import the leaves and what stands here.
 ALLOWED = {
     **{leaf: set() for leaf in LEAVES},
+    "svd": {"ops"},
     "adapters": set(),
     "data": set(),
     "subspace": set(),

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from grasp_kernels.ops.sketch.api import gaussian_sketch
 from grasp_kernels.svd import (
     FactoredOperator,
     MatrixOperator,
@@ -157,6 +158,57 @@ def test_operators_are_the_matrices_they_stand_for() -> None:
     assert torch.allclose(operator.matmat(right), matrix @ right)
     assert torch.allclose(operator.rmatmat(left), matrix.mT @ left)
     assert torch.allclose(randomized_svd(operator, 4)[1], torch.linalg.svdvals(matrix)[..., :4])
+
+
+class Products:
+    """An operator of a user's own, known by its products alone."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self._matrix = matrix
+        self.shape, self.dtype, self.device = matrix.shape, matrix.dtype, matrix.device
+
+    def matmat(self, q: Tensor) -> Tensor:
+        return self._matrix @ q
+
+    def rmatmat(self, q: Tensor) -> Tensor:
+        return self._matrix.mT @ q
+
+
+def test_operators_sketch_by_their_parts() -> None:
+    b, a = torch.randn(2, 9, 3), torch.randn(2, 3, 5)
+    factored, dense, own = FactoredOperator(b, a, 0.5), torch.randn(2, 9, 4), torch.randn(2, 9, 6)
+    drawn = generator(3)
+    expected = 0.5 * b @ gaussian_sketch(a, 4, drawn)
+    expected = expected + gaussian_sketch(dense, 4, drawn)
+    expected = expected + own @ torch.randn(2, 6, 4, generator=drawn)
+    stacked = StackedOperator([factored, MatrixOperator(dense), Products(own)])
+    assert torch.allclose(stacked.sketch(4, generator(3)), expected, atol=1e-6)
+
+
+def test_products_alone_are_enough() -> None:
+    matrix = torch.randn(2, 9, 6, dtype=torch.float64)
+    u, s, vh = randomized_svd(Products(matrix), 6)
+    assert torch.allclose(s, torch.linalg.svdvals(matrix), rtol=1e-12)
+    assert torch.allclose(u * s[..., None, :] @ vh, matrix, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_same_generator_gives_the_same_basis_in_any_dtype(dtype: torch.dtype) -> None:
+    matrix = torch.randn(40, 30).bfloat16()
+    narrow, wide = (
+        randomized_range_finder(
+            MatrixOperator(matrix.to(kind)), 4, n_iter=0, generator=generator(0)
+        )
+        for kind in (torch.float32, dtype)
+    )
+    assert torch.allclose(narrow.double(), wide.double(), atol=1e-5)
+
+
+def test_a_matrix_has_a_gradient() -> None:
+    matrix = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(randomized_svd(matrix, 4)[1].sum(), matrix)
+    (exact,) = torch.autograd.grad(torch.linalg.svdvals(matrix).sum(), matrix)
+    assert torch.allclose(found, exact, atol=1e-9)
 
 
 def test_range_finder_gives_an_orthonormal_basis_of_the_range() -> None:
