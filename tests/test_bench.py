@@ -11,13 +11,12 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from grasp_kernels.bench import Suite, levels, ours, provider, run_suite, table
 from grasp_kernels.bench.gate import Gate
+from grasp_kernels.bench.peft_providers import on_peft
 from grasp_kernels.bench.provider import Refusal, Weights, make_weights
 from grasp_kernels.bench.providers import PROVIDERS, at_level, choose
 from grasp_kernels.bench.shapes import MODELS, Linear
 from grasp_kernels.cli import main
-from grasp_kernels.layers import linear
 from grasp_kernels.ops import backends
-from grasp_kernels.ops.lora_linear import aten
 from grasp_kernels.ops.lora_linear.api import BACKENDS
 from grasp_kernels.testing import Case, differentiate, make_inputs
 
@@ -103,31 +102,35 @@ def test_peft_under_compile_passes_the_gate() -> None:
     assert Gate(weights, torch.float32).refusal(PROVIDERS["peft-compile"], CPU) is None
 
 
-def test_a_wrong_provider_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = aten.write_weight
-    for module in (aten, linear):
-        monkeypatch.setattr(module, "write_weight", lambda W, V: 0 * original(W, V))
-    names = ("peft", "grasp-aten", "grasp-aten-projected")
-    rows = list(run_suite(replace(TINY, dtypes=("float32",), providers=names)))
+@pytest.fixture
+def forgetful(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A provider that says it projects and does not."""
+    forgets = on_peft("no projection at all", lambda module, bases: module, projects=True)
+    monkeypatch.setitem(PROVIDERS, "forgetful", forgets)
+    return "forgetful"
+
+
+def test_a_wrong_provider_is_not_timed(forgetful: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = list(run_suite(replace(TINY, dtypes=("bfloat16",), providers=("peft", forgetful))))
     wrong = {(row["linear"], row["provider"]) for row in rows if row["refusal"] == "wrong"}
-    assert wrong == {("o_proj", "grasp-aten-projected"), ("down_proj", "grasp-aten-projected")}
+    assert wrong == {("o_proj", forgetful), ("down_proj", forgetful)}
     for row in rows:
         if row["refusal"] is not None:
-            assert "dx" in row["refused"]
+            assert "dx" in row["refused"] and "dlora_B" in row["refused"]
             assert row["both"]["median"] is None
     text = table(rows)
-    assert "- grasp-aten-projected wrong: dx" in text
+    assert "- forgetful wrong: dx" in text
     total = next(line for line in text.splitlines() if "**all**" in line)
-    assert total.rstrip(" |").endswith("–")  # no sum over five linears
+    assert total.endswith("| – |")  # no sum over five linears
+    options = "--models tiny --tokens 4 --rounds 2 --dtypes float32 --device cpu --providers"
+    assert main(["bench", *options.split(), forgetful]) == 1
+    assert "wrong" in capsys.readouterr().out
 
 
-def test_a_missing_projection_of_a_layer_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = aten.write_weight
-    for module in (aten, linear):
-        monkeypatch.setattr(module, "write_weight", lambda W, V: 0 * original(W, V))
-    names = ("grasp-aten", "grasp-aten-projected")
+def test_a_missing_projection_of_a_layer_is_seen(forgetful: str) -> None:
+    names = ("peft-hook", forgetful)
     rows = list(run_suite(replace(TINY, level="layer", dtypes=("bfloat16",), providers=names)))
-    assert kinds(rows) == {"grasp-aten": {None}, "grasp-aten-projected": {"wrong"}}
+    assert kinds(rows) == {"peft-hook": {None}, forgetful: {"wrong"}}
 
 
 @pytest.mark.parametrize("name", ["ordering-addmm-twice", "ordering-addmm", "ordering-saved"])
@@ -188,15 +191,14 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(ours.api, "backends", lambda device: reasons)
     assert ours._unavailable("fast", CPU, torch.float32) == "it needs a GPU"
     assert ours._unavailable("slow", CPU, torch.float32) is None
-    assert ours.resolve("auto", CPU) == "slow"
     assert ours._unavailable("auto", CPU, torch.float32) is None
 
 
 def test_an_interpreter_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons: dict[str, str | None] = {"triton": None, "aten": None}
     monkeypatch.setattr(ours.api, "backends", lambda device: reasons)
-    for backend in ("triton", "auto"):
-        assert ours._unavailable(backend, CPU, torch.float32) == "Triton's interpreter is not timed"
+    assert ours._unavailable("triton", CPU, torch.float32) == "Triton's interpreter is not timed"
+    assert ours._unavailable("aten", CPU, torch.float32) is None
     reasons["triton"] = "there is no GPU"
     assert ours._unavailable("triton", CPU, torch.float32) == "there is no GPU"
 

@@ -20,20 +20,13 @@ from grasp_kernels.ops.lora_linear import api
 _INTERPRETED = "triton"  # the one backend that a CPU can run without being meant to
 
 
-def resolve(backend: str, device: torch.device) -> str | None:
-    """The backend that computes: for "auto" the first that can run."""
-    if backend != "auto":
-        return backend
-    return next((name for name, why in api.backends(device).items() if why is None), None)
-
-
 def _unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    name = resolve(backend, device)
-    if name is None:
-        return f"no backend runs on {device}"
-    if name == _INTERPRETED and device.type == "cpu":
-        return api.backends(device)[name] or "Triton's interpreter is not timed"
-    return api.backends(device)[name]
+    if backend == "auto":  # which of them computes is decided for each shape
+        return None
+    reason = api.backends(device)[backend]
+    if reason is None and backend == _INTERPRETED and device.type == "cpu":
+        return "Triton's interpreter is not timed"
+    return reason
 
 
 def _replaced(backend: str, project: bool) -> Callable[[nn.Module, Bases], nn.Module]:
@@ -54,7 +47,7 @@ def _pair(label: str, backend: str, what: str, by_default: bool) -> dict[str, Pr
             _replaced(backend, project),
             projects=project,
             unavailable=partial(_unavailable, backend),
-            backend=partial(resolve, backend),
+            backend=backend,
             by_default=by_default,
         )
         for project in (False, True)
@@ -68,15 +61,13 @@ def our_providers() -> dict[str, Provider]:
         "GraspLoRALinear on the float32 adapter that peft makes, no subspace",
         _replaced("auto", False),
         adapters="float32",
-        unavailable=_float32_adapter_unavailable,
-        backend=partial(resolve, "auto"),
+        unavailable=_float32_is_the_base,
+        backend="auto",
     )
     for backend in api.BACKENDS[:-1]:
         found |= _pair(f"grasp-{backend}", backend, f"GraspLoRALinear on {backend}", False)
     return found
 
 
-def _float32_adapter_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    if dtype == torch.float32:
-        return "in float32 it is the provider 'grasp'"
-    return _unavailable("auto", device, dtype)
+def _float32_is_the_base(device: torch.device, dtype: torch.dtype) -> str | None:
+    return "in float32 it is the provider 'grasp'" if dtype == torch.float32 else None

@@ -64,10 +64,6 @@ def _everywhere(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _no_backend(device: torch.device) -> str | None:
-    return None
-
-
 @dataclass(frozen=True)
 class Provider:
     """One way to compute an adapted linear layer.
@@ -80,7 +76,7 @@ class Provider:
         adapters: dtype of the adapter, "base" (that of the frozen weight) or "float32", or "none".
         projects: whether the projection is part of what it computes.
         unavailable: why it cannot run on a device in a dtype, or None.
-        backend: name of our backend that computes, where there is one.
+        backend: of ours the backend that computes, or "auto".
         by_default: timed when no provider is named.
         foreign: an exception of it means that it cannot run here, not that something is broken.
     """
@@ -91,7 +87,7 @@ class Provider:
     adapters: str = "base"
     projects: bool = False
     unavailable: Callable[[torch.device, torch.dtype], str | None] = _everywhere
-    backend: Callable[[torch.device], str | None] = _no_backend
+    backend: str | None = None
     by_default: bool = False
     foreign: bool = False
 

@@ -143,7 +143,7 @@ def _measure(
             "Q": group.Q,
             "provider": name,
             "projects": provider.projects,
-            "backend": provider.backend(device),
+            "backend": provider.backend,
             "refused": refusal and refusal.reason,
             "refusal": refusal and refusal.kind,
             "rounds": suite.rounds,
