@@ -225,7 +225,8 @@ def test_a_step_that_does_not_fit_is_refused_before_it_is_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(levels, "free_memory", lambda device: 1_000_000)
-    monkeypatch.setattr(levels, "whole_model", lambda *options: pytest.fail("it was built"))
+    for build in ("whole_model", "decoder_layer"):
+        monkeypatch.setattr(levels, build, lambda *options: pytest.fail("it was built"))
     suite = replace(TINY, level="step", dtypes=("float32",), providers=("peft",))
     rows = list(run_suite(suite))
     assert {row["refusal"] for row in rows} == {"unavailable"}

@@ -5,7 +5,6 @@ Shapes: T tokens, K in, N out.
 
 from __future__ import annotations
 
-from functools import cache
 from statistics import median
 from typing import Protocol
 
@@ -43,7 +42,7 @@ class Gate:
     def __init__(self, subject: Subject, dtype: torch.dtype) -> None:
         self.subject, self.dtype = subject, dtype
         self.inputs = [subject.inputs(_TOKENS, seed) for seed in range(1, 1 + _DRAWS)]
-        self._scale = cache(self._measure_stock)
+        self._stock: dict[bool, tuple[list[_Found], dict[str, float]]] = {}
 
     def refusal(self, provider: Provider, device: torch.device) -> Refusal | None:
         """Why the provider is not timed, or None."""
@@ -62,7 +61,9 @@ class Gate:
 
     def over_budget(self, provider: Provider) -> dict[str, float]:
         """The results whose error passes the budget of `testing.budget`: name -> error."""
-        exact, allowed = self._scale(provider.projects)
+        if provider.projects not in self._stock:
+            self._stock[provider.projects] = self._measure_stock(provider.projects)
+        exact, allowed = self._stock[provider.projects]
         errors = self._errors(self.subject.build(provider), exact)
         return {name: error for name, error in errors.items() if not error <= allowed[name]}
 

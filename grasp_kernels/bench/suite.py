@@ -5,9 +5,10 @@ Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -90,9 +91,12 @@ def run_suite(suite: Suite) -> Iterator[Row]:
     rates = cache(lambda dtype: measure_rates(dtype, device))
     names = choose(suite.providers, suite.level)
     for group in GROUPS[suite.level](suite):
+        gc.collect()  # modules refer to themselves; the weights of the last group must go
         found = rates(group.dtype)  # before the first case of a dtype
-        refused = _refusals(group, names, device)
+        gated = cache(partial(_refusals, group, names, device))
         for case in group.cases:
+            reason = case.refusal()  # before the gate, which would be for nothing
+            refused = gated() if reason is None else dict.fromkeys(names, reason)
             for row in _measure(case, group, suite, refused, found):
                 yield {**row, **found._asdict(), **machine}
 
@@ -114,13 +118,10 @@ def _measure(
     case: Case,
     group: Group,
     suite: Suite,
-    refused: dict[str, Refusal | None],
+    refused: Mapping[str, Refusal | None],
     rates: cost.Rates,
 ) -> Iterator[Row]:
     device = torch.device(suite.device)
-    reason = case.refusal()
-    if reason is not None:
-        refused = {name: refusal or reason for name, refusal in refused.items()}
     outcomes = _outcomes(case, suite, refused, device)
     products = cost.total([cost.frozen_flops(linear, case.T) for linear in case.linears])
     extra = cost.total([cost.extra_bytes(x, case.T, group.dtype.itemsize) for x in case.linears])
@@ -156,7 +157,7 @@ def _measure(
 
 
 def _outcomes(
-    case: Case, suite: Suite, refused: dict[str, Refusal | None], device: torch.device
+    case: Case, suite: Suite, refused: Mapping[str, Refusal | None], device: torch.device
 ) -> dict[str, Measured | Refusal]:
     """The times or the refusal of each provider."""
     works: dict[str, Any] = {}

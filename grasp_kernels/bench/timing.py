@@ -115,7 +115,7 @@ def time_in_turn(
             for _ in range(warmup):
                 peaks[name] = clock.peak(work)
         except Exception as error:
-            raised[name] = error
+            raised[name] = error.with_traceback(None)  # which would keep its tensors
             work.reset()
     running = [name for name in works if name not in raised]
     measured: dict[str, list[tuple[float, float]]] = {name: [] for name in running}
