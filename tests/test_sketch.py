@@ -13,7 +13,9 @@ from grasp_kernels.ops.sketch import reference
 from grasp_kernels.ops.sketch.api import BACKENDS, gaussian_sketch
 
 PACKAGE = "grasp_kernels.ops.sketch"
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+GPU = torch.device("cuda")
+ON_GPU = torch.cuda.is_available() and dispatch.why_not(PACKAGE, "triton", GPU) is None
+DEVICE = GPU if ON_GPU else torch.device("cpu")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MASK = 0xFFFFFFFF
 
@@ -113,8 +115,8 @@ def box_muller(seed: int, b: int, n: int, column: int) -> float:
 @each_backend
 def test_every_entry_follows_from_its_indices(backend: str) -> None:
     seed = int(torch.randint(2**63 - 1, (1,), generator=generator()))
-    found = omega((2, 3), 150, 70, torch.float32, backend).reshape(6, 150, 70)
-    for b, n, column in [(0, 0, 0), (0, 149, 69), (5, 17, 1), (3, 64, 34), (4, 100, 3)]:
+    found = omega((2, 3), 66, 70, torch.float32, backend).reshape(6, 66, 70)
+    for b, n, column in [(0, 0, 0), (0, 65, 69), (5, 17, 1), (3, 64, 34), (4, 33, 3)]:
         assert abs(float(found[b, n, column]) - box_muller(seed, b, n, column)) < 2e-6
 
 
@@ -122,7 +124,7 @@ def test_every_entry_follows_from_its_indices(backend: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 22, 70])
 def test_both_backends_have_the_same_test_matrix(dtype: torch.dtype, size: int) -> None:
-    expected, found = (omega((2,), 150, size, dtype, name) for name in ("reference", "triton"))
+    expected, found = (omega((2,), 100, size, dtype, name) for name in ("reference", "triton"))
     # float32 rounding, and one unit of a narrower dtype where that decides between neighbours
     narrow = torch.finfo(dtype).eps if torch.finfo(dtype).bits == 16 else 0.0
     assert bool(((found - expected).abs() <= 1e-6 + narrow * expected.abs()).all())
@@ -259,7 +261,7 @@ def test_empty(shape: tuple[int, ...], backend: str) -> None:
 
 @each_backend
 def test_the_same_bits_again(backend: str) -> None:
-    matrix = torch.randn(3, 2000, generator=generator(3)).to(DEVICE)
+    matrix = torch.randn(3, 700, generator=generator(3)).to(DEVICE)
     assert torch.equal(sketch(matrix, 5, backend), sketch(matrix, 5, backend))
 
 

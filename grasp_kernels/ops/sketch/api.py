@@ -75,7 +75,7 @@ def _check(matrix: Tensor, size: int, undifferentiable: bool) -> None:
 def _draw_seed(generator: torch.Generator, where: torch.device) -> int | Tensor:
     """63 random bits: a tensor, int64 [1], if the generator lives where the matrix does.
 
-    Reading the number of a CPU generator waits for nothing. Only a generator of another GPU is
+    Reading the number of a CPU generator waits for nothing; a GPU that is not the matrix's own is
     waited for.
     """
     seed = torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device)

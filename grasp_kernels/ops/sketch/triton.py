@@ -47,13 +47,14 @@ class Launch:
 
 @cache
 def unsupported(where: torch.device) -> str | None:
-    """None on a GPU with bfloat16 products, and in Triton's interpreter on the CPU."""
-    if where.type == "cpu":
-        return None if INTERPRETED else "Triton has no compiler for a CPU outside its interpreter"
+    """None on a GPU with bfloat16 products; in Triton's interpreter, on the CPU alone."""
+    if INTERPRETED.value:
+        return None if where.type == "cpu" else "Triton's interpreter runs on a CPU alone"
     if where.type != "cuda":
-        return f"the kernel is not written for {where.type}"
+        return "it needs a GPU (on a CPU only Triton's interpreter runs kernels)"
     if torch.version.hip is None and torch.cuda.get_device_capability(where) < (8, 0):
-        return f"it needs compute capability 8.0, not {torch.cuda.get_device_capability(where)}"
+        major, minor = torch.cuda.get_device_capability(where)
+        return f"it needs compute capability 8.0 or newer and this GPU has {major}.{minor}"
     return None
 
 
@@ -147,7 +148,7 @@ def launches(processors: int = 132) -> Iterator[tuple[Any, dict[str, Any], int, 
         for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
             for size in (16, 24, 64):
                 rows = torch.empty(1, 4096, 14336, dtype=dtype, device="meta")
-                for matrix in (rows, rows.mT):
+                for matrix in (rows, rows.mT, rows[:, :4095, :14335]):
                     launch, _ = plan(matrix, size, seed, processors, precision)
                     yield sketch_kernel, launch.arguments, launch.num_warps, launch.num_stages
 
@@ -196,7 +197,7 @@ def sketch_kernel(
         test = rounded(gaussian(key, n.to(tl.uint32), b.to(tl.uint32), groups), tile.dtype)
         if INTERPRETED:  # which multiplies bfloat16 wrongly
             tile, test = tile.to(work), test.to(work)
-        total = tl.dot(tile, test, total, input_precision=PRECISION)
+        total = tl.dot(tile, test, total, input_precision=PRECISION, out_dtype=work)
 
     columns = first_l + tl.arange(0, BLOCK_L)
     offsets = ((part * members + b) * M + m[:, None]) * L + columns[None, :]
