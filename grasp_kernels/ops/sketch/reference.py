@@ -14,6 +14,8 @@ Shapes: `B` batch members, `M` rows, `N` columns, `L` columns of the sketch, `G 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -38,20 +40,25 @@ def sketch(matrix: Tensor, size: int, seed: int | Tensor) -> Tensor:
     """`A Ω`, `[B, M, L]` from `A[B, M, N]`; differentiable in `A`."""
     B, M, N = matrix.shape
     work = torch.promote_types(matrix.dtype, torch.float32)
+    if B == 0 or N == 0:
+        return torch.zeros(B, M, size, dtype=work, device=matrix.device)
     keys = round_keys(seed, matrix.device)
     columns = max(1, _BLOCK // -(-size // 4))  # of A, in one block
-    members = max(1, columns // max(1, N))
-    parts = []
-    for b in range(0, B, members):
-        batch = range(b, min(b + members, B))
-        total = torch.zeros(len(batch), M, size, dtype=work, device=matrix.device)
-        for n in range(0, N, columns):
-            rows = range(n, min(n + columns, N))
-            test = gaussian(keys, batch, rows, size).to(matrix.dtype).to(work)
-            block = matrix[batch.start : batch.stop, :, rows.start : rows.stop]
-            total = total + block.to(work) @ test
-        parts.append(total)
-    return torch.cat(parts) if parts else matrix.new_zeros(B, M, size, dtype=work)
+    members = max(1, columns // N)
+
+    def product(batch: range, rows: range) -> Tensor:
+        test = gaussian(keys, batch, rows, size).to(matrix.dtype).to(work)
+        return matrix[batch.start : batch.stop, :, rows.start : rows.stop].to(work) @ test
+
+    sums = [
+        reduce(torch.add, (product(batch, rows) for rows in _blocks(N, columns)))
+        for batch in _blocks(B, members)
+    ]
+    return sums[0] if len(sums) == 1 else torch.cat(sums)
+
+
+def _blocks(total: int, length: int) -> Iterator[range]:
+    return (range(start, min(start + length, total)) for start in range(0, total, length))
 
 
 def gaussian(keys: Tensor, batch: range, rows: range, size: int) -> Tensor:

@@ -123,14 +123,13 @@ def tile_for(dtype: torch.dtype, size: int, precision: str) -> Tile:
     tiles pay. Products without matrix instructions keep both operands in registers.
     """
     columns = max(16, min(triton.next_power_of_2(size), 32 if dtype == torch.float64 else 64))
-    wide = columns == 64
     if dtype == torch.float64:
         return Tile(32, 16, columns, 4, 2)
     if precision == "tf32":
-        return Tile(128, 32, columns, 8 if wide else 4, 3)
+        return Tile(128, 32, columns, 8 if columns > 16 else 4, 3)
     if dtype == torch.float32:
-        return Tile(64, 16, columns, 8 if wide else 4, 2)
-    return Tile(128, 64, columns, 8 if wide else 4, 3)
+        return Tile(64, 16, columns, 8 if columns > 32 else 4, 2)
+    return Tile(128, 64, columns, 8 if columns > 16 else 4, 3)
 
 
 @cache
