@@ -1,9 +1,16 @@
-"""Every test starts from the same seed, and uninitialised memory is NaN."""
+"""Every test starts from the same seed, and uninitialised memory is NaN.
 
+Without a GPU, Triton's kernels run in its interpreter, which must be said before it is imported.
+"""
+
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

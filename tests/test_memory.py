@@ -45,7 +45,8 @@ def test_only_the_results_are_large(
     x, dy = inputs["x"], inputs["dy"]
     names = ("weight", "bias", "lora_A", "lora_B", "lora_bias", "write_basis", "read_basis")
     seed = dropout.draw_seed(x) if dropout_p else None
-    op = Operands(*(inputs[n] for n in names), None, seed, 0.5, dropout_p, residual, True)
+    tensors = (*(inputs[n] for n in names), None, None, None, seed)
+    op = Operands(*tensors, 0.5, dropout_p, residual, True)
     with Allocations() as forward:
         _, saved = aten.forward(x, op)
     assert forward.large == [(CASE.T, CASE.N)]

@@ -13,7 +13,9 @@ from peft import LoraConfig
 from peft.tuners import lora
 from torch import Tensor, nn
 
+from grasp_kernels.layers.factors import ClosedFactors
 from grasp_kernels.ops import lora_linear, project_gradient
+from grasp_kernels.ops.lora_linear import measured
 from grasp_kernels.ops.lora_linear.aten import write_weight
 from grasp_kernels.ops.projection import project_columns, project_rows
 
@@ -36,6 +38,7 @@ class GraspLoRALinear(lora.Linear):
         project: "residual" or "weights", see `lora_linear`.
         closed_adapters: names of the adapters that are kept closed.
         backend: "auto" or the name of a backend.
+        factors: A°, B° of all layers of the model, where kernels make them.
     """
 
     write_basis: Tensor | None
@@ -43,6 +46,7 @@ class GraspLoRALinear(lora.Linear):
     project: str
     closed_adapters: frozenset[str]
     backend: str
+    factors: ClosedFactors
 
     def __init__(
         self,
@@ -106,7 +110,7 @@ class GraspLoRALinear(lora.Linear):
         self.close_()
         for name in ("write_basis", "read_basis"):
             delattr(self, name)
-        for name in ("project", "closed_adapters", "backend", "_write_weight"):
+        for name in ("project", "closed_adapters", "backend", "factors", "_write_weight"):
             self.__dict__.pop(name)
         self.__class__ = lora.Linear
 
@@ -117,8 +121,12 @@ class GraspLoRALinear(lora.Linear):
         project: str,
         closed: bool,
         backend: str,
+        factors: ClosedFactors | None = None,
     ) -> None:
-        """Set bases and options; the adapters that exist now are closed if `closed`."""
+        """Set bases and options; the adapters that exist now are closed if `closed`.
+
+        `factors` is shared by the layers of a model, whose closed factors come out of one launch.
+        """
         weight = self.get_base_layer().weight
         for name, basis in (("write_basis", write_basis), ("read_basis", read_basis)):
             if basis is not None:
@@ -127,6 +135,7 @@ class GraspLoRALinear(lora.Linear):
         self.project = project
         self.closed_adapters = frozenset(self.lora_A) if closed else frozenset()
         self.backend = backend
+        self.factors = ClosedFactors() if factors is None else factors
         self._write_weight: tuple[Any, Tensor | None] = (None, None)
         self.close_()
 
@@ -169,6 +178,7 @@ class GraspLoRALinear(lora.Linear):
             write_basis=self.write_basis,
             read_basis=self.read_basis,
             write_weight=self._cached_write_weight(),
+            closed_factors=self._closed_factors(x, adapter),
             project=self.project,
             closed=adapter in self.closed_adapters,
             dropout_p=dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0,
@@ -181,6 +191,16 @@ class GraspLoRALinear(lora.Linear):
         if self.project == "residual" and self.write_basis is not None:
             y = project_gradient(y, self.write_basis)
         return y
+
+    def _closed_factors(self, x: Tensor, adapter: str) -> tuple[Tensor, Tensor] | None:
+        """A°, B° from the launch that makes those of all layers; None: the operator makes them."""
+        kernels = self.backend == "triton"
+        kernels |= self.backend == "auto" and measured.prefers_kernels(x.device)
+        if not kernels or torch.compiler.is_compiling():
+            return None
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        return self.factors.of(self, adapter, dtype)
 
     def _cached_write_weight(self) -> Tensor | None:
         """`C = Vᵀ W [Q, K]`, which only changes when the base weight does."""

@@ -13,6 +13,7 @@ from peft.tuners import lora
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from grasp_kernels.layers.factors import ClosedFactors
 from grasp_kernels.layers.linear import GraspLoRALinear, why_never
 from grasp_kernels.ops import backends, project_gradient
 from grasp_kernels.ops.lora_linear.api import PROJECTIONS
@@ -94,12 +95,14 @@ def replace_lora_layers(
         report.bare_writers = [name for name in writers if write and name not in write]
     restore_lora_layers(model)
 
+    factors = ClosedFactors()
     for name, layer in layers.items():
         reason = _why_kept(layer)
         if reason is not None:
             report.fallbacks[name] = reason
             continue
-        GraspLoRALinear.adopt(layer, write.get(name), read.get(name), project, closed, backend)
+        bases = write.get(name), read.get(name)
+        GraspLoRALinear.adopt(layer, *bases, project, closed, backend, factors)
         report.replaced.append(name)
         if name in write:
             report.write_projected.append(name)

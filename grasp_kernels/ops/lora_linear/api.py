@@ -6,17 +6,21 @@ Shapes: T tokens, K in, N out, R LoRA rank, P read basis size, Q write basis siz
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from grasp_kernels.ops import dispatch
+from grasp_kernels.ops.lora_linear import measured
 from grasp_kernels.ops.lora_linear.dropout import draw_seed
 from grasp_kernels.ops.lora_linear.operands import Needs, Operands, Saved
 
-BACKENDS = ("aten", "reference")  # best first; the reference is last and runs everywhere
+PACKAGE = __package__  # where the backends are
+BACKENDS = ("triton", "aten", "reference")  # the reference is last and runs everywhere
 PROJECTIONS = ("residual", "weights")
 
 
@@ -24,7 +28,7 @@ def backends(where: torch.device | str | None = None) -> dict[str, str | None]:
     """Every backend with None if it can run on the device, else the reason why it cannot."""
     if where is None:
         where = "cuda" if torch.cuda.is_available() else "cpu"
-    return {name: dispatch.why_not(__package__, name, torch.device(where)) for name in BACKENDS}
+    return {name: dispatch.why_not(PACKAGE, name, torch.device(where)) for name in BACKENDS}
 
 
 def lora_linear(
@@ -39,6 +43,7 @@ def lora_linear(
     write_basis: Tensor | None = None,
     read_basis: Tensor | None = None,
     write_weight: Tensor | None = None,
+    closed_factors: tuple[Tensor, Tensor] | None = None,
     project: str = "residual",
     closed: bool = True,
     dropout_p: float = 0.0,
@@ -56,18 +61,34 @@ def lora_linear(
         write_basis: `V[N, Q]`, float32, orthonormal columns in the residual stream.
         read_basis: `U[K, P]`, float32, orthonormal columns in the input of this layer.
         write_weight: `Vᵀ W [Q, K]`, if at hand; computed in each backward otherwise.
+        closed_factors: `A°[R, K]`, `B°[N, R]` in the dtype of the activations, if at hand; they are
+            constants of this call, and its gradients are those of `lora_A` and `lora_B`.
         project: "residual" projects the arriving `dY` before anything uses it; "weights"
             projects the gradients of `A`, `B` alone and leaves `dX`.
         closed: compute with `A° = A (I − U Uᵀ)`, `B° = (I − V Vᵀ) B`, so that the update
             neither reads nor writes along the bases, whatever the optimizer does.
         dropout_p: on the adapter's input, drawn from torch's generator of the device.
-        backend: "auto" or a name in `backends()`, which then runs or raises.
+        backend: a name in `backends()`, which then runs or raises, or "auto": what was measured to
+            be fastest on this GPU for the nearest shape, `aten` where nothing was measured.
 
     Returns:
         `Y[..., N]` in the dtype of the activations. Gradients of gradients are refused.
     """
     x, weight, bias = _autocast(x, weight, bias)
-    _check(x, weight, bias, lora_A, lora_B, lora_bias, write_basis, read_basis, write_weight)
+    closed_A, closed_B = (None, None) if closed_factors is None else closed_factors
+    _check(
+        x,
+        weight,
+        bias,
+        lora_A,
+        lora_B,
+        lora_bias,
+        write_basis,
+        read_basis,
+        write_weight,
+        closed_A,
+        closed_B,
+    )
     if project not in PROJECTIONS:
         raise ValueError(f"project is {project!r}; use one of {PROJECTIONS}.")
     if not 0.0 <= dropout_p <= 1.0:
@@ -84,6 +105,8 @@ def lora_linear(
         write_basis,
         read_basis,
         write_weight,
+        closed_A,
+        closed_B,
         draw_seed(x) if dropout_p > 0.0 else None,
         float(scaling),
         float(dropout_p),
@@ -112,6 +135,8 @@ def _check(
     write_basis: Tensor | None,
     read_basis: Tensor | None,
     write_weight: Tensor | None,
+    closed_A: Tensor | None,
+    closed_B: Tensor | None,
 ) -> None:
     if weight.dim() != 2 or x.dim() < 1:
         raise ValueError(
@@ -131,6 +156,8 @@ def _check(
         "write_basis": (write_basis, (N, Q)),
         "read_basis": (read_basis, (K, P)),
         "write_weight": (write_weight, (Q, K)),
+        "closed_factors[0]": (closed_A, (R, K)),
+        "closed_factors[1]": (closed_B, (N, R)),
     }
     for name, (tensor, shape) in expected.items():
         if tensor is None:
@@ -144,7 +171,13 @@ def _check(
             raise ValueError(f"{name} is on {tensor.device} but x is on {x.device}; move it there.")
         if not tensor.is_floating_point():
             raise TypeError(f"{name} has dtype {tensor.dtype}; the operator needs floating point.")
-    for name, tensor in (("weight", weight), ("bias", bias)):
+    computed = {
+        "weight": weight,
+        "bias": bias,
+        "closed_factors[0]": closed_A,
+        "closed_factors[1]": closed_B,
+    }
+    for name, tensor in computed.items():
         if tensor is not None and tensor.dtype != x.dtype:
             raise TypeError(
                 f"{name} has dtype {tensor.dtype} but x has {x.dtype}; "
@@ -155,10 +188,12 @@ def _check(
 # Registered with Library.define and impl instead of torch.library.custom_op: the same interface at
 # half its cost per call (torch 2.13 on a CPU, 64×64 layer, forward: 136 µs against 291 µs).
 _LIBRARY = torch.library.Library("grasp_kernels", "FRAGMENT")
-_N_TENSORS = 9  # of Operands: weight to dropout_seed
+_N_TENSORS = 11  # of Operands: weight to dropout_seed
+_CLOSED_A = 5  # its place behind lora_A
 _OPERANDS = (
     "Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? lora_bias, "
-    "Tensor? write_basis, Tensor? read_basis, Tensor? write_weight, Tensor? dropout_seed, "
+    "Tensor? write_basis, Tensor? read_basis, Tensor? write_weight, "
+    "Tensor? closed_A, Tensor? closed_B, Tensor? dropout_seed, "
     "float scaling, float dropout_p, bool residual, bool closed, str backend"
 )
 _LIBRARY.define(f"lora_linear(Tensor x, {_OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor)")
@@ -171,13 +206,15 @@ _backward = torch.ops.grasp_kernels.lora_linear_backward.default
 
 
 def _run_forward(x: Tensor, *operands: Any) -> tuple[Tensor, ...]:
-    """`Y` and what the backward needs: `S`, `A°`, `B°`."""
+    """`Y` and what the backward needs: `S`, `A°`, `B°`, the last two empty if they were given."""
     *fields, backend = operands
-    module = dispatch.select(__package__, BACKENDS, backend, x.device)
     op = Operands(*fields)
+    module = _select(backend, x, op)
     with _without_autocast(x):
-        y, saved = module.forward(x.reshape(-1, x.shape[-1]), op)
-    return y.view(*x.shape[:-1], op.weight.shape[0]), *saved
+        y, (S, A, B) = module.forward(x.reshape(-1, x.shape[-1]), op)
+    if op.closed_A is not None:  # an operator must not return its own inputs
+        A, B = x.new_empty(0), x.new_empty(0)
+    return y.view(*x.shape[:-1], op.weight.shape[0]), S, A, B
 
 
 def _run_backward(
@@ -185,12 +222,24 @@ def _run_backward(
 ) -> tuple[Tensor, ...]:
     """The gradients in the order of Needs; empty where not needed."""
     *fields, backend = operands
-    module = dispatch.select(__package__, BACKENDS, backend, x.device)
+    op = Operands(*fields)
+    module = _select(backend, x, op)
+    if op.closed_A is not None and op.closed_B is not None:
+        A, B = op.closed_A, op.closed_B
     rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     with _without_autocast(x):
-        found = module.backward(*rows, Saved(S, A, B), Operands(*fields), Needs(*needs))
+        found = module.backward(*rows, Saved(S, A, B), op, Needs(*needs))
     dx, *others = (x.new_empty(0) if gradient is None else gradient for gradient in found)
     return dx.view(x.shape) if needs[0] else dx, *others
+
+
+def _select(backend: str, x: Tensor, op: Operands) -> ModuleType:
+    """The backend of a call; forward and backward see the same shapes and so agree."""
+    if backend == "auto":
+        order: Sequence[str] = measured.order(x, op)
+    else:
+        order = BACKENDS
+    return dispatch.select(PACKAGE, order, backend, x.device)
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -201,10 +250,12 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def _fake_forward(
-    x: Tensor, weight: Tensor, bias: Any, lora_A: Tensor, *_: Any
+    x: Tensor, weight: Tensor, bias: Any, lora_A: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
     (*leading, K), N, R = x.shape, weight.shape[0], lora_A.shape[0]
     y, S = x.new_empty(*leading, N), x.new_empty(R, math.prod(leading))
+    if others[_CLOSED_A] is not None:
+        return y, S, x.new_empty(0), x.new_empty(0)
     return y, S, x.new_empty(R, K), x.new_empty(N, R)
 
 

@@ -18,10 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grasp_kernels.ops.lora_linear.dropout import masks
+from grasp_kernels.ops.lora_linear.dropout import kept, masks
 from grasp_kernels.ops.lora_linear.operands import Gradients, Needs, Operands, Saved
 from grasp_kernels.ops.lora_linear.reference import closed_factors
 from grasp_kernels.ops.projection import project_columns, project_rows
+
+__all__ = ["backward", "forward", "kept", "unsupported"]
 
 
 def unsupported(where: torch.device) -> str | None:
@@ -37,11 +39,8 @@ def write_weight(weight: Tensor, basis: Tensor) -> Tensor:
 def forward(x: Tensor, op: Operands) -> tuple[Tensor, Saved]:
     """`Y[T, N]` from `X[T, K]`."""
     A, B, b = closed_factors(op, x.dtype)
-    bias = op.bias
-    if b is not None:
-        bias = op.scaling * b if bias is None else bias + op.scaling * b
     S = _down(x, A, op)
-    y = F.linear(x, op.weight, bias)
+    y = F.linear(x, op.weight, whole_bias(op, b))
     return y.addmm_(S.mT, (op.scaling * B).mT), Saved(S, A, B)
 
 
@@ -51,10 +50,20 @@ def backward(dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs) ->
     V = op.write_basis if op.residual else None
     dx, dA = _through_adapter(dy, x, saved, V, op, needs)
 
-    dB = dW = dbias = db = None
+    dB = None
     if needs.lora_B:
         dB = op.scaling * (saved.S @ dy).mT.contiguous()
         dB = project_columns(dB, op.write_basis).to(op.lora_B.dtype)
+    dW, dbias, db = base_gradients(dy, x, op, needs)
+    return Gradients(dx, dW, dbias, dA, dB, db)
+
+
+def base_gradients(
+    dy: Tensor, x: Tensor, op: Operands, needs: Needs
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`dW[N, K]`, `dbias[N]` and `db[N]`, which few fine-tunes ask for."""
+    V = op.write_basis if op.residual else None
+    dW = dbias = db = None
     if needs.weight:
         dW = project_columns(dy.mT @ x, V).to(op.weight.dtype)
     if needs.bias or needs.lora_bias:
@@ -62,7 +71,14 @@ def backward(dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs) ->
         dbias = project_columns(total, V).to(dy.dtype) if needs.bias else None
         if needs.lora_bias and op.lora_bias is not None:
             db = project_columns(op.scaling * total, op.write_basis).to(op.lora_bias.dtype)
-    return Gradients(dx, dW, dbias, dA, dB, db)
+    return dW, dbias, db
+
+
+def whole_bias(op: Operands, b: Tensor | None) -> Tensor | None:
+    """`bias + s b°`, all that is added to every row of `Y`; None if there is neither."""
+    if b is None:
+        return op.bias
+    return op.scaling * b if op.bias is None else op.bias + op.scaling * b
 
 
 def _through_adapter(

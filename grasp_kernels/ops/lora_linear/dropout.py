@@ -1,5 +1,9 @@
 """The dropout mask as a function of a seed, so that nothing of its size is ever stored.
 
+This is the mask of the backends on library calls, drawn by torch's generator of the device; kernels
+have a counter-based one of their own. Which elements a seed keeps thus depends on the backend, as
+it depends on the device everywhere in torch; each backend says it with `kept`.
+
 The seed comes from torch's own generator of the device: activation checkpointing, which restores
 that generator, draws the same seed again and so recomputes the same mask.
 Shapes: T tokens, K in.
@@ -36,6 +40,14 @@ def masks(x: Tensor, seed: Tensor, p: float) -> Iterator[tuple[slice, Tensor]]:
         mask = torch.empty_like(x[block], memory_format=torch.contiguous_format)
         mask.bernoulli_(keep, generator=generator)
         yield block, mask.div_(keep) if keep > 0 else mask
+
+
+def kept(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """The elements of `x[T, K]` that dropout keeps: bool `[T, K]`."""
+    mask = torch.empty_like(x, dtype=torch.bool, memory_format=torch.contiguous_format)
+    for block, values in masks(x, seed, p):
+        mask[block] = values != 0
+    return mask
 
 
 def dropout(x: Tensor, seed: Tensor | None, p: float) -> Tensor:

@@ -19,9 +19,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grasp_kernels.ops.lora_linear.dropout import dropout
+from grasp_kernels.ops.lora_linear.dropout import dropout, kept
 from grasp_kernels.ops.lora_linear.operands import Gradients, Needs, Operands, Saved
 from grasp_kernels.ops.projection import project_columns, project_rows
+
+__all__ = ["backward", "forward", "kept", "unsupported"]
 
 
 def unsupported(where: torch.device) -> str | None:
@@ -30,12 +32,19 @@ def unsupported(where: torch.device) -> str | None:
 
 
 def closed_factors(op: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Copies `A°[R, K]`, `B°[N, R]`, `b°[N]`, projected in float32 and then rounded to `dtype`."""
+    """`A°[R, K]`, `B°[N, R]`, `b°[N]`, projected in float32 and then rounded to `dtype`.
+
+    Copies, unless the caller has them already.
+    """
     A, B, b = op.lora_A, op.lora_B, op.lora_bias
     if op.closed:
-        A, B = project_rows(A, op.read_basis), project_columns(B, op.write_basis)
         b = None if b is None else project_columns(b, op.write_basis)
-    return A.to(dtype, copy=True), B.to(dtype, copy=True), None if b is None else b.to(dtype)
+    b = None if b is None else b.to(dtype)
+    if op.closed_A is not None and op.closed_B is not None:
+        return op.closed_A, op.closed_B, b
+    if op.closed:
+        A, B = project_rows(A, op.read_basis), project_columns(B, op.write_basis)
+    return A.to(dtype, copy=True), B.to(dtype, copy=True), b
 
 
 def forward(x: Tensor, op: Operands) -> tuple[Tensor, Saved]:

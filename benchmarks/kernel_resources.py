@@ -1,0 +1,217 @@
+"""Compile every launch configuration for every part, without a GPU, and table what each takes.
+
+    python benchmarks/kernel_resources.py            # compare with the table in results/
+    python benchmarks/kernel_resources.py --write    # make it anew
+
+The launches are those that the operator makes: it runs on meta tensors, for a part that is not
+there. A launch fails the check if it needs more shared memory than a program may have, if it spills
+on sm_90, or if it lacks the matrix instructions that were meant. The table is compared only with
+one that the same version of Triton made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from grasp_kernels.files import whole_file
+from grasp_kernels.ops.closure import triton as closure
+from grasp_kernels.ops.closure.api import Factor
+from grasp_kernels.ops.gpu.launch import PARTS, Launch, dry_run
+from grasp_kernels.ops.gpu.resources import compile_for, specialization
+from grasp_kernels.ops.lora_linear.operands import Needs, Operands
+from grasp_kernels.ops.lora_linear.triton import backward, forward
+
+TABLE = Path(__file__).parent / "results" / "kernel-resources.csv"
+COLUMNS = (
+    "kernel", "part", "case", "blocks", "num_warps", "num_stages",
+    "shared_memory", "registers", "spilled", "instructions", "triton",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the operator. Shapes: T tokens, K in, N out, R rank, Q size of both bases."""
+
+    T: int = 8192
+    K: int = 4096
+    N: int = 4096
+    R: int = 16
+    Q: int = 4
+    dtype: torch.dtype = torch.bfloat16
+    dropout_p: float = 0.0
+    bias: bool = False
+
+    def __str__(self) -> str:
+        default = Case()
+        fields = {k: v for k, v in vars(self).items() if v != getattr(default, k)}
+        return " ".join(f"{k}={v}".replace("torch.", "") for k, v in fields.items()) or "plain"
+
+
+WIDE = {"K": 14336, "N": 14336}  # beyond the extended product: the library's, then `addmm`
+ODD = {"T": 8191, "K": 4095, "N": 4097}  # nothing aligned: no copy engine, masks everywhere
+CASES = (
+    *(Case(R=R) for R in (16, 32, 64, 128)),
+    Case(dropout_p=0.1),
+    Case(dropout_p=0.1, **WIDE),
+    Case(**ODD),
+    *(Case(dtype=torch.float32, R=R) for R in (16, 64)),
+)
+# Launches of the same blocks that differ in a flag; registers are tightest on sm_90.
+MORE = (
+    Case(Q=0),
+    Case(Q=32),
+    Case(T=512),
+    Case(bias=True),
+    Case(dropout_p=0.1, R=64),
+    Case(dropout_p=0.1, R=128),
+    Case(**ODD, dropout_p=0.1, R=128, Q=32),
+    Case(dtype=torch.float16),
+    Case(dtype=torch.float32, R=128),
+    Case(dtype=torch.float32, dropout_p=0.1),
+    Case(dtype=torch.float32, **ODD),
+)
+
+
+def launches(part: str) -> Iterator[tuple[Case, Launch]]:
+    """Every launch of every case on a part, each specialisation once."""
+    seen = set()
+    for case in CASES + (MORE if part == "sm_90" else ()):
+        with dry_run(PARTS[part]) as run:
+            _call(case)
+        for made in run.launches:
+            key = (made.kernel, made.num_warps, made.num_stages, specialization(made))
+            if key not in seen:
+                seen.add(key)
+                yield case, made
+
+
+def _call(case: Case) -> None:
+    def empty(*shape: int, dtype: torch.dtype = case.dtype) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    T, K, N, R, Q = case.T, case.K, case.N, case.R, case.Q
+    A, B = empty(R, K, dtype=torch.float32), empty(N, R, dtype=torch.float32)
+    V, U = (empty(width, Q, dtype=torch.float32) if Q else None for width in (N, K))
+    closed_A, closed_B = closure.close([Factor(A, U), Factor(B.mT, V)], case.dtype)
+    op = Operands(
+        weight=empty(N, K),
+        bias=empty(N) if case.bias else None,
+        lora_A=A,
+        lora_B=B,
+        lora_bias=None,
+        write_basis=V,
+        read_basis=U,
+        write_weight=empty(Q, K) if Q else None,
+        closed_A=closed_A,
+        closed_B=closed_B.mT,
+        dropout_seed=empty(1, dtype=torch.int64) if case.dropout_p else None,
+        scaling=2.0,
+        dropout_p=case.dropout_p,
+        residual=True,
+        closed=True,
+    )
+    x = empty(T, K)
+    y, saved = forward(x, op)
+    needs = Needs(x=True, weight=False, bias=False, lora_A=True, lora_B=True, lora_bias=False)
+    backward(torch.empty_like(y), x, saved, op, needs)
+
+
+def rows_of(part: str) -> list[dict[str, str]]:
+    """The table of one part."""
+    return [_row(part, case, made) for case, made in launches(part)]
+
+
+def _row(part: str, case: Case, made: Launch) -> dict[str, str]:
+    found = compile_for(part, made)
+    sizes = {k: v for k, v in made.arguments.items() if k.startswith("BLOCK") and v}
+    return {
+        "kernel": made.kernel.__name__.strip("_"),
+        "part": part,
+        "case": str(case),
+        "blocks": " ".join(f"{k.removeprefix('BLOCK_')}={v}" for k, v in sizes.items()),
+        "num_warps": str(made.num_warps),
+        "num_stages": str(made.num_stages),
+        "shared_memory": str(found.shared_memory),
+        "registers": str(found.registers),
+        "spilled": str(found.spilled),
+        "instructions": " ".join(f"{k}={v}" for k, v in found.instructions.items()),
+        "triton": triton.__version__,
+    }
+
+
+def problems(row: dict[str, str]) -> Iterator[str]:
+    """What is wrong with a launch, a sentence each."""
+    part = PARTS[row["part"]]
+    name = f"{row['kernel']} ({row['case']}, {row['blocks']}) on {row['part']}"
+    if int(row["shared_memory"]) > part.shared_memory:
+        yield f"{name} needs {row['shared_memory']} bytes of shared memory of {part.shared_memory}."
+    if row["part"] == "sm_90" and int(row["spilled"]) > 0:
+        yield f"{name} spills {row['spilled']} bytes a thread."
+    wanted = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA"}
+    products = ("down_kernel", "token_pass_kernel", "extended_gemm_kernel")
+    half = "float32" not in row["case"]
+    opcode = wanted.get(row["part"], "v_mfma")
+    if half and row["kernel"] in products and opcode not in row["instructions"]:
+        yield f"{name} has no {opcode} instruction but {row['instructions'] or 'none'}."
+    aligned = half and "4095" not in row["case"]
+    if aligned and part.tma and row["kernel"] in products and "UTMALDG" not in row["instructions"]:
+        accumulates = row["kernel"] == "extended_gemm_kernel" and "14336" in row["case"]
+        if not accumulates:
+            yield f"{name} does not use the copy engine."
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Resources of every kernel launch, without a GPU.")
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with ProcessPoolExecutor(max_workers=2) as pool:
+        rows = [row for found in pool.map(rows_of, arguments.parts) for row in found]
+    found = [problem for row in rows for problem in problems(row)]
+    print(*found, sep="\n", end="\n" if found else "")
+    text = _csv(rows)
+    if arguments.write:
+        with whole_file(TABLE) as partial:
+            partial.write_text(text, encoding="utf-8")
+    else:
+        found += _differences(rows)
+    print(f"{len(rows)} launches compiled with Triton {triton.__version__}, {len(found)} problems")
+    return 1 if found else 0
+
+
+def _differences(rows: list[dict[str, str]]) -> list[str]:
+    stored = list(csv.DictReader(io.StringIO(TABLE.read_text(encoding="utf-8"))))
+    if any(row["triton"] != triton.__version__ for row in stored):
+        print(f"{TABLE.name} is of another version of Triton, so only limits are checked")
+        return []
+    parts = {row["part"] for row in rows}
+    old = [row for row in stored if row["part"] in parts]
+    changed = [row for row in rows if row not in old] + [row for row in old if row not in rows]
+    if changed:
+        print(f"{TABLE.name} does not hold what was compiled; make it anew with --write:")
+        print(*(",".join(row.values()) for row in changed), sep="\n")
+    return [f"{len(changed)} rows differ"] if changed else []
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""A° and B° of all adapters of a model, made in one launch a forward pass.
+
+An optimizer may change parameters without telling torch (8-bit optimizers and fused kernels write
+through raw pointers), so a version counter alone cannot say when closed factors are stale. Here
+factors serve one forward pass: a layer that comes a second time outside of a backward has begun a
+new pass, and all layers get new factors in one launch. Inside a backward, where activation
+checkpointing computes layers again, parameters cannot have changed, and the old factors serve.
+Shapes: K in, N out, R LoRA rank, P read basis size, Q write basis size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from grasp_kernels.ops.closure.api import Factor, close
+
+if TYPE_CHECKING:
+    from grasp_kernels.layers.linear import GraspLoRALinear
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass
+class _Entry:
+    adapter: str
+    dtype: torch.dtype
+    key: tuple[Any, ...] = ()
+    factors: Pair | None = None
+    unused: bool = False  # made for the pass that is under way
+
+
+class ClosedFactors:
+    """Shared by the layers of one model; a layer joins with its first call."""
+
+    def __init__(self) -> None:
+        self._entries: WeakKeyDictionary[GraspLoRALinear, _Entry] = WeakKeyDictionary()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ClosedFactors:
+        return memo.setdefault(id(self), ClosedFactors())
+
+    def __reduce__(self) -> tuple[type[ClosedFactors], tuple[()]]:
+        return ClosedFactors, ()
+
+    def of(self, layer: GraspLoRALinear, adapter: str, dtype: torch.dtype) -> Pair:
+        """`A°[R, K]`, `B°[N, R]` of a layer in `dtype`, for one forward through it."""
+        entry = self._entries.get(layer)
+        if entry is None or (entry.adapter, entry.dtype) != (adapter, dtype):
+            entry = self._entries[layer] = _Entry(adapter, dtype)
+        in_backward = torch._C._current_graph_task_id() != -1
+        if entry.factors is None or entry.key != _key(layer, adapter):
+            first = entry.factors is None
+            self._refresh([layer] if first or in_backward else list(self._entries))
+        elif not entry.unused and not in_backward:
+            self._refresh(list(self._entries))
+        if not in_backward:
+            entry.unused = False
+        assert entry.factors is not None
+        return entry.factors
+
+    @torch.no_grad()
+    def _refresh(self, layers: list[GraspLoRALinear]) -> None:
+        groups: dict[tuple[torch.device, torch.dtype], list[GraspLoRALinear]] = {}
+        for layer in layers:
+            entry = self._entries[layer]
+            if entry.adapter not in layer.lora_A:  # the adapter was deleted since
+                del self._entries[layer]
+                continue
+            where = layer.lora_A[entry.adapter].weight.device
+            groups.setdefault((where, entry.dtype), []).append(layer)
+        for (_, dtype), group in groups.items():
+            factors = [f for layer in group for f in _factors(layer, self._entries[layer].adapter)]
+            closed = iter(close(factors, dtype, backend="triton"))
+            for layer in group:
+                entry = self._entries[layer]
+                entry.factors = next(closed), next(closed).mT
+                entry.key = _key(layer, entry.adapter)
+                entry.unused = True
+
+
+def _factors(layer: GraspLoRALinear, adapter: str) -> tuple[Factor, Factor]:
+    closed = adapter in layer.closed_adapters
+    A, B = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
+    return (
+        Factor(A, layer.read_basis if closed else None),
+        Factor(B.mT, layer.write_basis if closed else None),
+    )
+
+
+def _key(layer: GraspLoRALinear, adapter: str) -> tuple[Any, ...]:
+    A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    bases = (id(layer.read_basis), id(layer.write_basis), adapter in layer.closed_adapters)
+    return A.data_ptr(), A._version, B.data_ptr(), B._version, *bases

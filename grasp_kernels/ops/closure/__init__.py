@@ -1,0 +1,1 @@
+"""The closed factors of many adapters at once: reference, one kernel launch, and their cache."""

@@ -1,0 +1,175 @@
+"""All factors of a model in one launch, driven by a table of pointers on the device.
+
+The table is made once for a set of parameters and bases, whose addresses stay the same from step to
+step; a launch then copies nothing to the device and waits for nothing. Results are slices of one
+new buffer: a backward that still holds the last one is not disturbed.
+Shapes: a factor is `[R, C]`, R LoRA rank and C features, P basis size.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grasp_kernels.ops.gpu.blocks import rounded
+from grasp_kernels.ops.gpu.launch import at_least_16, kernel_support, launch
+
+if TYPE_CHECKING:
+    from grasp_kernels.ops.closure.api import Factor
+
+unsupported = kernel_support
+
+_ROWS = 16
+_COLUMNS = 128
+# Columns of a program that only casts. One that projects needs the whole row: bases are as wide as
+# the residual stream, 4096 to 8192, which 32 to 64 blocks cover.
+_CAST_COLUMNS = 4096
+_FIELDS = 14
+_POINTED = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def _close_kernel(
+    work, out,
+    FACTOR: tl.constexpr, FIELDS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """One row block of one factor, all its columns if it is projected, else a range of them."""
+    # Offsets inside one factor fit into 32 bits; with 64 the kernel spills.
+    item = work + tl.program_id(0).to(tl.int64) * FIELDS
+    factor = tl.load(item).to(tl.pointer_type(FACTOR))
+    basis = tl.load(item + 1).to(tl.pointer_type(tl.float32))
+    to = out + tl.load(item + 2)
+    R = tl.load(item + 3).to(tl.int32)
+    stride_r = tl.load(item + 4).to(tl.int32)
+    stride_c = tl.load(item + 5).to(tl.int32)
+    stride_bc = tl.load(item + 6).to(tl.int32)
+    stride_bp = tl.load(item + 7).to(tl.int32)
+    P = tl.load(item + 8).to(tl.int32)
+    first = tl.load(item + 9).to(tl.int32)
+    last = tl.load(item + 10).to(tl.int32)
+    to_r = tl.load(item + 11).to(tl.int32)
+    to_c = tl.load(item + 12).to(tl.int32)
+    r = tl.load(item + 13).to(tl.int32) + tl.arange(0, BLOCK_R)
+    share = tl.zeros((BLOCK_R, BLOCK_P), tl.float32)
+    p = tl.arange(0, BLOCK_P)
+    if P > 0:
+        for c0 in range(first, last, BLOCK_C):
+            c = c0 + tl.arange(0, BLOCK_C)
+            inside = (r[:, None] < R) & (c[None, :] < last)
+            m = tl.load(
+                factor + r[:, None] * stride_r + c[None, :] * stride_c, mask=inside, other=0.0
+            )
+            v = tl.load(
+                basis + c[:, None] * stride_bc + p[None, :] * stride_bp,
+                mask=(c[:, None] < last) & (p[None, :] < P),
+                other=0.0,
+            )
+            share = tl.dot(m.to(tl.float32), v, share, input_precision="ieee")
+    for c0 in range(first, last, BLOCK_C):
+        c = c0 + tl.arange(0, BLOCK_C)
+        inside = (r[:, None] < R) & (c[None, :] < last)
+        m = tl.load(factor + r[:, None] * stride_r + c[None, :] * stride_c, mask=inside, other=0.0)
+        m = m.to(tl.float32)
+        if P > 0:
+            v = tl.load(
+                basis + c[None, :] * stride_bc + p[:, None] * stride_bp,
+                mask=(c[None, :] < last) & (p[:, None] < P),
+                other=0.0,
+            )
+            m = tl.dot(-share, v, m, input_precision="ieee")
+        at = to + r[:, None] * to_r + c[None, :] * to_c
+        tl.store(at, rounded(m, out.dtype.element_ty), mask=inside)
+
+
+class _Plan(NamedTuple):
+    """The work of one launch, and the results' places in its buffer."""
+
+    table: Tensor  # int64 [programs, _FIELDS]
+    places: list[tuple[int, tuple[int, int], tuple[int, int]]]  # offset, shape, strides
+    size: int
+    block_p: int
+
+
+# One model's adapters are one key; a process that trains one after the other needs only the last.
+_plans: dict[tuple[object, ...], _Plan] = {}
+_MOST_PLANS = 16
+
+
+def close(factors: Sequence[Factor], dtype: torch.dtype) -> list[Tensor]:
+    """`M (I − V Vᵀ) [R, C]` of every factor; a launch for each dtype among the factors."""
+    results: list[Tensor | None] = [None] * len(factors)
+    for kind in dict.fromkeys(matrix.dtype for matrix, _ in factors):
+        of_kind = [i for i, (matrix, _) in enumerate(factors) if matrix.dtype == kind]
+        for i, closed in zip(of_kind, _close([factors[i] for i in of_kind], dtype), strict=True):
+            results[i] = closed
+    return results
+
+
+def _close(factors: Sequence[Factor], dtype: torch.dtype) -> list[Tensor]:
+    like = factors[0].matrix
+    plan = _plan(factors)
+    buffer = like.new_empty(plan.size, dtype=dtype)
+    launch(
+        _close_kernel,
+        (plan.table.shape[0],),
+        buffer,
+        8,
+        1,
+        work=plan.table,
+        out=buffer,
+        FACTOR=_POINTED[like.dtype],
+        FIELDS=_FIELDS,
+        BLOCK_R=_ROWS,
+        BLOCK_C=_COLUMNS,
+        BLOCK_P=plan.block_p,
+    )
+    return [buffer.as_strided(shape, strides, offset) for offset, shape, strides in plan.places]
+
+
+def _plan(factors: Sequence[Factor]) -> _Plan:
+    key = tuple(
+        part
+        for matrix, basis in factors
+        for part in (
+            *(matrix.dtype, matrix.data_ptr(), *matrix.shape, *matrix.stride()),
+            *(() if basis is None else (basis.data_ptr(), *basis.shape, *basis.stride())),
+        )
+    )
+    if key not in _plans:
+        if len(_plans) >= _MOST_PLANS:
+            _plans.pop(next(iter(_plans)))
+        _plans[key] = _make_plan(factors)
+    return _plans[key]
+
+
+def _make_plan(factors: Sequence[Factor]) -> _Plan:
+    rows: list[list[int]] = []
+    places = []
+    offset = widest = 0
+    for matrix, basis in factors:
+        (R, C), (stride_r, stride_c) = matrix.shape, matrix.stride()
+        by_rows = stride_c == 1 or stride_r != 1
+        to_r, to_c = (C, 1) if by_rows else (1, R)
+        places.append((offset, (R, C), (to_r, to_c)))
+        P = 0 if basis is None else basis.shape[1]
+        widest = max(widest, P)
+        width = C if P else _CAST_COLUMNS
+        at, *basis_strides = (0, 0, 0) if basis is None else (basis.data_ptr(), *basis.stride())
+        common = [matrix.data_ptr(), at, offset, R, stride_r, stride_c, *basis_strides, P]
+        rows += [
+            [*common, first, min(C, first + width), to_r, to_c, r]
+            for r in range(0, R, _ROWS)
+            for first in range(0, C, width)
+        ]
+        # Every slice starts at 16 elements, where wide loads and the copy engine can read it.
+        offset += -(-R * C // 16) * 16
+    table = torch.tensor(rows, dtype=torch.int64).to(factors[0].matrix.device)
+    return _Plan(table, places, offset, at_least_16(max(1, widest)))

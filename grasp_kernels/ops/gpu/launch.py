@@ -1,0 +1,157 @@
+"""What part a kernel runs on, how it is launched, and a dry run that only writes launches down.
+
+Shapes: T tokens, K in, N out, R LoRA rank, P, Q basis sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
+
+# Triton's own switch, read once: kernels are made for the interpreter or for a GPU when decorated.
+INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the launch tables need to know of a GPU."""
+
+    name: str
+    shared_memory: int  # bytes that one program may use
+    multiprocessors: int
+    tma: bool  # tensor descriptors are copied by hardware
+
+
+# Shared memory limits by compute capability, from the CUDA programming guide's table of technical
+# specifications; gfx942 has 64 KB of LDS a work group.
+PARTS = {
+    "sm_80": Part("sm_80", 163 << 10, 108, tma=False),
+    "sm_90": Part("sm_90", 227 << 10, 132, tma=True),
+    "sm_100": Part("sm_100", 227 << 10, 148, tma=True),
+    "sm_120": Part("sm_120", 99 << 10, 188, tma=True),
+    "gfx942": Part("gfx942", 64 << 10, 304, tma=False),
+}
+# Few multiprocessors make small tests loop: several tiles and several blocks of tokens a program.
+_INTERPRETER = Part("interpreter", 227 << 10, 6, tma=True)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch as it would be made."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass
+class DryRun:
+    """Launches on meta tensors, for a part that need not be there."""
+
+    part: Part
+    launches: list[Launch] = field(default_factory=list)
+
+
+_dry_runs: list[DryRun] = []
+
+
+@contextmanager
+def dry_run(part: Part) -> Iterator[DryRun]:
+    """Inside, kernels called on meta tensors are written down for `part` instead of run."""
+    _dry_runs.append(DryRun(part))
+    try:
+        yield _dry_runs[-1]
+    finally:
+        _dry_runs.pop()
+
+
+def part_of(where: torch.device) -> Part:
+    """The part that a tensor on this device is computed on."""
+    if where.type == "meta":
+        return _dry_runs[-1].part
+    if where.type == "cpu":
+        return _INTERPRETER
+    index = torch.cuda.current_device() if where.index is None else where.index
+    return _cuda_part(index)
+
+
+@cache
+def _cuda_part(index: int) -> Part:
+    properties = torch.cuda.get_device_properties(index)
+    limits = driver.active.utils.get_device_properties(index)
+    return Part(
+        properties.name,
+        limits["max_shared_mem"],
+        properties.multi_processor_count,
+        tma=torch.version.hip is None and properties.major >= 9,
+    )
+
+
+def kernel_support(where: torch.device) -> str | None:
+    """Why kernels cannot run on a device: they need a GPU, or Triton's interpreter on a CPU."""
+    if INTERPRETED.value:
+        return None if where.type == "cpu" else "Triton's interpreter runs on a CPU alone"
+    if where.type != "cuda":
+        return "it needs a GPU (on a CPU only Triton's interpreter runs kernels)"
+    if torch.version.hip is None and torch.cuda.get_device_capability(where) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(where)
+        return f"it needs compute capability 8.0 or newer and this GPU has {major}.{minor}"
+    return None
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    like: Tensor,
+    num_warps: int,
+    num_stages: int,
+    **arguments: Any,
+) -> None:
+    """Run `kernel` on the device of `like`, on its current stream; empty grids are no launch."""
+    if 0 in grid:
+        return
+    if like.is_meta:
+        made = Launch(kernel, grid, arguments, num_warps, num_stages)
+        _dry_runs[-1].launches.append(made)
+    elif like.is_cuda:
+        with torch.cuda.device(like.device):
+            kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+    else:
+        kernel[grid](**arguments)
+
+
+def at_least_16(size: int) -> int:
+    """The next power of two, 16 at least: what a side of a matrix instruction takes."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def exact_float32() -> bool:
+    """Whether float32 products must be float32: torch's own switch for TF32."""
+    return torch.get_float32_matmul_precision() == "highest"
+
+
+def copies_in_bulk(part: Part, *matrices: Tensor) -> bool:
+    """Whether the copy engine of a part can move blocks of all these matrices.
+
+    It takes rows that are 16 bytes apart from a 16-byte boundary on. For float32, whose products
+    without matrix instructions are not bound by copies, ordinary loads do.
+    """
+    return part.tma and all(_describable(matrix) for matrix in matrices)
+
+
+def _describable(matrix: Tensor) -> bool:
+    row_bytes = matrix.stride(0) * matrix.element_size()
+    aligned = row_bytes > 0 and row_bytes % 16 == 0 and matrix.data_ptr() % 16 == 0
+    contiguous = matrix.stride(1) == 1 and matrix.numel() > 0
+    return matrix.element_size() == 2 and contiguous and aligned

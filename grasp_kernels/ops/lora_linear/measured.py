@@ -1,0 +1,69 @@
+"""What `backend="auto"` takes: a kernel only where it was measured to be the fastest.
+
+`measured.json` holds one row a shape and GPU, `{"device", "dtype", "T", "K", "N", "R", "Q",
+"milliseconds": {backend: forward + backward}}`, which `grasp-kernels bench --adopt` makes from
+benchmark rows. The nearest row of the same GPU and dtype decides; without one it is `aten`.
+Shapes: T tokens, K in, N out, R LoRA rank, Q write basis size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grasp_kernels.ops.lora_linear.operands import Operands
+
+TABLE = Path(__file__).with_name("measured.json")
+SAFE = ("aten", "reference")
+_SIZES = ("T", "K", "N", "R", "Q")
+
+
+def order(x: Tensor, op: Operands) -> tuple[str, ...]:
+    """Backends for `x[T, K]` and a layer, the fastest first."""
+    if not x.is_cuda:
+        return SAFE
+    (N, K), T = op.weight.shape, x.shape[0]
+    Q = 0 if op.write_basis is None else op.write_basis.shape[1]
+    device = torch.cuda.get_device_name(x.device)
+    return fastest(device, str(x.dtype).removeprefix("torch."), T, K, N, op.lora_A.shape[0], Q)
+
+
+@cache
+def prefers_kernels(where: torch.device) -> bool:
+    """Whether a kernel of ours was measured to be the fastest for some shape on this device."""
+    if where.type != "cuda":
+        return False
+    device = torch.cuda.get_device_name(where)
+    times = (row["milliseconds"] for row in _rows() if row["device"] == device)
+    return any(min(found, key=found.__getitem__) not in SAFE for found in times)
+
+
+@cache
+def fastest(device: str, dtype: str, *sizes: int) -> tuple[str, ...]:
+    """The backends of the nearest row, fastest first, then those that run everywhere.
+
+    Distance is in factors of two, summed over the sizes; ties go to the earlier row.
+    """
+    rows = [row for row in _rows() if (row["device"], row["dtype"]) == (device, dtype)]
+    if not rows:
+        return SAFE
+
+    def distance(row: dict[str, Any]) -> float:
+        pairs = zip((row[name] for name in _SIZES), sizes, strict=True)
+        return sum(abs(math.log2((1 + theirs) / (1 + ours))) for theirs, ours in pairs)
+
+    times: dict[str, float] = min(rows, key=distance)["milliseconds"]
+    named = sorted(times, key=lambda name: (times[name], name != "aten"))
+    return tuple(dict.fromkeys((*named, *SAFE)))
+
+
+@cache
+def _rows() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(TABLE.read_text(encoding="utf-8"))["rows"]
+    return found

@@ -1,0 +1,132 @@
+"""Forward and backward of the operator as sequences of kernel launches and base products.
+
+Shapes: T tokens, K in, N out, R LoRA rank, P read basis size, Q write basis size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grasp_kernels.ops.gpu.launch import kernel_support, part_of
+from grasp_kernels.ops.lora_linear.aten import base_gradients, whole_bias, write_weight
+from grasp_kernels.ops.lora_linear.operands import Gradients, Needs, Operands, Saved
+from grasp_kernels.ops.lora_linear.reference import closed_factors
+from grasp_kernels.ops.lora_linear.triton.base_product import product
+from grasp_kernels.ops.lora_linear.triton.down import down
+from grasp_kernels.ops.lora_linear.triton.dropout import Dropout, keep_mask
+from grasp_kernels.ops.lora_linear.triton.reduce import finish_factor, finish_skinny
+from grasp_kernels.ops.lora_linear.triton.tokens import one_read, slab_for, token_pass
+from grasp_kernels.ops.projection import project_columns
+
+unsupported = kernel_support
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def kept(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """The elements of `x[T, K]` that this backend's dropout keeps: bool `[T, K]`."""
+    return keep_mask(x, Dropout(seed, p))
+
+
+def forward(x: Tensor, op: Operands) -> tuple[Tensor, Saved]:
+    """`Y[T, N]` from `X[T, K]`."""
+    _check(x, op)
+    A, B, b = closed_factors(op, x.dtype)
+    S = down(x, A, dropout=_dropout(op))
+    y = product(x, op.weight.mT, S, B.mT, bias=whole_bias(op, b), scaling=op.scaling)
+    return y, Saved(S, A, B)
+
+
+def backward(dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs) -> Gradients:
+    """The gradients that are needed, from `dY[T, N]`."""
+    through = needs.x or needs.lora_A
+    projected = op.residual and op.write_basis is not None and needs.x
+    skinny, dB = _gradient_pass(dy, saved, op, through, projected, needs.lora_B)
+    dx = dA = None
+    if skinny is not None:
+        dS, D = skinny.split([saved.A.shape[0], skinny.shape[0] - saved.A.shape[0]])
+        if needs.x:
+            C = _write_weight(op) if projected else None
+            dx = product(
+                dy,
+                op.weight,
+                dS,
+                saved.A,
+                projection=None if C is None else (D, C),
+                dropout=_dropout(op),
+            )
+        if needs.lora_A:
+            dA = _input_pass(x, dS, op)
+    dW, dbias, db = base_gradients(dy, x, op, needs)
+    return Gradients(dx, dW, dbias, dA, dB, db)
+
+
+def _gradient_pass(
+    dy: Tensor, saved: Saved, op: Operands, through: bool, projected: bool, sums: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """`[s dS | −D]ᵀ [E, T]` if the gradient goes `through` the adapter, and `dB[N, R]` if asked.
+
+    One read of `dY`, unless the parts of the skinny result would weigh more than a second one.
+    """
+    S, V, R = saved.S, op.write_basis, saved.S.shape[0]
+    # dS must be that of the projected dY; a closed B is in the complement of V already.
+    B = saved.B
+    if op.residual and not op.closed:
+        B = project_columns(B, V).to(B.dtype)
+    E = R + (V.shape[1] if projected and V is not None else 0)
+    slab = slab_for(part_of(dy.device), dy.element_size(), R, skinny=True)
+    skinny = dB = None
+    together = through and sums and one_read(slab, E)
+    if through and not together:
+        factors = [B.mT] if not projected or V is None else [B.mT, V.mT.to(B.dtype)]
+        skinny = down(dy, torch.cat(factors), scaling=op.scaling, n_scaled=R)
+    if sums:
+        partial = token_pass(
+            dy, S, factor=B if together else None, basis=V, project=together and projected
+        )
+        if partial.skinny is not None:
+            skinny = finish_skinny(partial.skinny, R, op.scaling, dy.dtype)
+        dB = op.lora_B.new_empty(op.lora_B.shape)
+        assert partial.sums is not None
+        finish_factor(partial.sums, partial.shares, V, op.scaling, dB)
+    return skinny, dB
+
+
+def _input_pass(x: Tensor, dS: Tensor, op: Operands) -> Tensor:
+    """`dA[R, K] = dSᵀ X̃ (I − U Uᵀ)`."""
+    dropout = _dropout(op)
+    partial = token_pass(x, dS, basis=op.read_basis, dropout=dropout)
+    dA = op.lora_A.new_empty(op.lora_A.shape)
+    scaling = 1.0 if dropout is None else dropout.inverse_keep
+    assert partial.sums is not None
+    finish_factor(partial.sums, partial.shares, op.read_basis, scaling, dA.mT)
+    return dA
+
+
+def _dropout(op: Operands) -> Dropout | None:
+    return None if op.dropout_seed is None else Dropout(op.dropout_seed, op.dropout_p)
+
+
+def _write_weight(op: Operands) -> Tensor | None:
+    """`C = Vᵀ W [Q, K]`."""
+    if op.write_basis is None or op.write_weight is not None:
+        return op.write_weight
+    return write_weight(op.weight, op.write_basis)
+
+
+def _check(x: Tensor, op: Operands) -> None:
+    T, R, Q = (
+        x.shape[0],
+        op.lora_A.shape[0],
+        0 if op.write_basis is None else op.write_basis.shape[1],
+    )
+    if x.dtype not in _DTYPES:
+        raise TypeError(
+            f"backend 'triton' computes float32, float16 and bfloat16 but x has {x.dtype}; "
+            "use backend='aten'."
+        )
+    if (R + Q) * T >= 1 << 31:  # offsets inside skinny matrices are 32 bits wide
+        raise ValueError(
+            f"backend 'triton' takes fewer than 2³¹ elements of [dS | D] but {T} tokens and "
+            f"R + Q = {R + Q} have {(R + Q) * T}; split the batch or use backend='aten'."
+        )

@@ -1,0 +1,83 @@
+"""How the skinny columns join the base product: in the kernel, or by the library's `addmm`.
+
+Adding rank-R columns to a finished result reads and writes it once more, which costs
+`2 F / (bandwidth · I)` of the product, about 367 / I on an H200, whatever T, J and R are. The
+extended kernel saves that and loses what it is slower than the library, so it pays where the inner
+width I is small: at 4096 it needs 90 % of the library's speed, at 8192 95 %, at 28672 98 %.
+Shapes: T tokens, I inner and J outer width of the product, R LoRA rank, Q write basis size.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from grasp_kernels.ops.gpu.launch import Part, part_of
+from grasp_kernels.ops.lora_linear.triton.dropout import Dropout
+from grasp_kernels.ops.lora_linear.triton.gemm import extended_gemm
+
+Path = Literal["extended", "addmm"]
+
+# Measured choices, (part, I, J) -> path, for two-byte elements at T = 8192. None is measured yet.
+MEASURED: dict[tuple[str, int, int], Path] = {}
+# Predicted: Triton's products with TMA reach 95 to 98 % of cuBLAS, so they win up to here.
+WIDEST_EXTENDED = 4096
+
+
+def choose(part: Part, itemsize: int, inner: int, outer: int) -> Path:
+    """The path of one product by its shape; T decides nothing, so no length compiles anew."""
+    if itemsize == 4:  # no matrix instruction multiplies float32 exactly; the library's loops do
+        return "addmm"
+    predicted: Path = "extended" if part.tma and inner <= WIDEST_EXTENDED else "addmm"
+    return MEASURED.get((part.name, inner, outer), predicted)
+
+
+def product(
+    a: Tensor,
+    b: Tensor,
+    left: Tensor,
+    right: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scaling: float = 1.0,
+    projection: tuple[Tensor, Tensor] | None = None,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """`a[T, I] b[I, J] + bias + mask ⊙ (s leftᵀ right) + dᵀ C`, arguments as in `extended_gemm`."""
+    path = choose(part_of(a.device), a.element_size(), *b.shape)
+    if path == "extended":
+        out = a.new_empty(a.shape[0], b.shape[1])
+        extended_gemm(
+            a,
+            b,
+            out,
+            left,
+            right,
+            bias=bias,
+            scaling=scaling,
+            projection=projection,
+            dropout=dropout,
+        )
+        return out
+    out = a @ b if bias is None else torch.addmm(bias, a, b)
+    if dropout is not None:
+        extended_gemm(
+            a,
+            b,
+            out,
+            left,
+            right,
+            scaling=scaling,
+            projection=projection,
+            dropout=dropout,
+            accumulate=True,
+        )
+    elif projection is None:
+        out.addmm_(left.mT, right, alpha=scaling)
+    else:  # one more pass over `out` costs more than two small copies
+        assert scaling == 1.0
+        skinny = torch.cat([left, projection[0]])
+        out.addmm_(skinny.mT, torch.cat([right, projection[1]]))
+    return out

@@ -1,0 +1,130 @@
+"""The second halves of the passes: partial sums added in a fixed order, and the projections.
+
+No float atomics anywhere, so that a rerun gives the same bits.
+Shapes: T tokens, C columns of the large operand (N of dY, K of X), R LoRA rank, P basis size, E
+rows of a skinny result.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grasp_kernels.ops.gpu.blocks import rounded
+from grasp_kernels.ops.gpu.launch import at_least_16, launch
+
+_BLOCK = 1024
+_COLUMNS = 32
+_PARTS = 32
+
+
+@triton.jit(do_not_specialize=["T"])
+def _finish_skinny_kernel(parts, out, T, E, splits, n_scaled, scaling, BLOCK_T: tl.constexpr):
+    """`out[E, T] = Σ parts[split, E, T]`, times `s` in the first rows and −1 in the others."""
+    row = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    acc = tl.zeros((BLOCK_T,), tl.float32)
+    for split in range(splits):
+        acc += tl.load(parts + (split * E + row) * T + t, mask=t < T, other=0.0)
+    acc *= tl.where(row < n_scaled, scaling, -1.0)
+    tl.store(out + row * T + t, rounded(acc, out.dtype.element_ty), mask=t < T)
+
+
+def finish_skinny(parts: Tensor, n_scaled: int, scaling: float, dtype: torch.dtype) -> Tensor:
+    """`[s dS | −D]ᵀ [E, T]` from float32 `parts[splits, E, T]`; the first rows are those of dS."""
+    splits, E, T = parts.shape
+    out = parts.new_empty(E, T, dtype=dtype)
+    launch(
+        _finish_skinny_kernel,
+        (triton.cdiv(T, _BLOCK), E),
+        parts,
+        4,
+        1,
+        parts=parts,
+        out=out,
+        T=T,
+        E=E,
+        splits=splits,
+        n_scaled=n_scaled,
+        scaling=scaling,
+        BLOCK_T=_BLOCK,
+    )
+    return out
+
+
+@triton.jit
+def _finish_factor_kernel(
+    parts, basis, shares, out, splits, n_shares, C, R, P, scaling,
+    stride_bc, stride_bp, stride_oc, stride_or,
+    BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+    PROJECT: tl.constexpr,
+):  # fmt: skip
+    """`out[C, R] = s (I − V Vᵀ) Σ parts[split, C, R]`, with `Vᵀ Σ parts` from `shares[·, P, R]`."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = (c[:, None] < C) & (r[None, :] < R)
+    acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
+    for split in range(splits):
+        at = (split * C + c[:, None]) * R + r[None, :]
+        acc += tl.load(parts + at, mask=inside, other=0.0)
+    if PROJECT:
+        for p in range(P):
+            share = tl.zeros((BLOCK_R,), tl.float32)
+            for first in range(0, n_shares, BLOCK_S):
+                i = first + tl.arange(0, BLOCK_S).to(tl.int64)
+                share += tl.sum(
+                    tl.load(
+                        shares + (i[:, None] * P + p) * R + r[None, :],
+                        mask=(i[:, None] < n_shares) & (r[None, :] < R),
+                        other=0.0,
+                    ),
+                    axis=0,
+                )
+            v = tl.load(basis + c * stride_bc + p * stride_bp, mask=c < C, other=0.0)
+            acc -= v[:, None] * share[None, :]
+    to = out + c[:, None] * stride_oc + r[None, :] * stride_or
+    tl.store(to, rounded(acc * scaling, out.dtype.element_ty), mask=inside)
+
+
+def finish_factor(
+    sums: Tensor, shares: Tensor | None, basis: Tensor | None, scaling: float, out: Tensor
+) -> None:
+    """Write `s (I − V Vᵀ) Σ sums` into `out[C, R]`, any strides and dtype.
+
+    Args:
+        sums: float32 `[splits, C, R]`.
+        shares: float32 `[programs, P, R]`, whose sum is `Vᵀ Σ sums`; None without a basis.
+        basis: `V[C, P]` float32, or None.
+    """
+    splits, C, R = sums.shape
+    block_r = min(64, at_least_16(R))
+    basis_strides = (0, 0) if basis is None else basis.stride()
+    launch(
+        _finish_factor_kernel,
+        (triton.cdiv(C, _COLUMNS), triton.cdiv(R, block_r)),
+        sums,
+        4,
+        1,
+        parts=sums,
+        basis=basis,
+        shares=shares,
+        out=out,
+        splits=splits,
+        n_shares=0 if shares is None else shares.shape[0],
+        C=C,
+        R=R,
+        P=0 if basis is None else basis.shape[1],
+        scaling=scaling,
+        stride_bc=basis_strides[0],
+        stride_bp=basis_strides[1],
+        stride_oc=out.stride(0),
+        stride_or=out.stride(1),
+        BLOCK_C=_COLUMNS,
+        BLOCK_R=block_r,
+        BLOCK_S=_PARTS,
+        PROJECT=basis is not None,
+    )

@@ -1,0 +1,283 @@
+"""The gradient pass and the input pass: everything that one read of `dY`, or of `X`, can give.
+
+    gradient pass, Z = dY:  [dS | D] = dY [s B̂ | V]   and   dB = (I − V Vᵀ) s dYᵀ S
+    input pass,    Z = X̃:                                    dA = dSᵀ X̃ (I − U Uᵀ)
+
+Both are a sum over tokens, `M[C, R] = Σ_t Z[t, C] L[R, t]`, whose accumulator stays in registers
+while a program runs down its tokens; the gradient pass multiplies the same block of `dY` by the
+skinny factors too. A program owns a slab of columns and a range of tokens, so `M` comes out once a
+range and `[dS | D]` once a slab; `reduce` adds them in a fixed order. The basis' share of a
+program's `M`, `Vᵀ M [Q, R]`, is taken in float32 when its tokens are through: the projection costs
+neither a pass nor a launch.
+
+Bytes beside the one read of `Z`, for 8192 × 4096 two-byte elements (64 MB), R + Q = 20, slabs of
+256: 10.5 MB of `[dS | D]` parts and 2.1 MB of `M` parts, written and read once, in the L2.
+Shapes: T tokens, C columns of `Z` (N of dY, K of X), R LoRA rank, Q (or P) basis size.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from grasp_kernels.ops.gpu.blocks import dot, rounded
+from grasp_kernels.ops.gpu.launch import (
+    Part,
+    at_least_16,
+    copies_in_bulk,
+    exact_float32,
+    launch,
+    part_of,
+)
+from grasp_kernels.ops.lora_linear.triton.dropout import Dropout, kept
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Block sizes of one program and how it is scheduled."""
+
+    t: int
+    c: int
+    r: int
+    num_warps: int
+    num_stages: int
+    wide: bool = False
+
+
+def slab_for(part: Part, itemsize: int, R: int, skinny: bool) -> Slab:
+    """The slab of a part for rank `R` and elements of `itemsize` bytes. Not measured yet.
+
+    Chosen so that no register spills (`benchmarks/results/kernel-resources.md`): where matrix
+    instructions read registers, as on all but Hopper and datacentre Blackwell, the skinny factors
+    of a slab stay in them through the loop. Without TMA only the wide form is pipelined.
+    """
+    r = min(128, at_least_16(R))
+    if itemsize == 4:
+        return Slab(32, 32, r, 4, 2) if r <= 16 else Slab(16, 64, min(r, 64), 8, 2)
+    if part.shared_memory >= 227 << 10:
+        return Slab(64, 256 if r <= 32 else 128, r, 8, 4)
+    if part.shared_memory < 99 << 10:
+        return Slab(64, 128, min(r, 64), 8, 1)
+    if part.tma:
+        return Slab(64, 128, r, 8, 3) if r <= 32 or not skinny else Slab(32, 64, r, 8, 3)
+    return Slab(64, 128 if r <= 16 or not skinny else 64, r, 8, 4, wide=True)
+
+
+def one_read(slab: Slab, E: int) -> bool:
+    """Whether parts of `[dS | D][E, T]`, one a slab, cost less than reading `dY` once more.
+
+    Written and read in float32 they are `8 E T C / c` bytes, the second read is `2 T C`.
+    """
+    return slab.c >= 4 * E
+
+
+@triton.jit
+def _load_columns(matrix, c, r, C, R, stride_c, stride_r):
+    """`matrix[c, r]`, zero outside of `[C, R]`."""
+    return tl.load(
+        matrix + c[:, None] * stride_c + r[None, :] * stride_r,
+        mask=(c[:, None] < C) & (r[None, :] < R),
+        other=0.0,
+    )
+
+
+@triton.jit
+def _store_skinny(out, block, r, t, rows, T):
+    """`block[t, r]` into `out[r, t]` of width T."""
+    tl.store(
+        out + (r[None, :] * T + t[:, None]),
+        block,
+        mask=(t[:, None] < T) & (r[None, :] < rows),
+    )
+
+
+@triton.jit(do_not_specialize=["T", "t_split"])
+def _token_pass_kernel(
+    z, left, factor, basis, sums, shares, skinny, seed,
+    T, C, R, Q, E, t_split, threshold,
+    stride_zt, stride_zc, stride_fc, stride_fr, stride_bc, stride_bq,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
+    SUM: tl.constexpr, SKINNY: tl.constexpr, SHARES: tl.constexpr,
+    TMA: tl.constexpr, EVEN_C: tl.constexpr, ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr, DROPOUT: tl.constexpr, TF32: tl.constexpr,
+):  # fmt: skip
+    """One slab of columns of `z[T, C]`, one range of tokens, one block of ranks.
+
+    SUM: `sums[split, C, R] = z̃ᵀ leftᵀ` for `left[R, T]`, and with SHARES the `basis[C, Q]` share of
+    it, `shares[slab, split, Q, R]`. SKINNY: `skinny[slab, E, T]`, rows `[factorᵀ zᵀ]` (R of them)
+    and, if BLOCK_Q, `[basisᵀ zᵀ]` (Q). The projection of the sum needs all of `C`, so it waits for
+    the reduction.
+    """
+    if ALIGNED:  # T is not specialised, so the compiler is told what it may vectorise
+        T = T // 16 * 16
+    slab = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1).to(tl.int64)
+    block_r = tl.program_id(2)
+    c0 = tl.program_id(0) * BLOCK_C
+    c = c0 + tl.arange(0, BLOCK_C).to(tl.int64)
+    r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside_c = (c < C) | EVEN_C
+    dtype = left.dtype.element_ty
+    if SKINNY:
+        f = _load_columns(factor, c, r, C, R, stride_fc, stride_fr)
+    if BLOCK_Q > 0:
+        q = tl.arange(0, BLOCK_Q)
+        v = rounded(_load_columns(basis, c, q, C, Q, stride_bc, stride_bq), dtype)
+        q_rows = tl.where(block_r == 0, Q, 0)  # one block of ranks writes D
+    if SKINNY:
+        skinny += slab * E * T
+    if WIDE:
+        acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
+
+    for t0 in range(tl.program_id(1) * t_split, min(T, (tl.program_id(1) + 1) * t_split), BLOCK_T):
+        t = t0 + tl.arange(0, BLOCK_T)
+        if TMA:
+            block = z.load([t0, c0])
+        else:
+            block = tl.load(
+                z + t[:, None].to(tl.int64) * stride_zt + c[None, :] * stride_zc,
+                mask=(t[:, None] < T) & inside_c[None, :],
+                other=0.0,
+            )
+        if DROPOUT:
+            keep = kept(tl.load(seed), t.to(tl.int64), c0, tl.cdiv(C, 8), threshold, BLOCK_C)
+            block = tl.where(keep, block, 0.0).to(block.dtype)
+        if SUM:
+            rows = tl.load(
+                left + (r[:, None] * T + t[None, :]),
+                mask=(r[:, None] < R) & (t[None, :] < T),
+                other=0.0,
+            )
+            acc = dot(rows, block, acc, TF32) if WIDE else dot(block.T, rows.T, acc, TF32)
+        if SKINNY:
+            ds = dot(block, f, tl.zeros((BLOCK_T, BLOCK_R), tl.float32), TF32)
+            _store_skinny(skinny, ds, r, t, R, T)
+        if BLOCK_Q > 0:
+            d = dot(block, v, tl.zeros((BLOCK_T, BLOCK_Q), tl.float32), TF32)
+            _store_skinny(skinny, d, R + q, t, R + q_rows, T)
+
+    if WIDE:
+        acc = acc.T
+    if SUM:
+        inside = (c[:, None] < C) & (r[None, :] < R)
+        tl.store(sums + (split * C + c[:, None]) * R + r[None, :], acc, mask=inside)
+    if SHARES:
+        program = slab * tl.num_programs(1) + split
+        for p in range(Q):
+            column = tl.load(basis + c * stride_bc + p * stride_bq, mask=c < C, other=0.0)
+            share = tl.sum(acc * column[:, None], axis=0)
+            tl.store(shares + (program * Q + p) * R + r, share, mask=r < R)
+
+
+class Partial(NamedTuple):
+    """What a pass leaves for the reduction, in float32; None where it was not asked for."""
+
+    sums: Tensor | None  # [splits, C, R]
+    shares: Tensor | None  # [slabs · splits, Q, R]
+    skinny: Tensor | None  # [slabs, R + Q, T], or [slabs, R, T] without a projection of Z
+
+
+def token_pass(
+    z: Tensor,
+    left: Tensor,
+    *,
+    factor: Tensor | None = None,
+    basis: Tensor | None = None,
+    project: bool = False,
+    sums: bool = True,
+    dropout: Dropout | None = None,
+    slab: Slab | None = None,
+    tma: bool = True,
+) -> Partial:
+    """One read of `z[T, C]`.
+
+    Args:
+        left: `L[R, T]` contiguous, in the dtype of `z`; its shape counts even without `sums`.
+        factor: `[C, R]` for `factorᵀ zᵀ`, or None.
+        basis: float32 `[C, Q]`, for the shares of the sums, and with `project` for `basisᵀ zᵀ`.
+        sums: whether `Σ_t z̃[t, C] L[R, t]` is wanted.
+        dropout: of `z`, whose survivors are not scaled here.
+        slab, tma: a slab other than that of the table, no copy engine; for tests and measurements.
+    """
+    (T, C), R = z.shape, left.shape[0]
+    part = part_of(z.device)
+    slab = slab or slab_for(part, z.element_size(), R, factor is not None)
+    slabs, blocks = triton.cdiv(C, slab.c), triton.cdiv(T, slab.t)
+    splits = _splits(slabs * triton.cdiv(R, slab.r), blocks, part.multiprocessors)
+    t_split = triton.cdiv(blocks, splits) * slab.t
+    Q = 0 if basis is None else basis.shape[1]
+    E = R + (Q if project else 0)
+    new = {"dtype": torch.float32, "device": z.device}
+    found = Partial(
+        torch.empty(splits, C, R, **new) if sums else None,
+        torch.empty(slabs * splits, Q, R, **new) if sums and Q else None,
+        torch.empty(slabs, E, T, **new) if factor is not None else None,
+    )
+    factor_strides = (0, 0) if factor is None else factor.stride()
+    basis_strides = (0, 0) if basis is None else basis.stride()
+    tma = tma and copies_in_bulk(part, z)
+    launch(
+        _token_pass_kernel,
+        (slabs, splits, triton.cdiv(R, slab.r)),
+        z,
+        slab.num_warps,
+        slab.num_stages,
+        z=TensorDescriptor.from_tensor(z, [slab.t, slab.c]) if tma else z,
+        left=left,
+        factor=factor,
+        basis=basis,
+        sums=found.sums,
+        shares=found.shares,
+        skinny=found.skinny,
+        seed=None if dropout is None else dropout.seed,
+        T=T,
+        C=C,
+        R=R,
+        Q=Q,
+        E=E,
+        t_split=t_split,
+        threshold=0 if dropout is None else dropout.threshold,
+        stride_zt=z.stride(0),
+        stride_zc=z.stride(1),
+        stride_fc=factor_strides[0],
+        stride_fr=factor_strides[1],
+        stride_bc=basis_strides[0],
+        stride_bq=basis_strides[1],
+        BLOCK_T=slab.t,
+        BLOCK_C=slab.c,
+        BLOCK_R=slab.r,
+        BLOCK_Q=at_least_16(Q) if project and Q else 0,
+        SUM=sums,
+        SKINNY=factor is not None,
+        SHARES=found.shares is not None,
+        TMA=tma,
+        EVEN_C=C % slab.c == 0,
+        ALIGNED=T % 16 == 0,
+        WIDE=slab.wide,
+        DROPOUT=dropout is not None,
+        TF32=not exact_float32(),
+    )
+    return found
+
+
+def _splits(slabs: int, blocks: int, multiprocessors: int) -> int:
+    """Ranges of tokens: as few as keep all multiprocessors equally busy.
+
+    The longest chain of blocks on one multiprocessor is the time of the pass; one range more costs
+    one more partial sum, counted as a block.
+    """
+
+    def cost(splits: int) -> int:
+        return triton.cdiv(slabs * splits, multiprocessors) * triton.cdiv(blocks, splits) + splits
+
+    return min(range(1, max(1, min(blocks, multiprocessors)) + 1), key=cost)
