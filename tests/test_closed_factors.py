@@ -1,0 +1,188 @@
+"""A°, B° of many adapters in one launch, and when the layers of a model make them anew."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from models import randomise_adapter, tiny_peft_model, tokens
+from test_replacement import a_subspace, assert_same_gradients, logits, loss_and_gradients
+
+import grasp_kernels as gk
+from grasp_kernels.layers import factors
+from grasp_kernels.layers.linear import GraspLoRALinear
+from grasp_kernels.ops.closure.api import BACKENDS, Factor, close
+from grasp_kernels.testing import ROUNDING, orthonormal, relative_error
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def some_factors(dtype: torch.dtype) -> list[Factor]:
+    """A and Bᵀ of unequal adapters, with and without a basis, one of them a full one."""
+    g = torch.Generator().manual_seed(0)
+    found = []
+    for R, C, P in ((4, 48, 3), (17, 300, 0), (16, 5000, 0), (3, 40, 32), (128, 600, 4), (2, 7, 7)):
+        for by_rows in (True, False):
+            shape = (R, C) if by_rows else (C, R)
+            matrix = torch.randn(*shape, generator=g).to(DEVICE, dtype)
+            basis = orthonormal(C, P, g).to(DEVICE) if P else None
+            found.append(Factor(matrix if by_rows else matrix.mT, basis))
+    return found
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("of", DTYPES)
+@pytest.mark.parametrize("to", DTYPES)
+def test_every_factor_is_closed_and_rounded_once(
+    backend: str, of: torch.dtype, to: torch.dtype
+) -> None:
+    given = some_factors(of)
+    for (matrix, basis), found in zip(given, close(given, to, backend=backend), strict=True):
+        exact = matrix.double()
+        if basis is not None:
+            exact = exact - exact @ basis.double() @ basis.double().mT
+        size = torch.linalg.vector_norm(matrix.double())
+        error = torch.linalg.vector_norm(found.double() - exact) / size
+        assert error <= ROUNDING * 2 * torch.finfo(to).eps + 1e-6
+        assert found.dtype == to
+        assert found.stride() == matrix.stride()
+        if basis is not None and to == torch.float32:
+            assert torch.linalg.vector_norm(found @ basis) <= 1e-6 * size
+
+
+def test_mixed_dtypes_and_nothing() -> None:
+    given = [*some_factors(torch.float32)[:3], *some_factors(torch.bfloat16)[3:6]]
+    closed = close(given, torch.float32, backend="triton")
+    for found, expected in zip(
+        closed, close(given, torch.float32, backend="reference"), strict=True
+    ):
+        assert relative_error(found, expected) <= 1e-6
+    assert close([], torch.float32, backend="triton") == []
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many factors each launch closed."""
+    counted: list[int] = []
+    original = factors.close
+
+    def counting(given: Any, *args: Any, **options: Any) -> Any:
+        counted.append(len(given))
+        return original(given, *args, **options)
+
+    monkeypatch.setattr(factors, "close", counting)
+    yield counted
+
+
+@pytest.fixture
+def model(launches: list[int]) -> torch.nn.Module:
+    """A tiny model on the kernels after its first pass, in which every layer has joined."""
+    found = tiny_peft_model(targets=("q_proj", "o_proj", "down_proj")).to(DEVICE)
+    gk.replace_lora_layers(found, a_subspace(found), backend="triton")
+    logits(found)
+    assert launches == [2] * 9
+    launches.clear()
+    return found.train()
+
+
+def test_one_launch_a_forward_pass(model: torch.nn.Module, launches: list[int]) -> None:
+    for _ in range(3):
+        loss_and_gradients(model)
+    assert launches == [18] * 3
+
+
+def same_as_aten(model: torch.nn.Module) -> None:
+    other = tiny_peft_model(targets=("q_proj", "o_proj", "down_proj")).to(DEVICE)
+    gk.replace_lora_layers(other, a_subspace(other), backend="aten")
+    with torch.no_grad():
+        for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+            theirs.copy_(ours)
+    loss, gradients = loss_and_gradients(other)
+    found, again = loss_and_gradients(model)
+    torch.testing.assert_close(found, loss)
+    assert_same_gradients(again, gradients)
+
+
+def raw_update(parameter: torch.nn.Parameter) -> None:
+    """What an optimizer that writes through pointers does: torch's version counter stays."""
+    version = parameter._version
+    parameter.data.add_(0.1 * torch.randn_like(parameter))
+    assert parameter._version == version
+
+
+def counted_update(parameter: torch.nn.Parameter) -> None:
+    with torch.no_grad():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("update", [raw_update, counted_update])
+def test_an_update_is_seen(
+    model: torch.nn.Module, update: Callable[[torch.nn.Parameter], None]
+) -> None:
+    for _ in range(2):
+        loss_and_gradients(model)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                update(parameter)
+        same_as_aten(model)
+
+
+@pytest.mark.parametrize("some", [False, True])
+def test_an_update_is_seen_after_checkpointing(
+    model: torch.nn.Module, launches: list[int], some: bool
+) -> None:
+    """Layers that are computed again in the backward take the factors of the forward."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if some:
+        first = model.get_base_model().model.layers[0]
+        first.gradient_checkpointing = False
+    model.enable_input_require_grads()
+    for _ in range(2):
+        loss_and_gradients(model)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                raw_update(parameter)
+    assert launches == [18] * 2
+    same_as_aten(model)
+
+
+def test_two_forwards_before_their_backwards(model: torch.nn.Module) -> None:
+    ids = tokens().to(DEVICE)
+    losses = [model(input_ids=ids, labels=ids).loss for _ in range(2)]
+    model.zero_grad()
+    sum(losses).backward()
+    twice = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    _, once = loss_and_gradients(model)
+    for name, gradient in once.items():
+        torch.testing.assert_close(twice[name], 2 * gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_another_adapter_another_dtype_another_copy(model: torch.nn.Module) -> None:
+    model.add_adapter("other", model.peft_config["default"])
+    randomise_adapter(model, seed=5)
+    before = logits(model)
+    model.set_adapter("other")
+    assert not torch.equal(logits(model), before)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), before)
+    other = copy.deepcopy(model)
+    shared = {id(m.factors) for m in other.modules() if isinstance(m, GraspLoRALinear)}
+    ours = {id(m.factors) for m in model.modules() if isinstance(m, GraspLoRALinear)}
+    assert len(shared) == len(ours) == 1
+    assert shared != ours
+    assert torch.equal(logits(other), before)
+    model.delete_adapter("other")
+    assert torch.equal(logits(model), before)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert relative_error(logits(model).float(), before) <= 0.1
+    assert torch.equal(logits(model), before)
+
+
+def test_without_kernels_the_operator_closes_by_itself(launches: list[int]) -> None:
+    found = tiny_peft_model(targets=("q_proj",))
+    gk.replace_lora_layers(found)
+    logits(found)
+    assert launches == []
