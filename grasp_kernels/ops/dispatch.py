@@ -16,7 +16,9 @@ def load(package: str, name: str) -> ModuleType | str:
     try:
         return importlib.import_module(f"{package}.{name}")
     except ModuleNotFoundError as error:
-        return f"{error.name} is not installed"
+        return f"{str(error.name).split('.')[0]} is not installed"
+    except ImportError as error:  # an old release of a package that is there
+        return f"{error.name} is too old for it ({error.msg})"
 
 
 def why_not(package: str, name: str, where: device) -> str | None:

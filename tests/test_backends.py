@@ -1,0 +1,139 @@
+"""Which backend computes a call: by name, by measurement, and why one cannot."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import grasp_kernels as gk
+from grasp_kernels.ops.lora_linear import api, measured
+from grasp_kernels.ops.lora_linear.operands import Operands
+from grasp_kernels.testing import Case, make_inputs
+
+
+def in_a_fresh_process(code: str, **environment: str) -> str:
+    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=kept | environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+CALL = """
+import torch, grasp_kernels as gk
+try:
+    x, W, A, B = torch.ones(2, 4), torch.ones(3, 4), torch.ones(1, 4), torch.ones(3, 1)
+    gk.lora_linear(x, W, None, A, B, 1.0, backend="triton")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_without_a_gpu_the_kernels_say_so() -> None:
+    code = "import grasp_kernels as gk; print(gk.backends('cpu')['triton'])"
+    assert in_a_fresh_process(code).startswith("it needs a GPU")
+    assert in_a_fresh_process(CALL) == (
+        "backend 'triton' cannot run on cpu: it needs a GPU "
+        "(on a CPU only Triton's interpreter runs kernels)."
+    )
+
+
+def test_without_triton_everything_else_works() -> None:
+    missing = "import sys; sys.modules['triton'] = None\n"
+    assert in_a_fresh_process(missing + CALL) == (
+        "backend 'triton' cannot run on cpu: triton is not installed."
+    )
+    works = """
+import grasp_kernels as gk, torch
+print(gk.backends("cpu"))
+A = torch.randn(8, 300, generator=torch.Generator().manual_seed(0))
+U, S, Vh = gk.randomized_svd(A, 3)
+x = torch.randn(5, 4, requires_grad=True)
+gk.lora_linear(x, torch.ones(3, 4), None, torch.ones(1, 4), torch.ones(3, 1), 1.0).sum().backward()
+from grasp_kernels.ops.closure.api import Factor, close
+close([Factor(torch.ones(1, 4), None)], torch.float32, backend="reference")
+"""
+    expected = {"triton": "triton is not installed", "aten": None, "reference": None}
+    assert in_a_fresh_process(missing + works) == str(expected)
+
+
+def test_auto_is_the_library_where_nothing_was_measured() -> None:
+    code = "import sys, grasp_kernels as gk, torch\n" + CALL.replace('"triton"', '"auto"')
+    assert in_a_fresh_process(code + "print('triton' in sys.modules)") == "False"
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    file = tmp_path / "measured.json"
+    monkeypatch.setattr(measured, "TABLE", file)
+    caches = (measured._rows, measured.fastest)
+    for cached in caches:
+        cached.cache_clear()
+    yield file  # type: ignore[misc]
+    for cached in caches:
+        cached.cache_clear()
+
+
+def row(device: str = "GPU", T: int = 8192, K: int = 4096, N: int = 4096, **times: float) -> dict:
+    sizes = {"T": T, "K": K, "N": N, "R": 16, "Q": 4}
+    return {"device": device, "dtype": "bfloat16", **sizes, "milliseconds": times}
+
+
+def test_the_nearest_measured_shape_decides(table: Path) -> None:
+    rows = [
+        row(triton=1.0, aten=2.0),
+        row(T=512, triton=3.0, aten=2.0),
+        row(K=14336, triton=2.0, aten=2.0),
+        row(device="other", triton=9.0, aten=2.0),
+    ]
+    table.write_text(json.dumps({"rows": rows}))
+
+    def fastest(device: str, dtype: str, *sizes: int) -> str:
+        return measured.fastest(device, dtype, *sizes)[0]
+
+    assert fastest("GPU", "bfloat16", 8192, 4096, 4096, 16, 4) == "triton"
+    assert fastest("GPU", "bfloat16", 30000, 4096, 4096, 8, 0) == "triton"
+    assert fastest("GPU", "bfloat16", 700, 4096, 4096, 16, 4) == "aten"
+    assert fastest("GPU", "bfloat16", 8192, 14336, 4096, 16, 4) == "aten"  # a tie
+    assert fastest("other", "bfloat16", 8192, 4096, 4096, 16, 4) == "aten"
+    assert measured.fastest("new", "bfloat16", 8192, 4096, 4096, 16, 4) == measured.SAFE
+    assert measured.fastest("GPU", "float32", 8192, 4096, 4096, 16, 4) == measured.SAFE
+
+
+def test_every_order_ends_with_what_runs_everywhere(table: Path) -> None:
+    table.write_text(json.dumps({"rows": [row(triton=1.0, aten=2.0)]}))
+    assert measured.fastest("GPU", "bfloat16", 1, 1, 1, 1, 0) == ("triton", "aten", "reference")
+
+
+def test_the_stored_table_is_well_formed() -> None:
+    for stored in json.loads(measured.TABLE.read_text(encoding="utf-8"))["rows"]:
+        assert set(stored) == set(row())
+        assert "aten" in stored["milliseconds"]
+        assert set(stored["milliseconds"]) <= set(api.BACKENDS)
+
+
+def test_on_a_cpu_nothing_is_looked_up() -> None:
+    inputs = make_inputs(Case())
+    names = ("weight", "bias", "lora_A", "lora_B", "lora_bias", "write_basis", "read_basis")
+    tensors = (*(inputs[n] for n in names), None, None, None, None)
+    assert measured.order(inputs["x"], Operands(*tensors, 1.0, 0.0, True, True)) == measured.SAFE
+    assert not measured.prefers_kernels(torch.device("cpu"))
+
+
+def test_the_kernels_refuse_what_they_cannot_compute() -> None:
+    inputs = make_inputs(Case(dtype=torch.float64))
+    del inputs["dy"]
+    with pytest.raises(TypeError, match=r"x has torch\.float64; use backend='aten'"):
+        gk.lora_linear(**inputs, scaling=1.0, backend="triton")
+    from grasp_kernels.ops.lora_linear.triton import backend
+
+    wide = torch.empty(1, dtype=torch.bfloat16).expand(2**27, 8)
+    factors = torch.empty(16, 8), torch.empty(8, 16)
+    op = Operands(torch.empty(8, 8), None, *factors, *(None,) * 7, 1.0, 0.0, True, True)
+    with pytest.raises(ValueError, match=r"134217728 tokens and R \+ Q = 16"):
+        backend.forward(wide, op)
