@@ -12,7 +12,7 @@ demo: $(READY)
 	$(BIN)/grasp-kernels demo --output $(DEMO) --seed $(SEED)
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -31,6 +31,7 @@ from grasp_kernels.ops.gpu.launch import PARTS, Launch, dry_run
 from grasp_kernels.ops.gpu.resources import compile_for, specialization
 from grasp_kernels.ops.lora_linear.operands import Needs, Operands
 from grasp_kernels.ops.lora_linear.triton import backward, forward
+from grasp_kernels.ops.sketch import triton as sketch
 
 TABLE = Path(__file__).parent / "results" / "kernel-resources.csv"
 COLUMNS = (
@@ -51,6 +52,7 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     dropout_p: float = 0.0
     bias: bool = False
+    tf32: bool = False
 
     def __str__(self) -> str:
         default = Case()
@@ -66,6 +68,7 @@ CASES = (
     Case(dropout_p=0.1, **WIDE),
     Case(**ODD),
     *(Case(dtype=torch.float32, R=R) for R in (16, 64)),
+    Case(dtype=torch.float32, tf32=True),
 )
 # Launches of the same blocks that differ in a flag; registers are tightest on sm_90.
 MORE = (
@@ -81,14 +84,18 @@ MORE = (
     Case(dtype=torch.float32, dropout_p=0.1),
     Case(dtype=torch.float32, **ODD),
 )
+SKETCHED = (CASES[0], *(case for case in CASES if case.T == 8191 or case.dtype == torch.float32))
 
 
 def launches(part: str) -> Iterator[tuple[Case, Launch]]:
     """Every launch of every case on a part, each specialisation once."""
     seen = set()
     for case in CASES + (MORE if part == "sm_90" else ()):
+        torch.set_float32_matmul_precision("high" if case.tf32 else "highest")
         with dry_run(PARTS[part]) as run:
             _call(case)
+            if case in SKETCHED:
+                _sketch(case)
         for made in run.launches:
             key = (made.kernel, made.num_warps, made.num_stages, specialization(made))
             if key not in seen:
@@ -127,6 +134,14 @@ def _call(case: Case) -> None:
     backward(torch.empty_like(y), x, saved, op, needs)
 
 
+def _sketch(case: Case) -> None:
+    """Of a weight `[N, K]`, as it lies and transposed."""
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    weight = torch.empty(1, case.N, case.K, dtype=case.dtype, device="meta")
+    for matrix in (weight, weight.mT):
+        sketch.sketch(matrix, 24, seed)
+
+
 def rows_of(part: str) -> list[dict[str, str]]:
     """The table of one part."""
     return [_row(part, case, made) for case, made in launches(part)]
@@ -162,7 +177,7 @@ def problems(row: dict[str, str]) -> Iterator[str]:
     products = ("down_kernel", "token_pass_kernel", "extended_gemm_kernel")
     half = "float32" not in row["case"]
     opcode = wanted.get(row["part"], "v_mfma")
-    if half and row["kernel"] in products and opcode not in row["instructions"]:
+    if half and row["kernel"] in (*products, "sketch_kernel") and opcode not in row["instructions"]:
         yield f"{name} has no {opcode} instruction but {row['instructions'] or 'none'}."
     aligned = half and "4095" not in row["case"]
     if aligned and part.tma and row["kernel"] in products and "UTMALDG" not in row["instructions"]:

@@ -11,6 +11,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

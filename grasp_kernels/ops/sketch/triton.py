@@ -9,19 +9,17 @@ Shapes: `B` batch members, `M` rows, `N` columns, `L` columns of the sketch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
 
-# Triton's own switch, read once: the kernel is made for the interpreter or for a GPU right here.
-INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+from grasp_kernels.ops.gpu.blocks import rounded
+from grasp_kernels.ops.gpu.launch import INTERPRETED, kernel_support, launch, part_of
+
+unsupported = kernel_support
 
 
 @dataclass(frozen=True)
@@ -35,79 +33,54 @@ class Tile:
     num_stages: int
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One launch as it is made; meta tensors stand in for a GPU that is not there."""
-
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-    num_warps: int
-    num_stages: int
-
-
-@cache
-def unsupported(where: torch.device) -> str | None:
-    """None on a GPU with bfloat16 products; in Triton's interpreter, on the CPU alone."""
-    if INTERPRETED.value:
-        return None if where.type == "cpu" else "Triton's interpreter runs on a CPU alone"
-    if where.type != "cuda":
-        return "it needs a GPU (on a CPU only Triton's interpreter runs kernels)"
-    if torch.version.hip is None and torch.cuda.get_device_capability(where) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(where)
-        return f"it needs compute capability 8.0 or newer and this GPU has {major}.{minor}"
-    return None
-
-
 def sketch(matrix: Tensor, size: int, seed: int | Tensor) -> Tensor:
     """`A Ω`, `[B, M, L]` from `A[B, M, N]`; nothing here waits for the device."""
+    B, M, N = matrix.shape
     if isinstance(seed, int):
         seed = torch.full((1,), seed, device=matrix.device)
-    launch, partial = plan(matrix, size, seed, multiprocessors(matrix.device))
-    if partial.numel() > 0:
-        with torch.cuda.device_of(matrix):
-            sketch_kernel[launch.grid](
-                **launch.arguments, num_warps=launch.num_warps, num_stages=launch.num_stages
-            )
-    return partial[0] if partial.shape[0] == 1 else partial.sum(dim=0)
-
-
-def plan(
-    matrix: Tensor, size: int, seed: Tensor, processors: int, precision: str | None = None
-) -> tuple[Launch, Tensor]:
-    """The launch for `A[B, M, N]` and the partial sums `[S, B, M, L]` that it fills."""
-    B, M, N = matrix.shape
-    precision = precision or dot_precision(matrix.dtype)
+    precision = dot_precision(matrix.dtype)
     tile = tile_for(matrix.dtype, size, precision)
     blocks_m, blocks_l = triton.cdiv(M, tile.m), triton.cdiv(size, tile.l)
-    blocks_n = triton.cdiv(N, tile.n)
     tiles = B * blocks_m * blocks_l
-    # Two programs a multiprocessor hide each other's Philox; a part shorter than four blocks of
-    # columns would write about as much as it reads.
-    splits = max(1, min(2 * processors // max(1, tiles), blocks_n // 4))
-    steps = triton.cdiv(blocks_n, splits)
-    splits = max(1, triton.cdiv(blocks_n, max(1, steps)))
+    steps, parts = _parts(tiles, triton.cdiv(N, tile.n), part_of(matrix.device).multiprocessors)
     work = torch.promote_types(matrix.dtype, torch.float32)
-    partial = torch.empty(splits, B, M, size, dtype=work, device=matrix.device)
-    arguments = {
-        "matrix": matrix,
-        "seed": seed,
-        "partial": partial,
-        "M": M,
-        "N": N,
-        "L": size,
-        "stride_b": matrix.stride(0),
-        "stride_m": matrix.stride(1),
-        "stride_n": matrix.stride(2),
-        "blocks_m": blocks_m,
-        "blocks_l": blocks_l,
-        "members": B,
-        "steps": steps,
-        "BLOCK_M": tile.m,
-        "BLOCK_N": tile.n,
-        "BLOCK_L": tile.l,
-        "PRECISION": precision,
-    }
-    return Launch((tiles * splits,), arguments, tile.num_warps, tile.num_stages), partial
+    partial = torch.empty(parts, B, M, size, dtype=work, device=matrix.device)
+    launch(
+        sketch_kernel,
+        (tiles * parts,),
+        matrix,
+        tile.num_warps,
+        tile.num_stages,
+        matrix=matrix,
+        seed=seed,
+        partial=partial,
+        M=M,
+        N=N,
+        L=size,
+        stride_b=matrix.stride(0),
+        stride_m=matrix.stride(1),
+        stride_n=matrix.stride(2),
+        blocks_m=blocks_m,
+        blocks_l=blocks_l,
+        members=B,
+        steps=steps,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_L=tile.l,
+        PRECISION=precision,
+    )
+    return partial[0] if parts == 1 else partial.sum(dim=0)
+
+
+def _parts(tiles: int, blocks_n: int, multiprocessors: int) -> tuple[int, int]:
+    """Blocks of columns in a part, and parts.
+
+    Two programs a multiprocessor hide each other's Philox; a part shorter than four blocks of
+    columns would write about as much as it reads.
+    """
+    parts = max(1, min(2 * multiprocessors // max(1, tiles), blocks_n // 4))
+    steps = triton.cdiv(blocks_n, parts)
+    return steps, max(1, triton.cdiv(blocks_n, max(1, steps)))
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -130,26 +103,6 @@ def tile_for(dtype: torch.dtype, size: int, precision: str) -> Tile:
     if dtype == torch.float32:
         return Tile(64, 16, columns, 8 if columns > 32 else 4, 2)
     return Tile(128, 64, columns, 8 if columns > 16 else 4, 3)
-
-
-@cache
-def multiprocessors(where: torch.device) -> int:
-    """Of the GPU; few in the interpreter, so that small tests split as well."""
-    if where.type == "cpu":
-        return 8
-    return torch.cuda.get_device_properties(where).multi_processor_count
-
-
-def launches(processors: int = 132) -> Iterator[tuple[Any, dict[str, Any], int, int]]:
-    """Every compiled form: the kernel, its arguments on meta tensors, warps and stages."""
-    seed = torch.empty(1, dtype=torch.int64, device="meta")
-    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
-            for size in (16, 24, 64):
-                rows = torch.empty(1, 4096, 14336, dtype=dtype, device="meta")
-                for matrix in (rows, rows.mT, rows[:, :4095, :14335]):
-                    launch, _ = plan(matrix, size, seed, processors, precision)
-                    yield sketch_kernel, launch.arguments, launch.num_warps, launch.num_stages
 
 
 # M and N stay specialised: only if 16 divides them are the masked loads of bf16 asynchronous copies
@@ -248,12 +201,3 @@ def turned(angle):
         tl.where(((quarter + 1) & 2) == 2, -cosine, cosine),
         tl.where((quarter & 2) == 2, -sine, sine),
     )
-
-
-@triton.jit
-def rounded(x, dtype: tl.constexpr):
-    """`x` to nearest in `dtype`; the interpreter would cut float32 off where bfloat16 ends."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-    return x.to(dtype)
