@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from grasp_kernels.cli import adapter_commands, bench_command, doctor, run_commands
+from grasp_kernels.cli import adapter_commands, bench_command, doctor, run_commands, tune_command
 from grasp_kernels.version import __version__
 
 _EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ArithmeticError)
@@ -60,5 +60,6 @@ def _parser() -> argparse.ArgumentParser:
     adapter_commands.add_check(commands, common)
     run_commands.add_demo(commands, common)
     bench_command.add_bench(commands, common)
+    tune_command.add_tune(commands, common)
     doctor.add_doctor(commands, common)
     return parser

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grasp_kernels.ops.gpu.launch import kernel_support, part_of
+from grasp_kernels.ops.gpu.launch import kernel_support
 from grasp_kernels.ops.lora_linear.aten import base_gradients, whole_bias, write_weight
 from grasp_kernels.ops.lora_linear.operands import Gradients, Needs, Operands, Saved
 from grasp_kernels.ops.lora_linear.reference import closed_factors
@@ -16,7 +16,7 @@ from grasp_kernels.ops.lora_linear.triton.base_product import product
 from grasp_kernels.ops.lora_linear.triton.down import down
 from grasp_kernels.ops.lora_linear.triton.dropout import Dropout, keep_mask
 from grasp_kernels.ops.lora_linear.triton.reduce import finish_factor, finish_skinny
-from grasp_kernels.ops.lora_linear.triton.tokens import one_read, slab_for, token_pass
+from grasp_kernels.ops.lora_linear.triton.tokens import one_read, slab_in_force, token_pass
 from grasp_kernels.ops.projection import project_columns
 
 unsupported = kernel_support
@@ -73,8 +73,9 @@ def _gradient_pass(
     B = saved.B
     if op.residual and not op.closed:
         B = project_columns(B, V).to(B.dtype)
-    E = R + (V.shape[1] if projected and V is not None else 0)
-    slab = slab_for(part_of(dy.device), dy.element_size(), R, skinny=True)
+    Q = 0 if V is None else V.shape[1]
+    E = R + (Q if projected else 0)
+    slab = slab_in_force(dy, R, Q, E)
     skinny = dB = None
     together = through and sums and one_read(slab, E)
     if through and not together:

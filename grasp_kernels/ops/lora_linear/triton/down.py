@@ -29,6 +29,7 @@ from grasp_kernels.ops.gpu.launch import (
     launch,
     part_of,
 )
+from grasp_kernels.ops.gpu.tuning import DownKey, tuned
 from grasp_kernels.ops.lora_linear.triton.dropout import Dropout, kept
 from grasp_kernels.ops.lora_linear.triton.reduce import finish_skinny
 
@@ -129,7 +130,8 @@ def down(
     n_scaled = R if n_scaled is None else n_scaled
     scaling *= 1.0 if dropout is None else dropout.inverse_keep
     tma = tma and copies_in_bulk(part, x)
-    tile = tile or tile_for(part, x.element_size(), tma, R)
+    key = DownKey(part.name, x.element_size(), K, R, tma, dropout is not None)
+    tile = tile or tuned(key, DownTile) or tile_for(part, x.element_size(), tma, R)
     blocks = triton.cdiv(T, tile.t) * triton.cdiv(R, tile.r), triton.cdiv(K, tile.k)
     splits = _splits(*blocks, part.multiprocessors)
     k_split = triton.cdiv(blocks[1], splits) * tile.k

@@ -31,6 +31,7 @@ from grasp_kernels.ops.gpu.launch import (
     launch,
     part_of,
 )
+from grasp_kernels.ops.gpu.tuning import GemmKey, tuned
 from grasp_kernels.ops.lora_linear.triton.dropout import Dropout, kept
 
 
@@ -187,8 +188,10 @@ def extended_gemm(
     transposed = b.stride(0) == 1 and b.stride(1) != 1
     stored = b.mT if transposed else b
     tma = tma and not accumulate and copies_in_bulk(part, a, stored, out)
-    tile = tile or tile_for(part, out.element_size(), tma, dropout is not None)
     d, cw = (left, right) if projection is None else projection
+    Q, masked = 0 if projection is None else d.shape[0], dropout is not None
+    key = GemmKey(part.name, out.element_size(), I, J, R, Q, transposed, tma, masked, accumulate)
+    tile = tile or tuned(key, Tile) or tile_for(part, out.element_size(), tma, masked)
     tiles = triton.cdiv(T, tile.t) * triton.cdiv(J, tile.j)
     launch(
         _extended_gemm_kernel,
@@ -211,7 +214,7 @@ def extended_gemm(
         I=I,
         J=J,
         R=R,
-        Q=0 if projection is None else d.shape[0],
+        Q=Q,
         scaling=scaling,
         threshold=0 if dropout is None else dropout.threshold,
         inverse_keep=1.0 if dropout is None else dropout.inverse_keep,
@@ -230,14 +233,14 @@ def extended_gemm(
         BLOCK_I=tile.i,
         BLOCK_J=tile.j,
         BLOCK_R=min(32, at_least_16(R)),
-        BLOCK_Q=0 if projection is None else min(32, at_least_16(d.shape[0])),
+        BLOCK_Q=0 if projection is None else min(32, at_least_16(Q)),
         GROUP=8,
         TMA=tma,
         B_TRANSPOSED=transposed,
         EVEN_I=I % tile.i == 0,
         ALIGNED=T % 16 == 0,
         BIAS=bias is not None,
-        DROPOUT=dropout is not None,
+        DROPOUT=masked,
         ACCUMULATE=accumulate,
         TF32=not exact_float32(),
     )

@@ -37,6 +37,7 @@ from grasp_kernels.ops.gpu.launch import (
     launch,
     part_of,
 )
+from grasp_kernels.ops.gpu.tuning import TokensKey, tuned
 from grasp_kernels.ops.lora_linear.triton.dropout import Dropout, kept
 
 
@@ -69,6 +70,18 @@ def slab_for(part: Part, itemsize: int, R: int, skinny: bool) -> Slab:
     if part.tma:
         return Slab(64, 128, r, 8, 3) if r <= 32 or not skinny else Slab(32, 64, r, 8, 3)
     return Slab(64, 128 if r <= 16 or not skinny else 64, r, 8, 4, wide=True)
+
+
+def slab_in_force(
+    z: Tensor, R: int, Q: int, E: int, *, tma: bool = True, dropout: bool = False
+) -> Slab:
+    """The tuned slab, else that of the table, for a pass over `z[T, C]` with a basis of `Q` columns
+    that gives `E` skinny rows.
+    """
+    part, itemsize = part_of(z.device), z.element_size()
+    tma = tma and copies_in_bulk(part, z)
+    key = TokensKey(part.name, itemsize, z.shape[1], R, Q, E, tma, dropout)
+    return tuned(key, Slab) or slab_for(part, itemsize, R, skinny=E > 0)
 
 
 def one_read(slab: Slab, E: int) -> bool:
@@ -211,12 +224,13 @@ def token_pass(
     """
     (T, C), R = z.shape, left.shape[0]
     part = part_of(z.device)
-    slab = slab or slab_for(part, z.element_size(), R, factor is not None)
+    tma = tma and copies_in_bulk(part, z)
+    Q = 0 if basis is None else basis.shape[1]
+    E = 0 if factor is None else R + (Q if project else 0)
+    slab = slab or slab_in_force(z, R, Q, E, tma=tma, dropout=dropout is not None)
     slabs, blocks = triton.cdiv(C, slab.c), triton.cdiv(T, slab.t)
     splits = _splits(slabs * triton.cdiv(R, slab.r), blocks, part.multiprocessors)
     t_split = triton.cdiv(blocks, splits) * slab.t
-    Q = 0 if basis is None else basis.shape[1]
-    E = R + (Q if project else 0)
     new = {"dtype": torch.float32, "device": z.device}
     found = Partial(
         torch.empty(splits, C, R, **new) if sums else None,
@@ -225,7 +239,6 @@ def token_pass(
     )
     factor_strides = (0, 0) if factor is None else factor.stride()
     basis_strides = (0, 0) if basis is None else basis.stride()
-    tma = tma and copies_in_bulk(part, z)
     launch(
         _token_pass_kernel,
         (slabs, splits, triton.cdiv(R, slab.r)),
