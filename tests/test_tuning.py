@@ -5,6 +5,7 @@ Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 import grasp_kernels as gk
 from grasp_kernels.bench import tune as search
 from grasp_kernels.bench.candidates import Choice, candidates, shared_memory, table_choice
+from grasp_kernels.bench.launches import call_layer, keys_of, work_of
 from grasp_kernels.bench.shapes import MODELS, Linear
 from grasp_kernels.bench.timing import Times
 from grasp_kernels.cli import main, tune_command
@@ -37,9 +39,9 @@ BLOCKS = {
 }
 OWN = {"down": "BLOCK_K", "tokens": "BLOCK_C", "gemm": "BLOCK_J"}
 MODEL_CASES = [
-    (16, 4, torch.bfloat16, 0.0),
-    (128, 32, torch.bfloat16, 0.1),
-    (16, 0, torch.float32, 0.0),
+    (16, 4, torch.bfloat16, False),
+    (128, 32, torch.bfloat16, True),
+    (16, 0, torch.float32, False),
 ]
 
 
@@ -130,7 +132,7 @@ def test_an_explicit_choice_wins_over_a_loaded_one(launched: list[Launch]) -> No
 
 def test_no_key_knows_the_number_of_tokens() -> None:
     linears = MODELS["tiny"].linears
-    asked = [search.keys_of(linears, T, 16, 4, torch.bfloat16, 0.1, HOPPER) for T in (1, 77, 8192)]
+    asked = [keys_of(linears, T, 16, 4, torch.bfloat16, True, HOPPER) for T in (1, 77, 8192)]
     assert asked[0] == asked[1] == asked[2]
     assert all("T" not in key._fields for key in asked[0])
 
@@ -141,7 +143,7 @@ def test_a_tuned_slab_decides_how_often_the_gradient_is_read() -> None:
 
     def launches() -> list[str]:
         with dry_run(HOPPER) as run:
-            search._call(writer, 8192, 16, 4, torch.bfloat16, 0.0)
+            call_layer(writer, 8192, 16, 4, torch.bfloat16, False)
         return [made.kernel.__name__ for made in run.launches if "down" in made.kernel.__name__]
 
     assert len(launches()) == 1
@@ -292,19 +294,40 @@ def test_wrong_and_failing_candidates_are_dropped(monkeypatch: pytest.MonkeyPatc
         search.tune(key, 64, torch.float32, DEVICE, fake_timer({}, failing=0))
 
 
+def test_the_timer_replays_what_it_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    replayed = []
+
+    class Graph:
+        def replay(self) -> None:
+            replayed.append(self)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", nullcontext)
+    good, bad = candidates(KEYS[0], HERE)[:2]
+
+    def work(choice: Choice) -> tuple[torch.Tensor, ...]:
+        if choice == bad:
+            raise RuntimeError("no launch")
+        return (torch.zeros(1),)
+
+    found = search.gpu_timer(torch.device("cpu"), rounds=5)(work, [good, bad])
+    assert isinstance(found[good], Times) and str(found[bad]) == "no launch"
+    assert len(replayed) >= 5
+
+
 def model_keys(part: str, models: list[str]) -> list[tuple[Key, torch.dtype]]:
     linears = [linear for name in models for linear in MODELS[name].linears]
     return [
         (key, dtype)
-        for rank, basis, dtype, p in MODEL_CASES
-        for key in search.keys_of(linears, 8192, rank, basis, dtype, p, PARTS[part])
+        for rank, basis, dtype, dropout in MODEL_CASES
+        for key in keys_of(linears, 8192, rank, basis, dtype, dropout, PARTS[part])
     ]
 
 
 @pytest.mark.parametrize("part", ["sm_80", "sm_90", "sm_100", "sm_120"])
 def test_candidates_can_be_launched(part: str) -> None:
     for key, dtype in model_keys(part, ["llama-3.1-8b"]):
-        work = search.work_of(key, 512, dtype, torch.device("meta"))
+        work = work_of(key, 512, dtype, torch.device("meta"))
         found = candidates(key, PARTS[part])
         assert found[0] == table_choice(key, PARTS[part])
         assert 4 <= len(found) == len(set(found)) <= 16
@@ -318,7 +341,7 @@ def test_candidates_can_be_launched(part: str) -> None:
 def test_what_is_tuned_is_what_is_launched() -> None:
     """Keys of the operator and of the launch that is timed for each are the same."""
     for key, dtype in model_keys("sm_90", ["qwen2.5-0.5b"]):
-        work = search.work_of(key, 64, dtype, torch.device("meta"))
+        work = work_of(key, 64, dtype, torch.device("meta"))
         with dry_run(HOPPER), tuning.consulted() as asked:
             work(None)  # type: ignore[arg-type]  # no choice: the launcher asks
         assert set(asked) == {key}
@@ -335,7 +358,6 @@ def test_the_command_needs_a_gpu(
         ("--models", "gpt", "model 'gpt' is unknown"),
         ("--dtype", "int8", "dtype 'int8' is unknown"),
         ("--rank", "0", "--rank is 0"),
-        ("--dropout", "1", "--dropout is 1.0"),
     ):
         assert main([*arguments, option, value]) == 2
         assert sentence in capsys.readouterr().err

@@ -29,11 +29,7 @@ def add_tune(commands: Any, common: argparse.ArgumentParser) -> None:
         parser.add_argument(name, type=int, default=default, help=f"{what}, default {default}")
     parser.add_argument("--dtype", default="bfloat16", help="default bfloat16")
     parser.add_argument(
-        "--dropout",
-        type=float,
-        default=0.0,
-        metavar="P",
-        help="also not 0: the launches with dropout instead, default 0",
+        "--dropout", action="store_true", help="launches of layers with dropout, of any probability"
     )
     parser.set_defaults(
         command=_tune, when_stopped="the choices so far are in the file of --output."
@@ -45,7 +41,8 @@ def _tune(arguments: argparse.Namespace) -> int:
 
     _check_sizes(arguments)
     device = _device()
-    from grasp_kernels.bench.tune import gains, gpu_timer, keys_of, tune
+    from grasp_kernels.bench.launches import keys_of
+    from grasp_kernels.bench.tune import gains, gpu_timer, tune
     from grasp_kernels.ops.gpu.launch import part_of
     from grasp_kernels.ops.gpu.tuning import Fields, Key, read_tuning, save_tuning
 
@@ -86,8 +83,6 @@ def _check_sizes(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value < least:
             raise ValueError(f"--{name} is {value}; it must be at least {least}.")
-    if not 0.0 <= arguments.dropout < 1.0:
-        raise ValueError(f"--dropout is {arguments.dropout}; use a probability below 1.")
 
 
 def _device() -> Any:

@@ -77,7 +77,7 @@ _FIELDS = {
 # Blocks are within what a matrix instruction and a bulk copy take.
 _SMALLEST = dict.fromkeys(_SCHEDULE, 1)
 _LARGEST = {"num_warps": 16, "num_stages": 8}
-_AGAIN = "make a new one on this machine with `grasp-kernels tune`"
+_AGAIN = "make a new file on this machine with `grasp-kernels tune`"
 
 _in_force: dict[Key, Fields] = {}
 _listeners: list[list[Key]] = []
