@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
@@ -103,26 +103,13 @@ def _poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(before, warn_only=lenient)
 
 
-def gpu_timer(device: torch.device, rounds: int) -> Timer:
-    """Times on a GPU, in turn and on a cold L2.
-
-    Graphs are replayed, so that no time of the host is in them: several launches of a few
-    microseconds would wait for it.
-    """
+def timer_on(device: torch.device, rounds: int) -> Timer:
+    """Times on a device, in turn; on a GPU on a cold L2 and without the time of the host."""
 
     def timer(work: Work, choices: list[Choice]) -> Mapping[Choice, Times | Exception]:
-        replays: dict[str, _Replay] = {}
-        raised: dict[Choice, Times | Exception] = {}
-        for choice in choices:
-            try:
-                replays[str(choice)] = _Replay(work, choice)
-            except Exception as error:
-                raised[choice] = error.with_traceback(None)
-        found = time_in_turn(replays, device, rounds=rounds)
-        timed = {
-            choice: _forward_times(found[str(choice)]) for choice in choices if choice not in raised
-        }
-        return {**raised, **timed}
+        works = {str(choice): _Launched(work, choice) for choice in choices}
+        found = time_in_turn(works, device, rounds=rounds)
+        return {choice: _forward_times(found[str(choice)]) for choice in choices}
 
     return timer
 
@@ -131,20 +118,18 @@ def _forward_times(found: Measured | Exception) -> Times | Exception:
     return found.forward if isinstance(found, Measured) else found
 
 
-class _Replay:
-    """A captured launch, timed as a forward."""
+@dataclass(frozen=True)
+class _Launched:
+    """A launch, timed as a forward without a backward."""
 
-    def __init__(self, work: Work, choice: Choice) -> None:
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.result = work(choice)[0]
+    work: Work
+    choice: Choice
 
     def reset(self) -> None:
         """There is nothing to forget."""
 
     def forward(self) -> Tensor:
-        self.graph.replay()
-        return self.result
+        return self.work(self.choice)[0]
 
     def backward(self, y: Tensor) -> None:
         """There is none."""

@@ -42,7 +42,7 @@ def _tune(arguments: argparse.Namespace) -> int:
     _check_sizes(arguments)
     device = _device()
     from grasp_kernels.bench.launches import keys_of
-    from grasp_kernels.bench.tune import gains, gpu_timer, tune
+    from grasp_kernels.bench.tune import gains, timer_on, tune
     from grasp_kernels.ops.gpu.launch import part_of
     from grasp_kernels.ops.gpu.tuning import Fields, Key, read_tuning, save_tuning
 
@@ -54,7 +54,7 @@ def _tune(arguments: argparse.Namespace) -> int:
     save_tuning(arguments.output, part.name, choices)  # before the work: whether it can be written
     wanted = [key for key in keys if key not in choices]
     outcomes = []
-    timer = gpu_timer(device, arguments.rounds)
+    timer = timer_on(device, arguments.rounds)
     for key in _with_progress(wanted):
         outcomes.append(tune(key, arguments.tokens, dtype, device, timer))
         choices[key] = outcomes[-1].fields
