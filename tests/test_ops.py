@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import grasp_kernels as gk
 from grasp_kernels.ops.lora_linear.api import BACKENDS
+from grasp_kernels.ops.projection import project_columns, project_rows
 from grasp_kernels.testing import (
     Case,
     check_against_oracle,
@@ -19,7 +20,9 @@ from grasp_kernels.testing import (
     make_inputs,
 )
 
-DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+PLACES = [(b, d) for b in BACKENDS for d in DEVICES if gk.backends(d)[b] is None]
+everywhere = pytest.mark.parametrize(("backend", "device"), PLACES)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WITH_FLOAT64 = tuple(name for name in BACKENDS if name != "triton")
 BOTH = Case(P=4, Q=4)
@@ -49,8 +52,7 @@ MIXED = [
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@everywhere
 @pytest.mark.parametrize(
     "case", [replace(case, dtype=dtype) for case in CASES for dtype in DTYPES] + MIXED, ids=str
 )
@@ -74,7 +76,8 @@ SHAPES = {
 def results_and_oracle(
     backend: str, dtype: torch.dtype, shape: dict[str, Any]
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    case = Case(**shape, dtype=dtype, bias=True, lora_bias=True)
+    device = dict(reversed(PLACES))[backend]
+    case = Case(**shape, dtype=dtype, bias=True, lora_bias=True, device=device)
     case = replace(case, P=min(case.P, case.K), Q=min(case.Q, case.N))
     inputs = make_inputs(case)
     torch.manual_seed(1)
@@ -100,7 +103,7 @@ def test_any_shape_of_the_kernels(**shape: Any) -> None:
         torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@everywhere
 @pytest.mark.parametrize(
     ("term", "shows_in", "case"),
     [
@@ -117,10 +120,11 @@ def test_any_shape_of_the_kernels(**shape: Any) -> None:
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_missing_term_would_be_over_budget(
-    term: str, shows_in: str, case: Case, dtype: torch.dtype, backend: str
+    term: str, shows_in: str, case: Case, dtype: torch.dtype, backend: str, device: str
 ) -> None:
     """The test of the test: against an oracle without the term, the backend must fail."""
-    worse = check_against_oracle(replace(case, dtype=dtype), backend, without=term)
+    case = replace(case, dtype=dtype, device=device)
+    worse = check_against_oracle(case, backend, without=term)
     assert shows_in in worse
 
 
@@ -148,8 +152,7 @@ def test_gradcheck(backend: str, Q: int, dropout_p: float) -> None:
     assert torch.autograd.gradcheck(run, [inputs[name].requires_grad_() for name in names])
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@everywhere
 @pytest.mark.parametrize(
     "case", [Case(), replace(BOTH, dropout_p=0.2, dtype=torch.bfloat16)], ids=str
 )
@@ -162,9 +165,9 @@ def test_a_rerun_is_bitwise_identical(case: Case, backend: str, device: str) -> 
         assert torch.equal(first, runs[1][name]), name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_any_number_of_leading_dimensions(backend: str) -> None:
-    inputs = make_inputs(replace(BOTH, T=30))
+@everywhere
+def test_any_number_of_leading_dimensions(backend: str, device: str) -> None:
+    inputs = make_inputs(replace(BOTH, T=30, device=device))
     arguments = {k: v for k, v in inputs.items() if k not in ("x", "dy")}
     flat = gk.lora_linear(inputs["x"], **arguments, scaling=0.5, backend=backend)
     for shape in ((2, 15), (2, 3, 5), (1, 30)):
@@ -175,9 +178,9 @@ def test_any_number_of_leading_dimensions(backend: str) -> None:
     assert single.shape == flat[0].shape
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_strided_inputs(backend: str) -> None:
-    case = replace(BOTH, T=16)
+@everywhere
+def test_strided_inputs(backend: str, device: str) -> None:
+    case = replace(BOTH, T=16, device=device)
     inputs = make_inputs(case)
     plain = differentiate(case, inputs, backend=backend)
     strided = dict(inputs)
@@ -196,9 +199,9 @@ def test_write_weight_is_only_a_cache() -> None:
         assert torch.equal(found, with_cache[name]), name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_retain_graph_gives_the_same_gradients_again(backend: str) -> None:
-    inputs = make_inputs(BOTH)
+@everywhere
+def test_retain_graph_gives_the_same_gradients_again(backend: str, device: str) -> None:
+    inputs = make_inputs(replace(BOTH, device=device))
     A = inputs["lora_A"].requires_grad_()
     arguments = {k: v for k, v in inputs.items() if k != "dy"}
     y = gk.lora_linear(**arguments, scaling=0.5, dropout_p=0.5, backend=backend)
@@ -248,9 +251,29 @@ def test_autocast_casts_what_a_linear_layer_casts(dtype: torch.dtype) -> None:
     assert torch.equal(y, gk.lora_linear(**cast, scaling=0.5))
 
 
+@everywhere
+@pytest.mark.parametrize("project", ["residual", "weights"])
+@pytest.mark.parametrize("closed", [True, False])
+def test_closed_factors_are_only_a_cache(
+    project: str, closed: bool, backend: str, device: str
+) -> None:
+    case = replace(BOTH, project=project, closed=closed, dropout_p=0.2, device=device)
+    inputs = make_inputs(case)
+    A, B = inputs["lora_A"], inputs["lora_B"]
+    if closed:
+        A, B = project_rows(A, inputs["read_basis"]), project_columns(B, inputs["write_basis"])
+    runs = []
+    for factors in (None, (A, B)):
+        torch.manual_seed(4)
+        runs.append(differentiate(case, inputs, closed_factors=factors, backend=backend))
+    for name, found in runs[1].items():
+        torch.testing.assert_close(found, runs[0][name], rtol=1e-6, atol=1e-6, msg=name)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
+        ({"closed_factors": (torch.zeros(4, 47), torch.zeros(40, 4))}, ValueError, "closed_fact"),
         ({"weight": torch.zeros(40, 47)}, ValueError, "x has shape"),
         (
             {"lora_B": torch.zeros(40, 5)},
@@ -279,5 +302,6 @@ def test_bad_input_is_named(change: dict, error: type[Exception], message: str) 
         gk.lora_linear(**(inputs | {"scaling": 0.5} | change))
 
 
-def test_backends_says_what_can_run() -> None:
-    assert gk.backends("cpu") == dict.fromkeys(BACKENDS)
+def test_every_backend_runs_somewhere_here() -> None:
+    """Or the tests of this file would pass over it."""
+    assert {backend for backend, _ in PLACES} == set(BACKENDS)

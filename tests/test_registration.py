@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from test_ops import everywhere
 from torch._inductor.utils import fresh_cache
 from torch.utils.checkpoint import checkpoint
 
 import grasp_kernels as gk
-from grasp_kernels.ops.lora_linear.api import BACKENDS
 from grasp_kernels.ops.lora_linear.dropout import draw_seed
 from grasp_kernels.testing import Case, make_inputs
 
@@ -36,28 +36,44 @@ def registered_arguments(case: Case, backend: str) -> tuple[Any, ...]:
     return (*leaves, *bases, case.scaling, case.dropout_p, residual, case.closed, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@everywhere
 @pytest.mark.parametrize(
     "case",
     [Case(), BOTH, replace(BOTH, dropout_p=0.5), replace(BOTH, closed=False, project="weights")],
     ids=str,
 )
-def test_opcheck(case: Case, backend: str) -> None:
-    arguments = registered_arguments(case, backend)
+def test_opcheck(case: Case, backend: str, device: str) -> None:
+    arguments = registered_arguments(replace(case, device=device), backend)
     torch.library.opcheck(torch.ops.grasp_kernels.lora_linear.default, arguments)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck_of_the_backward(backend: str) -> None:
+@everywhere
+def test_opcheck_of_the_backward(backend: str, device: str) -> None:
     x, *operands = (
         a.detach() if isinstance(a, torch.Tensor) else a
-        for a in registered_arguments(BOTH, backend)
+        for a in registered_arguments(replace(BOTH, device=device), backend)
     )
     y, *saved = torch.ops.grasp_kernels.lora_linear(x, *operands)
     needs = [True, False, True, True, True, False]
     torch.library.opcheck(
         torch.ops.grasp_kernels.lora_linear_backward.default,
         (torch.randn_like(y), x, *saved, needs, *operands),
+    )
+
+
+def test_opcheck_with_closed_factors_at_hand() -> None:
+    arguments = list(registered_arguments(BOTH, "aten"))
+    x, *operands = (a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
+    _, S, A, B = torch.ops.grasp_kernels.lora_linear(x, *operands)
+    arguments[9:11] = A, B
+    operands[8:10] = A, B
+    torch.library.opcheck(torch.ops.grasp_kernels.lora_linear.default, tuple(arguments))
+    y, _, *others = torch.ops.grasp_kernels.lora_linear(x, *operands)
+    assert [len(empty) for empty in others] == [0, 0]
+    needs = [True, False, True, True, True, False]
+    torch.library.opcheck(
+        torch.ops.grasp_kernels.lora_linear_backward.default,
+        (torch.randn_like(y), x, S, *others, needs, *operands),
     )
 
 

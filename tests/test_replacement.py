@@ -31,7 +31,7 @@ def a_subspace(model: Any, side: str = "both", k: int = 2, by_layer: bool = Fals
 
 
 def loss_and_gradients(model: torch.nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-    ids = tokens()
+    ids = tokens().to(next(model.parameters()).device)
     model.zero_grad()
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
@@ -48,7 +48,8 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor])
 
 def logits(model: torch.nn.Module) -> Tensor:
     with torch.no_grad():
-        return model.eval()(input_ids=tokens()).logits
+        ids = tokens().to(next(model.parameters()).device)
+        return model.eval()(input_ids=ids).logits
 
 
 def total_error(found: dict[str, Tensor], oracle: dict[str, Tensor]) -> float:
@@ -354,7 +355,7 @@ def test_whole_model_compiles_into_one_graph() -> None:
     gk.replace_lora_layers(model, a_subspace(model))
     _, expected = loss_and_gradients(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    ids = tokens()
+    ids = tokens().to(next(model.parameters()).device)
     model.zero_grad()
     compiled(input_ids=ids, labels=ids).loss.backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}

@@ -28,5 +28,6 @@ def rounded(x, dtype: tl.constexpr):
     """`x` to nearest in `dtype`; the interpreter would cut float32 off where bfloat16 ends."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = bits.to(tl.float32, bitcast=True)
     return x.to(dtype)

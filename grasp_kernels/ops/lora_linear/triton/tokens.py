@@ -92,42 +92,22 @@ def one_read(slab: Slab, E: int) -> bool:
     return slab.c >= 4 * E
 
 
-@triton.jit
-def _load_columns(matrix, c, r, C, R, stride_c, stride_r):
-    """`matrix[c, r]`, zero outside of `[C, R]`."""
-    return tl.load(
-        matrix + c[:, None] * stride_c + r[None, :] * stride_r,
-        mask=(c[:, None] < C) & (r[None, :] < R),
-        other=0.0,
-    )
-
-
-@triton.jit
-def _store_skinny(out, block, r, t, rows, T):
-    """`block[t, r]` into `out[r, t]` of width T."""
-    tl.store(
-        out + (r[None, :] * T + t[:, None]),
-        block,
-        mask=(t[:, None] < T) & (r[None, :] < rows),
-    )
-
-
-@triton.jit(do_not_specialize=["T", "t_split"])
+@triton.jit(do_not_specialize=["T", "blocks"])
 def _token_pass_kernel(
     z, left, factor, basis, sums, shares, skinny, seed,
-    T, C, R, Q, E, t_split, threshold,
+    T, C, R, Q, E, blocks, threshold,
     stride_zt, stride_zc, stride_fc, stride_fr, stride_bc, stride_bq,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
-    SUM: tl.constexpr, SKINNY: tl.constexpr, SHARES: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
+    PROJECT: tl.constexpr, SHARES: tl.constexpr,
     TMA: tl.constexpr, EVEN_C: tl.constexpr, ALIGNED: tl.constexpr,
     WIDE: tl.constexpr, DROPOUT: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
     """One slab of columns of `z[T, C]`, one range of tokens, one block of ranks.
 
-    SUM: `sums[split, C, R] = z̃ᵀ leftᵀ` for `left[R, T]`, and with SHARES the `basis[C, Q]` share of
-    it, `shares[slab, split, Q, R]`. SKINNY: `skinny[slab, E, T]`, rows `[factorᵀ zᵀ]` (R of them)
-    and, if BLOCK_Q, `[basisᵀ zᵀ]` (Q). The projection of the sum needs all of `C`, so it waits for
-    the reduction.
+    `sums[split, C, R] = z̃ᵀ leftᵀ` for `left[R, T]`, and with SHARES the part that `basis[C, Q]` has
+    in it, `shares[slab, split, Q, R]`: to project the sum takes all of `C`, so it waits for the
+    reduction. If BLOCK_E, also `skinny[slab, E, T] = [factor | basis]ᵀ zᵀ` in one product, where E
+    is R + Q, or R without PROJECT.
     """
     if ALIGNED:  # T is not specialised, so the compiler is told what it may vectorise
         T = T // 16 * 16
@@ -138,21 +118,30 @@ def _token_pass_kernel(
     c = c0 + tl.arange(0, BLOCK_C).to(tl.int64)
     r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)
     inside_c = (c < C) | EVEN_C
-    dtype = left.dtype.element_ty
-    if SKINNY:
-        f = _load_columns(factor, c, r, C, R, stride_fc, stride_fr)
-    if BLOCK_Q > 0:
-        q = tl.arange(0, BLOCK_Q)
-        v = rounded(_load_columns(basis, c, q, C, Q, stride_bc, stride_bq), dtype)
-        q_rows = tl.where(block_r == 0, Q, 0)  # one block of ranks writes D
-    if SKINNY:
+    if BLOCK_E > 0:
+        e = tl.arange(0, BLOCK_E)
+        thin = tl.load(
+            factor + c[:, None] * stride_fc + e[None, :] * stride_fr,
+            mask=(c[:, None] < C) & (e[None, :] < R),
+            other=0.0,
+        )
+        if PROJECT:
+            q = e - R
+            v = tl.load(
+                basis + c[:, None] * stride_bc + q[None, :] * stride_bq,
+                mask=(c[:, None] < C) & (q[None, :] >= 0) & (q[None, :] < Q),
+                other=0.0,
+            )
+            thin = tl.where(e[None, :] < R, thin, rounded(v, thin.dtype))
         skinny += slab * E * T
+        rows_e = tl.where(block_r == 0, E, 0)  # one block of ranks writes it
     if WIDE:
         acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     else:
         acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
 
-    for t0 in range(tl.program_id(1) * t_split, min(T, (tl.program_id(1) + 1) * t_split), BLOCK_T):
+    first = tl.program_id(1) * blocks * BLOCK_T  # a visible multiple, or loads would not be wide
+    for t0 in range(first, min(T, first + blocks * BLOCK_T), BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         if TMA:
             block = z.load([t0, c0])
@@ -165,25 +154,24 @@ def _token_pass_kernel(
         if DROPOUT:
             keep = kept(tl.load(seed), t.to(tl.int64), c0, tl.cdiv(C, 8), threshold, BLOCK_C)
             block = tl.where(keep, block, 0.0).to(block.dtype)
-        if SUM:
-            rows = tl.load(
-                left + (r[:, None] * T + t[None, :]),
-                mask=(r[:, None] < R) & (t[None, :] < T),
-                other=0.0,
+        rows = tl.load(
+            left + (r[:, None] * T + t[None, :]),
+            mask=(r[:, None] < R) & (t[None, :] < T),
+            other=0.0,
+        )
+        acc = dot(rows, block, acc, TF32) if WIDE else dot(block.T, rows.T, acc, TF32)
+        if BLOCK_E > 0:
+            product = dot(block, thin, tl.zeros((BLOCK_T, BLOCK_E), tl.float32), TF32)
+            tl.store(
+                skinny + (e[None, :] * T + t[:, None]),
+                product,
+                mask=(t[:, None] < T) & (e[None, :] < rows_e),
             )
-            acc = dot(rows, block, acc, TF32) if WIDE else dot(block.T, rows.T, acc, TF32)
-        if SKINNY:
-            ds = dot(block, f, tl.zeros((BLOCK_T, BLOCK_R), tl.float32), TF32)
-            _store_skinny(skinny, ds, r, t, R, T)
-        if BLOCK_Q > 0:
-            d = dot(block, v, tl.zeros((BLOCK_T, BLOCK_Q), tl.float32), TF32)
-            _store_skinny(skinny, d, R + q, t, R + q_rows, T)
 
     if WIDE:
         acc = acc.T
-    if SUM:
-        inside = (c[:, None] < C) & (r[None, :] < R)
-        tl.store(sums + (split * C + c[:, None]) * R + r[None, :], acc, mask=inside)
+    inside = (c[:, None] < C) & (r[None, :] < R)
+    tl.store(sums + (split * C + c[:, None]) * R + r[None, :], acc, mask=inside)
     if SHARES:
         program = slab * tl.num_programs(1) + split
         for p in range(Q):
@@ -195,7 +183,7 @@ def _token_pass_kernel(
 class Partial(NamedTuple):
     """What a pass leaves for the reduction, in float32; None where it was not asked for."""
 
-    sums: Tensor | None  # [splits, C, R]
+    sums: Tensor  # [splits, C, R]
     shares: Tensor | None  # [slabs · splits, Q, R]
     skinny: Tensor | None  # [slabs, R + Q, T], or [slabs, R, T] without a projection of Z
 
@@ -207,7 +195,6 @@ def token_pass(
     factor: Tensor | None = None,
     basis: Tensor | None = None,
     project: bool = False,
-    sums: bool = True,
     dropout: Dropout | None = None,
     slab: Slab | None = None,
     tma: bool = True,
@@ -215,10 +202,9 @@ def token_pass(
     """One read of `z[T, C]`.
 
     Args:
-        left: `L[R, T]` contiguous, in the dtype of `z`; its shape counts even without `sums`.
+        left: `L[R, T]` contiguous, in the dtype of `z`.
         factor: `[C, R]` for `factorᵀ zᵀ`, or None.
         basis: float32 `[C, Q]`, for the shares of the sums, and with `project` for `basisᵀ zᵀ`.
-        sums: whether `Σ_t z̃[t, C] L[R, t]` is wanted.
         dropout: of `z`, whose survivors are not scaled here.
         slab, tma: a slab other than that of the table, no copy engine; for tests and measurements.
     """
@@ -230,11 +216,10 @@ def token_pass(
     slab = slab or slab_in_force(z, R, Q, E, tma=tma, dropout=dropout is not None)
     slabs, blocks = triton.cdiv(C, slab.c), triton.cdiv(T, slab.t)
     splits = _splits(slabs * triton.cdiv(R, slab.r), blocks, part.multiprocessors)
-    t_split = triton.cdiv(blocks, splits) * slab.t
     new = {"dtype": torch.float32, "device": z.device}
     found = Partial(
-        torch.empty(splits, C, R, **new) if sums else None,
-        torch.empty(slabs * splits, Q, R, **new) if sums and Q else None,
+        torch.empty(splits, C, R, **new),
+        torch.empty(slabs * splits, Q, R, **new) if Q else None,
         torch.empty(slabs, E, T, **new) if factor is not None else None,
     )
     factor_strides = (0, 0) if factor is None else factor.stride()
@@ -258,7 +243,7 @@ def token_pass(
         R=R,
         Q=Q,
         E=E,
-        t_split=t_split,
+        blocks=triton.cdiv(blocks, splits),
         threshold=0 if dropout is None else dropout.threshold,
         stride_zt=z.stride(0),
         stride_zc=z.stride(1),
@@ -269,9 +254,8 @@ def token_pass(
         BLOCK_T=slab.t,
         BLOCK_C=slab.c,
         BLOCK_R=slab.r,
-        BLOCK_Q=at_least_16(Q) if project and Q else 0,
-        SUM=sums,
-        SKINNY=factor is not None,
+        BLOCK_E=at_least_16(E) if E else 0,
+        PROJECT=E > R,
         SHARES=found.shares is not None,
         TMA=tma,
         EVEN_C=C % slab.c == 0,

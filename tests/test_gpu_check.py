@@ -1,0 +1,61 @@
+"""The script for a machine with a GPU, as far as it goes without one."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="module")
+def deciding() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("deciding", BENCHMARKS / "deciding.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_candidate_is_measured_beside_its_prediction(deciding: ModuleType) -> None:
+    shapes = deciding.Shapes(T=64, products=((64, 48),), widths=(64,), ranks=(16,))
+    found = list(deciding.rows(shapes, DEVICE, rounds=2))
+    assert len(found) == 3 + 2 + 3 + 5
+    for row in found:
+        assert row["failed"] is None
+        assert row["milliseconds"] > 0
+        assert row["predicted"] > 0
+    text = deciding.table(found)
+    assert text.count("\n") == len(found) + 1
+    assert "| extended | 64 | 48 | 16 | extended product |" in text
+
+
+def test_a_wrong_kernel_is_not_timed(deciding: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deciding, "down", lambda x, A, **_: torch.zeros_like(A @ x.mT))
+    shapes = deciding.Shapes(T=64, products=(), widths=(64,), ranks=(16,))
+    first, *_ = deciding.rows(shapes, DEVICE, rounds=2)
+    assert first["failed"].startswith("the down pass is wrong, its relative error is 1.0e+00")
+    assert "the down pass is wrong" in deciding.table([first])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [str(BENCHMARKS / "gpu_check"), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"},
+    )
+    assert done.returncode == 1
+    assert "torch sees no GPU" in done.stderr
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "deciding.py")], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "torch sees no GPU; run it on a machine with one" in done.stderr
