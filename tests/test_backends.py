@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import grasp_kernels as gk
+from grasp_kernels.bench.adopt import adopt
 from grasp_kernels.ops.lora_linear import api, measured
 from grasp_kernels.ops.lora_linear.operands import Operands
 from grasp_kernels.testing import Case, make_inputs
@@ -137,3 +138,44 @@ def test_the_kernels_refuse_what_they_cannot_compute() -> None:
     op = Operands(torch.empty(8, 8), None, *factors, *(None,) * 7, 1.0, 0.0, True, True)
     with pytest.raises(ValueError, match=r"134217728 tokens and R \+ Q = 16"):
         backend.forward(wide, op)
+
+
+def benchmark_row(provider: str, milliseconds: float | None, **changes: object) -> dict:
+    return {
+        "level": "linear",
+        "provider": provider,
+        "backend": provider.split("-")[1],
+        "projects": provider.endswith("projected"),
+        "writes": True,
+        "device": "GPU",
+        "capability": "9.0",
+        "dtype": "bfloat16",
+        **{"T": 8192, "K": 4096, "N": 4096, "R": 16, "Q": 4},
+        "both": {"median": milliseconds},
+        **changes,
+    }
+
+
+def test_rows_of_the_benchmark_become_the_table(table: Path) -> None:
+    table.write_text(json.dumps({"rows": [row(triton=9.0, aten=8.0), row(T=1, triton=1, aten=2)]}))
+    rows = [
+        benchmark_row("grasp-aten-projected", 2.0),
+        benchmark_row("grasp-triton-projected", 1.0),
+        benchmark_row("grasp-aten", 1.5),
+        benchmark_row("grasp-triton", 3.0),
+        benchmark_row("grasp-aten", 1.0, K=14336),
+        benchmark_row("grasp-triton", None, K=14336),  # wrong: it was not timed
+        benchmark_row("grasp-aten-projected", 5.0, N=1024, writes=False),
+        benchmark_row("grasp-triton-projected", 4.0, N=1024, writes=False),
+        benchmark_row("grasp-triton", 0.1, device="AMD EPYC", capability=None),
+        benchmark_row("grasp-auto", 0.1),
+    ]
+    assert adopt(rows, table) == 2
+    stored = json.loads(table.read_text())["rows"]
+    expected = [row(T=1, triton=1, aten=2), row(triton=1.0, aten=2.0), row(triton=3.0, aten=1.5)]
+    expected[2]["Q"] = 0
+    assert sorted(stored, key=str) == sorted(expected, key=str)
+    assert measured.fastest("GPU", "bfloat16", 8192, 4096, 4096, 16, 4)[0] == "triton"
+    assert measured.fastest("GPU", "bfloat16", 8192, 4096, 4096, 16, 0)[0] == "aten"
+    with pytest.raises(ValueError, match="no row compares a kernel with aten on a GPU"):
+        adopt(rows[:1], table)

@@ -135,7 +135,8 @@ class GraspLoRALinear(lora.Linear):
         self.project = project
         self.closed_adapters = frozenset(self.lora_A) if closed else frozenset()
         self.backend = backend
-        self.factors = ClosedFactors() if factors is None else factors
+        if factors is not None or "factors" not in self.__dict__:
+            self.factors = factors or ClosedFactors()
         self._write_weight: tuple[Any, Tensor | None] = (None, None)
         self.close_()
 
