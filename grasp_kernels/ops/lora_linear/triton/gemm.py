@@ -57,7 +57,7 @@ def tile_for(part: Part, itemsize: int, tma: bool, dropout: bool) -> Tile:
         return Tile(64, 64, 16, 4, 2)
     if part.shared_memory >= 227 << 10 and tma:
         return Tile(128, 128, 64, 8, 4) if dropout else Tile(128, 256, 64, 8, 3)
-    if part.tma and not tma and dropout:
+    if part.tma and not tma:
         return Tile(128, 64, 32, 8, 3)
     if part.shared_memory >= 163 << 10:
         return Tile(128, 128, 32, 8, 4)
