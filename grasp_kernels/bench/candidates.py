@@ -128,17 +128,15 @@ def shared_memory(key: Key, choice: Choice) -> int:
     """Bytes of shared memory that a program takes at most.
 
     Every stage holds the blocks that the loop loads. Beside them stands what changes its layout
-    between registers: a mask, a skinny result, the tile that is stored; after the loop the
-    accumulator may, in float32 and in the place of the blocks.
+    between registers: a skinny result, the tile that is stored; after the loop the accumulator
+    may, in float32 and in the place of the blocks.
     """
     accumulator = 4 * _accumulated(key, choice)
     return _BARRIERS + max(accumulator, _SHARED[key.kernel](key, choice))
 
 
 def _shared_down(key: DownKey, tile: down.DownTile) -> int:
-    block = tile.t * tile.k * key.itemsize
-    stage = block + tile.r * tile.k * key.itemsize
-    return tile.num_stages * stage + key.dropout * block
+    return tile.num_stages * (tile.t + tile.r) * tile.k * key.itemsize
 
 
 def _shared_tokens(key: TokensKey, slab: tokens.Slab) -> int:
@@ -146,8 +144,8 @@ def _shared_tokens(key: TokensKey, slab: tokens.Slab) -> int:
     block = slab.t * slab.c * size
     rows, columns = _skinny_blocks(key, slab)
     factors = (rows + columns) * (slab.c * size + slab.t * 4)
-    left = 2 * slab.r * slab.t * size
-    return slab.num_stages * block + factors + left + key.dropout * block
+    left = max(2, slab.num_stages) * slab.r * slab.t * size
+    return slab.num_stages * block + factors + left
 
 
 def _shared_gemm(key: GemmKey, tile: gemm.Tile) -> int:
