@@ -120,8 +120,7 @@ def _accumulated(key: Key, choice: Choice) -> int:
         return choice.t * choice.r
     if isinstance(choice, gemm.Tile):
         return choice.t * choice.j
-    rows, columns = _skinny_blocks(cast(TokensKey, key), choice)
-    return choice.c * choice.r + choice.t * (rows + columns)
+    return choice.c * choice.r + choice.t * _skinny_columns(cast(TokensKey, key))
 
 
 def shared_memory(key: Key, choice: Choice) -> int:
@@ -142,10 +141,9 @@ def _shared_down(key: DownKey, tile: down.DownTile) -> int:
 def _shared_tokens(key: TokensKey, slab: tokens.Slab) -> int:
     size = key.itemsize
     block = slab.t * slab.c * size
-    rows, columns = _skinny_blocks(key, slab)
-    factors = (rows + columns) * (slab.c * size + slab.t * 4)
+    skinny = _skinny_columns(key) * (slab.c * size + slab.t * 4)
     left = max(2, slab.num_stages) * slab.r * slab.t * size
-    return slab.num_stages * block + factors + left
+    return slab.num_stages * block + skinny + left
 
 
 def _shared_gemm(key: GemmKey, tile: gemm.Tile) -> int:
@@ -155,10 +153,9 @@ def _shared_gemm(key: GemmKey, tile: gemm.Tile) -> int:
     return tile.num_stages * (tile.t + tile.j) * tile.i * key.itemsize + stored
 
 
-def _skinny_blocks(key: TokensKey, slab: tokens.Slab) -> tuple[int, int]:
-    """Columns of the blocks of the skinny factor and of the basis in a program."""
-    projected = at_least_16(key.Q) if key.E > key.R else 0
-    return (slab.r if key.E else 0), projected
+def _skinny_columns(key: TokensKey) -> int:
+    """Columns of the block of `[factor | basis]` in a program."""
+    return at_least_16(key.E) if key.E else 0
 
 
 _SHARED: dict[str, Callable[..., int]] = {
