@@ -137,8 +137,8 @@ def at_least_16(size: int) -> int:
 
 
 def exact_float32() -> bool:
-    """Whether float32 products must be float32: torch's own switch for TF32."""
-    return torch.get_float32_matmul_precision() == "highest"
+    """Whether float32 products must be float32: torch's own switch for TF32, which AMD lacks."""
+    return torch.version.hip is not None or torch.get_float32_matmul_precision() == "highest"
 
 
 def copies_in_bulk(part: Part, *matrices: Tensor) -> bool:

@@ -17,19 +17,28 @@ from torch import Tensor
 from grasp_kernels.ops.gpu.blocks import rounded
 from grasp_kernels.ops.gpu.launch import at_least_16, launch
 
-_BLOCK = 1024
+_TOKENS = 512
 _COLUMNS = 32
-_PARTS = 32
+_SHARES = 64
+# Loads in flight a thread: one after the other, each would wait for memory.
+_UNROLL = tl.constexpr(8)
 
 
 @triton.jit(do_not_specialize=["T"])
-def _finish_skinny_kernel(parts, out, T, E, splits, n_scaled, scaling, BLOCK_T: tl.constexpr):
+def _finish_skinny_kernel(
+    parts, out, T, E, splits, n_scaled, scaling, BLOCK_T: tl.constexpr, ALIGNED: tl.constexpr
+):  # fmt: skip
     """`out[E, T] = Σ parts[split, E, T]`, times `s` in the first rows and −1 in the others."""
+    if ALIGNED:  # T is not specialised, so the compiler is told what it may vectorise
+        T = T // 16 * 16
     row = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     acc = tl.zeros((BLOCK_T,), tl.float32)
-    for split in range(splits):
-        acc += tl.load(parts + (split * E + row) * T + t, mask=t < T, other=0.0)
+    for first in range(0, splits, _UNROLL):
+        for i in tl.static_range(_UNROLL):
+            split = first + i
+            inside = t < tl.where(split < splits, T, 0)
+            acc += tl.load(parts + (split * E + row) * T + t, mask=inside, other=0.0)
     acc *= tl.where(row < n_scaled, scaling, -1.0)
     tl.store(out + row * T + t, rounded(acc, out.dtype.element_ty), mask=t < T)
 
@@ -40,7 +49,7 @@ def finish_skinny(parts: Tensor, n_scaled: int, scaling: float, dtype: torch.dty
     out = parts.new_empty(E, T, dtype=dtype)
     launch(
         _finish_skinny_kernel,
-        (triton.cdiv(T, _BLOCK), E),
+        (triton.cdiv(T, _TOKENS), E),
         parts,
         4,
         1,
@@ -51,7 +60,8 @@ def finish_skinny(parts: Tensor, n_scaled: int, scaling: float, dtype: torch.dty
         splits=splits,
         n_scaled=n_scaled,
         scaling=scaling,
-        BLOCK_T=_BLOCK,
+        BLOCK_T=_TOKENS,
+        ALIGNED=T % 16 == 0,
     )
     return out
 
@@ -60,7 +70,7 @@ def finish_skinny(parts: Tensor, n_scaled: int, scaling: float, dtype: torch.dty
 def _finish_factor_kernel(
     parts, basis, shares, out, splits, n_shares, C, R, P, scaling,
     stride_bc, stride_bp, stride_oc, stride_or,
-    BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr,
     PROJECT: tl.constexpr,
 ):  # fmt: skip
     """`out[C, R] = s (I − V Vᵀ) Σ parts[split, C, R]`, with `Vᵀ Σ parts` from `shares[·, P, R]`."""
@@ -68,24 +78,28 @@ def _finish_factor_kernel(
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = (c[:, None] < C) & (r[None, :] < R)
     acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
-    for split in range(splits):
-        at = (split * C + c[:, None]) * R + r[None, :]
-        acc += tl.load(parts + at, mask=inside, other=0.0)
+    for first in range(0, splits, _UNROLL):
+        for i in tl.static_range(_UNROLL):
+            split = first + i
+            at = (split * C + c[:, None]) * R + r[None, :]
+            there = inside & (c[:, None] < tl.where(split < splits, C, 0))
+            acc += tl.load(parts + at, mask=there, other=0.0)
     if PROJECT:
-        for p in range(P):
-            share = tl.zeros((BLOCK_R,), tl.float32)
+        for p0 in range(0, P, BLOCK_P):
+            p = p0 + tl.arange(0, BLOCK_P)
+            share = tl.zeros((BLOCK_P, BLOCK_R), tl.float32)
             for first in range(0, n_shares, BLOCK_S):
                 i = first + tl.arange(0, BLOCK_S).to(tl.int64)
-                share += tl.sum(
-                    tl.load(
-                        shares + (i[:, None] * P + p) * R + r[None, :],
-                        mask=(i[:, None] < n_shares) & (r[None, :] < R),
-                        other=0.0,
-                    ),
-                    axis=0,
-                )
-            v = tl.load(basis + c * stride_bc + p * stride_bp, mask=c < C, other=0.0)
-            acc -= v[:, None] * share[None, :]
+                at = (i[:, None, None] * P + p[None, :, None]) * R + r[None, None, :]
+                there = (i[:, None, None] < n_shares) & (p[None, :, None] < P)
+                there &= r[None, None, :] < R
+                share += tl.sum(tl.load(shares + at, mask=there, other=0.0), axis=0)
+            v = tl.load(
+                basis + c[:, None] * stride_bc + p[None, :] * stride_bp,
+                mask=(c[:, None] < C) & (p[None, :] < P),
+                other=0.0,
+            )
+            acc -= tl.sum(v[:, :, None] * share[None, :, :], axis=1)
     to = out + c[:, None] * stride_oc + r[None, :] * stride_or
     tl.store(to, rounded(acc * scaling, out.dtype.element_ty), mask=inside)
 
@@ -125,6 +139,7 @@ def finish_factor(
         stride_or=out.stride(1),
         BLOCK_C=_COLUMNS,
         BLOCK_R=block_r,
-        BLOCK_S=_PARTS,
+        BLOCK_P=4,
+        BLOCK_S=_SHARES * 16 // block_r,
         PROJECT=basis is not None,
     )

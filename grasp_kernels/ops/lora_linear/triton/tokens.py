@@ -20,6 +20,7 @@ Shapes: T tokens, C columns of `Z` (N of dY, K of X), R LoRA rank, Q (or P) basi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -98,7 +99,7 @@ def _token_pass_kernel(
     T, C, R, Q, E, blocks, threshold,
     stride_zt, stride_zc, stride_fc, stride_fr, stride_bc, stride_bq,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
-    PROJECT: tl.constexpr, SHARES: tl.constexpr,
+    PROJECT: tl.constexpr, SHARES: tl.constexpr, CHUNK: tl.constexpr,
     TMA: tl.constexpr, EVEN_C: tl.constexpr, ALIGNED: tl.constexpr,
     WIDE: tl.constexpr, DROPOUT: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
@@ -174,10 +175,19 @@ def _token_pass_kernel(
     tl.store(sums + (split * C + c[:, None]) * R + r[None, :], acc, mask=inside)
     if SHARES:
         program = slab * tl.num_programs(1) + split
-        for p in range(Q):
-            column = tl.load(basis + c * stride_bc + p * stride_bq, mask=c < C, other=0.0)
-            share = tl.sum(acc * column[:, None], axis=0)
-            tl.store(shares + (program * Q + p) * R + r, share, mask=r < R)
+        for q0 in range(0, Q, CHUNK):  # several columns in one reduction over the warps
+            p = q0 + tl.arange(0, CHUNK)
+            columns = tl.load(
+                basis + c[:, None] * stride_bc + p[None, :] * stride_bq,
+                mask=(c[:, None] < C) & (p[None, :] < Q),
+                other=0.0,
+            )
+            share = tl.sum(acc[:, None, :] * columns[:, :, None], axis=0)
+            tl.store(
+                shares + (program * Q + p[:, None]) * R + r[None, :],
+                share,
+                mask=(p[:, None] < Q) & (r[None, :] < R),
+            )
 
 
 class Partial(NamedTuple):
@@ -257,6 +267,7 @@ def token_pass(
         BLOCK_E=at_least_16(E) if E else 0,
         PROJECT=E > R,
         SHARES=found.shares is not None,
+        CHUNK=4 if slab.r <= 16 else 1,
         TMA=tma,
         EVEN_C=C % slab.c == 0,
         ALIGNED=T % 16 == 0,
@@ -267,6 +278,7 @@ def token_pass(
     return found
 
 
+@lru_cache(maxsize=1024)
 def _splits(slabs: int, blocks: int, multiprocessors: int) -> int:
     """Ranges of tokens: as few as keep all multiprocessors equally busy.
 
