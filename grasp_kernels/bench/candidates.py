@@ -72,7 +72,7 @@ def table_choice(key: Key, part: Part) -> Choice:
     if isinstance(key, DownKey):
         return down.tile_for(part, key.itemsize, key.tma, key.R)
     if isinstance(key, TokensKey):
-        return tokens.slab_for(part, key.itemsize, key.R, skinny=key.E > 0)
+        return tokens.slab_for(part, key.itemsize, key.R, skinny=key.E > 0, tma=key.tma)
     return gemm.tile_for(part, key.itemsize, key.tma, key.dropout)
 
 

@@ -54,7 +54,7 @@ class Slab:
     wide: bool = False
 
 
-def slab_for(part: Part, itemsize: int, R: int, skinny: bool) -> Slab:
+def slab_for(part: Part, itemsize: int, R: int, skinny: bool, tma: bool = True) -> Slab:
     """The slab of a part for rank `R` and elements of `itemsize` bytes. Not measured yet.
 
     Chosen so that no register spills (`benchmarks/results/kernel-resources.md`): where matrix
@@ -64,6 +64,8 @@ def slab_for(part: Part, itemsize: int, R: int, skinny: bool) -> Slab:
     r = min(128, at_least_16(R))
     if itemsize == 4:
         return Slab(32, 32, r, 4, 2) if r <= 16 else Slab(16, 64, min(r, 64), 8, 2)
+    if part.tma and not tma:  # element by element, which takes most of the registers
+        return Slab(64, 128, min(r, 64), 8, 3)
     if part.shared_memory >= 227 << 10:
         return Slab(64, 256 if r <= 32 else 128, r, 8, 4)
     if part.shared_memory < 99 << 10:
@@ -82,7 +84,7 @@ def slab_in_force(
     part, itemsize = part_of(z.device), z.element_size()
     tma = tma and copies_in_bulk(part, z)
     key = TokensKey(part.name, itemsize, z.shape[1], R, Q, E, tma, dropout)
-    return tuned(key, Slab) or slab_for(part, itemsize, R, skinny=E > 0)
+    return tuned(key, Slab) or slab_for(part, itemsize, R, skinny=E > 0, tma=tma)
 
 
 def one_read(slab: Slab, E: int) -> bool:
