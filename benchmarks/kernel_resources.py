@@ -30,6 +30,7 @@ from grasp_kernels.ops.closure.api import Factor
 from grasp_kernels.ops.gpu.launch import PARTS, Launch, dry_run
 from grasp_kernels.ops.gpu.resources import compile_for, specialization
 from grasp_kernels.ops.lora_linear.operands import Needs, Operands
+from grasp_kernels.ops.lora_linear.padding import spare
 from grasp_kernels.ops.lora_linear.triton import backward, forward
 from grasp_kernels.ops.sketch import triton as sketch
 
@@ -53,6 +54,7 @@ class Case:
     dropout_p: float = 0.0
     bias: bool = False
     tf32: bool = False
+    padded: bool = False
 
     def __str__(self) -> str:
         default = Case()
@@ -60,12 +62,14 @@ class Case:
         return " ".join(f"{k}={v}".replace("torch.", "") for k, v in fields.items()) or "plain"
 
 
+PADDED = {"K": 8192, "N": 8192, "padded": True}  # both products in the padding of the weight
 WIDE = {"K": 14336, "N": 14336}  # beyond the extended product: the library's, then `addmm`
 ODD = {"T": 8191, "K": 4095, "N": 4097}  # nothing aligned: no copy engine, masks everywhere
 CASES = (
     *(Case(R=R) for R in (16, 32, 64, 128)),
     Case(dropout_p=0.1),
     Case(dropout_p=0.1, **WIDE),
+    Case(**PADDED),
     Case(**ODD),
     *(Case(dtype=torch.float32, R=R) for R in (16, 64)),
     Case(dtype=torch.float32, tf32=True),
@@ -79,6 +83,8 @@ MORE = (
     Case(dropout_p=0.1, R=64),
     Case(dropout_p=0.1, R=128),
     Case(**ODD, dropout_p=0.1, R=128, Q=32),
+    Case(**PADDED, R=128),
+    Case(**PADDED, dropout_p=0.1),
     Case(dtype=torch.float16),
     Case(dtype=torch.float32, R=128),
     Case(dtype=torch.float32, dropout_p=0.1),
@@ -111,8 +117,9 @@ def _call(case: Case) -> None:
     A, B = empty(R, K, dtype=torch.float32), empty(N, R, dtype=torch.float32)
     V, U = (empty(width, Q, dtype=torch.float32) if Q else None for width in (N, K))
     closed_A, closed_B = closure.close([Factor(A, U), Factor(B.mT, V)], case.dtype)
+    padded = empty(N + spare(R, Q), K + spare(R, Q)) if case.padded else None
     op = Operands(
-        weight=empty(N, K),
+        weight=empty(N, K) if padded is None else padded[:N, :K],
         bias=empty(N) if case.bias else None,
         lora_A=A,
         lora_B=B,
@@ -122,6 +129,7 @@ def _call(case: Case) -> None:
         write_weight=empty(Q, K) if Q else None,
         closed_A=closed_A,
         closed_B=closed_B.mT,
+        padded_weight=padded,
         dropout_seed=empty(1, dtype=torch.int64) if case.dropout_p else None,
         scaling=2.0,
         dropout_p=case.dropout_p,

@@ -121,7 +121,7 @@ def test_the_stored_table_is_well_formed() -> None:
 def test_on_a_cpu_nothing_is_looked_up() -> None:
     inputs = make_inputs(Case())
     names = ("weight", "bias", "lora_A", "lora_B", "lora_bias", "write_basis", "read_basis")
-    tensors = (*(inputs[n] for n in names), None, None, None, None)
+    tensors = (*(inputs[n] for n in names), *(None,) * 5)
     assert measured.order(inputs["x"], Operands(*tensors, 1.0, 0.0, True, True)) == measured.SAFE
     assert not measured.prefers_kernels(torch.device("cpu"))
 
@@ -135,7 +135,7 @@ def test_the_kernels_refuse_what_they_cannot_compute() -> None:
 
     wide = torch.empty(1, dtype=torch.bfloat16).expand(2**27, 8)
     factors = torch.empty(16, 8), torch.empty(8, 16)
-    op = Operands(torch.empty(8, 8), None, *factors, *(None,) * 7, 1.0, 0.0, True, True)
+    op = Operands(torch.empty(8, 8), None, *factors, *(None,) * 8, 1.0, 0.0, True, True)
     with pytest.raises(ValueError, match=r"134217728 tokens and R \+ Q = 16"):
         backend.forward(wide, op)
 

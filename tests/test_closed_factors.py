@@ -13,6 +13,7 @@ import grasp_kernels as gk
 from grasp_kernels.layers import factors
 from grasp_kernels.layers.linear import GraspLoRALinear
 from grasp_kernels.ops.closure.api import BACKENDS, Factor, close
+from grasp_kernels.ops.lora_linear.triton import base_product
 from grasp_kernels.testing import ROUNDING, orthonormal, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,7 +41,7 @@ def test_every_factor_is_closed_and_rounded_once(
     backend: str, of: torch.dtype, to: torch.dtype
 ) -> None:
     given = some_factors(of)
-    for (matrix, basis), found in zip(given, close(given, to, backend=backend), strict=True):
+    for (matrix, basis, _), found in zip(given, close(given, to, backend=backend), strict=True):
         exact = matrix.double()
         if basis is not None:
             exact = exact - exact @ basis.double() @ basis.double().mT
@@ -51,6 +52,25 @@ def test_every_factor_is_closed_and_rounded_once(
         assert found.stride() == matrix.stride()
         if basis is not None and to == torch.float32:
             assert torch.linalg.vector_norm(found @ basis) <= 1e-6 * size
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_results_go_where_they_are_told(backend: str) -> None:
+    given = some_factors(torch.float32)
+    expected = close(given, torch.bfloat16, backend=backend)
+    places = []
+    for i, factor in enumerate(given):
+        R, C = factor.matrix.shape
+        place = torch.zeros(R + 2, C + 3, dtype=torch.bfloat16, device=DEVICE)[1 : R + 1, 2 : C + 2]
+        places.append(place if i % 3 else None)  # into new memory now and then
+    told = [f._replace(out=place) for f, place in zip(given, places, strict=True)]
+    for place, found, exact in zip(
+        places, close(told, torch.bfloat16, backend=backend), expected, strict=True
+    ):
+        assert torch.equal(found, exact)
+        if place is not None:
+            assert found is place
+            assert place._base.count_nonzero() == exact.count_nonzero()
 
 
 def test_mixed_dtypes_and_nothing() -> None:
@@ -179,6 +199,72 @@ def test_another_adapter_another_dtype_another_copy(model: torch.nn.Module) -> N
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         assert relative_error(logits(model).float(), before) <= 0.1
     assert torch.equal(logits(model), before)
+
+
+@pytest.fixture
+def padded(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.nn.Module]:
+    """A tiny model whose weights are padded, with every product that can be in its padding."""
+    taken: list[str] = []
+
+    def choose(*shape: Any, padded: bool) -> str:
+        taken.append("padded" if padded else "extended")
+        return taken[-1]
+
+    monkeypatch.setattr(base_product, "choose", choose)
+    found = tiny_peft_model(targets=("q_proj", "o_proj", "down_proj")).to(DEVICE)
+    gk.replace_lora_layers(found, a_subspace(found), backend="triton", pad_weights=True)
+    yield found.train()
+    assert set(taken) == {"padded"}
+
+
+def test_padded_weights_carry_the_adapter(padded: torch.nn.Module) -> None:
+    for update in (None, raw_update, counted_update):
+        for name, parameter in padded.named_parameters():
+            if "lora_" in name and update is not None:
+                update(parameter)
+        same_as_aten(padded)
+
+
+def test_padded_weights_are_the_weights(padded: torch.nn.Module) -> None:
+    original = dict(tiny_peft_model(targets=("q_proj", "o_proj", "down_proj")).named_parameters())
+    before = logits(padded)
+    layers = [m for m in padded.modules() if isinstance(m, GraspLoRALinear)]
+    for layer in layers:
+        assert layer.base_layer.weight.data_ptr() == layer.padded_weight.data_ptr()
+    for name, parameter in padded.named_parameters():
+        assert torch.equal(parameter.cpu(), original[name]) or "lora_" in name
+    padded.merge_adapter()
+    torch.testing.assert_close(logits(padded), before, rtol=1e-4, atol=1e-5)
+    padded.unmerge_adapter()
+    torch.testing.assert_close(logits(padded), before, rtol=1e-4, atol=1e-5)
+    gk.restore_lora_layers(padded)
+    for layer in layers:
+        assert layer.base_layer.weight.is_contiguous()
+        assert not hasattr(layer, "padded_weight")
+    torch.testing.assert_close(logits(padded), before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_stale_graph_over_padded_weights_says_so(padded: torch.nn.Module) -> None:
+    """The factors that its forward saved lie in the padding and are overwritten by the next one."""
+    ids = tokens().to(DEVICE)
+    loss = padded(input_ids=ids, labels=ids).loss
+    for name, parameter in padded.named_parameters():
+        if "lora_" in name:
+            counted_update(parameter)
+    padded(input_ids=ids, labels=ids).loss.backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_padding_of_another_place_is_left_alone(padded: torch.nn.Module) -> None:
+    before = logits(padded)
+    gk.restore_lora_layers(padded)
+    gk.replace_lora_layers(padded, a_subspace(padded), backend="triton", pad_weights=True)
+    torch.testing.assert_close(logits(padded), before, rtol=1e-4, atol=1e-5)
+    layer = next(m for m in padded.modules() if isinstance(m, GraspLoRALinear))
+    layer.base_layer.weight.data = layer.base_layer.weight.data.clone()
+    assert layer.padded_parts("default", torch.float32) is None
+    assert layer.padded_weight is None
 
 
 def test_without_kernels_the_operator_closes_by_itself(launches: list[int]) -> None:

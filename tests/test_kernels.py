@@ -68,7 +68,7 @@ def test_extended_product(
 def test_both_paths_of_a_product_agree(
     dtype: torch.dtype, dropout_p: float, Q: int, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base_product, "choose", lambda *_: path)
+    monkeypatch.setattr(base_product, "choose", lambda *_, **__: path)
     T, I, J, R = 37, 48, 56, 5
     a, b = normal(T, I, dtype=dtype), normal(I, J, dtype=dtype)
     left, right = normal(R, T, dtype=dtype), normal(R, J, dtype=dtype)
@@ -84,6 +84,41 @@ def test_both_paths_of_a_product_agree(
     rounded_first = relative_error(base.to(dtype), base) * float(base.norm() / exact.norm())
     limit = torch.finfo(dtype).eps + rounded_first
     assert relative_error(found, exact) <= limit + 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tma", [True, False])
+def test_passes_copy_what_they_read(dtype: torch.dtype, tma: bool) -> None:
+    T, C, R, E = 70, 72, 20, 32
+    x, A, dS = normal(T, C, dtype=dtype), normal(R, C, dtype=dtype), normal(R, T, dtype=dtype)
+    dropout = seeded(0.5)  # the copy is of X, not of X̃
+    for copied in (
+        lambda copy: down(x, A, dropout=dropout, copy=copy, tma=tma),
+        lambda copy: token_pass(x, dS, copy=copy, slab=Slab(16, 32, 16, 4, 2), tma=tma),
+    ):
+        wide = torch.empty(T, C + E, dtype=dtype, device=DEVICE)
+        copied(wide)
+        assert torch.equal(wide[:, :C], x)
+        assert wide[:, C:].isnan().all()  # the caller's
+        carried = base_product.carry(wide, dS, E, 0.5)
+        exact = torch.cat([x, 0.5 * dS.mT, torch.zeros(T, E - R).to(x)], 1)
+        assert torch.equal(carried, exact)
+
+
+def test_the_choice_of_a_path() -> None:
+    """Predicted by inner and outer width; a measurement overrules it, if it can be had."""
+    choose, sm_90, sm_80 = base_product.choose, PARTS["sm_90"], PARTS["sm_80"]
+    assert choose(sm_90, 2, 4096, 1024, padded=True) == "extended"
+    assert choose(sm_90, 2, 8192, 28672, padded=False) == "addmm"
+    assert choose(sm_90, 2, 8192, 28672, padded=True) == "padded"
+    assert choose(sm_90, 2, 28672, 8192, padded=True) == "addmm"
+    assert choose(sm_80, 2, 4096, 4096, padded=False) == "addmm"
+    assert choose(sm_80, 2, 4096, 4096, padded=True) == "padded"
+    assert choose(sm_90, 4, 4096, 4096, padded=False) == "addmm"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(base_product.MEASURED, ("sm_90", 4096, 4096), "padded")
+        assert choose(sm_90, 2, 4096, 4096, padded=True) == "padded"
+        assert choose(sm_90, 2, 4096, 4096, padded=False) == "extended"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -223,7 +258,7 @@ def launched(part: str, **sizes: Any) -> list[str]:
     V = empty(N, Q, dtype=torch.float32)
     A, B = empty(R, K), empty(N, R)
     op = Operands(
-        empty(N, K), None, A, B, None, V, None, empty(Q, K), A, B, None, 1.0, 0.0, True, True
+        empty(N, K), None, A, B, None, V, None, empty(Q, K), A, B, None, None, 1.0, 0.0, True, True
     )
     with dry_run(PARTS[part]) as run:
         needs = Needs(True, False, False, True, True, False)

@@ -31,7 +31,7 @@ def registered_arguments(case: Case, backend: str) -> tuple[Any, ...]:
     names = ("x", "weight", "bias", "lora_A", "lora_B", "lora_bias")
     leaves = [None if inputs[n] is None else inputs[n].requires_grad_() for n in names]
     seed = draw_seed(inputs["x"]) if case.dropout_p else None
-    bases = (inputs["write_basis"], inputs["read_basis"], None, None, None, seed)
+    bases = (inputs["write_basis"], inputs["read_basis"], None, None, None, None, seed)
     residual = case.project == "residual"
     return (*leaves, *bases, case.scaling, case.dropout_p, residual, case.closed, backend)
 

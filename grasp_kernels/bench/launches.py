@@ -71,6 +71,7 @@ def call_layer(linear: Linear, T: int, R: int, Q: int, dtype: torch.dtype, dropo
         write_weight=empty(Q, K) if writes else None,
         closed_A=empty(R, K),
         closed_B=empty(N, R),
+        padded_weight=None,
         dropout_seed=empty(1, dtype=torch.int64) if dropout else None,
         scaling=2.0,
         dropout_p=_DROPPED if dropout else 0.0,

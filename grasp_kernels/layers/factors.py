@@ -50,7 +50,8 @@ class ClosedFactors:
         """`A°[R, K]`, `B°[N, R]` of a layer in `dtype`, for one forward through it."""
         entry = self._entries.get(layer)
         if entry is None or (entry.adapter, entry.dtype) != (adapter, dtype):
-            entry = self._entries[layer] = _Entry(adapter, dtype)
+            old = () if entry is None else entry.key
+            entry = self._entries[layer] = _Entry(adapter, dtype, old)
         in_backward = torch._C._current_graph_task_id() != -1
         if entry.factors is None or entry.key != _key(layer, adapter):
             first = entry.factors is None
@@ -73,21 +74,27 @@ class ClosedFactors:
             where = layer.lora_A[entry.adapter].weight.device
             groups.setdefault((where, entry.dtype), []).append(layer)
         for (_, dtype), group in groups.items():
-            factors = [f for layer in group for f in _factors(layer, self._entries[layer].adapter)]
+            factors = [f for layer in group for f in _factors(layer, self._entries[layer])]
             closed = iter(close(factors, dtype, backend="triton"))
             for layer in group:
                 entry = self._entries[layer]
                 entry.factors = next(closed), next(closed).mT
-                entry.key = _key(layer, entry.adapter)
+                key = _key(layer, entry.adapter)
+                if entry.key and key != entry.key and layer.padded_weight is not None:
+                    # What an earlier forward saved is gone: let its backward say so.
+                    torch.autograd.graph.increment_version(layer.padded_weight)
+                entry.key = key
                 entry.unused = True
 
 
-def _factors(layer: GraspLoRALinear, adapter: str) -> tuple[Factor, Factor]:
+def _factors(layer: GraspLoRALinear, entry: _Entry) -> tuple[Factor, Factor]:
+    adapter = entry.adapter
     closed = adapter in layer.closed_adapters
     A, B = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
+    held = layer.padded_parts(adapter, entry.dtype)
     return (
-        Factor(A, layer.read_basis if closed else None),
-        Factor(B.mT, layer.write_basis if closed else None),
+        Factor(A, layer.read_basis if closed else None, held and held.closed_A),
+        Factor(B.mT, layer.write_basis if closed else None, held and held.closed_B.mT),
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from grasp_kernels.layers.factors import ClosedFactors
 from grasp_kernels.ops import lora_linear, project_gradient
-from grasp_kernels.ops.lora_linear import measured
+from grasp_kernels.ops.lora_linear import measured, padding
 from grasp_kernels.ops.lora_linear.aten import write_weight
 from grasp_kernels.ops.projection import project_columns, project_rows
 
@@ -39,6 +39,7 @@ class GraspLoRALinear(lora.Linear):
         closed_adapters: names of the adapters that are kept closed.
         backend: "auto" or the name of a backend.
         factors: A°, B° of all layers of the model, where kernels make them.
+        padded_weight: the buffer in which the base weight lies after `pad_weight_`, or None.
     """
 
     write_basis: Tensor | None
@@ -47,6 +48,7 @@ class GraspLoRALinear(lora.Linear):
     closed_adapters: frozenset[str]
     backend: str
     factors: ClosedFactors
+    padded_weight: Tensor | None
 
     def __init__(
         self,
@@ -110,7 +112,10 @@ class GraspLoRALinear(lora.Linear):
         self.close_()
         for name in ("write_basis", "read_basis"):
             delattr(self, name)
-        for name in ("project", "closed_adapters", "backend", "factors", "_write_weight"):
+        if self.padded_weight is not None:
+            self.base_layer.weight.data = self.base_layer.weight.data.contiguous()
+        own = ("project", "closed_adapters", "backend", "factors", "padded_weight", "_write_weight")
+        for name in own:
             self.__dict__.pop(name)
         self.__class__ = lora.Linear
 
@@ -137,6 +142,7 @@ class GraspLoRALinear(lora.Linear):
         self.backend = backend
         if factors is not None or "factors" not in self.__dict__:
             self.factors = factors or ClosedFactors()
+        self.__dict__.setdefault("padded_weight", None)
         self._write_weight: tuple[Any, Tensor | None] = (None, None)
         self.close_()
 
@@ -167,6 +173,7 @@ class GraspLoRALinear(lora.Linear):
         if self.why_stock(x, *args, **kwargs) is not None:
             return self._stock_forward(x, *args, **kwargs)
         (adapter,) = self._active()
+        closed_factors = self._closed_factors(x, adapter)
         base, lora_B, dropout = self.base_layer, self.lora_B[adapter], self.lora_dropout[adapter]
         return lora_linear(
             x,
@@ -179,7 +186,8 @@ class GraspLoRALinear(lora.Linear):
             write_basis=self.write_basis,
             read_basis=self.read_basis,
             write_weight=self._cached_write_weight(),
-            closed_factors=self._closed_factors(x, adapter),
+            closed_factors=closed_factors,
+            padded_weight=self._padding_of(adapter, closed_factors),
             project=self.project,
             closed=adapter in self.closed_adapters,
             dropout_p=dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0,
@@ -211,12 +219,48 @@ class GraspLoRALinear(lora.Linear):
         if torch.compiler.is_compiling():
             return cached
         weight = self.base_layer.weight
-        now = (weight.data_ptr(), weight._version, weight.dtype)
+        held = self.padded_parts(self._active()[0], weight.dtype)
+        place = None if held is None else held.write_weight
+        at = None if place is None else place.data_ptr()
+        now = (weight.data_ptr(), weight._version, weight.dtype, at)
         if now != key:
             with torch.no_grad():
                 cached = write_weight(weight, self.write_basis)
+                if place is not None:
+                    cached = place.copy_(cached)
             self._write_weight = (now, cached)
         return cached
+
+    @torch.no_grad()
+    def pad_weight_(self) -> None:
+        """Lay the base weight out with spare columns and rows, in which the adapters that exist now
+        and the write basis can ride along in wide library products (`ops.lora_linear.padding`).
+
+        The parameter stays itself and becomes a view; `release` makes it contiguous again.
+        """
+        weight = self.base_layer.weight
+        R = max((lora_A.weight.shape[0] for lora_A in self.lora_A.values()), default=0)
+        Q = 0 if self.write_basis is None else self.write_basis.shape[1]
+        self.padded_weight = padding.pad(weight, padding.spare(R, Q))
+        weight.data = self.padded_weight[: weight.shape[0], : weight.shape[1]]
+
+    def padded_parts(self, adapter: str, dtype: torch.dtype) -> padding.Padded | None:
+        """Where the padding holds the factors of an adapter, in the dtype of the weight alone."""
+        buffer, weight = self.padded_weight, self.base_layer.weight
+        if buffer is not None and weight.data_ptr() != buffer.data_ptr():
+            buffer = self.padded_weight = None  # moved, cast or copied since
+        if buffer is None or dtype != buffer.dtype:
+            return None
+        (N, K), R = weight.shape, self.lora_A[adapter].weight.shape[0]
+        projects = self.write_basis is not None and self.project == "residual"
+        Q = self.write_basis.shape[1] if self.write_basis is not None and projects else 0
+        return padding.parts(buffer, N, K, R, Q) if buffer.shape[0] - N >= R + Q else None
+
+    def _padding_of(self, adapter: str, closed: tuple[Tensor, Tensor] | None) -> Tensor | None:
+        """The buffer, if the factors of this call lie in it."""
+        if closed is None or self.padded_parts(adapter, closed[0].dtype) is None:
+            return None
+        return self.padded_weight
 
     @torch.no_grad()
     def close_(self) -> None:

@@ -55,6 +55,7 @@ def replace_lora_layers(
     project: str = "residual",
     closed: bool = True,
     backend: str = "auto",
+    pad_weights: bool = False,
     sites: SiteRules | None = None,
 ) -> Replacement:
     """Swap the LoRA layers of a peft model in place; parameters and their names stay.
@@ -69,6 +70,9 @@ def replace_lora_layers(
         subspace: from `identify`, `identify_self_contrast` or a file; None or empty projects
             nothing.
         project, closed, backend: see `lora_linear`.
+        pad_weights: lay the frozen weights out with a few spare columns and rows, so that wide
+            products (70B sizes) can carry the adapter inside the library's product; for kernels.
+            `restore_lora_layers` makes the weights contiguous again.
         sites: writers and readers of an architecture that is not known.
 
     Raises:
@@ -103,6 +107,8 @@ def replace_lora_layers(
             continue
         bases = write.get(name), read.get(name)
         GraspLoRALinear.adopt(layer, *bases, project, closed, backend, factors)
+        if pad_weights:
+            layer.pad_weight_()
         report.replaced.append(name)
         if name in write:
             report.write_projected.append(name)

@@ -18,14 +18,18 @@ BACKENDS = ("triton", "reference")
 
 
 class Factor(NamedTuple):
-    """One factor `[R, C]` of any strides, and the float32 basis `[C, P]` it is kept out of."""
+    """One factor `[R, C]` of any strides, and the float32 basis `[C, P]` it is kept out of.
+
+    The result goes into `out[R, C]`, any strides, if that is given, else into new memory.
+    """
 
     matrix: Tensor
     basis: Tensor | None
+    out: Tensor | None = None
 
 
 def close(factors: Sequence[Factor], dtype: torch.dtype, *, backend: str) -> list[Tensor]:
-    """`M (I − V Vᵀ)`, projected in float32 and rounded to `dtype`; strides ordered as `M`'s.
+    """`M (I − V Vᵀ)`, projected in float32 and rounded to `dtype`; new ones with strides as `M`'s.
 
     All factors are on one device. The Triton backend makes one launch for all of them.
     """

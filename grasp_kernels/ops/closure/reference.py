@@ -21,4 +21,8 @@ def unsupported(where: torch.device) -> str | None:
 
 def close(factors: Sequence[Factor], dtype: torch.dtype) -> list[Tensor]:
     """`M (I − V Vᵀ) [R, C]` of every factor."""
-    return [project_rows(matrix, basis).to(dtype, copy=True) for matrix, basis in factors]
+    closed = []
+    for matrix, basis, out in factors:
+        projected = project_rows(matrix, basis)
+        closed.append(projected.to(dtype, copy=True) if out is None else out.copy_(projected))
+    return closed

@@ -31,7 +31,7 @@ _COLUMNS = 128
 # Columns of a program that only casts. One that projects needs the whole row: bases are as wide as
 # the residual stream, 4096 to 8192, which 32 to 64 blocks cover.
 _CAST_COLUMNS = 4096
-_FIELDS = 14
+_FIELDS = 15
 _POINTED = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -47,6 +47,9 @@ def _close_kernel(
     factor = tl.load(item).to(tl.pointer_type(FACTOR))
     basis = tl.load(item + 1).to(tl.pointer_type(tl.float32))
     to = out + tl.load(item + 2)
+    given = tl.load(item + 14)
+    if given != 0:
+        to = given.to(out.dtype)
     R = tl.load(item + 3).to(tl.int32)
     stride_r = tl.load(item + 4).to(tl.int32)
     stride_c = tl.load(item + 5).to(tl.int32)
@@ -106,8 +109,8 @@ _MOST_PLANS = 16
 def close(factors: Sequence[Factor], dtype: torch.dtype) -> list[Tensor]:
     """`M (I − V Vᵀ) [R, C]` of every factor; a launch for each dtype among the factors."""
     results: list[Tensor | None] = [None] * len(factors)
-    for kind in dict.fromkeys(matrix.dtype for matrix, _ in factors):
-        of_kind = [i for i, (matrix, _) in enumerate(factors) if matrix.dtype == kind]
+    for kind in dict.fromkeys(factor.matrix.dtype for factor in factors):
+        of_kind = [i for i, factor in enumerate(factors) if factor.matrix.dtype == kind]
         for i, closed in zip(of_kind, _close([factors[i] for i in of_kind], dtype), strict=True):
             results[i] = closed
     return results
@@ -131,17 +134,17 @@ def _close(factors: Sequence[Factor], dtype: torch.dtype) -> list[Tensor]:
         BLOCK_C=_COLUMNS,
         BLOCK_P=plan.block_p,
     )
-    return [buffer.as_strided(shape, strides, offset) for offset, shape, strides in plan.places]
+    return [
+        buffer.as_strided(shape, strides, offset) if factor.out is None else factor.out
+        for factor, (offset, shape, strides) in zip(factors, plan.places, strict=True)
+    ]
 
 
 def _plan(factors: Sequence[Factor]) -> _Plan:
     key = tuple(
-        part
-        for matrix, basis in factors
-        for part in (
-            *(matrix.dtype, matrix.data_ptr(), *matrix.shape, *matrix.stride()),
-            *(() if basis is None else (basis.data_ptr(), *basis.shape, *basis.stride())),
-        )
+        None if tensor is None else (tensor.dtype, tensor.data_ptr(), tensor.shape, tensor.stride())
+        for factor in factors
+        for tensor in factor
     )
     if key not in _plans:
         if len(_plans) >= _MOST_PLANS:
@@ -154,22 +157,25 @@ def _make_plan(factors: Sequence[Factor]) -> _Plan:
     rows: list[list[int]] = []
     places = []
     offset = widest = 0
-    for matrix, basis in factors:
+    for matrix, basis, out in factors:
         (R, C), (stride_r, stride_c) = matrix.shape, matrix.stride()
         by_rows = stride_c == 1 or stride_r != 1
         to_r, to_c = (C, 1) if by_rows else (1, R)
         places.append((offset, (R, C), (to_r, to_c)))
+        if out is not None:
+            to_r, to_c = out.stride()
+        given = 0 if out is None else out.data_ptr()
         P = 0 if basis is None else basis.shape[1]
         widest = max(widest, P)
         width = C if P else _CAST_COLUMNS
         at, *basis_strides = (0, 0, 0) if basis is None else (basis.data_ptr(), *basis.stride())
         common = [matrix.data_ptr(), at, offset, R, stride_r, stride_c, *basis_strides, P]
         rows += [
-            [*common, first, min(C, first + width), to_r, to_c, r]
+            [*common, first, min(C, first + width), to_r, to_c, r, given]
             for r in range(0, R, _ROWS)
             for first in range(0, C, width)
         ]
-        # Every slice starts at 16 elements, where wide loads and the copy engine can read it.
-        offset += -(-R * C // 16) * 16
+        if out is None:  # slices start at 16 elements, where wide loads and bulk copies can read
+            offset += -(-R * C // 16) * 16
     table = torch.tensor(rows, dtype=torch.int64).to(factors[0].matrix.device)
     return _Plan(table, places, offset, at_least_16(max(1, widest)))

@@ -18,6 +18,7 @@ from grasp_kernels.ops import dispatch
 from grasp_kernels.ops.lora_linear import measured
 from grasp_kernels.ops.lora_linear.dropout import draw_seed
 from grasp_kernels.ops.lora_linear.operands import Needs, Operands, Saved
+from grasp_kernels.ops.lora_linear.padding import parts
 
 PACKAGE = __package__  # where the backends are
 BACKENDS = ("triton", "aten", "reference")  # the reference is last and runs everywhere
@@ -44,6 +45,7 @@ def lora_linear(
     read_basis: Tensor | None = None,
     write_weight: Tensor | None = None,
     closed_factors: tuple[Tensor, Tensor] | None = None,
+    padded_weight: Tensor | None = None,
     project: str = "residual",
     closed: bool = True,
     dropout_p: float = 0.0,
@@ -63,6 +65,8 @@ def lora_linear(
         write_weight: `Vᵀ W [Q, K]`, if at hand; computed in each backward otherwise.
         closed_factors: `A°[R, K]`, `B°[N, R]` in the dtype of the activations, if at hand; they are
             constants of this call, and its gradients are those of `lora_A` and `lora_B`.
+        padded_weight: the buffer of `ops.lora_linear.padding` that `weight`, `closed_factors` and
+            `write_weight` are views of; lets library products carry the adapter.
         project: "residual" projects the arriving `dY` before anything uses it; "weights"
             projects the gradients of `A`, `B` alone and leaves `dX`.
         closed: compute with `A° = A (I − U Uᵀ)`, `B° = (I − V Vᵀ) B`, so that the update
@@ -107,6 +111,7 @@ def lora_linear(
         write_weight,
         closed_A,
         closed_B,
+        _checked_padding(padded_weight, weight, closed_factors, write_weight),
         draw_seed(x) if dropout_p > 0.0 else None,
         float(scaling),
         float(dropout_p),
@@ -115,6 +120,32 @@ def lora_linear(
         backend,
     )
     return y
+
+
+def _checked_padding(
+    padded: Tensor | None,
+    weight: Tensor,
+    closed_factors: tuple[Tensor, Tensor] | None,
+    write_weight: Tensor | None,
+) -> Tensor | None:
+    """The buffer, if it is that of the operands of this call."""
+    if padded is None:
+        return None
+    (N, K), Q = weight.shape, 0 if write_weight is None else write_weight.shape[0]
+    given = [weight, *(closed_factors or ())] + ([] if write_weight is None else [write_weight])
+    R = closed_factors[0].shape[0] if closed_factors else 0
+    E = padded.shape[0] - N
+    expected = parts(padded, N, K, R, Q)
+    places = (expected.weight, expected.closed_A, expected.closed_B, expected.write_weight)
+    fits = closed_factors is not None and padded.shape == (N + E, K + E) and R + Q <= E
+    if not fits or any(
+        tensor.data_ptr() != place.data_ptr() for tensor, place in zip(given, places, strict=False)
+    ):
+        raise ValueError(
+            f"padded_weight {tuple(padded.shape)} does not hold the weight, the closed factors and "
+            "write_weight of this call; make them with padding.pad and padding.parts."
+        )
+    return padded
 
 
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
@@ -188,12 +219,12 @@ def _check(
 # Registered with Library.define and impl instead of torch.library.custom_op: the same interface at
 # half its cost per call (torch 2.13 on a CPU, 64×64 layer, forward: 136 µs against 291 µs).
 _LIBRARY = torch.library.Library("grasp_kernels", "FRAGMENT")
-_N_TENSORS = 11  # of Operands: weight to dropout_seed
+_N_TENSORS = 12  # of Operands: weight to dropout_seed
 _CLOSED_A = 5  # its place behind lora_A
 _OPERANDS = (
     "Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? lora_bias, "
     "Tensor? write_basis, Tensor? read_basis, Tensor? write_weight, "
-    "Tensor? closed_A, Tensor? closed_B, Tensor? dropout_seed, "
+    "Tensor? closed_A, Tensor? closed_B, Tensor? padded_weight, Tensor? dropout_seed, "
     "float scaling, float dropout_p, bool residual, bool closed, str backend"
 )
 _LIBRARY.define(f"lora_linear(Tensor x, {_OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor)")

@@ -1,9 +1,11 @@
-"""How the skinny columns join the base product: in the kernel, or by the library's `addmm`.
+"""How the skinny columns join the base product: in the kernel, by `addmm`, or in padded operands.
 
 Adding rank-R columns to a finished result reads and writes it once more, which costs
 `2 F / (bandwidth · I)` of the product, about 367 / I on an H200, whatever T, J and R are. The
 extended kernel saves that and loses what it is slower than the library, so it pays where the inner
 width I is small: at 4096 it needs 90 % of the library's speed, at 8192 95 %, at 28672 98 %.
+Where the layer's weight is padded (`padding`), the library's own product can carry them; that costs
+one write of the inner operand, `2 T I` bytes, instead of `4 T J`.
 Shapes: T tokens, I inner and J outer width of the product, R LoRA rank, Q write basis size.
 """
 
@@ -18,7 +20,7 @@ from grasp_kernels.ops.gpu.launch import Part, part_of
 from grasp_kernels.ops.lora_linear.triton.dropout import Dropout
 from grasp_kernels.ops.lora_linear.triton.gemm import extended_gemm
 
-Path = Literal["extended", "addmm"]
+Path = Literal["extended", "addmm", "padded"]
 
 # Measured choices, (part, I, J) -> path, for two-byte elements at T = 8192. None is measured yet.
 MEASURED: dict[tuple[str, int, int], Path] = {}
@@ -26,12 +28,18 @@ MEASURED: dict[tuple[str, int, int], Path] = {}
 WIDEST_EXTENDED = 4096
 
 
-def choose(part: Part, itemsize: int, inner: int, outer: int) -> Path:
-    """The path of one product by its shape; T decides nothing, so no length compiles anew."""
+def choose(part: Part, itemsize: int, inner: int, outer: int, padded: bool) -> Path:
+    """The path of one product by its shape; T decides nothing, so no length compiles anew.
+
+    `padded` says whether its weight is.
+    """
     if itemsize == 4:  # no matrix instruction multiplies float32 exactly; the library's loops do
-        return "addmm"
+        return "padded" if padded else "addmm"
     predicted: Path = "extended" if part.tma and inner <= WIDEST_EXTENDED else "addmm"
-    return MEASURED.get((part.name, inner, outer), predicted)
+    if predicted == "addmm" and padded and inner < 2 * outer:
+        predicted = "padded"
+    measured = MEASURED.get((part.name, inner, outer), predicted)
+    return predicted if measured == "padded" and not padded else measured
 
 
 def product(
@@ -46,7 +54,7 @@ def product(
     dropout: Dropout | None = None,
 ) -> Tensor:
     """`a[T, I] b[I, J] + bias + mask ⊙ (s leftᵀ right) + dᵀ C`, arguments as in `extended_gemm`."""
-    path = choose(part_of(a.device), a.element_size(), *b.shape)
+    path = choose(part_of(a.device), a.element_size(), b.shape[0], b.shape[1], padded=False)
     if path == "extended":
         out = a.new_empty(a.shape[0], b.shape[1])
         extended_gemm(
@@ -81,3 +89,23 @@ def product(
         skinny = torch.cat([left, projection[0]])
         out.addmm_(skinny.mT, torch.cat([right, projection[1]]))
     return out
+
+
+def carrier(a: Tensor, outer: int, E: int) -> Tensor | None:
+    """Rows `[T, I + E]` for `a[T, I]` and the skinny columns of a product with a padded weight.
+
+    None where the product is computed otherwise, and without padding, where E is 0.
+    """
+    T, I = a.shape
+    if E == 0:
+        return None
+    path = choose(part_of(a.device), a.element_size(), I, outer, padded=True)
+    return a.new_empty(T, I + E) if path == "padded" else None
+
+
+def carry(wide: Tensor, skinny: Tensor, E: int, scaling: float = 1.0) -> Tensor:
+    """`wide[T, I + E]` with `s skinnyᵀ` behind its first I columns, and zeros to the end."""
+    I, R = wide.shape[1] - E, skinny.shape[0]
+    torch.mul(skinny.mT, scaling, out=wide[:, I : I + R])
+    wide[:, I + R :].zero_()
+    return wide
