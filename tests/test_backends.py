@@ -169,6 +169,7 @@ def test_rows_of_the_benchmark_become_the_table(table: Path) -> None:
         benchmark_row("grasp-triton-projected", 4.0, N=1024, writes=False),
         benchmark_row("grasp-triton", 0.1, device="AMD EPYC", capability=None),
         benchmark_row("grasp-auto", 0.1),
+        benchmark_row("grasp-triton-padded-projected", 0.1),
     ]
     assert adopt(rows, table) == 2
     stored = json.loads(table.read_text())["rows"]

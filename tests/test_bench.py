@@ -102,6 +102,15 @@ def test_peft_under_compile_passes_the_gate() -> None:
     assert Gate(weights, torch.float32).refusal(PROVIDERS["peft-compile"], CPU) is None
 
 
+@pytest.mark.parametrize("name", [name for name in PROVIDERS if name.startswith("grasp-triton")])
+def test_providers_on_kernels_pass_the_gate(name: str) -> None:
+    """In the interpreter, which is checked though it is never timed."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weights = make_weights(Linear("o_proj", 64, 48, True), torch.float32, device, 4, 2)
+    assert Gate(weights, torch.float32).over_budget(PROVIDERS[name]) == {}
+    assert weights.weight.is_contiguous()  # the others of a case hold it too
+
+
 @pytest.fixture
 def forgetful(monkeypatch: pytest.MonkeyPatch) -> str:
     """A provider that says it projects and does not."""
@@ -204,9 +213,10 @@ def test_an_interpreter_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_backend_but_the_specification_is_a_provider(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ours.api, "BACKENDS", ("new", "reference"))
+    monkeypatch.setattr(ours.api, "BACKENDS", ("new", "aten", "reference"))
     assert set(ours.our_providers()) == {
-        *("grasp", "grasp-projected", "grasp-default", "grasp-new", "grasp-new-projected")
+        *("grasp", "grasp-projected", "grasp-default", "grasp-new", "grasp-new-projected"),
+        *("grasp-new-padded-projected", "grasp-aten", "grasp-aten-projected"),
     }
 
 

@@ -50,6 +50,8 @@ def _entries(rows: Iterable[Row]) -> list[dict[str, Any]]:
         on_gpu = row["capability"] is not None
         if row["level"] != "linear" or backend in (None, "auto") or median is None or not on_gpu:
             continue
+        if row["provider"] not in (f"grasp-{backend}", f"grasp-{backend}-projected"):
+            continue  # another form of the backend, such as padded weights
         if row["projects"] and not row["writes"]:
             continue  # readers have no basis: the row of the provider without projection again
         entry = {**{name: row[name] for name in _SIZES}, "Q": row["Q"] if row["projects"] else 0}

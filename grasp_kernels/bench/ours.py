@@ -15,7 +15,7 @@ from grasp_kernels.bench.peft_providers import lora_layers, on_peft
 from grasp_kernels.bench.provider import Bases, Provider
 from grasp_kernels.layers.linear import GraspLoRALinear
 from grasp_kernels.layers.replacement import replace_lora_layers
-from grasp_kernels.ops.lora_linear import api
+from grasp_kernels.ops.lora_linear import api, measured
 
 _INTERPRETED = "triton"  # the one backend that a CPU can run without being meant to
 
@@ -29,12 +29,19 @@ def _unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str 
     return reason
 
 
-def _replaced(backend: str, project: bool) -> Callable[[nn.Module, Bases], nn.Module]:
+def _replaced(
+    backend: str, project: bool, padded: bool = False
+) -> Callable[[nn.Module, Bases], nn.Module]:
     def adapt(module: nn.Module, bases: Bases) -> nn.Module:
         replace_lora_layers(module, backend=backend)
         for name, layer in lora_layers(module).items():
-            if project and name in bases and isinstance(layer, GraspLoRALinear):
+            assert isinstance(layer, GraspLoRALinear)
+            if project and name in bases:
                 layer.set_projection(bases[name], None, "residual", True, backend)
+            if padded:  # of a parameter of its own: the others of the case keep theirs as it lies
+                weight = layer.base_layer.weight.detach()
+                layer.base_layer.weight = nn.Parameter(weight, requires_grad=False)
+                layer.pad_weight_()
         return module
 
     return adapt
@@ -66,6 +73,14 @@ def our_providers() -> dict[str, Provider]:
     )
     for backend in api.BACKENDS[:-1]:
         found |= _pair(f"grasp-{backend}", backend, f"GraspLoRALinear on {backend}", False)
+        if backend not in measured.SAFE:
+            found[f"grasp-{backend}-padded-projected"] = on_peft(
+                f"GraspLoRALinear on {backend}, weights padded, writers projected",
+                _replaced(backend, True, padded=True),
+                projects=True,
+                unavailable=partial(_unavailable, backend),
+                backend=backend,
+            )
     return found
 
 
