@@ -79,9 +79,7 @@ def lora_linear(
         `Y[..., N]` in the dtype of the activations. Gradients of gradients are refused.
     """
     x, weight, bias = _autocast(x, weight, bias)
-    closed_A, closed_B = (None, None) if closed_factors is None else closed_factors
-    _check(
-        x,
+    tensors = (
         weight,
         bias,
         lora_A,
@@ -90,9 +88,9 @@ def lora_linear(
         write_basis,
         read_basis,
         write_weight,
-        closed_A,
-        closed_B,
+        *((None, None) if closed_factors is None else closed_factors),
     )
+    _check(x, *tensors)
     if project not in PROJECTIONS:
         raise ValueError(f"project is {project!r}; use one of {PROJECTIONS}.")
     if not 0.0 <= dropout_p <= 1.0:
@@ -101,16 +99,7 @@ def lora_linear(
     differentiable = _forward if torch.compiler.is_compiling() else _LoraLinear.apply
     y, *_ = differentiable(
         x,
-        weight,
-        bias,
-        lora_A,
-        lora_B,
-        lora_bias,
-        write_basis,
-        read_basis,
-        write_weight,
-        closed_A,
-        closed_B,
+        *tensors,
         _checked_padding(padded_weight, weight, closed_factors, write_weight),
         draw_seed(x) if dropout_p > 0.0 else None,
         float(scaling),
