@@ -1,4 +1,4 @@
-"""The script for a machine with a GPU, as far as it goes without one."""
+"""The scripts in benchmarks/, as far as they go without a GPU."""
 
 import importlib.util
 import subprocess
@@ -13,14 +13,27 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(scope="module")
-def deciding() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("deciding", BENCHMARKS / "deciding.py")
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def deciding() -> ModuleType:
+    return script("deciding")
+
+
+def test_identification_is_timed_from_file_to_subspace() -> None:
+    found = list(script("identification").rows(["tiny"], R=4, rounds=2))
+    assert [(row["scope"], row["verdict"]) for row in found] == [
+        ("shared", "found"),
+        ("layer", "found"),
+    ]
+    assert all(0 < row["p20"] <= row["seconds"] <= row["p80"] for row in found)
 
 
 def test_every_candidate_is_measured_beside_its_prediction(deciding: ModuleType) -> None:
