@@ -184,6 +184,10 @@ def test_doctor_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert torch.__version__ in printed
     assert all(f"backend {name}" in printed for name in grasp_kernels.backends())
+    lines = {line[:18].strip(): line[18:].strip() for line in printed.splitlines()}
+    if not torch.cuda.is_available():
+        expected = "takes aten: no kernel was measured to be faster here"
+        assert expected in lines["backend auto"]
 
 
 def test_demo_gets_its_options(monkeypatch: pytest.MonkeyPatch) -> None:

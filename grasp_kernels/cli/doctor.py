@@ -34,6 +34,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     for name, reason in backends().items():
         rows[f"backend {name}"] = "runs" if reason is None else f"does not run: {reason}"
+    rows["backend auto"] = _auto()
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")
@@ -45,6 +46,17 @@ def _installed(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def _auto() -> str:
+    import torch
+
+    from grasp_kernels.ops.lora_linear import measured
+
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if measured.prefers_kernels(where):
+        return "takes kernels for the shapes on which they were measured to be the fastest"
+    return "takes aten: no kernel was measured to be faster here"
 
 
 def _gpu() -> str:

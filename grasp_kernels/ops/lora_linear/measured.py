@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def prefers_kernels(where: torch.device) -> bool:
     return any(min(found, key=found.__getitem__) not in SAFE for found in times)
 
 
-@cache
+@lru_cache(maxsize=4096)  # every length is a key
 def fastest(device: str, dtype: str, *sizes: int) -> tuple[str, ...]:
     """The backends of the nearest row, fastest first, then those that run everywhere.
 
