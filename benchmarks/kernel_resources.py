@@ -28,7 +28,7 @@ from grasp_kernels.files import whole_file
 from grasp_kernels.ops.closure import triton as closure
 from grasp_kernels.ops.closure.api import Factor
 from grasp_kernels.ops.gpu.launch import PARTS, Launch, dry_run
-from grasp_kernels.ops.gpu.resources import compile_for, specialization
+from grasp_kernels.ops.gpu.resources import compile_for, resources
 from grasp_kernels.ops.lora_linear.operands import Needs, Operands
 from grasp_kernels.ops.lora_linear.padding import spare
 from grasp_kernels.ops.lora_linear.triton import backward, forward
@@ -93,8 +93,8 @@ MORE = (
 SKETCHED = (CASES[0], *(case for case in CASES if case.T == 8191 or case.dtype == torch.float32))
 
 
-def launches(part: str) -> Iterator[tuple[Case, Launch]]:
-    """Every launch of every case on a part, each specialisation once."""
+def compiled(part: str) -> Iterator[tuple[Case, Launch, Any]]:
+    """Every launch of every case on a part with its kernel, each machine code once."""
     seen = set()
     for case in CASES + (MORE if part == "sm_90" else ()):
         torch.set_float32_matmul_precision("high" if case.tf32 else "highest")
@@ -103,10 +103,10 @@ def launches(part: str) -> Iterator[tuple[Case, Launch]]:
             if case in SKETCHED:
                 _sketch(case)
         for made in run.launches:
-            key = (made.kernel, made.num_warps, made.num_stages, specialization(made))
-            if key not in seen:
-                seen.add(key)
-                yield case, made
+            kernel = compile_for(part, made)
+            if kernel.hash not in seen:
+                seen.add(kernel.hash)
+                yield case, made, kernel
 
 
 def _call(case: Case) -> None:
@@ -152,11 +152,11 @@ def _sketch(case: Case) -> None:
 
 def rows_of(part: str) -> list[dict[str, str]]:
     """The table of one part."""
-    return [_row(part, case, made) for case, made in launches(part)]
+    return [_row(part, *found) for found in compiled(part)]
 
 
-def _row(part: str, case: Case, made: Launch) -> dict[str, str]:
-    found = compile_for(part, made)
+def _row(part: str, case: Case, made: Launch, kernel: Any) -> dict[str, str]:
+    found = resources(kernel)
     sizes = {k: v for k, v in made.arguments.items() if k.startswith("BLOCK") and v}
     return {
         "kernel": made.kernel.__name__.strip("_"),

@@ -46,10 +46,11 @@ def _close_kernel(
     item = work + tl.program_id(0).to(tl.int64) * FIELDS
     factor = tl.load(item).to(tl.pointer_type(FACTOR))
     basis = tl.load(item + 1).to(tl.pointer_type(tl.float32))
-    to = out + tl.load(item + 2)
+    # Addresses are chosen as numbers: AMD's compiler cannot follow a pointer out of a branch.
+    width = out.dtype.element_ty.primitive_bitwidth // 8
+    own = out.to(tl.int64) + tl.load(item + 2) * width
     given = tl.load(item + 14)
-    if given != 0:
-        to = given.to(out.dtype)
+    to = tl.where(given != 0, given, own).to(out.dtype)
     R = tl.load(item + 3).to(tl.int32)
     stride_r = tl.load(item + 4).to(tl.int32)
     stride_c = tl.load(item + 5).to(tl.int32)

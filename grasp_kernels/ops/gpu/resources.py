@@ -1,7 +1,8 @@
 """What a kernel launch takes of a GPU, read off its machine code; no GPU is needed for it.
 
-Triton compiles for a part that is not there, and its wheel carries the disassemblers. AMD's code
-objects say it in their metadata.
+Triton's own JIT binds the arguments and compiles, as it would for a launch; only the driver that it
+asks for the GPU stands for a part that is not there. Its wheel carries the disassemblers; AMD's
+code objects say it in their metadata.
 """
 
 from __future__ import annotations
@@ -15,12 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.runtime import driver
 
 from grasp_kernels.ops.gpu.launch import Launch
 
@@ -33,14 +31,6 @@ TARGETS = {
 }
 # Instructions of interest: matrix products and bulk copies by generation.
 _OPCODES = ("HMMA", "HGMMA", "UTCHMMA", "UTMALDG", "UTMASTG", "LDGSTS", "FFMA", "v_mfma")
-_TYPES = {
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.int32: "i32",
-    torch.int64: "i64",
-}
 
 
 @dataclass(frozen=True)
@@ -53,58 +43,38 @@ class Resources:
     instructions: dict[str, int]
 
 
-def compile_for(target: str, made: Launch) -> Resources:
-    """Compile a launch, specialised on its arguments as Triton's JIT would, and read its code."""
-    options = {"num_warps": made.num_warps, "num_stages": made.num_stages}
-    source = ASTSource(made.kernel, *_specialized(made))
-    compiled = triton.compile(source, target=TARGETS[target], options=options)
-    read = _read_amd if TARGETS[target].backend == "hip" else _read_cuda
-    return read(compiled)
+class _Absent:
+    """The driver of a part that is not there: it says what to compile for."""
+
+    def __init__(self, part: str) -> None:
+        self.part = part
+
+    def get_current_target(self) -> GPUTarget:
+        """What Triton's backends compile for."""
+        return TARGETS[self.part]
+
+    def get_current_device(self) -> str:
+        """By which the JIT keeps what it compiled."""
+        return self.part
+
+    def get_current_stream(self, device: str) -> int:
+        """Asked for even where nothing is launched."""
+        return 0
 
 
-def specialization(made: Launch) -> str:
-    """What makes two launches of one kernel the same machine code."""
-    return repr(_specialized(made))
+def compile_for(part: str, made: Launch) -> Any:
+    """The compiled kernel of a launch, `hash` the same for the same machine code."""
+    driver.set_active(_Absent(part))
+    try:
+        options = {"num_warps": made.num_warps, "num_stages": made.num_stages}
+        return made.kernel.warmup(grid=made.grid, **made.arguments, **options)
+    finally:
+        driver.set_active(None)  # the next launch finds the real one
 
 
-def _specialized(made: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
-    """Signature, constants and attributes of the arguments."""
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for index, parameter in enumerate(made.kernel.params):
-        value = made.arguments[parameter.name]
-        kind, constant = _kind(value, parameter)
-        signature[parameter.name] = kind
-        if constant:
-            constants[(index,)] = value
-        elif not parameter.do_not_specialize and _divisible(value):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    return signature, constants, attributes
-
-
-def _kind(value: Any, parameter: Any) -> tuple[str, bool]:
-    """Triton's type of an argument, and whether it is compiled in."""
-    if parameter.is_constexpr or value is None:
-        return "constexpr", True
-    if isinstance(value, TensorDescriptor):
-        inner = _TYPES[value.base.dtype]
-        return f"tensordesc<{inner}{list(value.block_shape)}>", False
-    if isinstance(value, Tensor):
-        return f"*{_TYPES[value.dtype]}", False
-    if isinstance(value, bool):
-        return "i1", False
-    if isinstance(value, float):
-        return "fp32", False
-    if value == 1 and not parameter.do_not_specialize:
-        return "constexpr", True
-    return ("i32" if -(2**31) <= value < 2**31 else "i64"), False
-
-
-def _divisible(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.data_ptr() % 16 == 0
-    return type(value) is int and value % 16 == 0
+def resources(compiled: Any) -> Resources:
+    """Read off the machine code of a compiled kernel."""
+    return (_read_amd if "amdgcn" in compiled.asm else _read_cuda)(compiled)
 
 
 def _tool(name: str, *arguments: str) -> str:
