@@ -14,12 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grasp_kernels.ops.gpu.blocks import rounded
+from grasp_kernels.ops.gpu.blocks import dot, rounded
 from grasp_kernels.ops.gpu.launch import at_least_16, launch
 
 _TOKENS = 512
 _COLUMNS = 32
-_SHARES = 64
+_SHARES = {16: 32, 32: 16, 64: 4}  # added at once, by block of ranks: as many as spill nothing
 # Loads in flight a thread: one after the other, each would wait for memory.
 _UNROLL = tl.constexpr(8)
 
@@ -99,7 +99,7 @@ def _finish_factor_kernel(
                 mask=(c[:, None] < C) & (p[None, :] < P),
                 other=0.0,
             )
-            acc -= tl.sum(v[:, :, None] * share[None, :, :], axis=1)
+            acc = dot(-v, share, acc, False)
     to = out + c[:, None] * stride_oc + r[None, :] * stride_or
     tl.store(to, rounded(acc * scaling, out.dtype.element_ty), mask=inside)
 
@@ -139,7 +139,7 @@ def finish_factor(
         stride_or=out.stride(1),
         BLOCK_C=_COLUMNS,
         BLOCK_R=block_r,
-        BLOCK_P=4,
-        BLOCK_S=_SHARES * 16 // block_r,
+        BLOCK_P=16,
+        BLOCK_S=_SHARES[block_r],
         PROJECT=basis is not None,
     )
