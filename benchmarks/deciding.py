@@ -27,7 +27,7 @@ from torch import Tensor
 
 from grasp_kernels.bench.cost import Rates
 from grasp_kernels.bench.machine import environment, measure_rates
-from grasp_kernels.bench.timing import Measured, time_in_turn
+from grasp_kernels.bench.timing import CallWork, Measured, time_in_turn
 from grasp_kernels.files import whole_file
 from grasp_kernels.ops.gpu.launch import part_of
 from grasp_kernels.ops.lora_linear.triton.down import down
@@ -62,22 +62,6 @@ class Shapes:
     dtype: torch.dtype = torch.bfloat16
 
 
-class _Call:
-    """One function as work to be timed."""
-
-    def __init__(self, call: Callable[[], Any]) -> None:
-        self.call = call
-
-    def reset(self) -> None:
-        """Nothing is kept between calls."""
-
-    def forward(self) -> Any:
-        return self.call()
-
-    def backward(self, y: Any) -> None:
-        """All of it was forward."""
-
-
 @dataclass(frozen=True)
 class _Candidate:
     call: Callable[[], Any]
@@ -105,7 +89,7 @@ def rows(shapes: Shapes, device: torch.device, rounds: int) -> Iterator[Row]:
             failed = {"kind": make.__name__.strip("_"), "I": sizes[0], "candidate": "all"}
             yield {**failed, "failed": str(error), **machine}
             continue
-        works = {name: _Call(candidate.call) for name, candidate in case.candidates.items()}
+        works = {name: CallWork(candidate.call) for name, candidate in case.candidates.items()}
         for name, found in time_in_turn(works, device, rounds=rounds).items():
             yield {
                 **case.sizes,

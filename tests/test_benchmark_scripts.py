@@ -1,6 +1,5 @@
 """The scripts in benchmarks/, as far as they go without a GPU."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -8,27 +7,18 @@ from types import ModuleType
 
 import pytest
 import torch
+from scripts import BENCHMARKS, load_script
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def deciding() -> ModuleType:
-    return script("deciding")
+    return load_script("deciding")
 
 
 def test_identification_is_timed_from_file_to_subspace() -> None:
-    found = list(script("identification").rows(["tiny"], R=4, rounds=2))
+    found = list(load_script("identification").rows(["tiny"], R=4, rounds=2))
     assert [(row["scope"], row["verdict"]) for row in found] == [
         ("shared", "found"),
         ("layer", "found"),

@@ -1,28 +1,22 @@
 """Every launch compiles for every part, within its limits; no GPU is needed."""
 
 import csv
-import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+from scripts import BENCHMARKS, load_script
 
 from grasp_kernels.ops.gpu.launch import PARTS
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "kernel_resources.py"
+SCRIPT = BENCHMARKS / "kernel_resources.py"
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("kernel_resources", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("kernel_resources")
 
 
 def test_every_launch_of_every_part() -> None:

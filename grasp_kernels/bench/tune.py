@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from grasp_kernels.bench.candidates import Choice, candidates
 from grasp_kernels.bench.launches import Results, Work, work_of
-from grasp_kernels.bench.timing import Measured, Times, time_in_turn
+from grasp_kernels.bench.timing import CallWork, Measured, Times, time_in_turn
 from grasp_kernels.ops.gpu.launch import part_of
 from grasp_kernels.ops.gpu.tuning import Key
 
@@ -107,7 +108,7 @@ def timer_on(device: torch.device, rounds: int) -> Timer:
     """Times on a device, in turn; on a GPU on a cold L2 and without the time of the host."""
 
     def timer(work: Work, choices: list[Choice]) -> Mapping[Choice, Times | Exception]:
-        works = {str(choice): _Launched(work, choice) for choice in choices}
+        works = {str(choice): CallWork(partial(work, choice)) for choice in choices}
         found = time_in_turn(works, device, rounds=rounds)
         return {choice: _forward_times(found[str(choice)]) for choice in choices}
 
@@ -116,23 +117,6 @@ def timer_on(device: torch.device, rounds: int) -> Timer:
 
 def _forward_times(found: Measured | Exception) -> Times | Exception:
     return found.forward if isinstance(found, Measured) else found
-
-
-@dataclass(frozen=True)
-class _Launched:
-    """A launch, timed as a forward without a backward."""
-
-    work: Work
-    choice: Choice
-
-    def reset(self) -> None:
-        """There is nothing to forget."""
-
-    def forward(self) -> Tensor:
-        return self.work(self.choice)[0]
-
-    def backward(self, y: Tensor) -> None:
-        """There is none."""
 
 
 def gains(outcomes: Iterable[Outcome]) -> str:

@@ -55,32 +55,23 @@ def product(
 ) -> Tensor:
     """`a[T, I] b[I, J] + bias + mask ⊙ (s leftᵀ right) + dᵀ C`, arguments as in `extended_gemm`."""
     path = choose(part_of(a.device), a.element_size(), b.shape[0], b.shape[1], padded=False)
-    if path == "extended":
+    extended = path == "extended"
+    if extended:
         out = a.new_empty(a.shape[0], b.shape[1])
+    else:
+        out = a @ b if bias is None else torch.addmm(bias, a, b)
+    if extended or dropout is not None:  # a mask is made anew by the kernel alone
         extended_gemm(
             a,
             b,
             out,
             left,
             right,
-            bias=bias,
+            bias=bias if extended else None,
             scaling=scaling,
             projection=projection,
             dropout=dropout,
-        )
-        return out
-    out = a @ b if bias is None else torch.addmm(bias, a, b)
-    if dropout is not None:
-        extended_gemm(
-            a,
-            b,
-            out,
-            left,
-            right,
-            scaling=scaling,
-            projection=projection,
-            dropout=dropout,
-            accumulate=True,
+            accumulate=not extended,
         )
     elif projection is None:
         out.addmm_(left.mT, right, alpha=scaling)
