@@ -6,7 +6,7 @@ READY := $(VENV)/ready
 DEMO ?= demo-output
 SEED ?= 0
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench wheel clean
 
 demo: $(READY)
 	$(BIN)/grasp-kernels demo --output $(DEMO) --seed $(SEED)
@@ -22,13 +22,19 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/grasp-kernels bench
 
+# Both from the tree itself, so that the wheel takes the kernels that are compiled already.
+wheel: $(READY)
+	rm -rf dist build/lib* build/bdist*
+	$(BIN)/python -m build --no-isolation --sdist --wheel
+
 # torch first and alone: a range that admits a newer release would fetch gigabytes of CUDA packages
 # on a machine that has no use for them. TORCH="torch" takes the newest.
 TORCH ?= torch==2.13.0
-$(READY): pyproject.toml setup.py csrc/host.cpp
+NATIVE := $(wildcard build_support/*.py) $(shell find csrc -type f -not -name '*.md')
+$(READY): pyproject.toml setup.py $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
-	$(BIN)/python -m pip install --quiet pybind11 "$(TORCH)"
+	$(BIN)/python -m pip install --quiet pybind11 ninja "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $(READY)
 

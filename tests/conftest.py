@@ -1,11 +1,13 @@
 """Every test starts from the same seed, and uninitialised memory is NaN.
 
-Without a GPU, Triton's kernels run in its interpreter, which must be said before it is imported.
+Without a GPU, Triton's kernels run in its interpreter, which must be said before it is imported,
+and the CUDA kernels on the emulator of tests/emulator.
 """
 
 import os
 from collections.abc import Iterator
 
+import emulated
 import pytest
 import torch
 
@@ -13,6 +15,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores
     torch.set_num_threads(1)
+
+
+def pytest_collection() -> None:
+    """Before the tests ask which backends there are."""
+    emulated.load()
 
 
 @pytest.fixture(autouse=True)

@@ -40,14 +40,15 @@ def test_without_a_gpu_the_kernels_say_so() -> None:
     assert in_a_fresh_process(code).startswith("it needs a GPU")
     assert in_a_fresh_process(CALL) == (
         "backend 'triton' cannot run on cpu: it needs a GPU "
-        "(on a CPU only Triton's interpreter runs kernels)."
+        "(on a CPU only Triton's interpreter runs kernels); use backend='auto' for one that can."
     )
 
 
 def test_without_triton_everything_else_works() -> None:
     missing = "import sys; sys.modules['triton'] = None\n"
     assert in_a_fresh_process(missing + CALL) == (
-        "backend 'triton' cannot run on cpu: triton is not installed."
+        "backend 'triton' cannot run on cpu: triton is not installed; "
+        "use backend='auto' for one that can."
     )
     works = """
 import grasp_kernels as gk, torch
@@ -59,7 +60,8 @@ gk.lora_linear(x, torch.ones(3, 4), None, torch.ones(1, 4), torch.ones(3, 1), 1.
 from grasp_kernels.ops.closure.api import Factor, close
 close([Factor(torch.ones(1, 4), None)], torch.float32, backend="reference")
 """
-    expected = {"triton": "triton is not installed", "aten": None, "reference": None}
+    missing_too = dict.fromkeys(("cuda", "triton"), "triton is not installed")
+    expected = {**missing_too, "aten": None, "reference": None}
     assert in_a_fresh_process(missing + works) == str(expected)
 
 
@@ -129,15 +131,15 @@ def test_on_a_cpu_nothing_is_looked_up() -> None:
 def test_the_kernels_refuse_what_they_cannot_compute() -> None:
     inputs = make_inputs(Case(dtype=torch.float64))
     del inputs["dy"]
-    with pytest.raises(TypeError, match=r"x has torch\.float64; use backend='aten'"):
-        gk.lora_linear(**inputs, scaling=1.0, backend="triton")
+    for name in api.KERNELS:
+        with pytest.raises(ValueError, match=r"x has torch\.float64; use backend='auto'"):
+            gk.lora_linear(**inputs, scaling=1.0, backend=name)
     from grasp_kernels.ops.lora_linear.triton import backend
 
     wide = torch.empty(1, dtype=torch.bfloat16).expand(2**27, 8)
     factors = torch.empty(16, 8), torch.empty(8, 16)
     op = Operands(torch.empty(8, 8), None, *factors, *(None,) * 8, 1.0, 0.0, True, True)
-    with pytest.raises(ValueError, match=r"134217728 tokens and R \+ Q = 16"):
-        backend.forward(wide, op)
+    assert "134217728 tokens and R + Q = 16" in str(backend.refuses(wide, op))
 
 
 def benchmark_row(provider: str, milliseconds: float | None, **changes: object) -> dict:

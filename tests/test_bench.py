@@ -206,10 +206,19 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_interpreter_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons: dict[str, str | None] = {"triton": None, "aten": None}
     monkeypatch.setattr(ours.api, "backends", lambda device: reasons)
-    assert ours._unavailable("triton", CPU, torch.float32) == "Triton's interpreter is not timed"
+    interpreted = "kernels that a CPU interprets are not timed"
+    assert ours._unavailable("triton", CPU, torch.float32) == interpreted
     assert ours._unavailable("aten", CPU, torch.float32) is None
     reasons["triton"] = "there is no GPU"
     assert ours._unavailable("triton", CPU, torch.float32) == "there is no GPU"
+
+
+def test_a_dtype_that_a_backend_lacks_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons: dict[str, str | None] = {"cuda": None}
+    monkeypatch.setattr(ours.api, "backends", lambda device: reasons)
+    gpu = torch.device("cuda")
+    assert ours._unavailable("cuda", gpu, torch.float32) == "it does not compute float32"
+    assert ours._unavailable("cuda", gpu, torch.bfloat16) is None
 
 
 def test_every_backend_but_the_specification_is_a_provider(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import grasp_kernels as gk
 from grasp_kernels.ops.lora_linear import padding
-from grasp_kernels.ops.lora_linear.api import BACKENDS
+from grasp_kernels.ops.lora_linear.api import BACKENDS, KERNELS, computes
 from grasp_kernels.ops.projection import project_columns, project_rows
 from grasp_kernels.testing import (
     Case,
@@ -26,8 +26,27 @@ DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
 PLACES = [(b, d) for b in BACKENDS for d in DEVICES if gk.backends(d)[b] is None]
 everywhere = pytest.mark.parametrize(("backend", "device"), PLACES)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-WITH_FLOAT64 = tuple(name for name in BACKENDS if name != "triton")
+
+
+def suited(case: Case, backend: str) -> Case:
+    """The case, in a dtype that the backend computes."""
+    return case if computes(backend, case.dtype) else replace(case, dtype=torch.bfloat16)
+
+
+def in_dtypes(*cases: Case) -> list[Any]:
+    """Parameters (backend, device, case): every case in every dtype that the backend computes."""
+    made = (
+        (backend, device, replace(case, dtype=dtype))
+        for backend, device in PLACES
+        for case in cases
+        for dtype in DTYPES
+    )
+    return [p for p in made if suited(p[2], p[0]) == p[2]]
+
+
+WITH_FLOAT64 = tuple(name for name in BACKENDS if name not in KERNELS)
 BOTH = Case(P=4, Q=4)
+ANY_DTYPE = [(b, d, case.dtype) for b, d, case in in_dtypes(BOTH)]
 # One case a feature, then the products that interact: the projection with closure and dropout.
 CASES = [
     Case(),
@@ -54,11 +73,19 @@ MIXED = [
 
 
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("backend", "device", "case"), in_dtypes(*CASES), ids=str)
+def test_backend_is_within_budget_of_the_oracle(backend: str, device: str, case: Case) -> None:
+    assert check_against_oracle(replace(case, device=device), backend) == {}
+
+
+@pytest.mark.usefixtures("poisoned")
 @everywhere
-@pytest.mark.parametrize(
-    "case", [replace(case, dtype=dtype) for case in CASES for dtype in DTYPES] + MIXED, ids=str
-)
-def test_backend_is_within_budget_of_the_oracle(case: Case, backend: str, device: str) -> None:
+@pytest.mark.parametrize("case", MIXED, ids=str)
+def test_the_adapter_may_have_another_dtype(backend: str, device: str, case: Case) -> None:
+    if suited(case, backend) != case:
+        with pytest.raises(ValueError, match=r"x has torch\.float32; use backend='auto'"):
+            check_against_oracle(replace(case, device=device), backend)
+        return
     assert check_against_oracle(replace(case, device=device), backend) == {}
 
 
@@ -105,7 +132,7 @@ def test_any_shape_of_the_kernels(**shape: Any) -> None:
         torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5, msg=name)
 
 
-@everywhere
+@pytest.mark.parametrize(("backend", "device", "dtype"), ANY_DTYPE)
 @pytest.mark.parametrize(
     ("term", "shows_in", "case"),
     [
@@ -120,7 +147,6 @@ def test_any_shape_of_the_kernels(**shape: Any) -> None:
         ("dropout", "dlora_A", replace(BOTH, dropout_p=0.3)),
     ],
 )
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_missing_term_would_be_over_budget(
     term: str, shows_in: str, case: Case, dtype: torch.dtype, backend: str, device: str
 ) -> None:
@@ -159,7 +185,8 @@ def test_gradcheck(backend: str, Q: int, dropout_p: float) -> None:
     "case", [Case(), replace(BOTH, dropout_p=0.2, dtype=torch.bfloat16)], ids=str
 )
 def test_a_rerun_is_bitwise_identical(case: Case, backend: str, device: str) -> None:
-    inputs, runs = make_inputs(replace(case, device=device)), []
+    case = suited(replace(case, device=device), backend)
+    inputs, runs = make_inputs(case), []
     for _ in range(2):
         torch.manual_seed(5)
         runs.append(differentiate(case, inputs, backend=backend))
@@ -169,7 +196,7 @@ def test_a_rerun_is_bitwise_identical(case: Case, backend: str, device: str) -> 
 
 @everywhere
 def test_any_number_of_leading_dimensions(backend: str, device: str) -> None:
-    inputs = make_inputs(replace(BOTH, T=30, device=device))
+    inputs = make_inputs(suited(replace(BOTH, T=30, device=device), backend))
     arguments = {k: v for k, v in inputs.items() if k not in ("x", "dy")}
     flat = gk.lora_linear(inputs["x"], **arguments, scaling=0.5, backend=backend)
     for shape in ((2, 15), (2, 3, 5), (1, 30)):
@@ -182,7 +209,7 @@ def test_any_number_of_leading_dimensions(backend: str, device: str) -> None:
 
 @everywhere
 def test_strided_inputs(backend: str, device: str) -> None:
-    case = replace(BOTH, T=16, device=device)
+    case = suited(replace(BOTH, T=16, device=device), backend)
     inputs = make_inputs(case)
     plain = differentiate(case, inputs, backend=backend)
     strided = dict(inputs)
@@ -203,7 +230,7 @@ def test_write_weight_is_only_a_cache() -> None:
 
 @everywhere
 def test_retain_graph_gives_the_same_gradients_again(backend: str, device: str) -> None:
-    inputs = make_inputs(replace(BOTH, device=device))
+    inputs = make_inputs(suited(replace(BOTH, device=device), backend))
     A = inputs["lora_A"].requires_grad_()
     arguments = {k: v for k, v in inputs.items() if k != "dy"}
     y = gk.lora_linear(**arguments, scaling=0.5, dropout_p=0.5, backend=backend)
@@ -260,10 +287,12 @@ def test_closed_factors_are_only_a_cache(
     project: str, closed: bool, backend: str, device: str
 ) -> None:
     case = replace(BOTH, project=project, closed=closed, dropout_p=0.2, device=device)
+    case = suited(case, backend)
     inputs = make_inputs(case)
     A, B = inputs["lora_A"], inputs["lora_B"]
     if closed:
         A, B = project_rows(A, inputs["read_basis"]), project_columns(B, inputs["write_basis"])
+    A, B = A.to(case.dtype), B.to(case.dtype)
     runs = []
     for factors in (None, (A, B)):
         torch.manual_seed(4)
@@ -272,8 +301,7 @@ def test_closed_factors_are_only_a_cache(
         torch.testing.assert_close(found, runs[0][name], rtol=1e-6, atol=1e-6, msg=name)
 
 
-@everywhere
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("backend", "device", "dtype"), ANY_DTYPE)
 @pytest.mark.parametrize(
     "case",
     [
@@ -290,7 +318,7 @@ def test_a_padded_weight_changes_nothing(
     case: Case, dtype: torch.dtype, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = replace(case, dtype=dtype, device=device)
-    if backend == "triton":
+    if backend in KERNELS:
         from grasp_kernels.ops.lora_linear.triton import base_product
 
         taken = []
@@ -323,7 +351,7 @@ def test_a_padded_weight_changes_nothing(
     for name, plain in results[0].items():
         error = relative_error(results[1][name], plain)
         assert error <= 2 * torch.finfo(dtype).eps, name
-    if backend == "triton":
+    if backend in KERNELS:
         # forward and backward; a mask cannot ride along in the second
         assert taken.count(True) == (1 if case.dropout_p else 2)
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_ops import everywhere
+from test_ops import everywhere, suited
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import fresh_cache
 from torch.utils.checkpoint import checkpoint
 
@@ -43,7 +44,7 @@ def registered_arguments(case: Case, backend: str) -> tuple[Any, ...]:
     ids=str,
 )
 def test_opcheck(case: Case, backend: str, device: str) -> None:
-    arguments = registered_arguments(replace(case, device=device), backend)
+    arguments = registered_arguments(suited(replace(case, device=device), backend), backend)
     torch.library.opcheck(torch.ops.grasp_kernels.lora_linear.default, arguments)
 
 
@@ -51,7 +52,7 @@ def test_opcheck(case: Case, backend: str, device: str) -> None:
 def test_opcheck_of_the_backward(backend: str, device: str) -> None:
     x, *operands = (
         a.detach() if isinstance(a, torch.Tensor) else a
-        for a in registered_arguments(replace(BOTH, device=device), backend)
+        for a in registered_arguments(suited(replace(BOTH, device=device), backend), backend)
     )
     y, *saved = torch.ops.grasp_kernels.lora_linear(x, *operands)
     needs = [True, False, True, True, True, False]
@@ -133,7 +134,7 @@ def test_two_dropouts_in_one_compiled_graph_differ() -> None:
 def test_dynamic_lengths_compile_once() -> None:
     case = Case(Q=2)
     layer = Layer(case)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
     for T in (5, 17, 33, 64):
         x = torch.randn(T, case.K)

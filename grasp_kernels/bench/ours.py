@@ -17,15 +17,15 @@ from grasp_kernels.layers.linear import GraspLoRALinear
 from grasp_kernels.layers.replacement import replace_lora_layers
 from grasp_kernels.ops.lora_linear import api, measured
 
-_INTERPRETED = "triton"  # the one backend that a CPU can run without being meant to
-
 
 def _unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if backend == "auto":  # which of them computes is decided for each shape
         return None
     reason = api.backends(device)[backend]
-    if reason is None and backend == _INTERPRETED and device.type == "cpu":
-        return "Triton's interpreter is not timed"
+    if reason is None and backend in api.KERNELS and device.type == "cpu":
+        return "kernels that a CPU interprets are not timed"
+    if reason is None and not api.computes(backend, dtype):
+        return f"it does not compute {str(dtype).removeprefix('torch.')}"
     return reason
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import platform
+from collections.abc import Iterator
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
@@ -20,6 +22,11 @@ def add_doctor(commands: Any, common: argparse.ArgumentParser) -> None:
         help="versions, GPU, backends and why one is missing",
         description="What is installed here, which backends can run, and why the others cannot.",
     )
+    parser.add_argument(
+        "--kernels",
+        action="store_true",
+        help="list every compiled CUDA kernel with its registers, memory and threads",
+    )
     parser.set_defaults(command=_doctor)
 
 
@@ -27,8 +34,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
     rows = {"grasp_kernels": __version__, "python": platform.python_version()}
     rows.update({package: _installed(package) for package in _PACKAGES})
     rows["GPU"] = _gpu()
-    extension = find_spec("grasp_kernels._host") is not None
-    rows["compiled extension"] = "there" if extension else "not built (works without)"
+    host = _host()
+    rows["compiled extension"] = _extension(host)
+    rows["CUDA kernels"] = _kernels(host)
 
     from grasp_kernels import backends
 
@@ -38,6 +46,10 @@ def _doctor(arguments: argparse.Namespace) -> int:
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")
+    if arguments.kernels and host is not None:
+        print()
+        for line in _kernel_table(host.kernels()):
+            print(line)
     return 0
 
 
@@ -46,6 +58,52 @@ def _installed(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def _host() -> Any:
+    """The compiled module that tells of this build, or None."""
+    if find_spec("grasp_kernels._host") is None:
+        return None
+    return import_module("grasp_kernels._host")
+
+
+def _extension(host: Any) -> str:
+    if host is None:
+        return "not built (works without)"
+    build = host.build_info()
+    standard = build["cxx_standard"] // 100 % 100
+    return f"{build['version']}, by {build['compiler']}, C++{standard}, Python {build['python']}"
+
+
+def _kernels(host: Any) -> str:
+    """The CUDA kernels in one line."""
+    build = {} if host is None else host.build_info()
+    if not build.get("nvcc"):
+        return "not built (install with nvcc there, and pip's --no-build-isolation, for them)"
+    kernels = host.kernels()
+    spilling = [kernel["name"] for kernel in kernels if kernel["spilled"]]
+    spills = (
+        f"{len(spilling)} spill: {', '.join(sorted(set(spilling)))}" if spilling else "none spills"
+    )
+    return (
+        f"{len(kernels)} for {', '.join(build['architectures'])}, by nvcc {build['nvcc']}, "
+        f"for torch {build['torch_abi']} or newer; {spills}"
+    )
+
+
+_COLUMNS = (
+    "name", "shape", "arch", "registers", "shared_memory", "local_memory", "spilled", "max_threads",
+)  # fmt: skip
+
+
+def _kernel_table(kernels: list[dict[str, Any]]) -> Iterator[str]:
+    """The kernels as aligned columns; memory is in bytes."""
+    rows = [_COLUMNS, *(tuple(str(kernel[c]) for c in _COLUMNS) for kernel in kernels)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(
+            f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)
+        ).rstrip()
 
 
 def _auto() -> str:

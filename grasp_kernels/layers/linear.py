@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from grasp_kernels.layers.factors import ClosedFactors
 from grasp_kernels.ops import lora_linear, project_gradient
 from grasp_kernels.ops.lora_linear import measured, padding
+from grasp_kernels.ops.lora_linear.api import KERNELS
 from grasp_kernels.ops.lora_linear.aten import write_weight
 from grasp_kernels.ops.projection import project_columns, project_rows
 
@@ -203,7 +204,7 @@ class GraspLoRALinear(lora.Linear):
 
     def _closed_factors(self, x: Tensor, adapter: str) -> tuple[Tensor, Tensor] | None:
         """A°, B° from the launch that makes those of all layers; None: the operator makes them."""
-        kernels = self.backend == "triton"
+        kernels = self.backend in KERNELS
         kernels |= self.backend == "auto" and measured.prefers_kernels(x.device)
         if not kernels or torch.compiler.is_compiling():
             return None

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 from torch import device
 
@@ -27,17 +28,28 @@ def why_not(package: str, name: str, where: device) -> str | None:
     return module if isinstance(module, str) else module.unsupported(where)
 
 
-def select(package: str, order: Sequence[str], requested: str, where: device) -> ModuleType:
+def select(
+    package: str, order: Sequence[str], requested: str, where: device, *call: Any
+) -> ModuleType:
     """The backend to run: the first of `order` that can, or exactly the requested one.
 
-    An explicit request never falls back: it runs, or raises with the reason.
+    An explicit request never falls back: it runs, or raises with the reason. A backend that cannot
+    compute every call has `refuses(*call)`, which says why not.
     """
     if requested not in ("auto", *order):
         raise ValueError(f"backend {requested!r} is unknown; use 'auto' or one of {tuple(order)}.")
     reason: str | None = None
     for name in order if requested == "auto" else (requested,):
         module = load(package, name)
-        reason = module if isinstance(module, str) else module.unsupported(where)
-        if isinstance(module, ModuleType) and reason is None:
+        if isinstance(module, str):
+            reason = module
+            continue
+        reason = module.unsupported(where)
+        if reason is None and call:
+            reason = module.refuses(*call)
+        if reason is None:
             return module
-    raise ValueError(f"backend {requested!r} cannot run on {where}: {reason}.")
+    raise ValueError(
+        f"backend {requested!r} cannot run on {where}: {reason}; "
+        "use backend='auto' for one that can."
+    )

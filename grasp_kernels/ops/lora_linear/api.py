@@ -21,7 +21,8 @@ from grasp_kernels.ops.lora_linear.operands import Needs, Operands, Saved
 from grasp_kernels.ops.lora_linear.padding import parts
 
 PACKAGE = __package__  # where the backends are
-BACKENDS = ("triton", "aten", "reference")  # the reference is last and runs everywhere
+KERNELS = ("cuda", "triton")
+BACKENDS = (*KERNELS, "aten", "reference")  # the reference is last and runs everywhere
 PROJECTIONS = ("residual", "weights")
 
 
@@ -30,6 +31,12 @@ def backends(where: torch.device | str | None = None) -> dict[str, str | None]:
     if where is None:
         where = "cuda" if torch.cuda.is_available() else "cpu"
     return {name: dispatch.why_not(PACKAGE, name, torch.device(where)) for name in BACKENDS}
+
+
+def computes(backend: str, dtype: torch.dtype) -> bool:
+    """Whether a backend, if it is here, computes with activations of a dtype."""
+    module = dispatch.load(PACKAGE, backend)
+    return isinstance(module, str) or dtype in module.DTYPES
 
 
 def lora_linear(
@@ -229,9 +236,10 @@ def _run_forward(x: Tensor, *operands: Any) -> tuple[Tensor, ...]:
     """`Y` and what the backward needs: `S`, `A°`, `B°`, the last two empty if they were given."""
     *fields, backend = operands
     op = Operands(*fields)
-    module = _select(backend, x, op)
+    rows = x.reshape(-1, x.shape[-1])
+    module = _select(backend, rows, op)
     with _without_autocast(x):
-        y, (S, A, B) = module.forward(x.reshape(-1, x.shape[-1]), op)
+        y, (S, A, B) = module.forward(rows, op)
     if op.closed_A is not None:  # an operator must not return its own inputs
         A, B = x.new_empty(0), x.new_empty(0)
     return y.view(*x.shape[:-1], op.weight.shape[0]), S, A, B
@@ -243,23 +251,25 @@ def _run_backward(
     """The gradients in the order of Needs; empty where not needed."""
     *fields, backend = operands
     op = Operands(*fields)
-    module = _select(backend, x, op)
+    rows = x.reshape(-1, x.shape[-1])
+    module = _select(backend, rows, op)
     if op.closed_A is not None and op.closed_B is not None:
         A, B = op.closed_A, op.closed_B
-    rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     with _without_autocast(x):
-        found = module.backward(*rows, Saved(S, A, B), op, Needs(*needs))
+        found = module.backward(
+            dy.reshape(-1, dy.shape[-1]), rows, Saved(S, A, B), op, Needs(*needs)
+        )
     dx, *others = (x.new_empty(0) if gradient is None else gradient for gradient in found)
     return dx.view(x.shape) if needs[0] else dx, *others
 
 
 def _select(backend: str, x: Tensor, op: Operands) -> ModuleType:
-    """The backend of a call; forward and backward see the same shapes and so agree."""
+    """The backend for `x[T, K]`; forward and backward see the same shapes and so agree."""
     if backend == "auto":
         order: Sequence[str] = measured.order(x, op)
     else:
         order = BACKENDS
-    return dispatch.select(PACKAGE, order, backend, x.device)
+    return dispatch.select(PACKAGE, order, backend, x.device, x, op)
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:

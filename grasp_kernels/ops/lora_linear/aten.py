@@ -20,14 +20,19 @@ from torch import Tensor
 
 from grasp_kernels.ops.lora_linear.dropout import kept, masks
 from grasp_kernels.ops.lora_linear.operands import Gradients, Needs, Operands, Saved
-from grasp_kernels.ops.lora_linear.reference import closed_factors
+from grasp_kernels.ops.lora_linear.reference import DTYPES, closed_factors
 from grasp_kernels.ops.projection import project_columns, project_rows
 
-__all__ = ["backward", "forward", "kept", "unsupported"]
+__all__ = ["DTYPES", "backward", "forward", "kept", "refuses", "unsupported"]
 
 
 def unsupported(where: torch.device) -> str | None:
     """Library calls run everywhere."""
+    return None
+
+
+def refuses(x: Tensor, op: Operands) -> str | None:
+    """Nothing."""
     return None
 
 

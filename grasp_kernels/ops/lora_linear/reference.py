@@ -23,11 +23,18 @@ from grasp_kernels.ops.lora_linear.dropout import dropout, kept
 from grasp_kernels.ops.lora_linear.operands import Gradients, Needs, Operands, Saved
 from grasp_kernels.ops.projection import project_columns, project_rows
 
-__all__ = ["backward", "forward", "kept", "unsupported"]
+__all__ = ["DTYPES", "backward", "forward", "kept", "refuses", "unsupported"]
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def unsupported(where: torch.device) -> str | None:
     """The specification runs everywhere."""
+    return None
+
+
+def refuses(x: Tensor, op: Operands) -> str | None:
+    """Nothing."""
     return None
 
 

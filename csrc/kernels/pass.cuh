@@ -1,0 +1,230 @@
+// The pipeline of all passes: tiles of Z come in, products take them up, results go out.
+//
+//   gradient pass, Z = dY:  [dS | D] = dY [s B̂ | V]   and   dB = (I − V Vᵀ) s dYᵀ S
+//   input pass,    Z = X:                                    dA = dSᵀ X̃ (I − U Uᵀ)
+//   down pass,     Z = X:   S = X̃ A°ᵀ
+//
+// A block owns a slab of columns and runs down a range of tokens, its sum over tokens in registers;
+// or, in a down pass, it owns 64 tokens and runs along the columns, the skinny result in registers.
+// Groups of 128 threads own columns of the tile and depend on each other nowhere in the loop. The
+// blocks that share tokens, side by side along y, form clusters on Hopper and add their skinny tiles
+// there, so that one partial result in eight reaches memory.
+// Shapes: T tokens, C columns of Z, R LoRA rank, Q basis size, E rows of the skinny result.
+
+#pragma once
+
+#include <type_traits>
+
+#include "kernels/dropout.cuh"
+#include "kernels/exchange.cuh"
+#include "kernels/products_sm80.cuh"
+#include "kernels/products_sm90.cuh"
+#include "kernels/ring_sm80.cuh"
+#include "kernels/ring_sm90.cuh"
+#include "kernels/skinny.cuh"
+#include "kernels/sums.cuh"
+
+namespace grasp {
+
+// A group's columns of the tile, 16 bytes a thread at a time: copied, and zeroed where dropout says.
+template <int kIndex>
+__device__ void visit_tile(const PassArguments& a, const Place& at, char* stage, int64_t token,
+                           int64_t column) {
+  constexpr Shape S = SHAPES[kIndex];
+  const uint64_t seed = a.mask.seed == nullptr ? 0 : static_cast<uint64_t>(*a.mask.seed);
+  const uint64_t chunks = static_cast<uint64_t>(a.C / 8);
+#pragma unroll 1
+  for (int unit = at.thread % kGroup; unit < S.blocks * kTokens * 8; unit += kGroup) {
+    const int block = at.group * S.blocks + unit / (kTokens * 8);
+    const int row = unit / 8 % kTokens, chunk = unit % 8;
+    const int64_t t = token + row, c = column + kWide * block + 8 * chunk;
+    if (t >= a.T || c >= a.C) continue;
+    auto* elements = reinterpret_cast<uint4*>(stage + block * kTokens * kRowBytes +
+                                              chunk_offset(row, chunk));
+    if (a.copy != nullptr) {
+      *reinterpret_cast<uint4*>(static_cast<uint16_t*>(a.copy) + t * a.copy_stride + c) = *elements;
+    }
+    if (a.mask.seed != nullptr) {
+      *elements = dropped(*elements, seed, t * chunks + c / 8, a.mask.threshold);
+    }
+  }
+  device::fence_async_proxy();
+  device::named_barrier(2 + at.group, kGroup);
+}
+
+template <typename T, int kIndex>
+struct Pass {
+  static constexpr Shape S = SHAPES[kIndex];
+  static constexpr int kSkinnyBlocks = S.skinny() ? S.E / 8 : 2;  // 2: an array that nothing uses
+  static constexpr int kSumBlocks = S.sums() ? S.R / 8 : 2;
+  using Ring = std::conditional_t<S.arch == 90, RingSm90<kIndex>, RingSm80<kIndex>>;
+  using Exchange = std::conditional_t<S.arch == 90, ExchangeSm90<kIndex>, ExchangeSm80<kIndex>>;
+  using Products = std::conditional_t<S.arch == 90, ProductsSm90<T>, ProductsSm80<T>>;
+
+  const PassArguments& a;
+  const Steps<kIndex>& steps;
+  Ring& ring;
+  Exchange& exchange;
+  Place at;
+  Products products{at};
+  Shared<kIndex> shared;
+
+  float skinny[kSkinnyBlocks][4];
+  float sums[S.blocks][kSumBlocks][4];
+
+  __device__ Pass(const PassArguments& arguments, const Steps<kIndex>& where, Ring& tiles,
+                  Exchange& others)
+      : a(arguments), steps(where), ring(tiles), exchange(others) {}
+
+  __device__ void run() {
+    clear_skinny();
+#pragma unroll
+    for (int m = 0; m < S.blocks; ++m) {
+#pragma unroll
+      for (int j = 0; j < kSumBlocks; ++j) {
+#pragma unroll
+        for (int n = 0; n < 4; ++n) sums[m][j][n] = 0.0f;
+      }
+    }
+    if constexpr (S.sums() && S.skinny()) {
+      load_factor<T, kIndex>(a, shared, at, steps.column);
+    }
+#pragma unroll 1
+    for (int i = 0; i < steps.count; ++i) step(i);
+    finish();
+  }
+
+ private:
+  __device__ void step(int i) {
+    char* stage = ring.acquire(i);
+    if (a.copy != nullptr || a.mask.seed != nullptr) {
+      visit_tile<kIndex>(a, at, stage, steps.token_of(i), steps.column_of(i));
+    }
+    hold();
+    products.begin();
+    if constexpr (S.skinny()) skinny_product(stage);
+    products.commit();
+    if constexpr (S.sums()) {
+      sums_product(stage);
+      products.commit();
+    }
+    if constexpr (S.sums() && S.skinny()) {
+      if (i > 0) reduce(i - 1);  // while the products of this step are under way
+      products.template wait<1>();
+      hand_over(i);
+      clear_skinny();
+    }
+    products.template wait<0>();
+    hold();
+    ring.release(i);
+  }
+
+  __device__ void finish() {
+    if constexpr (S.sums()) {
+      if constexpr (S.skinny()) {
+        if (steps.count > 0) reduce(steps.count - 1);
+      }
+      write_sums<kIndex>(a, at, steps.column, sums);
+      if (a.shares != nullptr) write_shares<kIndex>(a, shared, at, steps.column, sums);
+    } else {
+      hand_over(0);
+      reduce(0);
+    }
+  }
+
+  __device__ void skinny_product(const char* stage) {
+    const char* factor = S.sums() ? shared.factor() : stage + S.z_bytes();
+#pragma unroll
+    for (int m = 0; m < S.blocks; ++m) {
+      const int block = at.group * S.blocks + m;
+      products.skinny(skinny, stage + block * kTokens * kRowBytes,
+                      factor + block * S.E * kRowBytes);
+    }
+  }
+
+  __device__ void sums_product(const char* stage) {
+#pragma unroll
+    for (int m = 0; m < S.blocks; ++m) {
+      const int block = at.group * S.blocks + m;
+      products.sums(sums[m], stage + block * kTokens * kRowBytes, stage + S.z_bytes());
+    }
+  }
+
+  // Tile i to its readers.
+  __device__ void hand_over(int i) {
+    products.hold(skinny);
+    exchange.wait_drained(i);
+    store_skinny<kIndex>(shared, at, i, skinny);
+    exchange.arrive_filled(i);
+  }
+
+  __device__ void reduce(int i) {
+    exchange.wait_filled(i);
+    reduce_skinny<T, kIndex>(a, exchange, at, i, steps.token_of(i));
+    exchange.arrive_drained(i);
+  }
+
+  __device__ void hold() {
+    if constexpr (S.skinny()) products.hold(skinny);
+    if constexpr (S.sums()) {
+#pragma unroll
+      for (int m = 0; m < S.blocks; ++m) products.hold(sums[m]);
+    }
+  }
+
+  __device__ void clear_skinny() {
+#pragma unroll
+    for (int j = 0; j < kSkinnyBlocks; ++j) {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) skinny[j][n] = 0.0f;
+    }
+  }
+};
+
+template <typename T, int kIndex>
+__device__ void run_sm80(const PassArguments& a) {
+  const Steps<kIndex> steps(a);
+  RingSm80<kIndex> ring(a, steps);
+  ExchangeSm80<kIndex> exchange;
+  Pass<T, kIndex>(a, steps, ring, exchange).run();
+}
+
+template <typename T, int kIndex>
+__device__ void run_sm90(const PassArguments& a) {
+  constexpr Shape S = SHAPES[kIndex];
+  const Steps<kIndex> steps(a);
+  RingSm90<kIndex> ring(a, steps);
+  ExchangeSm90<kIndex> exchange(a.cluster);
+  if (threadIdx.x == 0) {
+    ring.init();
+    exchange.init();
+    device::barrier_init_fence();
+  }
+  device::warp_sync();
+  device::cluster_sync();  // no block touches barriers of another before they are there
+  if (threadIdx.x >= S.consumers()) {
+    device::give_registers<40>();
+    if (threadIdx.x == S.consumers()) ring.fill();
+    device::warp_sync();
+  } else {
+    device::take_registers<232>();
+    Pass<T, kIndex>(a, steps, ring, exchange).run();
+  }
+  device::cluster_sync();  // nor leaves while another reads from it
+}
+
+template <typename T, int kIndex>
+__global__ void __launch_bounds__(SHAPES[kIndex].threads(), 1)
+    pass_kernel(const __grid_constant__ PassArguments a) {
+  if constexpr (device::made_here(SHAPES[kIndex].arch)) {
+    if constexpr (SHAPES[kIndex].arch == 90) {
+      run_sm90<T, kIndex>(a);
+    } else {
+      run_sm80<T, kIndex>(a);
+    }
+  } else {
+    device::stop();  // plan.h chooses no kernel that was not made for the device
+  }
+}
+
+}  // namespace grasp

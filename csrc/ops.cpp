@@ -1,0 +1,270 @@
+// The operators that Python sees: checks, plans, launches. torch's stable ABI, so that one build
+// serves every torch from 2.10 on.
+//
+// Shapes: T tokens, C columns of Z, R LoRA rank, Q basis size, E rows of the skinny result.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "checks.h"
+#include "kernels/finish.h"
+#include "plan.h"
+
+namespace grasp {
+namespace {
+
+bool is_bf16(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::BFloat16; }
+
+Element element_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Element::float32;
+    case ScalarType::BFloat16:
+      return Element::bf16;
+    case ScalarType::Half:
+      return Element::fp16;
+    default:
+      refuse("out must be float32, bfloat16 or float16.");
+  }
+}
+
+template <typename T>
+Strided<T> strided(const Tensor& tensor) {
+  return {static_cast<T*>(tensor.data_ptr()), tensor.stride(0), tensor.stride(1)};
+}
+
+// Whether 16 bytes can be read from every eighth element of every row.
+bool readable(const Tensor& matrix) {
+  const bool rows = matrix.size(0) == 1 || (matrix.stride(0) > 0 && matrix.stride(0) % 8 == 0);
+  return rows && matrix.stride(1) == 1 &&
+         reinterpret_cast<uintptr_t>(matrix.data_ptr()) % 16 == 0;
+}
+
+// The matrix itself, or a copy whose rows are readable.
+Tensor as_readable(const Tensor& matrix) {
+  if (readable(matrix)) return matrix;
+  Tensor made = torch::stable::new_empty(matrix, sizes_of(matrix));
+  return torch::stable::copy_(made, matrix);
+}
+
+// L[R, T] with rows of a multiple of eight elements, zeros behind T.
+Tensor padded_rows(const Tensor& left) {
+  const int64_t missing = -left.size(1) & 7;
+  return as_readable(missing == 0 ? left : torch::stable::pad(left, {0, missing}));
+}
+
+int64_t row_stride(const Tensor& matrix) {
+  return matrix.size(0) == 1 ? matrix.size(1) : matrix.stride(0);
+}
+
+device::TensorMap tensor_map(const Tensor& matrix, int box_rows) {
+  return device::tensor_map(matrix.data_ptr(), matrix.size(0), matrix.size(1),
+                            2 * row_stride(matrix), box_rows, is_bf16(matrix));
+}
+
+Tensor new_float(const Tensor& like, std::vector<int64_t> sizes) {
+  return torch::stable::new_empty(like, sizes, ScalarType::Float);
+}
+
+// What all passes are told of Z.
+PassArguments arguments_for(const Plan& plan, const Tensor& z, const std::optional<Tensor>& seed,
+                            int64_t threshold, const std::optional<Tensor>& copy) {
+  PassArguments a = {};
+  a.T = z.size(0), a.C = z.size(1);
+  a.steps = plan.steps, a.cluster = plan.grid.cluster;
+  a.z = z.data_ptr(), a.z_stride = row_stride(z);
+  if (plan.shape().arch == 90) a.z_map = tensor_map(z, kTokens);
+  if (seed) a.mask = {static_cast<const int64_t*>(seed->data_ptr()), uint32_t(threshold)};
+  if (copy) a.copy = copy->data_ptr(), a.copy_stride = row_stride(*copy);
+  return a;
+}
+
+// The skinny result [E, T] of a pass: parts in memory of their own if there are several.
+struct Skinny {
+  Tensor result;
+  std::optional<Tensor> parts;
+
+  Skinny(PassArguments& a, const Plan& plan, const Tensor& z, double scaling, int64_t n_scaled) {
+    result = torch::stable::new_empty(z, {a.E, a.T});
+    if (plan.parts > 1) parts = new_float(z, {plan.parts, a.E, a.T});
+    a.skinny = (parts ? *parts : result).data_ptr();
+    a.finished = !parts;
+    a.scaling = static_cast<float>(scaling);
+    a.n_scaled = static_cast<int>(n_scaled);
+  }
+
+  // The finish has to add the parts.
+  void hand_to(FinishArguments& finish, const PassArguments& a, const Plan& plan) const {
+    if (!parts) return;
+    finish.parts = static_cast<const float*>(parts->data_ptr());
+    finish.n_parts = plan.parts;
+    finish.skinny = result.data_ptr();
+    finish.n_scaled = a.n_scaled, finish.scaling = a.scaling;
+    finish.skinny_blocks = finish_blocks(int64_t(a.E) * a.T, kFinishThreads);
+  }
+};
+
+FinishArguments finish_for(const PassArguments& a) {
+  FinishArguments finish = {};
+  finish.T = a.T, finish.C = a.C;
+  finish.R = a.R, finish.Q = a.Q, finish.E = a.E;
+  return finish;
+}
+
+void run_finish(const FinishArguments& finish, bool is_bf16, device::Stream stream) {
+  const int64_t sums_blocks =
+      finish.sums == nullptr ? 0 : finish_blocks(finish.C, kFinishColumns);
+  const int shared = finish.shares == nullptr ? 0 : finish_shared_memory(finish.Q, finish.R);
+  const device::Grid grid = {finish.skinny_blocks + sums_blocks, 1, 1, kFinishThreads, shared};
+  device::launch(finish_kernel_of(is_bf16), grid, stream, finish);
+}
+
+// `out[C, R] = s (I − V Vᵀ) Z̃ᵀ Lᵀ`, and with a factor, from the same read of Z,
+// `[s F | −V]ᵀ Zᵀ [E, T]`, where the second half is there if `project`; empty otherwise.
+Tensor sums(const Tensor& z_given, const Tensor& left_given, Tensor out,
+            std::optional<Tensor> factor, std::optional<Tensor> basis, bool project,
+            double scaling, std::optional<Tensor> seed, int64_t threshold,
+            std::optional<Tensor> copy) {
+  check_z(z_given);
+  check_matrix("left", left_given);
+  const int64_t T = z_given.size(0), C = z_given.size(1), R = left_given.size(0);
+  const int64_t Q = basis ? basis->size(basis->dim() - 1) : 0;
+  const int64_t E = factor ? R + (project ? Q : 0) : 0;
+  check_skinny(R, R + Q);
+  check_shape("left", left_given, R, T);
+  check_shape("out", out, C, R);
+  check_same_type("left", left_given, z_given);
+  check_same_device("left", left_given, z_given);
+  check_same_device("out", out, z_given);
+  const Element out_element = element_of(out);
+  if (factor) {
+    check_shape("factor", *factor, C, R);
+    check_same_type("factor", *factor, z_given);
+    check_same_device("factor", *factor, z_given);
+  }
+  if (basis) {
+    check_shape("basis", *basis, C, Q);
+    GRASP_CHECK(basis->scalar_type() == ScalarType::Float, "basis must be float32.");
+    check_same_device("basis", *basis, z_given);
+  }
+  check_mask(seed, threshold, z_given);
+  check_copy(copy, z_given);
+  check_device(z_given);
+
+  if (T == 0) {
+    torch::stable::zero_(out);
+    return torch::stable::new_empty(z_given, {E, T});
+  }
+  const int device = z_given.get_device_index();
+  const device::OnDevice guard(device);
+  const device::Properties part = device::properties(device);
+  const Kind kind = factor ? Kind::gradient : Kind::input;
+  GRASP_CHECK(shape_for(kind, part.major, R, E) >= 0, "no kernel for compute capability ",
+                  part.major, ".x gives ", E, " skinny rows in the same read; ask for them with ",
+                  "down.");
+  const Tensor z = as_readable(z_given), left = padded_rows(left_given);
+  const Plan plan = plan_sums(kind, part, T, C, R, E, is_bf16(z));
+  PassArguments a = arguments_for(plan, z, seed, threshold, copy);
+  a.R = R, a.Q = Q, a.E = E;
+  a.left = left.data_ptr(), a.left_stride = row_stride(left);
+  if (plan.shape().arch == 90) a.left_map = tensor_map(left, plan.shape().R);
+  if (factor) a.factor = strided<const void>(*factor);
+  if (basis) a.basis = strided<const float>(*basis);
+
+  const int64_t splits = plan.splits();
+  const Tensor partial = new_float(z, {splits, C, R});
+  a.sums = static_cast<float*>(partial.data_ptr());
+  FinishArguments finish = finish_for(a);
+  finish.sums = a.sums, finish.splits = static_cast<int>(splits);
+  finish.sums_scaling = static_cast<float>(scaling);
+  finish.out = strided<void>(out), finish.out_element = out_element;
+  std::optional<Tensor> shares;
+  if (basis) {
+    finish.basis = a.basis;
+    finish.n_shares = static_cast<int>(plan.grid.y * splits);
+    shares = new_float(z, {finish.n_shares, Q, R});
+    a.shares = static_cast<float*>(shares->data_ptr());
+    finish.shares = a.shares;
+  }
+  std::optional<Skinny> skinny;
+  if (factor) {
+    skinny.emplace(a, plan, z, scaling, R);
+    skinny->hand_to(finish, a, plan);
+  }
+  const device::Stream stream = device::current_stream(device);
+  device::launch(plan.kernel, plan.grid, stream, a);
+  run_finish(finish, is_bf16(z), stream);
+  return skinny ? skinny->result : torch::stable::new_empty(z, {0, T});
+}
+
+// `[s F[:n] | −F[n:]] Z̃ᵀ [E, T]` for `F[E, C]`.
+Tensor down(const Tensor& z_given, const Tensor& factor_given, double scaling, int64_t n_scaled,
+            std::optional<Tensor> seed, int64_t threshold, std::optional<Tensor> copy) {
+  check_z(z_given);
+  check_matrix("factor", factor_given);
+  const int64_t T = z_given.size(0), C = z_given.size(1), E = factor_given.size(0);
+  check_skinny(E, E);
+  check_shape("factor", factor_given, E, C);
+  check_same_type("factor", factor_given, z_given);
+  check_same_device("factor", factor_given, z_given);
+  check_mask(seed, threshold, z_given);
+  check_copy(copy, z_given);
+  check_device(z_given);
+
+  if (T == 0) return torch::stable::new_empty(z_given, {E, T});
+  const int device = z_given.get_device_index();
+  const device::OnDevice guard(device);
+  const Tensor z = as_readable(z_given), factor = as_readable(factor_given);
+  const Plan plan = plan_down(device::properties(device), T, C, E, is_bf16(z));
+  PassArguments a = arguments_for(plan, z, seed, threshold, copy);
+  a.E = E;
+  a.factor = strided<const void>(factor);
+  a.factor.row = row_stride(factor);
+  if (plan.shape().arch == 90) a.factor_map = tensor_map(factor, plan.shape().E);
+  const Skinny skinny(a, plan, z, scaling, n_scaled);
+  FinishArguments finish = finish_for(a);
+  skinny.hand_to(finish, a, plan);
+  const device::Stream stream = device::current_stream(device);
+  device::launch(plan.kernel, plan.grid, stream, a);
+  run_finish(finish, is_bf16(z), stream);
+  return skinny.result;
+}
+
+// How many partial results of E skinny rows a gradient pass over C columns leaves on a device of a
+// compute capability; 0: it has no such pass.
+int64_t skinny_parts(int64_t major, int64_t C, int64_t R, int64_t E) {
+  return gradient_parts(static_cast<int>(major), C, static_cast<int>(R), static_cast<int>(E));
+}
+
+// Whether this build has code for a GPU.
+bool runs_on_device(int64_t index) {
+  const device::OnDevice guard(static_cast<int>(index));
+  return runs_on(device::properties(static_cast<int>(index)));
+}
+
+// Whether this build runs on a CPU, as the tests' does.
+bool emulated() { return std::string(device::kDeviceType) == "cpu"; }
+
+}  // namespace
+}  // namespace grasp
+
+STABLE_TORCH_LIBRARY(grasp_kernels_cuda, library) {
+  library.def(
+      "sums(Tensor z, Tensor left, Tensor(a!) out, Tensor? factor, Tensor? basis, bool project, "
+      "float scaling, Tensor? seed, int threshold, Tensor(b!)? copy) -> Tensor");
+  library.def(
+      "down(Tensor z, Tensor factor, float scaling, int n_scaled, Tensor? seed, int threshold, "
+      "Tensor(a!)? copy) -> Tensor");
+  library.def("skinny_parts(int major, int C, int R, int E) -> int");
+  library.def("runs_on(int device) -> bool");
+  library.def("emulated() -> bool");
+}
+
+// For every device, so that arguments are checked before the device is.
+STABLE_TORCH_LIBRARY_IMPL(grasp_kernels_cuda, CompositeExplicitAutograd, library) {
+  library.impl("sums", TORCH_BOX(&grasp::sums));
+  library.impl("down", TORCH_BOX(&grasp::down));
+  library.impl("skinny_parts", TORCH_BOX(&grasp::skinny_parts));
+  library.impl("runs_on", TORCH_BOX(&grasp::runs_on_device));
+  library.impl("emulated", TORCH_BOX(&grasp::emulated));
+}

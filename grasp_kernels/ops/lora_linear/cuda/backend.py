@@ -1,0 +1,63 @@
+"""The operator on CUDA C++ kernels.
+
+Shapes: T tokens, K in, N out, R LoRA rank, P read basis size, Q write basis size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grasp_kernels.ops.lora_linear.cuda import library, passes
+from grasp_kernels.ops.lora_linear.operands import Gradients, Needs, Operands, Saved
+from grasp_kernels.ops.lora_linear.triton import fused
+from grasp_kernels.ops.lora_linear.triton.dropout import Dropout, keep_mask
+
+DTYPES = (torch.bfloat16, torch.float16)
+_MOST = 160  # of R + Q; kMaxSkinny in csrc/kernels/shapes.h
+
+
+def unsupported(where: torch.device) -> str | None:
+    """Why the kernels cannot run on a device, or None."""
+    reason = library.why_not()
+    if reason is not None:
+        return reason
+    if library.operators().emulated():  # the build of the tests
+        return None if where.type == "cpu" else "its extension was built for a CPU"
+    if where.type != "cuda" or torch.version.hip is not None:
+        return "it needs an NVIDIA GPU"
+    major, minor = torch.cuda.get_device_capability(where)
+    if major < 8:
+        return f"it needs compute capability 8.0 or newer and this GPU has {major}.{minor}"
+    index = torch.cuda.current_device() if where.index is None else where.index
+    if not library.operators().runs_on(index):
+        return f"its extension was built without code for compute capability {major}.{minor}"
+    return None
+
+
+def refuses(x: Tensor, op: Operands) -> str | None:
+    """Why a call cannot be computed, or None."""
+    (N, K), R = op.weight.shape, op.lora_A.shape[0]
+    P, Q = (0 if b is None else b.shape[1] for b in (op.read_basis, op.write_basis))
+    if x.dtype not in DTYPES:
+        return f"it computes float16 and bfloat16 but x has {x.dtype}"
+    if N % 8 or K % 8:
+        return f"it takes widths that are multiples of 8 but the weight has {(N, K)}"
+    if R + max(P, Q) > _MOST:
+        return f"it takes ranks and bases up to {_MOST} in sum but this layer has {R + max(P, Q)}"
+    return None
+
+
+def kept(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """The elements of `x[T, K]` that dropout keeps: the mask of the Triton kernels."""
+    return keep_mask(x, Dropout(seed, p))
+
+
+def forward(x: Tensor, op: Operands) -> tuple[Tensor, Saved]:
+    """`Y[T, N]` from `X[T, K]`."""
+    return fused.forward(x, op, passes)
+
+
+def backward(dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs) -> Gradients:
+    """The gradients that are needed, from `dY[T, N]`."""
+    return fused.backward(dy, x, saved, op, needs, passes)

@@ -1,0 +1,47 @@
+"""The compiled operators `torch.ops.grasp_kernels_cuda`, loaded when they are first needed."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import grasp_kernels
+
+
+def find() -> Path | None:
+    """The library that was built with this package, if it was."""
+    folder = Path(grasp_kernels.__file__).parent
+    return next(iter(sorted(folder.glob("_C*.so"))), None)
+
+
+def load(path: Path) -> None:
+    """Register the operators of a library; one a process."""
+    torch.ops.load_library(str(path))
+    why_not.cache_clear()
+
+
+@cache
+def why_not() -> str | None:
+    """None if the operators are registered, which they are after this call where they can be."""
+    if _registered():
+        return None
+    path = find()
+    if path is None:
+        return "its extension was not built, which takes nvcc when the package is installed"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"its extension cannot be loaded ({error})"
+    return None
+
+
+def operators() -> Any:
+    """The namespace of the registered operators."""
+    return torch.ops.grasp_kernels_cuda
+
+
+def _registered() -> bool:
+    return hasattr(torch.ops.grasp_kernels_cuda, "sums")

@@ -1,0 +1,71 @@
+"""The three passes on CUDA C++ kernels, as `fused.Passes` asks for them.
+
+Shapes: T tokens, C columns of what a pass reads, R LoRA rank, Q basis size, E skinny rows.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from grasp_kernels.ops.lora_linear.cuda.library import operators
+from grasp_kernels.ops.lora_linear.triton.dropout import Dropout
+
+
+def down(
+    x: Tensor,
+    A: Tensor,
+    *,
+    scaling: float = 1.0,
+    n_scaled: int | None = None,
+    dropout: Dropout | None = None,
+    copy: Tensor | None = None,
+) -> Tensor:
+    n_scaled = A.shape[0] if n_scaled is None else n_scaled
+    seed, threshold, keep = _mask(dropout)
+    return operators().down(x, A, scaling * keep, n_scaled, seed, threshold, copy)
+
+
+def sums(
+    z: Tensor,
+    left: Tensor,
+    out: Tensor,
+    *,
+    factor: Tensor | None = None,
+    basis: Tensor | None = None,
+    project: bool = False,
+    scaling: float = 1.0,
+    dropout: Dropout | None = None,
+    copy: Tensor | None = None,
+) -> Tensor | None:
+    seed, threshold, keep = _mask(dropout)
+    skinny = operators().sums(
+        z, left, out, factor, basis, project, scaling * keep, seed, threshold, copy
+    )
+    return None if factor is None else skinny
+
+
+def one_read(z: Tensor, R: int, Q: int, E: int) -> bool:
+    return _one_read(capability(z.device), z.shape[1], R, E)
+
+
+def capability(where: torch.device) -> int:
+    """The first number of the compute capability; what the emulator of the tests stands for."""
+    return torch.cuda.get_device_capability(where)[0] if where.type == "cuda" else 9
+
+
+@lru_cache(maxsize=1024)
+def _one_read(major: int, C: int, R: int, E: int) -> bool:
+    """Written and read in float32, `parts` partial results of E rows are `8 E T parts` bytes, the
+    second read is `2 T C`; a single one is finished already.
+    """
+    parts = operators().skinny_parts(major, C, R, E)
+    return parts == 1 or (parts > 1 and 4 * E * parts <= C)
+
+
+def _mask(dropout: Dropout | None) -> tuple[Tensor | None, int, float]:
+    if dropout is None:
+        return None, 0, 1.0
+    return dropout.seed, dropout.threshold, dropout.inverse_keep

@@ -1,0 +1,169 @@
+"""Forward and backward of the operator as three passes over the activations and base products.
+
+    down      S = A° X̃ᵀ                                         one read of X
+    product   Y = X Wᵀ + bias + s S° B°ᵀ                         the base product, R more columns
+    sums      [dS | D] = dY [s B̂ | V],  dB = (I − V Vᵀ) s dYᵀ S  one read of dY
+    sums      dA = dSᵀ X̃ (I − U Uᵀ)                             one read of X
+    product   dX = dY W + mask ⊙ (dS A°) − D C                   the same, R + Q more columns
+
+The passes are those of a backend; the products are shared (`base_product`).
+Shapes: T tokens, K in, N out, C columns of what a pass reads (K or N), R LoRA rank, P read basis
+size, Q write basis size, E rows of a skinny result.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grasp_kernels.ops.lora_linear.aten import base_gradients, whole_bias, write_weight
+from grasp_kernels.ops.lora_linear.operands import Gradients, Needs, Operands, Saved
+from grasp_kernels.ops.lora_linear.reference import closed_factors
+from grasp_kernels.ops.lora_linear.triton.base_product import carrier, carry, product
+from grasp_kernels.ops.lora_linear.triton.dropout import Dropout
+from grasp_kernels.ops.projection import project_columns
+
+
+class Passes(Protocol):
+    """What a backend of kernels has: a module with these functions."""
+
+    def down(
+        self,
+        x: Tensor,
+        A: Tensor,
+        *,
+        scaling: float = 1.0,
+        n_scaled: int | None = None,
+        dropout: Dropout | None = None,
+        copy: Tensor | None = None,
+    ) -> Tensor:
+        """`s A x̃ᵀ [R, T]` in the dtype of `x[T, K]`, for `A[R, K]` in the same dtype.
+
+        Rows from `n_scaled` on (None: there are none) come with −1 instead of `scaling`. The first
+        K columns of `copy[T, ·]`, if given, become those of `x`.
+        """
+        ...
+
+    def sums(
+        self,
+        z: Tensor,
+        left: Tensor,
+        out: Tensor,
+        *,
+        factor: Tensor | None = None,
+        basis: Tensor | None = None,
+        project: bool = False,
+        scaling: float = 1.0,
+        dropout: Dropout | None = None,
+        copy: Tensor | None = None,
+    ) -> Tensor | None:
+        """Write `s (I − V Vᵀ) z̃ᵀ leftᵀ` into `out[C, R]`, for `z[T, C]` and `left[R, T]`.
+
+        With `factor[C, R]` also the skinny result of the same read, `[s factor | −basis]ᵀ zᵀ`, of
+        E = R + Q rows with `project` and R without; it is returned. `basis` is float32 `[C, Q]`,
+        orthonormal, or None. The first C columns of `copy[T, ·]`, if given, become those of `z`.
+        """
+        ...
+
+    def one_read(self, z: Tensor, R: int, Q: int, E: int) -> bool:
+        """Whether `sums` with a factor costs less than `sums` and `down`, two reads of `z`."""
+        ...
+
+
+def forward(x: Tensor, op: Operands, passes: Passes) -> tuple[Tensor, Saved]:
+    """`Y[T, N]` from `X[T, K]`."""
+    A, B, b = closed_factors(op, x.dtype)
+    bias, E, N = whole_bias(op, b), _spare(op), op.weight.shape[0]
+    wide = carrier(x, N, E)
+    S = passes.down(x, A, dropout=_dropout(op), copy=wide)
+    if wide is not None and op.padded_weight is not None:
+        y = F.linear(carry(wide, S, E, op.scaling), op.padded_weight[:N], bias)
+    else:
+        y = product(x, op.weight.mT, S, B.mT, bias=bias, scaling=op.scaling)
+    return y, Saved(S, A, B)
+
+
+def backward(
+    dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs, passes: Passes
+) -> Gradients:
+    """The gradients that are needed, from `dY[T, N]`."""
+    K, E = op.weight.shape[1], _spare(op)
+    # A mask cannot ride along: it belongs to dS A° alone.
+    wide = carrier(dy, K, E) if needs.x and op.dropout_seed is None else None
+    skinny, dB = _gradient_pass(dy, saved, op, needs, wide, passes)
+    dx = dA = None
+    if skinny is not None and needs.x:
+        if wide is not None and op.padded_weight is not None:
+            dx = carry(wide, skinny, E) @ op.padded_weight[:, :K]
+        else:
+            dx = _backward_product(dy, skinny, saved.A, op)
+    if skinny is not None and needs.lora_A:
+        dA = op.lora_A.new_empty(op.lora_A.shape)
+        dS = skinny[: saved.A.shape[0]]
+        passes.sums(x, dS, dA.mT, basis=op.read_basis, dropout=_dropout(op))
+    dW, dbias, db = base_gradients(dy, x, op, needs)
+    return Gradients(dx, dW, dbias, dA, dB, db)
+
+
+def _gradient_pass(
+    dy: Tensor, saved: Saved, op: Operands, needs: Needs, copy: Tensor | None, passes: Passes
+) -> tuple[Tensor | None, Tensor | None]:
+    """`[s dS | −D]ᵀ [E, T]` if `dX` or `dA` is needed, `dB[N, R]` if it is, and `copy` filled.
+
+    `D` only if `dY` is projected on its way to `dX`. One read of `dY`, unless the parts of the
+    skinny result would weigh more than a second one.
+    """
+    S, V, R = saved.S, op.write_basis, saved.S.shape[0]
+    # dS must be that of the projected dY; a closed B is in the complement of V already.
+    B = saved.B
+    if op.residual and not op.closed:
+        B = project_columns(B, V).to(B.dtype)
+    through, projected = needs.x or needs.lora_A, op.residual and V is not None and needs.x
+    Q = 0 if V is None else V.shape[1]
+    E = R + (Q if projected else 0)
+    skinny = dB = None
+    together = through and needs.lora_B and passes.one_read(dy, R, Q, E)
+    if through and not together:
+        factors = [B.mT] if not projected or V is None else [B.mT, V.mT.to(B.dtype)]
+        rows = torch.cat(factors)
+        skinny = passes.down(dy, rows, scaling=op.scaling, n_scaled=R, copy=copy)
+    if needs.lora_B:
+        dB = op.lora_B.new_empty(op.lora_B.shape)
+        factor, copy = (B, copy) if together else (None, None)
+        found = passes.sums(
+            dy,
+            S,
+            dB,
+            factor=factor,
+            basis=V,
+            project=together and projected,
+            scaling=op.scaling,
+            copy=copy,
+        )
+        skinny = found if together else skinny
+    return skinny, dB
+
+
+def _backward_product(dy: Tensor, skinny: Tensor, A: Tensor, op: Operands) -> Tensor:
+    """`dX[T, K] = dY W + mask ⊙ (dS A°) − D C`."""
+    R = A.shape[0]
+    projection = None
+    if skinny.shape[0] > R:
+        C = op.write_weight
+        if C is None:
+            assert op.write_basis is not None
+            C = write_weight(op.weight, op.write_basis)
+        projection = skinny[R:], C
+    return product(dy, op.weight, skinny[:R], A, projection=projection, dropout=_dropout(op))
+
+
+def _dropout(op: Operands) -> Dropout | None:
+    return None if op.dropout_seed is None else Dropout(op.dropout_seed, op.dropout_p)
+
+
+def _spare(op: Operands) -> int:
+    """The spare columns and rows of a padded weight, 0 for an ordinary one."""
+    return 0 if op.padded_weight is None else op.padded_weight.shape[0] - op.weight.shape[0]

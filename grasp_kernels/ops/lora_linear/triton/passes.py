@@ -1,0 +1,52 @@
+"""The three passes on Triton kernels, as `fused.Passes` asks for them.
+
+Shapes: T tokens, C columns of what a pass reads, R LoRA rank, Q basis size, E skinny rows.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from grasp_kernels.ops.lora_linear.triton.down import down as down_pass
+from grasp_kernels.ops.lora_linear.triton.dropout import Dropout
+from grasp_kernels.ops.lora_linear.triton.reduce import finish_factor, finish_skinny
+from grasp_kernels.ops.lora_linear.triton.tokens import one_read as costs_less
+from grasp_kernels.ops.lora_linear.triton.tokens import slab_in_force, token_pass
+
+
+def down(
+    x: Tensor,
+    A: Tensor,
+    *,
+    scaling: float = 1.0,
+    n_scaled: int | None = None,
+    dropout: Dropout | None = None,
+    copy: Tensor | None = None,
+) -> Tensor:
+    return down_pass(x, A, scaling=scaling, n_scaled=n_scaled, dropout=dropout, copy=copy)
+
+
+def sums(
+    z: Tensor,
+    left: Tensor,
+    out: Tensor,
+    *,
+    factor: Tensor | None = None,
+    basis: Tensor | None = None,
+    project: bool = False,
+    scaling: float = 1.0,
+    dropout: Dropout | None = None,
+    copy: Tensor | None = None,
+) -> Tensor | None:
+    partial = token_pass(
+        z, left, factor=factor, basis=basis, project=project, dropout=dropout, copy=copy
+    )
+    keep = 1.0 if dropout is None else dropout.inverse_keep
+    finish_factor(partial.sums, partial.shares, basis, scaling * keep, out)
+    if partial.skinny is None:
+        return None
+    return finish_skinny(partial.skinny, left.shape[0], scaling, z.dtype)
+
+
+def one_read(z: Tensor, R: int, Q: int, E: int) -> bool:
+    return costs_less(slab_in_force(z, R, Q, E), E)
