@@ -14,8 +14,11 @@ demo: $(READY)
 test: lint
 	$(BIN)/python -m pytest -n auto
 
+CXX_SOURCES = $(shell find csrc tests/emulator -name '*.h' -o -name '*.cuh' -o -name '*.cu' -o -name '*.cpp')
+
 lint: $(READY)
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 

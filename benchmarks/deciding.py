@@ -1,8 +1,9 @@
-"""Three measurements that can flip a decision of the Triton backend, each beside its prediction.
+"""Three measurements that can flip a decision of the kernels, each beside its prediction.
 
     python benchmarks/deciding.py --output FOLDER/deciding.jsonl
 
-skinny     what part of the copy bandwidth the library's thin products reach, and our passes
+skinny     what part of the copy bandwidth the library's thin products reach, and the passes of each
+           backend of kernels
 extended   the extended product against the library's product, alone and followed by `addmm`
 padded     the library's product at an inner width of K + 32 against K: the price of carrying the
            skinny columns in the padding of X and W
@@ -19,6 +20,8 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -29,11 +32,9 @@ from grasp_kernels.bench.cost import Rates
 from grasp_kernels.bench.machine import environment, measure_rates
 from grasp_kernels.bench.timing import CallWork, Measured, time_in_turn
 from grasp_kernels.files import whole_file
-from grasp_kernels.ops.gpu.launch import part_of
-from grasp_kernels.ops.lora_linear.triton.down import down
+from grasp_kernels.ops.lora_linear import api
+from grasp_kernels.ops.lora_linear.triton.fused import Passes
 from grasp_kernels.ops.lora_linear.triton.gemm import extended_gemm
-from grasp_kernels.ops.lora_linear.triton.reduce import finish_factor, finish_skinny
-from grasp_kernels.ops.lora_linear.triton.tokens import one_read, slab_for, token_pass
 from grasp_kernels.testing import orthonormal, relative_error
 
 Row = dict[str, Any]
@@ -119,6 +120,7 @@ def _plan(shapes: Shapes) -> Iterator[tuple[Callable[..., Case], tuple[int, int]
     for width in shapes.widths:
         for R in shapes.ranks:
             yield _skinny, (width, R)
+            yield _input, (width, R)
             yield _gradient, (width, R)
     for product in shapes.products:
         yield _extended, product
@@ -129,30 +131,60 @@ def _normal(shapes: Shapes, device: torch.device, *size: int) -> Tensor:
     return torch.randn(*size, device=device, dtype=torch.float32).to(shapes.dtype)
 
 
+def _empty(device: torch.device, *size: int) -> Tensor:
+    return torch.empty(*size, device=device, dtype=torch.float32)
+
+
 def _sizes(kind: str, shapes: Shapes, **sizes: int) -> Row:
     dtype = str(shapes.dtype).removeprefix("torch.")
     return {"kind": kind, "dtype": dtype, "T": shapes.T, **sizes}
 
 
-def _checked(name: str, found: Tensor, exact: Tensor) -> None:
+def _checked(name: str, found: Tensor, exact: Tensor, limit: float | None = None) -> None:
     """No time of a wrong result."""
     error = relative_error(found, exact)
-    if not error <= torch.finfo(found.dtype).eps:
+    if not error <= (torch.finfo(found.dtype).eps if limit is None else limit):
         raise RuntimeError(f"{name} is wrong, its relative error is {error:.1e}; mend it first.")
+
+
+def _passes(device: torch.device) -> dict[str, Passes]:
+    """The passes of every backend of kernels that runs here."""
+    reasons = api.backends(device)
+    names = [name for name in api.KERNELS if reasons[name] is None]
+    return {name: import_module(f"{api.PACKAGE}.{name}.passes") for name in names}  # type: ignore[misc]
 
 
 def _skinny(shapes: Shapes, K: int, R: int, device: torch.device, rates: Rates) -> Case:
     """`S[R, T] = A Xᵀ`, one read of X."""
     x, A = _normal(shapes, device, shapes.T, K), _normal(shapes, device, R, K)
-    _checked("the down pass", down(x[:64], A), A.double() @ x[:64].double().mT)
     read = x.numel() * x.element_size()
     copy = read / (rates.bandwidth_gbs * 1e9)
     calls = {
         "library A Xᵀ": _Candidate(lambda: A @ x.mT, copy / EXPECTED["library skinny"]),
         "library X Aᵀ": _Candidate(lambda: x @ A.mT, copy / EXPECTED["library skinny"]),
-        "down pass": _Candidate(lambda: down(x, A), copy / EXPECTED["our pass"]),
     }
+    for name, passes in _passes(device).items():
+        exact = A.double() @ x[:64].double().mT
+        _checked(f"the down pass of {name}", passes.down(x[:64], A), exact)
+        call = partial(passes.down, x, A)
+        calls[f"down pass, {name}"] = _Candidate(call, copy / EXPECTED["our pass"])
     return Case(_sizes("down", shapes, I=K, R=R), read, 2 * shapes.T * K * R, calls)
+
+
+def _input(shapes: Shapes, K: int, R: int, device: torch.device, rates: Rates) -> Case:
+    """`dA[R, K] = dSᵀ X`, one read of X."""
+    T = shapes.T
+    x, dS, dA = _normal(shapes, device, T, K), _normal(shapes, device, R, T), _empty(device, R, K)
+    read = x.numel() * x.element_size()
+    copy = read / (rates.bandwidth_gbs * 1e9)
+    calls = {"library": _Candidate(lambda: dS @ x, copy / EXPECTED["library skinny"])}
+    for name, passes in _passes(device).items():
+        call = partial(passes.sums, x, dS, dA.mT)
+        call()
+        limit = torch.finfo(torch.float32).eps * T**0.5
+        _checked(f"the input pass of {name}", dA, dS.double() @ x.double(), limit)
+        calls[f"input pass, {name}"] = _Candidate(call, copy / EXPECTED["our pass"])
+    return Case(_sizes("input", shapes, I=K, R=R), read, 2 * T * K * R, calls)
 
 
 def _gradient(shapes: Shapes, N: int, R: int, device: torch.device, rates: Rates) -> Case:
@@ -161,39 +193,37 @@ def _gradient(shapes: Shapes, N: int, R: int, device: torch.device, rates: Rates
     dy, S, B = (_normal(shapes, device, *size) for size in ((T, N), (R, T), (N, R)))
     V = orthonormal(N, Q, torch.Generator().manual_seed(0)).to(device)
     thin, B_t = V.to(shapes.dtype), torch.cat([B, V.to(shapes.dtype)], 1).mT.contiguous()
-    dB = torch.empty(N, R, device=device)
-    reads = 1 if one_read(slab_for(part_of(device), dy.element_size(), R, True), R + Q) else 2
+    dB = _empty(device, N, R)
 
     def library() -> None:
         B_t @ dy.mT
         found = (S @ dy).mT.float()
         found -= V @ (V.mT @ found)
 
-    def passes() -> Tensor:
-        together = reads == 1
-        skinny = None if together else down(dy, B_t, n_scaled=R)
-        parts = token_pass(dy, S, factor=B if together else None, basis=V, project=together)
-        if parts.skinny is not None:
-            skinny = finish_skinny(parts.skinny, R, 1.0, dy.dtype)
-        finish_factor(parts.sums, parts.shares, V, 1.0, dB)
+    def gradient(passes: Passes, together: bool) -> Tensor:
+        skinny = None if together else passes.down(dy, B_t, n_scaled=R)
+        factor = B if together else None
+        found = passes.sums(dy, S, dB, factor=factor, basis=V, project=together)
+        skinny = found if together else skinny
         assert skinny is not None
         return skinny
 
-    found = passes()
-    exact = torch.cat([B, -thin], 1).double().mT @ dy.double().mT
-    _checked("the gradient pass", found, exact)
     read = dy.numel() * dy.element_size()
     copy = read / (rates.bandwidth_gbs * 1e9)
-    calls = {
-        "library": _Candidate(library, 2 * copy / EXPECTED["library skinny"]),
-        "gradient pass": _Candidate(passes, reads * copy / EXPECTED["our pass"]),
-    }
+    calls = {"library": _Candidate(library, 2 * copy / EXPECTED["library skinny"])}
+    exact = torch.cat([B, -thin], 1).double().mT @ dy.double().mT
+    for name, passes in _passes(device).items():
+        together = passes.one_read(dy, R, Q, R + Q)
+        call = partial(gradient, passes, together)
+        _checked(f"the gradient pass of {name}", call(), exact)
+        seconds = (1 if together else 2) * copy / EXPECTED["our pass"]
+        calls[f"gradient pass, {name}"] = _Candidate(call, seconds)
     flops = 2 * T * N * (2 * R + Q)
-    return Case(_sizes("gradient", shapes, I=N, R=R, Q=Q, reads=reads), read, flops, calls)
+    return Case(_sizes("gradient", shapes, I=N, R=R, Q=Q), read, flops, calls)
 
 
 def _extended(shapes: Shapes, I: int, J: int, device: torch.device, rates: Rates) -> Case:
-    """`X Wᵀ + S B ᵀ` by the kernel and by the library."""
+    """`X Wᵀ + S Bᵀ` by the kernel and by the library."""
     T, R = shapes.T, shapes.ranks[0]
     x, W, S, B = (_normal(shapes, device, *s) for s in ((T, I), (J, I), (R, T), (J, R)))
     out, accumulated = x.new_empty(T, J), x.new_empty(T, J)

@@ -33,48 +33,46 @@ inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
 
 inline void check_matrix(const char* name, const Tensor& tensor) {
   GRASP_CHECK(tensor.dim() == 2, name, " has ", tensor.dim(),
-                  " dimensions; the kernels take matrices.");
+              " dimensions; the kernels take matrices.");
 }
 
 inline void check_shape(const char* name, const Tensor& tensor, int64_t rows, int64_t columns) {
   GRASP_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, name,
-                  " has shape ", text(sizes_of(tensor)), ", expected ", text({rows, columns}), ".");
+              " has shape ", text(sizes_of(tensor)), ", expected ", text({rows, columns}), ".");
 }
 
 inline void check_same_type(const char* name, const Tensor& tensor, const Tensor& z) {
   GRASP_CHECK(tensor.scalar_type() == z.scalar_type(), name,
-                  " has another dtype than z; cast one.");
+              " has another dtype than z; cast one.");
 }
 
 inline void check_same_device(const char* name, const Tensor& tensor, const Tensor& z) {
-  GRASP_CHECK(
-      tensor.is_cuda() == z.is_cuda() && tensor.get_device_index() == z.get_device_index(), name,
-      " is on another device than z; move one.");
+  GRASP_CHECK(tensor.is_cuda() == z.is_cuda() && tensor.get_device_index() == z.get_device_index(),
+              name, " is on another device than z; move one.");
 }
 
 inline void check_z(const Tensor& z) {
   check_matrix("z", z);
-  GRASP_CHECK(
-      z.scalar_type() == ScalarType::BFloat16 || z.scalar_type() == ScalarType::Half,
-      "z must be bfloat16 or float16; use another backend for other dtypes.");
+  GRASP_CHECK(z.scalar_type() == ScalarType::BFloat16 || z.scalar_type() == ScalarType::Half,
+              "z must be bfloat16 or float16; use another backend for other dtypes.");
   GRASP_CHECK(z.size(1) > 0 && z.size(1) % 8 == 0, "z has ", z.size(1),
-                  " columns, which is no multiple of 8; use another backend.");
-  GRASP_CHECK(z.size(0) < INT32_MAX && z.size(1) < INT32_MAX, "z has shape ",
-                  text(sizes_of(z)), "; the copy engine counts to 2³¹.");
+              " columns, which is no multiple of 8; use another backend.");
+  GRASP_CHECK(z.size(0) < INT32_MAX && z.size(1) < INT32_MAX, "z has shape ", text(sizes_of(z)),
+              "; the copy engine counts to 2³¹.");
 }
 
 inline void check_skinny(int64_t R, int64_t E) {
   GRASP_CHECK(R >= 1, "the rank is 0; a LoRA layer needs a rank of at least 1.");
   GRASP_CHECK(E <= kMaxSkinny, "R + Q is ", E, " but the kernels take up to ", kMaxSkinny,
-                  "; use another backend.");
+              "; use another backend.");
 }
 
 inline void check_mask(const std::optional<Tensor>& seed, int64_t threshold, const Tensor& z) {
   GRASP_CHECK(0 <= threshold && threshold <= 65536, "the dropout threshold is ", threshold,
-                  "; it counts in units of 2⁻¹⁶, from 0 to 65536.");
+              "; it counts in units of 2⁻¹⁶, from 0 to 65536.");
   if (!seed) return;
   GRASP_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
-                  "seed must be one int64.");
+              "seed must be one int64.");
   check_same_device("seed", *seed, z);
 }
 
@@ -85,17 +83,17 @@ inline void check_copy(const std::optional<Tensor>& copy, const Tensor& z) {
   check_same_type("copy", *copy, z);
   check_same_device("copy", *copy, z);
   GRASP_CHECK(copy->size(0) == z.size(0) && copy->size(1) >= z.size(1), "copy has shape ",
-                  text(sizes_of(*copy)), ", too small for z of shape ", text(sizes_of(z)), ".");
+              text(sizes_of(*copy)), ", too small for z of shape ", text(sizes_of(z)), ".");
   GRASP_CHECK(copy->stride(1) == 1 && copy->stride(0) % 8 == 0 &&
-                      reinterpret_cast<uintptr_t>(copy->data_ptr()) % 16 == 0,
-                  "the rows of copy must be contiguous and begin at multiples of 16 bytes.");
+                  reinterpret_cast<uintptr_t>(copy->data_ptr()) % 16 == 0,
+              "the rows of copy must be contiguous and begin at multiples of 16 bytes.");
 }
 
 // Last, so that everything else is checked without a GPU too.
 inline void check_device(const Tensor& z) {
   GRASP_CHECK(z.is_cuda() == (std::string(device::kDeviceType) == "cuda"), "z is on ",
-                  z.is_cuda() ? "cuda" : "cpu", " but these kernels were built for ",
-                  device::kDeviceType, "; use another backend there.");
+              z.is_cuda() ? "cuda" : "cpu", " but these kernels were built for ",
+              device::kDeviceType, "; use another backend there.");
 }
 
 }  // namespace grasp

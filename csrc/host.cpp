@@ -1,5 +1,6 @@
 // The host-side module grasp_kernels._host: what this build of the extension is, and what the
-// compiler said of every kernel. It links to neither torch nor CUDA, so it loads wherever Python does.
+// compiler said of every kernel. It links to neither torch nor CUDA, so it loads wherever Python
+// does.
 
 #include <pybind11/pybind11.h>
 
@@ -83,8 +84,8 @@ std::string short_name(const char* symbol) {
   name = name.substr(0, name.find('('));
   if (name.rfind("void ", 0) == 0) name = name.substr(5);
   const std::pair<const char*, const char*> replacements[] = {
-      {"torch::headeronly::", ""}, {"c10::", ""}, {"grasp::", ""},
-      {"device::", ""},            {"BFloat16", "bf16"}, {"Half", "fp16"}};
+      {"torch::headeronly::", ""}, {"c10::", ""},   {"grasp::", ""}, {"device::", ""},
+      {"BFloat16", "bf16"},        {"Half", "fp16"}};
   for (const auto& [from, to] : replacements) replace_all(name, from, to);
   return name;
 }

@@ -36,8 +36,7 @@ Strided<T> strided(const Tensor& tensor) {
 // Whether 16 bytes can be read from every eighth element of every row.
 bool readable(const Tensor& matrix) {
   const bool rows = matrix.size(0) == 1 || (matrix.stride(0) > 0 && matrix.stride(0) % 8 == 0);
-  return rows && matrix.stride(1) == 1 &&
-         reinterpret_cast<uintptr_t>(matrix.data_ptr()) % 16 == 0;
+  return rows && matrix.stride(1) == 1 && reinterpret_cast<uintptr_t>(matrix.data_ptr()) % 16 == 0;
 }
 
 // The matrix itself, or a copy whose rows are readable.
@@ -111,59 +110,90 @@ FinishArguments finish_for(const PassArguments& a) {
   return finish;
 }
 
-void run_finish(const FinishArguments& finish, bool is_bf16, device::Stream stream) {
-  const int64_t sums_blocks =
-      finish.sums == nullptr ? 0 : finish_blocks(finish.C, kFinishColumns);
-  const int shared = finish.shares == nullptr ? 0 : finish_shared_memory(finish.Q, finish.R);
-  const device::Grid grid = {finish.skinny_blocks + sums_blocks, 1, 1, kFinishThreads, shared};
+// The pass and, if it leaves partial results, the finish, on the current stream of torch.
+void run(const Plan& plan, const PassArguments& a, const FinishArguments& finish,
+         const device::Properties& part, bool is_bf16) {
+  const device::Stream stream = device::current_stream(part.device);
+  device::launch(plan.kernel, plan.grid, stream, a);
+  const int64_t sums_blocks = finish.sums == nullptr ? 0 : finish_blocks(a.C, kFinishColumns);
+  const int shared = finish.shares == nullptr ? 0 : finish_shared_memory(a.Q, a.R);
+  const bool early = part.major >= 9;
+  const device::Grid grid = {
+      finish.skinny_blocks + sums_blocks, 1, 1, kFinishThreads, shared, early};
   device::launch(finish_kernel_of(is_bf16), grid, stream, finish);
 }
 
-// `out[C, R] = s (I − V Vᵀ) Z̃ᵀ Lᵀ`, and with a factor, from the same read of Z,
-// `[s F | −V]ᵀ Zᵀ [E, T]`, where the second half is there if `project`; empty otherwise.
-Tensor sums(const Tensor& z_given, const Tensor& left_given, Tensor out,
-            std::optional<Tensor> factor, std::optional<Tensor> basis, bool project,
-            double scaling, std::optional<Tensor> seed, int64_t threshold,
-            std::optional<Tensor> copy) {
-  check_z(z_given);
-  check_matrix("left", left_given);
-  const int64_t T = z_given.size(0), C = z_given.size(1), R = left_given.size(0);
+void check_sums(const Tensor& z, const Tensor& left, const Tensor& out,
+                const std::optional<Tensor>& factor, const std::optional<Tensor>& basis) {
+  check_z(z);
+  check_matrix("left", left);
+  const int64_t T = z.size(0), C = z.size(1), R = left.size(0);
   const int64_t Q = basis ? basis->size(basis->dim() - 1) : 0;
-  const int64_t E = factor ? R + (project ? Q : 0) : 0;
   check_skinny(R, R + Q);
-  check_shape("left", left_given, R, T);
+  check_shape("left", left, R, T);
+  check_same_type("left", left, z);
+  check_same_device("left", left, z);
   check_shape("out", out, C, R);
-  check_same_type("left", left_given, z_given);
-  check_same_device("left", left_given, z_given);
-  check_same_device("out", out, z_given);
-  const Element out_element = element_of(out);
+  element_of(out);
+  check_same_device("out", out, z);
   if (factor) {
     check_shape("factor", *factor, C, R);
-    check_same_type("factor", *factor, z_given);
-    check_same_device("factor", *factor, z_given);
+    check_same_type("factor", *factor, z);
+    check_same_device("factor", *factor, z);
   }
   if (basis) {
     check_shape("basis", *basis, C, Q);
     GRASP_CHECK(basis->scalar_type() == ScalarType::Float, "basis must be float32.");
-    check_same_device("basis", *basis, z_given);
+    check_same_device("basis", *basis, z);
   }
+}
+
+// What a sum over tokens leaves for the finish, in float32.
+struct Partial {
+  Tensor sums;                   // [splits, C, R]
+  std::optional<Tensor> shares;  // [slabs · splits, Q, R], with a basis
+
+  Partial(PassArguments& a, const Plan& plan, const Tensor& z) {
+    sums = new_float(z, {plan.splits(), a.C, a.R});
+    a.sums = static_cast<float*>(sums.data_ptr());
+    if (a.basis.data == nullptr) return;
+    shares = new_float(z, {plan.grid.y * plan.splits(), a.Q, a.R});
+    a.shares = static_cast<float*>(shares->data_ptr());
+  }
+
+  void hand_to(FinishArguments& finish, const PassArguments& a, const Plan& plan) const {
+    finish.sums = a.sums, finish.splits = static_cast<int>(plan.splits());
+    finish.shares = a.shares, finish.n_shares = static_cast<int>(plan.grid.y * plan.splits());
+    finish.basis = a.basis;
+  }
+};
+
+// `out[C, R] = s (I − V Vᵀ) Z̃ᵀ Lᵀ`, and with a factor, from the same read of Z,
+// `[s F | −V]ᵀ Zᵀ [E, T]`, where the second half is there if `project`; empty otherwise.
+Tensor sums(const Tensor& z_given, const Tensor& left_given, Tensor out,
+            std::optional<Tensor> factor, std::optional<Tensor> basis, bool project, double scaling,
+            std::optional<Tensor> seed, int64_t threshold, std::optional<Tensor> copy) {
+  check_sums(z_given, left_given, out, factor, basis);
   check_mask(seed, threshold, z_given);
   check_copy(copy, z_given);
   check_device(z_given);
-
+  const int R = static_cast<int>(left_given.size(0));
+  const int Q = basis ? static_cast<int>(basis->size(1)) : 0;
+  const int E = factor ? R + (project ? Q : 0) : 0;
+  const int64_t T = z_given.size(0);
   if (T == 0) {
     torch::stable::zero_(out);
     return torch::stable::new_empty(z_given, {E, T});
   }
+
   const int device = z_given.get_device_index();
   const device::OnDevice guard(device);
   const device::Properties part = device::properties(device);
   const Kind kind = factor ? Kind::gradient : Kind::input;
   GRASP_CHECK(shape_for(kind, part.major, R, E) >= 0, "no kernel for compute capability ",
-                  part.major, ".x gives ", E, " skinny rows in the same read; ask for them with ",
-                  "down.");
+              part.major, ".x gives ", E, " skinny rows in the same read; ask for them with down.");
   const Tensor z = as_readable(z_given), left = padded_rows(left_given);
-  const Plan plan = plan_sums(kind, part, T, C, R, E, is_bf16(z));
+  const Plan plan = plan_sums(kind, part, T, z.size(1), R, E, is_bf16(z));
   PassArguments a = arguments_for(plan, z, seed, threshold, copy);
   a.R = R, a.Q = Q, a.E = E;
   a.left = left.data_ptr(), a.left_stride = row_stride(left);
@@ -171,29 +201,17 @@ Tensor sums(const Tensor& z_given, const Tensor& left_given, Tensor out,
   if (factor) a.factor = strided<const void>(*factor);
   if (basis) a.basis = strided<const float>(*basis);
 
-  const int64_t splits = plan.splits();
-  const Tensor partial = new_float(z, {splits, C, R});
-  a.sums = static_cast<float*>(partial.data_ptr());
+  const Partial partial(a, plan, z);
   FinishArguments finish = finish_for(a);
-  finish.sums = a.sums, finish.splits = static_cast<int>(splits);
+  partial.hand_to(finish, a, plan);
   finish.sums_scaling = static_cast<float>(scaling);
-  finish.out = strided<void>(out), finish.out_element = out_element;
-  std::optional<Tensor> shares;
-  if (basis) {
-    finish.basis = a.basis;
-    finish.n_shares = static_cast<int>(plan.grid.y * splits);
-    shares = new_float(z, {finish.n_shares, Q, R});
-    a.shares = static_cast<float*>(shares->data_ptr());
-    finish.shares = a.shares;
-  }
+  finish.out = strided<void>(out), finish.out_element = element_of(out);
   std::optional<Skinny> skinny;
   if (factor) {
     skinny.emplace(a, plan, z, scaling, R);
     skinny->hand_to(finish, a, plan);
   }
-  const device::Stream stream = device::current_stream(device);
-  device::launch(plan.kernel, plan.grid, stream, a);
-  run_finish(finish, is_bf16(z), stream);
+  run(plan, a, finish, part, is_bf16(z));
   return skinny ? skinny->result : torch::stable::new_empty(z, {0, T});
 }
 
@@ -215,7 +233,8 @@ Tensor down(const Tensor& z_given, const Tensor& factor_given, double scaling, i
   const int device = z_given.get_device_index();
   const device::OnDevice guard(device);
   const Tensor z = as_readable(z_given), factor = as_readable(factor_given);
-  const Plan plan = plan_down(device::properties(device), T, C, E, is_bf16(z));
+  const device::Properties part = device::properties(device);
+  const Plan plan = plan_down(part, T, C, E, is_bf16(z));
   PassArguments a = arguments_for(plan, z, seed, threshold, copy);
   a.E = E;
   a.factor = strided<const void>(factor);
@@ -224,9 +243,7 @@ Tensor down(const Tensor& z_given, const Tensor& factor_given, double scaling, i
   const Skinny skinny(a, plan, z, scaling, n_scaled);
   FinishArguments finish = finish_for(a);
   skinny.hand_to(finish, a, plan);
-  const device::Stream stream = device::current_stream(device);
-  device::launch(plan.kernel, plan.grid, stream, a);
-  run_finish(finish, is_bf16(z), stream);
+  run(plan, a, finish, part, is_bf16(z));
   return skinny.result;
 }
 

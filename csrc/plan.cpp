@@ -117,8 +117,7 @@ Plan plan_down(const device::Properties& part, int64_t T, int64_t C, int E, bool
   }
   plan.steps = static_cast<int>(ceil_div(tiles, splits));
   plan.grid.x = blocks;
-  plan.grid.y =
-      ceil_div(ceil_div(tiles, plan.steps), plan.grid.cluster) * plan.grid.cluster;
+  plan.grid.y = ceil_div(ceil_div(tiles, plan.steps), plan.grid.cluster) * plan.grid.cluster;
   plan.parts = static_cast<int>(plan.grid.y / plan.grid.cluster);
   return plan;
 }

@@ -128,6 +128,15 @@ def test_on_a_cpu_nothing_is_looked_up() -> None:
     assert not measured.prefers_kernels(torch.device("cpu"))
 
 
+def operands(K: int, N: int, R: int, P: int = 0, Q: int = 0) -> Operands:
+    """A layer of these sizes that nobody computes."""
+    bases = (torch.empty(N, Q) if Q else None, torch.empty(K, P) if P else None)
+    factors = torch.empty(R, K), torch.empty(N, R)
+    return Operands(
+        torch.empty(N, K), None, *factors, None, *bases, *(None,) * 5, 1.0, 0.0, True, True
+    )
+
+
 def test_the_kernels_refuse_what_they_cannot_compute() -> None:
     inputs = make_inputs(Case(dtype=torch.float64))
     del inputs["dy"]
@@ -137,9 +146,7 @@ def test_the_kernels_refuse_what_they_cannot_compute() -> None:
     from grasp_kernels.ops.lora_linear.triton import backend
 
     wide = torch.empty(1, dtype=torch.bfloat16).expand(2**27, 8)
-    factors = torch.empty(16, 8), torch.empty(8, 16)
-    op = Operands(torch.empty(8, 8), None, *factors, *(None,) * 8, 1.0, 0.0, True, True)
-    assert "134217728 tokens and R + Q = 16" in str(backend.refuses(wide, op))
+    assert "134217728 tokens and R + Q = 16" in str(backend.refuses(wide, operands(8, 8, 16)))
 
 
 def benchmark_row(provider: str, milliseconds: float | None, **changes: object) -> dict:

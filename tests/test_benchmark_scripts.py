@@ -29,7 +29,7 @@ def test_identification_is_timed_from_file_to_subspace() -> None:
 def test_every_candidate_is_measured_beside_its_prediction(deciding: ModuleType) -> None:
     shapes = deciding.Shapes(T=64, products=((64, 48),), widths=(64,), ranks=(16,))
     found = list(deciding.rows(shapes, DEVICE, rounds=2))
-    assert len(found) == 3 + 2 + 3 + 5
+    assert len(found) == (2 + 2) + (1 + 2) + (1 + 2) + 3 + 5  # two backends of kernels
     for row in found:
         assert row["failed"] is None
         assert row["milliseconds"] > 0
@@ -40,11 +40,14 @@ def test_every_candidate_is_measured_beside_its_prediction(deciding: ModuleType)
 
 
 def test_a_wrong_kernel_is_not_timed(deciding: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deciding, "down", lambda x, A, **_: torch.zeros_like(A @ x.mT))
+    from grasp_kernels.ops.lora_linear.cuda import passes
+
+    monkeypatch.setattr(passes, "down", lambda x, A, **_: torch.zeros_like(A @ x.mT))
     shapes = deciding.Shapes(T=64, products=(), widths=(64,), ranks=(16,))
     first, *_ = deciding.rows(shapes, DEVICE, rounds=2)
-    assert first["failed"].startswith("the down pass is wrong, its relative error is 1.0e+00")
-    assert "the down pass is wrong" in deciding.table([first])
+    wrong = "the down pass of cuda is wrong, its relative error is 1.0e+00"
+    assert first["failed"].startswith(wrong)
+    assert "the down pass of cuda is wrong" in deciding.table([first])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")

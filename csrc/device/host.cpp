@@ -16,23 +16,33 @@ void check(cudaError_t error, const char* what) {
   GRASP_CHECK(error == cudaSuccess, what, " failed: ", cudaGetErrorString(error), ".");
 }
 
-cudaLaunchConfig_t configuration(const Grid& grid, Stream stream, cudaLaunchAttribute* cluster) {
-  cluster->id = cudaLaunchAttributeClusterDimension;
-  cluster->val.clusterDim = {1, static_cast<unsigned>(grid.cluster), 1};
+using Attributes = std::array<cudaLaunchAttribute, 2>;
+
+// `attributes` has to live as long as what is returned.
+cudaLaunchConfig_t configuration(const Grid& grid, Stream stream, Attributes& attributes) {
   cudaLaunchConfig_t made = {};
+  if (grid.cluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[made.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {1, static_cast<unsigned>(grid.cluster), 1};
+  }
+  if (grid.early) {
+    cudaLaunchAttribute& early = attributes[made.numAttrs++];
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+  }
   made.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
   made.blockDim = dim3(grid.threads);
   made.dynamicSmemBytes = grid.shared_memory;
   made.stream = stream;
-  made.attrs = cluster;
-  made.numAttrs = grid.cluster > 1 ? 1 : 0;
+  made.attrs = attributes.data();
   return made;
 }
 
 void allow_shared_memory(const void* kernel, const Grid& grid) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             grid.shared_memory),
-        "asking for shared memory");
+  check(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_memory),
+      "asking for shared memory");
 }
 
 // The driver's function, asked for at run time so that nothing links against the driver.
@@ -45,7 +55,7 @@ EncodeTiled encode_tiled() {
                                            cudaEnableDefault, &result),
           "looking for cuTensorMapEncodeTiled");
     GRASP_CHECK(result == cudaDriverEntryPointSuccess,
-                    "the NVIDIA driver has no tensor maps; update it to one for CUDA 12 or newer.");
+                "the NVIDIA driver has no tensor maps; update it to one for CUDA 12 or newer.");
     return reinterpret_cast<EncodeTiled>(function);
   }();
   return found;
@@ -98,9 +108,8 @@ TensorMap tensor_map(const void* matrix, int64_t rows, int64_t columns, int64_t 
       const_cast<void*>(matrix), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  GRASP_CHECK(result == CUDA_SUCCESS, "a tensor map of ", rows, " × ", columns,
-                  " elements, rows ", row_bytes, " bytes apart, was refused with error ",
-                  static_cast<int>(result), ".");
+  GRASP_CHECK(result == CUDA_SUCCESS, "a tensor map of ", rows, " × ", columns, " elements, rows ",
+              row_bytes, " bytes apart, was refused with error ", static_cast<int>(result), ".");
   return map;
 }
 
@@ -108,8 +117,8 @@ namespace erased {
 
 int clusters_at_once(const void* kernel, const Grid& grid) {
   allow_shared_memory(kernel, grid);
-  cudaLaunchAttribute cluster[1];
-  const cudaLaunchConfig_t made = configuration(grid, nullptr, cluster);
+  Attributes attributes;
+  const cudaLaunchConfig_t made = configuration(grid, nullptr, attributes);
   int found = 0;
   if (grid.cluster > 1) {
     check(cudaOccupancyMaxActiveClusters(&found, kernel, &made), "counting clusters");
@@ -135,8 +144,8 @@ int compiled_for(const void* kernel) {
 void launch(const void* kernel, const Grid& grid, Stream stream, void* argument) {
   if (grid.x == 0 || grid.y == 0) return;
   allow_shared_memory(kernel, grid);
-  cudaLaunchAttribute cluster[1];
-  const cudaLaunchConfig_t made = configuration(grid, stream, cluster);
+  Attributes attributes;
+  const cudaLaunchConfig_t made = configuration(grid, stream, attributes);
   void* arguments[] = {argument};
   check(cudaLaunchKernelExC(&made, kernel, arguments), "launching a kernel");
 }

@@ -21,7 +21,7 @@ struct Properties {
   int device;
   int major;  // of the compute capability
   int multiprocessors;
-  int shared_memory;    // bytes that one block may use
+  int shared_memory;  // bytes that one block may use
 };
 
 // Blocks of (x, y); `cluster` of them, next to each other along y, form a cluster.
@@ -30,6 +30,9 @@ struct Grid {
   int cluster;
   int threads;
   int shared_memory;  // dynamic, bytes
+  // The kernel calls `wait_for_previous`, so its blocks may be set up while the kernel before it
+  // ends.
+  bool early = false;
 };
 
 Properties properties(int device);
@@ -49,8 +52,8 @@ class OnDevice {
   int before_ = 0;
 };
 
-// A matrix [rows, columns] of two-byte elements with contiguous columns, rows `row_bytes` apart, cut
-// into boxes of `box_rows` × 64 columns in the 128-byte swizzle.
+// A matrix [rows, columns] of two-byte elements with contiguous columns, rows `row_bytes` apart,
+// cut into boxes of `box_rows` × 64 columns in the 128-byte swizzle.
 TensorMap tensor_map(const void* matrix, int64_t rows, int64_t columns, int64_t row_bytes,
                      int box_rows, bool is_bf16);
 

@@ -69,6 +69,20 @@ __device__ __forceinline__ void take_registers() {
 
 __device__ __forceinline__ uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 
+// The kernel that this thread's block belongs to lets the next one be set up, once all blocks did.
+__device__ __forceinline__ void release_next() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Waits until the kernel before this one is over and what it wrote is visible.
+__device__ __forceinline__ void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Ends the program with an error.
 __device__ __forceinline__ void stop() { __trap(); }
 
@@ -113,10 +127,10 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&out)[4], con
 template <typename T>
 __device__ __forceinline__ void mma(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0,
                                     uint32_t b1) {
-#define GRASP_MMA(TYPE)                                                                      \
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                        \
-               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"        \
-               : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])                      \
+#define GRASP_MMA(TYPE)                                                               \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                 \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])               \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
   if constexpr (std::is_same_v<T, bf16>) {
     GRASP_MMA("bf16");
@@ -140,8 +154,7 @@ __device__ __forceinline__ void barrier_init_fence() {
 }
 
 __device__ __forceinline__ void barrier_arrive(Barrier* barrier) {
-  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(
-                   shared_address(barrier))
+  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
                : "memory");
 }
 
@@ -217,8 +230,8 @@ __device__ __forceinline__ void prefetch(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// The box of `map` at (column, row), rows of 128 bytes in the 128-byte swizzle; what lies outside of
-// the matrix comes as zeros. The barrier learns of the bytes when they have come.
+// The box of `map` at (column, row), rows of 128 bytes in the 128-byte swizzle; what lies outside
+// of the matrix comes as zeros. The barrier learns of the bytes when they have come.
 __device__ __forceinline__ void copy_box(void* shared, const TensorMap* map, Barrier* barrier,
                                          int column, int row) {
   asm volatile(
@@ -280,38 +293,41 @@ __device__ __forceinline__ void wgmma_hold(float (&acc)[4]) {
   asm volatile("" : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])::"memory");
 }
 
-// acc[64, N] = a[64, 16] b[16, N] (+ acc if `add`) by the four warps of a group, N = 8 kBlocks of 16,
-// 32 or 64. acc[j][..] is what mma.m16n8k16 would hold of columns 8j.. in the 16 rows of a warp.
-// b is K-major, N rows of K. a is K-major, 64 rows of K, or with kTransposed M-major, 16 rows of M.
+// acc[64, N] = a[64, 16] b[16, N] (+ acc if `add`) by the four warps of a group, N = 8 kBlocks of
+// 16, 32 or 64. acc[j][..] is what mma.m16n8k16 would hold of columns 8j.. in the 16 rows of a
+// warp. b is K-major, N rows of K. a is K-major, 64 rows of K, or with kTransposed M-major, 16 rows
+// of M.
 template <typename T, bool kTransposed, int kBlocks>
 __device__ __forceinline__ void wgmma(float (*acc)[4], Operand a, Operand b, bool add) {
   static_assert(kBlocks == 2 || kBlocks == 4 || kBlocks == 8);
 #if GRASP_SM90A
 #define GRASP_ACC(j) "+f"(acc[j][0]), "+f"(acc[j][1]), "+f"(acc[j][2]), "+f"(acc[j][3])
-#define GRASP_WGMMA(TYPE, SHAPE, REGISTERS, A, B, ADD, TRANSPOSED, ...)                     \
-  asm volatile(                                                                             \
-      "{\n"                                                                                 \
-      ".reg .pred add;\n"                                                                   \
-      "setp.ne.b32 add, " ADD ", 0;\n"                                                      \
-      "wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" REGISTERS "}, " A    \
-      ", " B ", add, 1, 1, " TRANSPOSED ", 0;\n"                                            \
-      "}"                                                                                   \
-      : __VA_ARGS__                                                                         \
+#define GRASP_WGMMA(TYPE, SHAPE, REGISTERS, A, B, ADD, TRANSPOSED, ...)                         \
+  asm volatile(                                                                                 \
+      "{\n"                                                                                     \
+      ".reg .pred add;\n"                                                                       \
+      "setp.ne.b32 add, " ADD                                                                   \
+      ", 0;\n"                                                                                  \
+      "wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" REGISTERS "}, " A ", " B \
+      ", add, 1, 1, " TRANSPOSED                                                                \
+      ", 0;\n"                                                                                  \
+      "}"                                                                                       \
+      : __VA_ARGS__                                                                             \
       : "l"(a.bits), "l"(b.bits), "r"(int(add)), "n"(int(kTransposed)))
 #define GRASP_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define GRASP_16 GRASP_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define GRASP_32                                                                                \
+#define GRASP_32 \
   GRASP_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define GRASP_ACC2(j) GRASP_ACC(j), GRASP_ACC(j + 1)
 #define GRASP_ACC4(j) GRASP_ACC2(j), GRASP_ACC2(j + 2)
-#define GRASP_WGMMA_ANY(TYPE)                                                                   \
-  if constexpr (kBlocks == 2) {                                                                 \
-    GRASP_WGMMA(TYPE, "m64n16k16", GRASP_8, "%8", "%9", "%10", "%11", GRASP_ACC2(0));           \
-  } else if constexpr (kBlocks == 4) {                                                          \
-    GRASP_WGMMA(TYPE, "m64n32k16", GRASP_16, "%16", "%17", "%18", "%19", GRASP_ACC4(0));        \
-  } else {                                                                                      \
-    GRASP_WGMMA(TYPE, "m64n64k16", GRASP_32, "%32", "%33", "%34", "%35", GRASP_ACC4(0),         \
-                GRASP_ACC4(4));                                                                 \
+#define GRASP_WGMMA_ANY(TYPE)                                                            \
+  if constexpr (kBlocks == 2) {                                                          \
+    GRASP_WGMMA(TYPE, "m64n16k16", GRASP_8, "%8", "%9", "%10", "%11", GRASP_ACC2(0));    \
+  } else if constexpr (kBlocks == 4) {                                                   \
+    GRASP_WGMMA(TYPE, "m64n32k16", GRASP_16, "%16", "%17", "%18", "%19", GRASP_ACC4(0)); \
+  } else {                                                                               \
+    GRASP_WGMMA(TYPE, "m64n64k16", GRASP_32, "%32", "%33", "%34", "%35", GRASP_ACC4(0),  \
+                GRASP_ACC4(4));                                                          \
   }
   if constexpr (std::is_same_v<T, bf16>) {
     GRASP_WGMMA_ANY("bf16")

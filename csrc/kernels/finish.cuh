@@ -2,9 +2,10 @@
 //
 //   skinny[E, T] = Σ parts,   out[C, R] = s (I − V Vᵀ) Σ sums   with   Vᵀ Σ sums = Σ shares
 //
-// One launch for both: the first blocks of the grid work on the skinny result, the others on 32
-// columns of the sums each. No atomics, so that a rerun gives the same bits.
-// Shapes: T tokens, C columns of Z, R LoRA rank, Q basis size, E rows of the skinny result.
+// It is set up while the pass before it ends. One launch for both: the first blocks of the grid
+// work on the skinny result, the others on 32 columns of the sums each. No atomics, so that a rerun
+// gives the same bits. Shapes: T tokens, C columns of Z, R LoRA rank, Q basis size, E rows of the
+// skinny result.
 
 #pragma once
 
@@ -83,6 +84,7 @@ __device__ inline void finish_sums(const FinishArguments& a) {
 template <typename T>
 __global__ void __launch_bounds__(kFinishThreads)
     finish_kernel(const __grid_constant__ FinishArguments a) {
+  device::wait_for_previous();
   if (blockIdx.x < a.skinny_blocks) {
     finish_skinny<T>(a);
   } else {

@@ -1,8 +1,8 @@
 // Where things lie in shared memory.
 //
-// Every operand of a product is made of blocks of 64 columns: rows of 128 bytes one after the other,
-// whose eight chunks of 16 bytes are permuted by the row, so that neither eight rows of one chunk nor
-// one row of eight collide in the banks. It is the 128-byte swizzle of the copy engine.
+// Every operand of a product is made of blocks of 64 columns: rows of 128 bytes one after the
+// other, whose eight chunks of 16 bytes are permuted by the row, so that neither eight rows of one
+// chunk nor one row of eight collide in the banks. It is the 128-byte swizzle of the copy engine.
 
 #pragma once
 
@@ -20,8 +20,8 @@ __device__ __forceinline__ int chunk_offset(int row, int chunk) {
 // The place of a thread in the work of a block.
 struct Place {
   int thread = threadIdx.x;
-  int group = thread / kGroup;         // its columns
-  int warp = (thread % kGroup) / 32;   // in the group: rows 16 · warp of every product
+  int group = thread / kGroup;        // its columns
+  int warp = (thread % kGroup) / 32;  // in the group: rows 16 · warp of every product
   int lane = thread % 32;
 };
 
@@ -35,8 +35,7 @@ struct Shared {
   __device__ char* beside(char* stage) const { return stage + S.z_bytes(); }  // L, or F of the tile
   __device__ char* factor() const { return base + S.factor_offset(); }
   __device__ float* skinny(int i) const {
-    return reinterpret_cast<float*>(base + S.skinny_offset()) +
-           (i % kBuffers) * S.skinny_floats();
+    return reinterpret_cast<float*>(base + S.skinny_offset()) + (i % kBuffers) * S.skinny_floats();
   }
   __device__ device::Barrier* barrier(int i) const {
     return reinterpret_cast<device::Barrier*>(base + S.barrier_offset()) + i;

@@ -7,9 +7,9 @@
 // A block owns a slab of columns and runs down a range of tokens, its sum over tokens in registers;
 // or, in a down pass, it owns 64 tokens and runs along the columns, the skinny result in registers.
 // Groups of 128 threads own columns of the tile and depend on each other nowhere in the loop. The
-// blocks that share tokens, side by side along y, form clusters on Hopper and add their skinny tiles
-// there, so that one partial result in eight reaches memory.
-// Shapes: T tokens, C columns of Z, R LoRA rank, Q basis size, E rows of the skinny result.
+// blocks that share tokens, side by side along y, form clusters on Hopper and add their skinny
+// tiles there, so that one partial result in eight reaches memory. Shapes: T tokens, C columns of
+// Z, R LoRA rank, Q basis size, E rows of the skinny result.
 
 #pragma once
 
@@ -26,7 +26,8 @@
 
 namespace grasp {
 
-// A group's columns of the tile, 16 bytes a thread at a time: copied, and zeroed where dropout says.
+// A group's columns of the tile, 16 bytes a thread at a time: copied, and zeroed where dropout
+// says.
 template <int kIndex>
 __device__ void visit_tile(const PassArguments& a, const Place& at, char* stage, int64_t token,
                            int64_t column) {
@@ -39,8 +40,8 @@ __device__ void visit_tile(const PassArguments& a, const Place& at, char* stage,
     const int row = unit / 8 % kTokens, chunk = unit % 8;
     const int64_t t = token + row, c = column + kWide * block + 8 * chunk;
     if (t >= a.T || c >= a.C) continue;
-    auto* elements = reinterpret_cast<uint4*>(stage + block * kTokens * kRowBytes +
-                                              chunk_offset(row, chunk));
+    auto* elements =
+        reinterpret_cast<uint4*>(stage + block * kTokens * kRowBytes + chunk_offset(row, chunk));
     if (a.copy != nullptr) {
       *reinterpret_cast<uint4*>(static_cast<uint16_t*>(a.copy) + t * a.copy_stride + c) = *elements;
     }
@@ -204,7 +205,10 @@ __device__ void run_sm90(const PassArguments& a) {
   device::cluster_sync();  // no block touches barriers of another before they are there
   if (threadIdx.x >= S.consumers()) {
     device::give_registers<40>();
-    if (threadIdx.x == S.consumers()) ring.fill();
+    if (threadIdx.x == S.consumers()) {
+      ring.fill();
+      device::release_next();
+    }
     device::warp_sync();
   } else {
     device::take_registers<232>();

@@ -1,7 +1,7 @@
 // The two products of a tile, Ampere: ldmatrix and mma.sync, a warp at a time.
 //
-// A warp of a group holds the rows of a result that it would hold of a warpgroup's product, 16 · warp
-// to 16 · warp + 15, so that what follows does not know which of the two made it.
+// A warp of a group holds the rows of a result that it would hold of a warpgroup's product, 16 ·
+// warp to 16 · warp + 15, so that what follows does not know which of the two made it.
 
 #pragma once
 
@@ -19,8 +19,7 @@ struct ProductsSm80 {
 #pragma unroll
     for (int k = 0; k < kWide / 16; ++k) {
       uint32_t a[4];
-      device::load_matrices(
-          a, z + chunk_offset(16 * at.warp + at.lane % 16, 2 * k + at.lane / 16));
+      device::load_matrices(a, z + chunk_offset(16 * at.warp + at.lane % 16, 2 * k + at.lane / 16));
       multiply(acc, a, factor, k);
     }
   }
@@ -32,8 +31,7 @@ struct ProductsSm80 {
     for (int k = 0; k < kTokens / 16; ++k) {
       uint32_t a[4];
       const int token = 16 * k + 8 * (at.lane / 16) + at.lane % 8;
-      device::load_matrices_transposed(
-          a, z + chunk_offset(token, 2 * at.warp + at.lane / 8 % 2));
+      device::load_matrices_transposed(a, z + chunk_offset(token, 2 * at.warp + at.lane / 8 % 2));
       multiply(acc, a, left, k);
     }
   }

@@ -16,12 +16,12 @@ enum class Kind {
   down,      // F Zᵀ [E, T] over a range of columns
 };
 
-constexpr int kTokens = 64;       // of a tile: the rows of one warpgroup product
-constexpr int kWide = 64;         // columns of a block of a tile: 128 bytes, one swizzled row
-constexpr int kRowBytes = 128;    // of every operand in shared memory
-constexpr int kGroup = 128;       // threads that work on the same columns: one warpgroup
-constexpr int kSkinnyStride = 68; // floats between rows of a skinny tile: no bank conflicts
-constexpr int kMaxSkinny = 160;   // largest R + Q
+constexpr int kTokens = 64;        // of a tile: the rows of one warpgroup product
+constexpr int kWide = 64;          // columns of a block of a tile: 128 bytes, one swizzled row
+constexpr int kRowBytes = 128;     // of every operand in shared memory
+constexpr int kGroup = 128;        // threads that work on the same columns: one warpgroup
+constexpr int kSkinnyStride = 68;  // floats between rows of a skinny tile: no bank conflicts
+constexpr int kMaxSkinny = 160;    // largest R + Q
 
 struct Shape {
   Kind kind;
@@ -67,34 +67,20 @@ struct Shape {
 // costs less in a second read of Z than in partial sums, one a slab of 128 columns (DESIGN in
 // csrc/README.md), so the larger gradient passes are missing.
 constexpr Shape SHAPES[] = {
-    {Kind::gradient, 90, 16, 16, 2, 2, 4, 2},
-    {Kind::gradient, 90, 16, 32, 2, 2, 4, 2},
-    {Kind::gradient, 90, 32, 64, 2, 2, 3, 2},
-    {Kind::gradient, 90, 64, 96, 2, 1, 3, 2},
-    {Kind::gradient, 90, 160, 160, 2, 1, 2, 1},
-    {Kind::gradient, 80, 16, 16, 2, 1, 4, 1},
-    {Kind::gradient, 80, 16, 32, 2, 1, 3, 1},
-    {Kind::gradient, 80, 32, 32, 2, 1, 3, 1},
-    {Kind::input, 90, 16, 0, 2, 2, 4, 0},
-    {Kind::input, 90, 32, 0, 2, 2, 4, 0},
-    {Kind::input, 90, 64, 0, 2, 2, 4, 0},
-    {Kind::input, 90, 128, 0, 2, 1, 4, 0},
-    {Kind::input, 90, 160, 0, 2, 1, 4, 0},
-    {Kind::input, 80, 16, 0, 2, 1, 4, 0},
-    {Kind::input, 80, 32, 0, 2, 1, 4, 0},
-    {Kind::input, 80, 64, 0, 2, 1, 4, 0},
-    {Kind::input, 80, 128, 0, 2, 1, 3, 0},
-    {Kind::input, 80, 160, 0, 2, 1, 2, 0},
-    {Kind::down, 90, 0, 16, 2, 2, 4, 1},
-    {Kind::down, 90, 0, 32, 2, 2, 4, 1},
-    {Kind::down, 90, 0, 64, 2, 1, 4, 1},
-    {Kind::down, 90, 0, 128, 2, 1, 3, 1},
-    {Kind::down, 90, 0, 160, 2, 1, 2, 1},
-    {Kind::down, 80, 0, 16, 2, 1, 4, 1},
-    {Kind::down, 80, 0, 32, 2, 1, 3, 1},
-    {Kind::down, 80, 0, 64, 2, 1, 2, 1},
-    {Kind::down, 80, 0, 128, 1, 1, 2, 1},
-    {Kind::down, 80, 0, 160, 1, 1, 2, 1},
+    {Kind::gradient, 90, 16, 16, 2, 2, 4, 2},   {Kind::gradient, 90, 16, 32, 2, 2, 4, 2},
+    {Kind::gradient, 90, 32, 64, 2, 2, 3, 2},   {Kind::gradient, 90, 64, 96, 2, 1, 3, 2},
+    {Kind::gradient, 90, 160, 160, 2, 1, 2, 1}, {Kind::gradient, 80, 16, 16, 2, 1, 4, 1},
+    {Kind::gradient, 80, 16, 32, 2, 1, 3, 1},   {Kind::gradient, 80, 32, 32, 2, 1, 3, 1},
+    {Kind::input, 90, 16, 0, 2, 2, 4, 0},       {Kind::input, 90, 32, 0, 2, 2, 4, 0},
+    {Kind::input, 90, 64, 0, 2, 2, 4, 0},       {Kind::input, 90, 128, 0, 2, 1, 4, 0},
+    {Kind::input, 90, 160, 0, 2, 1, 4, 0},      {Kind::input, 80, 16, 0, 2, 1, 4, 0},
+    {Kind::input, 80, 32, 0, 2, 1, 4, 0},       {Kind::input, 80, 64, 0, 2, 1, 4, 0},
+    {Kind::input, 80, 128, 0, 2, 1, 3, 0},      {Kind::input, 80, 160, 0, 2, 1, 2, 0},
+    {Kind::down, 90, 0, 16, 2, 2, 4, 1},        {Kind::down, 90, 0, 32, 2, 2, 4, 1},
+    {Kind::down, 90, 0, 64, 2, 1, 4, 1},        {Kind::down, 90, 0, 128, 2, 1, 3, 1},
+    {Kind::down, 90, 0, 160, 2, 1, 2, 1},       {Kind::down, 80, 0, 16, 2, 1, 4, 1},
+    {Kind::down, 80, 0, 32, 2, 1, 3, 1},        {Kind::down, 80, 0, 64, 2, 1, 2, 1},
+    {Kind::down, 80, 0, 128, 1, 1, 2, 1},       {Kind::down, 80, 0, 160, 1, 1, 2, 1},
 };
 constexpr int kShapes = static_cast<int>(sizeof(SHAPES) / sizeof(Shape));
 

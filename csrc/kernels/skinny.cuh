@@ -1,5 +1,5 @@
-// The skinny result: tiles [E, 64 tokens] of the groups and blocks that share its tokens, added in a
-// fixed order and written once a cluster.
+// The skinny result: tiles [E, 64 tokens] of the groups and blocks that share its tokens, added in
+// a fixed order and written once a cluster.
 
 #pragma once
 
@@ -97,8 +97,7 @@ __device__ void reduce_skinny(const PassArguments& a, const Exchange& exchange, 
     for (int rank = 0; rank < exchange.blocks(); ++rank) {
 #pragma unroll
       for (int group = 0; group < S.groups; ++group) {
-        const float4 one =
-            exchange.load(i, (group * S.E + e) * kSkinnyStride + 4 * quad, rank);
+        const float4 one = exchange.load(i, (group * S.E + e) * kSkinnyStride + 4 * quad, rank);
         sum.x += one.x, sum.y += one.y, sum.z += one.z, sum.w += one.w;
       }
     }

@@ -1,6 +1,6 @@
 // What a block leaves of its sum over tokens: the sum itself, [columns, R], and the part that the
-// basis has in it, [Q, R], in float32. To project the whole sum takes all columns, so that waits for
-// the finish.
+// basis has in it, [Q, R], in float32. To project the whole sum takes all columns, so that waits
+// for the finish.
 
 #pragma once
 
@@ -54,8 +54,7 @@ __device__ void write_shares(const PassArguments& a, const Shared<kIndex>& share
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int64_t c = column_of<kIndex>(at, column, m, half);
-        basis[m][half] =
-            c < a.C ? a.basis.data[c * a.basis.row + q * a.basis.column] : 0.0f;
+        basis[m][half] = c < a.C ? a.basis.data[c * a.basis.row + q * a.basis.column] : 0.0f;
       }
     }
     float* own = scratch + (q % 2 * kWarps + at.thread / 32) * S.R;

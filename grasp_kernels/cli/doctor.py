@@ -41,7 +41,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from grasp_kernels import backends
 
     for name, reason in backends().items():
-        rows[f"backend {name}"] = "runs" if reason is None else f"does not run: {reason}"
+        rows[f"backend {name}"] = _backend(name) if reason is None else f"does not run: {reason}"
     rows["backend auto"] = _auto()
     width = max(map(len, rows))
     for name, value in rows.items():
@@ -104,6 +104,18 @@ def _kernel_table(kernels: list[dict[str, Any]]) -> Iterator[str]:
         yield "  ".join(
             f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)
         ).rstrip()
+
+
+def _backend(name: str) -> str:
+    """Of a backend that runs: kernels that nobody checked on this GPU are not for `auto`."""
+    import torch
+
+    from grasp_kernels.ops.lora_linear import api, measured
+
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in api.KERNELS or name in measured.timed(where):
+        return "runs"
+    return "runs; has never passed the checks of a benchmark on this GPU, so auto does not take it"
 
 
 def _auto() -> str:

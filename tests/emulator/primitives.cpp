@@ -145,10 +145,10 @@ void load_matrices(uint32_t (&out)[4], const void* shared, bool transposed) {
                    for (int lane = 0; lane < kWarp; ++lane) {
                      const int major = lane / 4, minor = lane % 4 * 2;
                      for (int i = 0; i < 4; ++i) {
-                       const uint32_t low = transposed ? element(i, minor, major)
-                                                       : element(i, major, minor);
-                       const uint32_t high = transposed ? element(i, minor + 1, major)
-                                                        : element(i, major, minor + 1);
+                       const uint32_t low =
+                           transposed ? element(i, minor, major) : element(i, major, minor);
+                       const uint32_t high =
+                           transposed ? element(i, minor + 1, major) : element(i, major, minor + 1);
                        lane_of(lane).out[i] = low | high << 16;
                      }
                    }
@@ -302,8 +302,8 @@ void erased::wgmma_wait(int pending) {
 }
 
 void erased::wgmma(float (*acc)[4], const Product& product) {
-  const int64_t kind = product.blocks << 3 | product.is_bf16 << 2 | product.transposed << 1 |
-                       int(product.add);
+  const int64_t kind =
+      product.blocks << 3 | product.is_bf16 << 2 | product.transposed << 1 | int(product.add);
   const Operation operation = {
       "wgmma", 3, {static_cast<int64_t>(product.a), static_cast<int64_t>(product.b), kind}};
   machine().meet(operation, acc, [&product](Warp& warp) {

@@ -128,9 +128,8 @@ void Products::Tile::store() const {
 }
 
 void Products::Tile::poison() const {
-  each_accumulator(lanes, blocks, [](float& lane, int) {
-    lane = std::numeric_limits<float>::quiet_NaN();
-  });
+  each_accumulator(lanes, blocks,
+                   [](float& lane, int) { lane = std::numeric_limits<float>::quiet_NaN(); });
 }
 
 void Products::issue(Warp& warp, const Product& product,

@@ -60,9 +60,9 @@ T* swizzled(char* base, int line, int column) {
 
 struct Boxes {
   TensorMap map;
-  float* out;   // [2, boxes, 32, 64]
-  int bytes;    // announced for a box
-  int arrivals; // at the barriers of full slots
+  float* out;    // [2, boxes, 32, 64]
+  int bytes;     // announced for a box
+  int arrivals;  // at the barriers of full slots
 };
 
 constexpr int kBoxes = 7, kSlots = 2, kBoxBytes = 32 * 128;
@@ -85,8 +85,7 @@ __global__ void __launch_bounds__(64) ring(const __grid_constant__ Boxes boxes) 
     if (threadIdx.x == 0) {
       device::barrier_wait(empty + slot, parity ^ 1);
       device::barrier_arrive_expect(full + slot, boxes.bytes);
-      device::copy_box(slots + slot * kBoxBytes, &boxes.map, full + slot, 64 * i,
-                       20 * blockIdx.x);
+      device::copy_box(slots + slot * kBoxBytes, &boxes.map, full + slot, 64 * i, 20 * blockIdx.x);
     } else if (threadIdx.x >= 32) {
       device::barrier_wait(full + slot, parity);
       float* out = boxes.out + (blockIdx.x * kBoxes + i) * 32 * 64;
@@ -318,20 +317,22 @@ const std::map<std::string, std::function<void()>> cases = {
     {"wgmma_fp16", check_all_wgmma<fp16>},
     {"exchange", [] { check_exchange(true); }},
     {"copies", [] { check_copies(true); }},
-    {"exited_threads_leave_the_cluster",
-     body([](char*, int thread) {
-       if (thread < 32) return;
-       device::cluster_sync();
-     }, 64)},
+    {"exited_threads_leave_the_cluster", body(
+                                             [](char*, int thread) {
+                                               if (thread < 32) return;
+                                               device::cluster_sync();
+                                             },
+                                             64)},
 
-    {"registers",
-     body([](char*, int thread) {
-       if (thread < 256) {
-         device::take_registers<232>();
-       } else {
-         device::give_registers<40>();
-       }
-     }, 384)},
+    {"registers", body(
+                      [](char*, int thread) {
+                        if (thread < 256) {
+                          device::take_registers<232>();
+                        } else {
+                          device::give_registers<40>();
+                        }
+                      },
+                      384)},
 
     {"ring_of_too_few_bytes", [] { copy_boxes(kBoxBytes - 128, 1); }},
     {"ring_of_too_many_bytes", [] { copy_boxes(kBoxBytes + 128, 1); }},
@@ -343,57 +344,55 @@ const std::map<std::string, std::function<void()>> cases = {
     {"wgmma_of_three_warps", [] { check_wgmma<bf16, false, 2>(kOneWarpLess); }},
     {"wgmma_reused_early", [] { check_wgmma<bf16, false, 2>(kEarlyReuse); }},
     {"exchange_without_stay", [] { check_exchange(false); }},
-    {"missing_barrier",
-     body([](char*, int thread) {
-       if (thread < 32) device::named_barrier(1, 64);
-     }, 64)},
+    {"missing_barrier", body(
+                            [](char*, int thread) {
+                              if (thread < 32) device::named_barrier(1, 64);
+                            },
+                            64)},
     {"counts_differ",
      body([](char*, int thread) { device::named_barrier(1, thread < 32 ? 64 : 96); }, 96)},
-    {"divergence",
-     body([](char*, int thread) {
+    {"divergence", body([](char*, int thread) {
        if (thread < 16) device::warp_sync();
        device::shuffle_xor(0, 1);
      })},
-    {"ended_lanes",
-     body([](char*, int thread) {
+    {"ended_lanes", body([](char*, int thread) {
        if (thread < 16) device::warp_sync();
      })},
-    {"outside",
-     body([](char* shared, int thread) {
+    {"outside", body([](char* shared, int thread) {
        device::copy_async_16(shared + 1024 - 16 * thread, shared, false);
      })},
     {"misaligned",
      body([](char* shared, int) { device::copy_async_16(shared + 8, shared, false); })},
     {"written_outside", body([](char* shared, int) { shared[1024] = 1; })},
     {"no_init", body([](char* shared, int) { device::barrier_arrive(barrier_at(shared)); })},
-    {"many_arrivals",
-     body([](char* shared, int thread) {
+    {"many_arrivals", body([](char* shared, int thread) {
        if (thread > 0) return;
        device::barrier_init(barrier_at(shared), 2);
        device::barrier_arrive_expect(barrier_at(shared), 16);
        device::barrier_arrive(barrier_at(shared));
        device::barrier_arrive(barrier_at(shared));
      })},
-    {"never_arrives",
-     body([](char* shared, int thread) {
+    {"never_arrives", body([](char* shared, int thread) {
        if (thread > 0) return;
        device::barrier_init(barrier_at(shared), 1);
        device::barrier_wait(barrier_at(shared), 1);
        device::barrier_wait(barrier_at(shared), 0);
      })},
     {"map_of_odd_rows", [] { device::tensor_map(nullptr, 8, 60, 120, 8, true); }},
-    {"many_registers",
-     body([](char*, int thread) {
-       if (thread < 256) {
-         device::take_registers<240>();
-       } else {
-         device::give_registers<40>();
-       }
-     }, 384)},
-    {"registers_of_one_warp",
-     body([](char*, int thread) {
-       if (thread < 32) device::give_registers<40>();
-     }, 128)},
+    {"many_registers", body(
+                           [](char*, int thread) {
+                             if (thread < 256) {
+                               device::take_registers<240>();
+                             } else {
+                               device::give_registers<40>();
+                             }
+                           },
+                           384)},
+    {"registers_of_one_warp", body(
+                                  [](char*, int thread) {
+                                    if (thread < 32) device::give_registers<40>();
+                                  },
+                                  128)},
     {"much_shared_memory", [] { run(copy, {}, 32, 1, 232449); }},
 };
 

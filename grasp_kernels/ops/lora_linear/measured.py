@@ -35,6 +35,15 @@ def order(x: Tensor, op: Operands) -> tuple[str, ...]:
 
 
 @cache
+def timed(where: torch.device) -> frozenset[str]:
+    """The backends that were timed on such a device, which they are once their results pass."""
+    if where.type != "cuda":
+        return frozenset()
+    device = torch.cuda.get_device_name(where)
+    return frozenset(n for row in _rows() if row["device"] == device for n in row["milliseconds"])
+
+
+@cache
 def prefers_kernels(where: torch.device) -> bool:
     """Whether a kernel of ours was measured to be the fastest for some shape on this device."""
     if where.type != "cuda":

@@ -25,6 +25,7 @@ struct Grid {
   int cluster;
   int threads;
   int shared_memory;
+  bool early = false;
 };
 
 Properties properties(int device);
@@ -71,5 +72,4 @@ void grasp_emulator_configure(uint64_t seed);
 
 // The GPU that `properties` describes.
 void grasp_emulator_part(int major, int multiprocessors, int shared_memory);
-
 }

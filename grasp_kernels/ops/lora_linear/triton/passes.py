@@ -41,11 +41,12 @@ def sums(
     partial = token_pass(
         z, left, factor=factor, basis=basis, project=project, dropout=dropout, copy=copy
     )
+    skinny = None
+    if partial.skinny is not None:
+        skinny = finish_skinny(partial.skinny, left.shape[0], scaling, z.dtype)
     keep = 1.0 if dropout is None else dropout.inverse_keep
     finish_factor(partial.sums, partial.shares, basis, scaling * keep, out)
-    if partial.skinny is None:
-        return None
-    return finish_skinny(partial.skinny, left.shape[0], scaling, z.dtype)
+    return skinny
 
 
 def one_read(z: Tensor, R: int, Q: int, E: int) -> bool:
