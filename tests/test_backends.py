@@ -11,6 +11,7 @@ import torch
 
 import grasp_kernels as gk
 from grasp_kernels.bench.adopt import adopt
+from grasp_kernels.ops import dispatch
 from grasp_kernels.ops.lora_linear import api, measured
 from grasp_kernels.ops.lora_linear.operands import Operands
 from grasp_kernels.testing import Case, make_inputs
@@ -111,6 +112,29 @@ def test_the_nearest_measured_shape_decides(table: Path) -> None:
 def test_every_order_ends_with_what_runs_everywhere(table: Path) -> None:
     table.write_text(json.dumps({"rows": [row(triton=1.0, aten=2.0)]}))
     assert measured.fastest("GPU", "bfloat16", 1, 1, 1, 1, 0) == ("triton", "aten", "reference")
+
+
+def test_what_was_timed_has_passed(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`bench --adopt` takes rows of results within the budget alone."""
+    table.write_text(json.dumps({"rows": [row(triton=1.0, aten=2.0), row("other", cuda=1.0)]}))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: "GPU")
+    measured.timed.cache_clear()
+    assert measured.timed(torch.device("cuda")) == {"triton", "aten"}
+    assert measured.timed(torch.device("cpu")) == set()
+    measured.timed.cache_clear()
+
+
+def test_auto_passes_over_a_backend_that_refuses_the_call() -> None:
+    order = ("cuda", "triton", "aten")
+
+    def taken(x: torch.Tensor, op: Operands) -> str:
+        return dispatch.select(api.PACKAGE, order, "auto", x.device, x, op).__name__.split(".")[-1]
+
+    x = torch.empty(3, 24, device="cuda" if torch.cuda.is_available() else "cpu")
+    assert taken(x.bfloat16(), operands(24, 16, 4)) == "cuda"
+    assert taken(x, operands(24, 16, 4)) == "triton"
+    assert taken(x.bfloat16(), operands(24, 12, 4)) == "triton"
+    assert taken(x.double(), operands(24, 16, 4)) == "aten"
 
 
 def test_the_stored_table_is_well_formed() -> None:

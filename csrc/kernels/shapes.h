@@ -63,25 +63,43 @@ struct Shape {
 
 // Smallest first: the first that fits is taken. Not measured yet; chosen so that nothing spills, at
 // least 24 KB are in flight in a multiprocessor, and blocks fit into 227 KB on Hopper and into the
-// 99 KB of the small parts that run the code for sm_80. There a skinny result of more than 32 rows
-// costs less in a second read of Z than in partial sums, one a slab of 128 columns (DESIGN in
-// csrc/README.md), so the larger gradient passes are missing.
+// 99 KB of the small parts that run the code for sm_80, small ranks twice into the 163 KB of an
+// A100, whose blocks wait for all of their threads. Before Hopper a skinny result of more than 32
+// rows costs less in a second read of Z than in partial sums, one a slab of 128 columns
+// (csrc/README.md), so the larger gradient passes are missing.
+// clang-format off
 constexpr Shape SHAPES[] = {
-    {Kind::gradient, 90, 16, 16, 2, 2, 4, 2},   {Kind::gradient, 90, 16, 32, 2, 2, 4, 2},
-    {Kind::gradient, 90, 32, 64, 2, 2, 3, 2},   {Kind::gradient, 90, 64, 96, 2, 1, 3, 2},
-    {Kind::gradient, 90, 160, 160, 2, 1, 2, 1}, {Kind::gradient, 80, 16, 16, 2, 1, 4, 1},
-    {Kind::gradient, 80, 16, 32, 2, 1, 3, 1},   {Kind::gradient, 80, 32, 32, 2, 1, 3, 1},
-    {Kind::input, 90, 16, 0, 2, 2, 4, 0},       {Kind::input, 90, 32, 0, 2, 2, 4, 0},
-    {Kind::input, 90, 64, 0, 2, 2, 4, 0},       {Kind::input, 90, 128, 0, 2, 1, 4, 0},
-    {Kind::input, 90, 160, 0, 2, 1, 4, 0},      {Kind::input, 80, 16, 0, 2, 1, 4, 0},
-    {Kind::input, 80, 32, 0, 2, 1, 4, 0},       {Kind::input, 80, 64, 0, 2, 1, 4, 0},
-    {Kind::input, 80, 128, 0, 2, 1, 3, 0},      {Kind::input, 80, 160, 0, 2, 1, 2, 0},
-    {Kind::down, 90, 0, 16, 2, 2, 4, 1},        {Kind::down, 90, 0, 32, 2, 2, 4, 1},
-    {Kind::down, 90, 0, 64, 2, 1, 4, 1},        {Kind::down, 90, 0, 128, 2, 1, 3, 1},
-    {Kind::down, 90, 0, 160, 2, 1, 2, 1},       {Kind::down, 80, 0, 16, 2, 1, 4, 1},
-    {Kind::down, 80, 0, 32, 2, 1, 3, 1},        {Kind::down, 80, 0, 64, 2, 1, 2, 1},
-    {Kind::down, 80, 0, 128, 1, 1, 2, 1},       {Kind::down, 80, 0, 160, 1, 1, 2, 1},
+    // kind, arch, R, E, groups, blocks, stages, buffers
+    {Kind::gradient, 90, 16, 16, 2, 2, 4, 2},
+    {Kind::gradient, 90, 16, 32, 2, 2, 4, 2},
+    {Kind::gradient, 90, 32, 64, 2, 2, 3, 2},
+    {Kind::gradient, 90, 64, 96, 2, 1, 3, 2},
+    {Kind::gradient, 90, 160, 160, 2, 1, 2, 1},
+    {Kind::gradient, 80, 16, 16, 2, 1, 3, 1},
+    {Kind::gradient, 80, 16, 32, 2, 1, 3, 1},
+    {Kind::gradient, 80, 32, 32, 2, 1, 3, 1},
+    {Kind::input, 90, 16, 0, 2, 2, 4, 0},
+    {Kind::input, 90, 32, 0, 2, 2, 4, 0},
+    {Kind::input, 90, 64, 0, 2, 2, 4, 0},
+    {Kind::input, 90, 128, 0, 2, 1, 4, 0},
+    {Kind::input, 90, 160, 0, 2, 1, 4, 0},
+    {Kind::input, 80, 16, 0, 2, 1, 4, 0},
+    {Kind::input, 80, 32, 0, 2, 1, 4, 0},
+    {Kind::input, 80, 64, 0, 2, 1, 4, 0},
+    {Kind::input, 80, 128, 0, 2, 1, 3, 0},
+    {Kind::input, 80, 160, 0, 2, 1, 2, 0},
+    {Kind::down, 90, 0, 16, 2, 2, 4, 1},
+    {Kind::down, 90, 0, 32, 2, 2, 4, 1},
+    {Kind::down, 90, 0, 64, 2, 1, 4, 1},
+    {Kind::down, 90, 0, 128, 2, 1, 3, 1},
+    {Kind::down, 90, 0, 160, 2, 1, 2, 1},
+    {Kind::down, 80, 0, 16, 2, 1, 3, 1},
+    {Kind::down, 80, 0, 32, 2, 1, 3, 1},
+    {Kind::down, 80, 0, 64, 2, 1, 2, 1},
+    {Kind::down, 80, 0, 128, 1, 1, 2, 1},
+    {Kind::down, 80, 0, 160, 1, 1, 2, 1},
 };
+// clang-format on
 constexpr int kShapes = static_cast<int>(sizeof(SHAPES) / sizeof(Shape));
 
 constexpr bool all_fit() {
