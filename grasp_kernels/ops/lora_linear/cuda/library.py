@@ -13,8 +13,8 @@ import grasp_kernels
 
 def find() -> Path | None:
     """The library that was built with this package, if it was."""
-    folder = Path(grasp_kernels.__file__).parent
-    return next(iter(sorted(folder.glob("_C*.so"))), None)
+    path = Path(grasp_kernels.__file__).with_name("_C.so")
+    return path if path.exists() else None
 
 
 def load(path: Path) -> None:
@@ -40,6 +40,9 @@ def why_not() -> str | None:
 
 def operators() -> Any:
     """The namespace of the registered operators."""
+    reason = why_not()
+    if reason is not None:
+        raise RuntimeError(f"the CUDA kernels are not there: {reason}.")
     return torch.ops.grasp_kernels_cuda
 
 
