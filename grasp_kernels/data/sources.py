@@ -71,7 +71,7 @@ def _csv(path: Path) -> Rows:
 
 def _parquet(path: Path) -> Rows:
     try:
-        import pyarrow.parquet  # type: ignore
+        import pyarrow.parquet
     except ModuleNotFoundError:
         raise ImportError(
             f"{path} is a parquet file, which needs the package pyarrow: pip install pyarrow, or "
@@ -89,7 +89,7 @@ def _parquet(path: Path) -> Rows:
 
 def _hub(name: str, split: str, subset: str | None) -> Rows:
     try:
-        from datasets import load_dataset  # type: ignore
+        from datasets import load_dataset
     except ModuleNotFoundError:
         raise ImportError(
             f"There is no file {name}, and a data set on the Hugging Face hub needs the package "
