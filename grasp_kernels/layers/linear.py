@@ -228,9 +228,11 @@ class GraspLoRALinear(lora.Linear):
 
     def _closed_factors(self, x: Tensor, adapter: str) -> tuple[Tensor, Tensor] | None:
         """A°, B° from the launch that makes those of all layers; None: the operator makes them."""
+        if torch.compiler.is_compiling():
+            return None
         kernels = self.backend in KERNELS
         kernels |= self.backend == "auto" and measured.prefers_kernels(x.device)
-        if not kernels or torch.compiler.is_compiling():
+        if not kernels:
             return None
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype

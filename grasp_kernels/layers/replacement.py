@@ -14,6 +14,7 @@ from peft.tuners import lora
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from grasp_kernels.adapters.load import MOVED_BASE
 from grasp_kernels.layers.factors import ClosedFactors
 from grasp_kernels.layers.linear import GraspLoRALinear, why_never
 from grasp_kernels.ops import backends, project_gradient
@@ -78,7 +79,8 @@ def replace_lora_layers(
 
     Raises:
         ValueError: no LoRA layers, a subspace of another model (the site or the shape is named), an
-            unknown option, or an architecture whose writers are not known.
+            unknown option, an architecture whose writers are not known, or adapters to close that
+            hold a part of the pretrained weights (PiSSA and the like).
     """
     _check_options(project, backend)
     layers = {
@@ -97,6 +99,8 @@ def replace_lora_layers(
         known = model_sites(model, sites)
         write, read = _bases(model, subspace, known)
         writers = [site.name for site in known if site.role == "write"]
+        if closed:
+            _check_starts(model)
         report.bare_writers = [name for name in writers if write and name not in write]
     restore_lora_layers(model)
 
@@ -148,6 +152,18 @@ def _check_options(project: str, backend: str) -> None:
         raise ValueError(
             f"backend {backend!r} is unknown; use 'auto' or one of {list(backends())}."
         )
+
+
+def _check_starts(model: nn.Module) -> None:
+    """Closing must not take pretrained content away."""
+    for name, config in getattr(model, "peft_config", {}).items():
+        start = str(getattr(config, "init_lora_weights", True))
+        if start.startswith(MOVED_BASE):
+            raise ValueError(
+                f"the adapter {name!r} was initialised with {start!r}, which moves pretrained "
+                "weights into it, and closing would remove them along the subspace; pass "
+                "closed=False, or initialise with init_lora_weights=True."
+            )
 
 
 def _why_kept(layer: LoraLayer) -> str | None:
