@@ -153,8 +153,8 @@ def assert_parity(found: Trace, stock: Trace, oracle: Trace, eps: float = EPS) -
     assert sum(oracle.losses[-4:]) < sum(oracle.losses[:4])
     (ours, our_loss), (theirs, their_loss) = errors(found, oracle), errors(stock, oracle)
     assert median(a / b for a, b in zip(ours, theirs, strict=True)) <= RATIO
-    rounding = float(eps / 2 * torch.tensor(oracle.losses).norm())
-    assert our_loss <= RATIO * max(their_loss, rounding)
+    unit = eps * float(torch.tensor(oracle.losses).norm())  # one in the last place of every loss
+    assert our_loss <= RATIO * max(their_loss, unit)
 
 
 def check_parity(make: Callable[[], nn.Module], eps: float = EPS, **options: Any) -> None:
@@ -173,7 +173,7 @@ def check_parity(make: Callable[[], nn.Module], eps: float = EPS, **options: Any
 ADAPTERS: dict[str, dict[str, Any]] = {
     "plain": {},
     "dropout": {"lora_dropout": 0.2},
-    "rslora": {"use_rslora": True},
+    "rslora": {"use_rslora": True, "lora_alpha": 6},
     "lora_bias": {"lora_bias": True, "lora_alpha": 4},
     "patterns": {"rank_pattern": {"q_proj": 8, "down_proj": 24}, "alpha_pattern": {"o_proj": 32}},
     "modules_to_save": {"modules_to_save": ["lm_head"]},
