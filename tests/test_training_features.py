@@ -25,6 +25,7 @@ from peft.tuners.lora.layer import LoraLayer
 from test_replacement import a_subspace, assert_same_gradients, logits, loss_and_gradients
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Qwen2Config, Trainer, TrainingArguments
 
 import grasp_kernels as gk
@@ -36,6 +37,14 @@ STEPS = 20
 WRITERS = ("o_proj", "down_proj")
 SOME = ("q_proj", *WRITERS)
 EPS = torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(autouse=True)
+def forgetful_compiler() -> Iterator[None]:
+    """A length that another test has compiled would make the next one dynamic, and slow."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 class SameMask(nn.Module):
@@ -422,6 +431,23 @@ def test_lengths_do_not_compile_again_and_again() -> None:
     assert counter.frame_count == 2
 
 
+def test_compiled_checkpoints_draw_the_mask_again() -> None:
+    model = lora_model(lora_dropout=0.3)
+    gk.replace_lora_layers(model, a_subspace(model))
+    block = model.get_base_model().model.layers[0].mlp.train()
+    trained = [p for p in block.parameters() if p.requires_grad]
+    run = torch.compile(
+        lambda x: checkpoint(block, x, use_reentrant=False), fullgraph=True, backend="aot_eager"
+    )
+    x = torch.randn(2, 7, 32, requires_grad=True)
+    results = []
+    for call in (block, run):
+        torch.manual_seed(5)
+        y = call(x)
+        results.append([y, *torch.autograd.grad(y.square().mean(), [x, *trained])])
+    assert all(map(torch.equal, *results))
+
+
 def closable_layer() -> gk.GraspLoRALinear:
     """A layer whose B is open, as an optimizer leaves it."""
     basis = orthonormal(20, 2, torch.Generator().manual_seed(0))
@@ -489,11 +515,11 @@ def a_closed_model(seed: int = 1) -> PeftModel:
 @pytest.mark.parametrize(
     "call", [in_inference_mode, without_gradients, reference_model, generation]
 )
-def test_forwards_between_forward_and_backward_change_nothing(call: Any) -> None:
-    undisturbed, found = (
-        train(a_closed_model(), steps=4),
-        train(a_closed_model(), steps=4, between=call),
-    )
+def test_forwards_before_and_between_change_nothing(call: Any) -> None:
+    """Before the first step, and between every forward and its backward."""
+    undisturbed, disturbed = train(a_closed_model(), steps=4), a_closed_model()
+    call(disturbed)
+    found = train(disturbed, steps=4, between=call)
     assert found.losses == undisturbed.losses
     assert all(map(torch.equal, found.gradients, undisturbed.gradients))
 

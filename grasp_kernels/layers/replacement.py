@@ -63,9 +63,9 @@ def replace_lora_layers(
     Without a subspace the layers are only faster. With one, every writer that it covers gets its
     write basis, adapted or not, and every adapted reader its read basis. The gradient of a writer
     without an adapter of its own is projected too (`project="residual"`), so that nothing upstream
-    learns through it. A layer that stays with peft is reported with the reason, and warned of; its
-    gradient is projected in the same way, but it is not closed. Calling it again starts afresh: do
-    so after adding an adapter to other modules, or an adapter that is to be closed.
+    learns through it. A layer that stays with peft is warned of and reported with the reason; it is
+    projected like a writer without an adapter, and not closed. Calling it again starts afresh: do
+    so after adding an adapter on other modules, or one that is to be closed, too.
 
     Args:
         model: a `PeftModel`, or any module with peft's LoRA layers in it.
