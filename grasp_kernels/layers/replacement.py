@@ -5,6 +5,7 @@ Shapes: K in, N out, P read basis size, Q write basis size, D residual width.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,14 +14,13 @@ from peft.tuners import lora
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from grasp_kernels.adapters.load import MOVED_BASE
 from grasp_kernels.layers.factors import ClosedFactors
 from grasp_kernels.layers.linear import GraspLoRALinear, why_never
 from grasp_kernels.ops import backends, project_gradient
 from grasp_kernels.ops.lora_linear.api import PROJECTIONS
 from grasp_kernels.sites import Site, SiteRules, base_name, model_sites
 from grasp_kernels.subspace import Subspace
-
-_HOOKS = "_grasp_writer_hooks"
 
 
 @dataclass
@@ -63,7 +63,9 @@ def replace_lora_layers(
     Without a subspace the layers are only faster. With one, every writer that it covers gets its
     write basis, adapted or not, and every adapted reader its read basis. The gradient of a writer
     without an adapter of its own is projected too (`project="residual"`), so that nothing upstream
-    learns through it. Calling it again starts afresh.
+    learns through it. A layer that stays with peft is warned of and reported with the reason; it is
+    projected like a writer without an adapter, and not closed. Calling it again starts afresh: do
+    so after adding an adapter on other modules, or one that is to be closed, too.
 
     Args:
         model: a `PeftModel`, or any module with peft's LoRA layers in it.
@@ -77,7 +79,8 @@ def replace_lora_layers(
 
     Raises:
         ValueError: no LoRA layers, a subspace of another model (the site or the shape is named), an
-            unknown option, or an architecture whose writers are not known.
+            unknown option, an architecture whose writers are not known, or adapters to close that
+            hold a part of the pretrained weights (PiSSA and the like).
     """
     _check_options(project, backend)
     layers = {
@@ -96,17 +99,19 @@ def replace_lora_layers(
         known = model_sites(model, sites)
         write, read = _bases(model, subspace, known)
         writers = [site.name for site in known if site.role == "write"]
+        if closed:
+            _check_starts(model)
         report.bare_writers = [name for name in writers if write and name not in write]
     restore_lora_layers(model)
 
-    factors = ClosedFactors()
+    factors, told = ClosedFactors(), set[str]()
     for name, layer in layers.items():
         reason = _why_kept(layer)
         if reason is not None:
             report.fallbacks[name] = reason
             continue
         bases = write.get(name), read.get(name)
-        GraspLoRALinear.adopt(layer, *bases, project, closed, backend, factors)
+        GraspLoRALinear.adopt(layer, *bases, project, closed, backend, factors, told)
         if pad_weights:
             layer.pad_weight_()
         report.replaced.append(name)
@@ -116,16 +121,28 @@ def replace_lora_layers(
             report.read_projected.append(name)
     if project == "residual":
         report.hooked_writers = _hook_writers(model, write, set(report.replaced))
+    if report.fallbacks:
+        reasons = "; ".join(dict.fromkeys(report.fallbacks.values()))
+        warnings.warn(
+            f"{len(report.fallbacks)} of {len(layers)} LoRA layers stay with peft and are not "
+            f"accelerated ({reasons}); the returned report names them.",
+            stacklevel=2,
+        )
     return report
 
 
 def restore_lora_layers(model: nn.Module) -> None:
-    """Back to stock peft layers in place, with the weights that the model computed with."""
+    """Back to stock peft layers in place, with the weights that the model computed with.
+
+    Of a model that peft has merged and unloaded it only takes the projection of the writers that
+    had no adapter.
+    """
     for module in model.modules():
         if isinstance(module, GraspLoRALinear):
             module.release()
-    for handle in model.__dict__.pop(_HOOKS, ()):
-        handle.remove()
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, _Projection):
+                del module._forward_hooks[key]
 
 
 def _check_options(project: str, backend: str) -> None:
@@ -135,6 +152,18 @@ def _check_options(project: str, backend: str) -> None:
         raise ValueError(
             f"backend {backend!r} is unknown; use 'auto' or one of {list(backends())}."
         )
+
+
+def _check_starts(model: nn.Module) -> None:
+    """Closing must not take pretrained content away."""
+    for name, config in getattr(model, "peft_config", {}).items():
+        start = str(getattr(config, "init_lora_weights", True))
+        if start.startswith(MOVED_BASE):
+            raise ValueError(
+                f"the adapter {name!r} was initialised with {start!r}, which moves pretrained "
+                "weights into it, and closing would remove them along the subspace; pass "
+                "closed=False, or initialise with init_lora_weights=True."
+            )
 
 
 def _why_kept(layer: LoraLayer) -> str | None:
@@ -175,14 +204,13 @@ def _bases(
 
 def _hook_writers(model: nn.Module, write: dict[str, Tensor], replaced: set[str]) -> list[str]:
     """Project the gradient of the writers that no operator covers, by a forward hook each."""
-    hooked, handles = [], []
+    hooked = []
     for name, module in model.named_modules():
         if name.endswith(".base_layer") or base_name(name) in replaced:
             continue
         if base_name(name) in write:
-            handles.append(module.register_forward_hook(_Projection(write[base_name(name)])))
+            module.register_forward_hook(_Projection(write[base_name(name)]))
             hooked.append(base_name(name))
-    model.__dict__[_HOOKS] = handles
     return hooked
 
 
