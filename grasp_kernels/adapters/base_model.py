@@ -86,14 +86,15 @@ def _folder_vectors(folder: Path) -> dict[str, Callable[[], Tensor]]:
         with safe_open(file, framework="pt") as opened:
             names = [name for name in opened.keys() if "norm" in name]  # noqa: SIM118
             vectors.update(
-                (name, partial(_read_tensor, file, name))
+                (name, partial(read_tensor, file, name))
                 for name in names
                 if len(opened.get_slice(name).get_shape()) == 1
             )
     return vectors
 
 
-def _read_tensor(file: Path, name: str) -> Tensor:
+def read_tensor(file: Path, name: str) -> Tensor:
+    """One tensor of a safetensors file, the only one that is read."""
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as opened:

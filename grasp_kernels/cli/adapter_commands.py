@@ -113,8 +113,13 @@ def add_check(commands: Any, common: argparse.ArgumentParser) -> None:
         help="measure how much of an adapter lies in a subspace",
         description="Leakage of every layer; exit status 1 if any is above the tolerance.",
     )
-    parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder")
+    parser.add_argument(
+        "adapter", metavar="ADAPTER", help="adapter folder, or with --base-model a merged model"
+    )
     parser.add_argument("subspace", metavar="SUBSPACE", help="subspace file")
+    parser.add_argument(
+        "--base-model", metavar="FOLDER", help="checkpoint from which a merged model was made"
+    )
     parser.add_argument(
         "--tolerance",
         type=float,
@@ -132,7 +137,7 @@ def _check(arguments: argparse.Namespace) -> int:
     subspace = Subspace.load(arguments.subspace)
     if subspace.is_empty:
         raise ValueError(f"{arguments.subspace} is empty (nothing was found): nothing to check.")
-    measured = leakage(str(Path(arguments.adapter)), subspace)
+    measured = leakage(str(Path(arguments.adapter)), subspace, base=arguments.base_model)
     width = max(map(len, measured))
     print(f"{'module':<{width}}  {'write':>9}  {'read':>9}")
     for name, layer in measured.items():

@@ -6,7 +6,8 @@ Shapes: K in, N out, R LoRA rank, P read basis size, Q write basis size.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp_kernels.adapters import load_adapter
+from grasp_kernels.adapters.base_model import read_tensor
 from grasp_kernels.adapters.files import WEIGHTS, find_weights
 from grasp_kernels.files import whole_folder
 from grasp_kernels.ops.projection import project_columns, project_rows
@@ -32,18 +34,31 @@ class Leakage(NamedTuple):
 
 
 def leakage(
-    source: nn.Module | str | PathLike[str], subspace: Subspace | None = None
+    source: nn.Module | str | PathLike[str],
+    subspace: Subspace | None = None,
+    *,
+    base: nn.Module | str | PathLike[str] | None = None,
 ) -> dict[str, Leakage]:
     """The leakage of every LoRA layer that has a basis, by module name in the base model.
 
+    With `base` that of a model whose weights were changed: merged, or fully fine-tuned. `ΔW` is
+    then the difference of the weights, and what their dtype rounded is in it: a closed adapter that
+    is merged into bfloat16 leaks up to `2⁻⁹ ‖W‖ / ‖ΔW‖`.
+
     Args:
-        source: a model with LoRA layers (its first active adapter counts), or an adapter folder.
+        source: a model with LoRA layers (its first active adapter counts), or an adapter folder;
+            with `base` a model, or its checkpoint folder.
         subspace: whose bases to measure along; by default those of the model's GraspLoRALinear
             layers.
+        base: the model that `source` was made from, or its checkpoint folder.
 
     Raises:
-        ValueError: no bases to measure along, or a subspace of another model.
+        FileNotFoundError: a folder without safetensors.
+        ValueError: no bases to measure along, a subspace of another model, or with `base` an
+            adapter that is not merged or a quantised weight.
     """
+    if base is not None:
+        return _difference_leakage(source, base, subspace)
     if isinstance(source, nn.Module):
         layers = list(_model_layers(source, subspace))
     elif subspace is None:
@@ -95,12 +110,7 @@ def _model_layers(
 @torch.no_grad()
 def _layer_leakage(name: str, A: Tensor, B: Tensor, U: Tensor | None, V: Tensor | None) -> Leakage:
     A, B = A.double(), B.double()
-    for role, basis, width in (("read", U, A.shape[1]), ("write", V, B.shape[0])):
-        if basis is not None and basis.shape[0] != width:
-            raise ValueError(
-                f"the {role} basis for {name!r} has {basis.shape[0]} rows but the layer has "
-                f"{width} features; the subspace belongs to another model."
-            )
+    _check_bases(name, U, V, A.shape[1], B.shape[0])
     total = _product_norm(B, A)
     if total == 0.0:
         return Leakage(None if U is None else 0.0, None if V is None else 0.0)
@@ -110,9 +120,99 @@ def _layer_leakage(name: str, A: Tensor, B: Tensor, U: Tensor | None, V: Tensor 
     )
 
 
+def _check_bases(name: str, U: Tensor | None, V: Tensor | None, K: int, N: int) -> None:
+    for role, basis, width in (("read", U, K), ("write", V, N)):
+        if basis is not None and basis.shape[0] != width:
+            raise ValueError(
+                f"the {role} basis for {name!r} has {basis.shape[0]} rows but the layer has "
+                f"{width} features; the subspace belongs to another model."
+            )
+
+
 def _product_norm(B: Tensor, A: Tensor) -> float:
     """`‖B A‖` from the R×R Gram matrices, without forming the product."""
     return float(((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0.0).sqrt())
+
+
+@torch.no_grad()
+def _difference_leakage(
+    source: nn.Module | str | PathLike[str],
+    base: nn.Module | str | PathLike[str],
+    subspace: Subspace | None,
+) -> dict[str, Leakage]:
+    """Leakage of the difference of two models, one weight `[N, K]` of each in memory at a time."""
+    if subspace is None or subspace.is_empty:
+        raise ValueError("weights have no bases of their own; pass the subspace to measure along.")
+    _check_merged(source, True)
+    _check_merged(base, False)
+    changed, original = _weights(source), _weights(base)
+    found = {}
+    for name in dict.fromkeys([*subspace.write, *subspace.read]):
+        for weights, role in ((changed, "model"), (original, "base")):
+            if name not in weights:
+                raise ValueError(
+                    f"the {role} has no weight of {name!r}, for which the subspace has a basis; "
+                    "the subspace belongs to another model."
+                )
+        found[name] = _delta_leakage(
+            name,
+            original[name](),
+            changed[name](),
+            subspace.read.get(name),
+            subspace.write.get(name),
+        )
+    return found
+
+
+def _delta_leakage(
+    name: str, W: Tensor, changed: Tensor, U: Tensor | None, V: Tensor | None
+) -> Leakage:
+    if W.shape != changed.shape or not (W.is_floating_point() and changed.is_floating_point()):
+        raise ValueError(
+            f"the weights of {name!r} are {W.dtype} {tuple(W.shape)} and {changed.dtype} "
+            f"{tuple(changed.shape)}; compare weights of one shape that are not quantised."
+        )
+    delta = changed.to(W.device, torch.float32) - W.float()
+    _check_bases(name, U, V, delta.shape[1], delta.shape[0])
+    total = float(delta.norm()) or 1.0  # without a difference nothing leaks
+    return Leakage(
+        None if U is None else float((delta @ U.to(delta)).norm()) / total,
+        None if V is None else float((V.to(delta).mT @ delta).norm()) / total,
+    )
+
+
+def _weights(source: nn.Module | str | PathLike[str]) -> dict[str, Callable[[], Tensor]]:
+    """A function that reads the weight of a module, by the module's name in the base model."""
+    if isinstance(source, nn.Module):
+        return {
+            base_name(name): module.weight.detach
+            for name, module in source.named_modules()
+            if isinstance(getattr(module, "weight", None), Tensor)
+        }
+    from safetensors import safe_open
+
+    found: dict[str, Callable[[], Tensor]] = {}
+    for file in sorted(Path(source).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118
+                if key.endswith(".weight"):
+                    found[key.removesuffix(".weight")] = partial(read_tensor, file, key)
+    if not found:
+        raise FileNotFoundError(
+            f"There are no weights in {str(source)!r}; give a model, or a checkpoint folder with "
+            "safetensors files."
+        )
+    return found
+
+
+def _check_merged(source: nn.Module | str | PathLike[str], wanted: bool) -> None:
+    """Of a model that still has its adapters; a folder holds weights alone."""
+    for name, module in source.named_modules() if isinstance(source, nn.Module) else ():
+        if getattr(module, "lora_A", None) and getattr(module, "merged", wanted) != wanted:
+            raise ValueError(
+                f"the adapter of {base_name(name)!r} is {'not ' * wanted}merged; give a model with "
+                "merged adapters and as base one without (an adapter needs no base)."
+            )
 
 
 def project_adapter(

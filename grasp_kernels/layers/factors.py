@@ -63,6 +63,7 @@ class ClosedFactors:
         assert entry.factors is not None
         return entry.factors
 
+    @torch.inference_mode(False)  # factors made in an evaluation may serve a training step
     @torch.no_grad()
     def _refresh(self, layers: list[GraspLoRALinear]) -> None:
         groups: dict[tuple[torch.device, torch.dtype], list[GraspLoRALinear]] = {}
@@ -101,4 +102,9 @@ def _factors(layer: GraspLoRALinear, entry: _Entry) -> tuple[Factor, Factor]:
 def _key(layer: GraspLoRALinear, adapter: str) -> tuple[Any, ...]:
     A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     bases = (id(layer.read_basis), id(layer.write_basis), adapter in layer.closed_adapters)
-    return A.data_ptr(), A._version, B.data_ptr(), B._version, *bases
+    return A.data_ptr(), version(A), B.data_ptr(), version(B), *bases
+
+
+def version(tensor: Tensor) -> int | None:
+    """torch's count of in-place changes; tensors made in inference mode have none."""
+    return None if tensor.is_inference() else tensor._version

@@ -5,6 +5,7 @@ Shapes: T tokens, K in, N out, R LoRA rank, P read basis size, Q write basis siz
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from peft import LoraConfig
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from grasp_kernels.layers.factors import ClosedFactors
+from grasp_kernels.layers.factors import ClosedFactors, version
 from grasp_kernels.ops import lora_linear, project_gradient
 from grasp_kernels.ops.lora_linear import measured, padding
 from grasp_kernels.ops.lora_linear.api import KERNELS
@@ -23,6 +24,8 @@ from grasp_kernels.ops.projection import project_columns, project_rows
 # A factor counts as closed when its share along the basis is at rounding level; writing it again
 # would change the last bit at every save.
 _CLOSED_TO = 8
+# Reasons for peft's forward when there is no adapter to compute: no factor is read, nobody is told.
+_IDLE = ("adapters are disabled", "the adapter is merged", "0 active adapters")
 
 
 class GraspLoRALinear(lora.Linear):
@@ -41,6 +44,7 @@ class GraspLoRALinear(lora.Linear):
         backend: "auto" or the name of a backend.
         factors: A°, B° of all layers of the model, where kernels make them.
         padded_weight: the buffer in which the base weight lies after `pad_weight_`, or None.
+        told: reasons of which a warning has told, in this layer or another one of the model.
     """
 
     write_basis: Tensor | None
@@ -50,6 +54,7 @@ class GraspLoRALinear(lora.Linear):
     backend: str
     factors: ClosedFactors
     padded_weight: Tensor | None
+    told: set[str]
 
     def __init__(
         self,
@@ -115,8 +120,8 @@ class GraspLoRALinear(lora.Linear):
             delattr(self, name)
         if self.padded_weight is not None:
             self.base_layer.weight.data = self.base_layer.weight.data.contiguous()
-        own = ("project", "closed_adapters", "backend", "factors", "padded_weight", "_write_weight")
-        for name in own:
+        own = ("project", "closed_adapters", "backend", "factors", "padded_weight", "told")
+        for name in (*own, "_write_weight"):
             self.__dict__.pop(name)
         self.__class__ = lora.Linear
 
@@ -128,21 +133,27 @@ class GraspLoRALinear(lora.Linear):
         closed: bool,
         backend: str,
         factors: ClosedFactors | None = None,
+        told: set[str] | None = None,
     ) -> None:
         """Set bases and options; the adapters that exist now are closed if `closed`.
 
-        `factors` is shared by the layers of a model, whose closed factors come out of one launch.
+        `factors` is shared by the layers of a model, whose closed factors come out of one launch,
+        and so is `told`, so that a model with hundreds of layers warns once.
         """
         weight = self.get_base_layer().weight
         for name, basis in (("write_basis", write_basis), ("read_basis", read_basis)):
             if basis is not None:
-                basis = basis.detach().to(weight.device, torch.float32)
+                # A weight that is loaded later has no data yet, and a basis would lose its own.
+                device = basis.device if weight.is_meta else weight.device
+                basis = basis.detach().to(device, torch.float32)
             self.register_buffer(name, basis, persistent=False)
         self.project = project
         self.closed_adapters = frozenset(self.lora_A) if closed else frozenset()
         self.backend = backend
         if factors is not None or "factors" not in self.__dict__:
             self.factors = factors or ClosedFactors()
+        if told is not None or "told" not in self.__dict__:
+            self.told = set() if told is None else told
         self.__dict__.setdefault("padded_weight", None)
         self._write_weight: tuple[Any, Tensor | None] = (None, None)
         self.close_()
@@ -171,8 +182,9 @@ class GraspLoRALinear(lora.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`Y[..., N]` from `X[..., K]`."""
-        if self.why_stock(x, *args, **kwargs) is not None:
-            return self._stock_forward(x, *args, **kwargs)
+        reason = self.why_stock(x, *args, **kwargs)
+        if reason is not None:
+            return self._stock_forward(reason, x, *args, **kwargs)
         (adapter,) = self._active()
         closed_factors = self._closed_factors(x, adapter)
         base, lora_B, dropout = self.base_layer, self.lora_B[adapter], self.lora_dropout[adapter]
@@ -195,12 +207,24 @@ class GraspLoRALinear(lora.Linear):
             backend=self.backend,
         )
 
-    def _stock_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.close_()
+    def _stock_forward(self, reason: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if reason not in _IDLE:
+            self._tell(reason)
+            self.close_()
         y = super().forward(x, *args, **kwargs)
         if self.project == "residual" and self.write_basis is not None:
             y = project_gradient(y, self.write_basis)
         return y
+
+    def _tell(self, reason: str) -> None:
+        if reason in self.told or torch.compiler.is_compiling():
+            return
+        self.told.add(reason)
+        warnings.warn(
+            "LoRA layers run peft's own forward, with the same results and the same projection but "
+            f"not accelerated: {reason}.",
+            stacklevel=2,
+        )
 
     def _closed_factors(self, x: Tensor, adapter: str) -> tuple[Tensor, Tensor] | None:
         """A°, B° from the launch that makes those of all layers; None: the operator makes them."""
@@ -213,19 +237,21 @@ class GraspLoRALinear(lora.Linear):
         return self.factors.of(self, adapter, dtype)
 
     def _cached_write_weight(self) -> Tensor | None:
-        """`C = Vᵀ W [Q, K]`, which only changes when the base weight does."""
-        if self.project != "residual" or self.write_basis is None:
+        """`C = Vᵀ W [Q, K]`, which only changes when the base weight does.
+
+        None in compiled code, which cannot see that it did: there each backward makes it anew.
+        """
+        if self.project != "residual" or self.write_basis is None or torch.compiler.is_compiling():
             return None
         key, cached = self._write_weight
-        if torch.compiler.is_compiling():
-            return cached
         weight = self.base_layer.weight
         held = self.padded_parts(self._active()[0], weight.dtype)
         place = None if held is None else held.write_weight
         at = None if place is None else place.data_ptr()
-        now = (weight.data_ptr(), weight._version, weight.dtype, at)
+        now = (weight.data_ptr(), version(weight), weight.dtype, at)
         if now != key:
-            with torch.no_grad():
+            # What an evaluation in inference mode makes, the next training step saves for backward.
+            with torch.inference_mode(False), torch.no_grad():
                 cached = write_weight(weight, self.write_basis)
                 if place is not None:
                     cached = place.copy_(cached)
@@ -273,6 +299,12 @@ class GraspLoRALinear(lora.Linear):
             if lora_B.bias is not None:
                 _close_(lora_B.bias, lambda b: project_columns(b, self.write_basis))
 
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        """peft's, which adds an adapter, perhaps to combine the others in it: they are closed."""
+        if "closed_adapters" in self.__dict__:
+            self.close_()
+        super().update_layer(*args, **kwargs)
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """peft's `ΔW`, which merging uses, of the closed factors."""
         self.close_()
@@ -286,13 +318,13 @@ class GraspLoRALinear(lora.Linear):
         super()._save_to_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GraspLoRALinear:
-        # `model.bfloat16()` must not round the bases: closure is as exact as they are.
+        # Bases only follow to another device. `bfloat16()` must not round them, since closure is as
+        # exact as they are, and `to_empty()` must not empty them, since no checkpoint has them.
         bases = self.write_basis, self.read_basis
         super()._apply(fn, recurse)
         for name, basis in zip(("write_basis", "read_basis"), bases, strict=True):
-            moved = getattr(self, name)
-            if basis is not None and moved.dtype != torch.float32:
-                setattr(self, name, basis.to(moved.device))
+            if basis is not None:
+                setattr(self, name, basis.to(getattr(self, name).device))
         return self
 
 
@@ -332,10 +364,14 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _close_(parameter: Tensor, projection: Callable[[Tensor], Tensor]) -> None:
+    if parameter.is_meta:
+        return
     closed = projection(parameter)
-    if closed is parameter or parameter.is_meta:
+    if closed is parameter:
         return
     removed = torch.linalg.vector_norm(closed - parameter.to(closed.dtype))
     rounding = _CLOSED_TO * torch.finfo(parameter.dtype).eps
     if removed > rounding * torch.linalg.vector_norm(closed):
-        parameter.copy_(closed)
+        # Past autograd's version counter: a backward that is still to come has saved A° and B°, so
+        # a checkpoint or a reference model between forward and backward does not invalidate it.
+        parameter.data.copy_(closed)

@@ -5,6 +5,7 @@ Shapes: K in, N out, P read basis size, Q write basis size, D residual width.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +20,6 @@ from grasp_kernels.ops import backends, project_gradient
 from grasp_kernels.ops.lora_linear.api import PROJECTIONS
 from grasp_kernels.sites import Site, SiteRules, base_name, model_sites
 from grasp_kernels.subspace import Subspace
-
-_HOOKS = "_grasp_writer_hooks"
 
 
 @dataclass
@@ -63,7 +62,9 @@ def replace_lora_layers(
     Without a subspace the layers are only faster. With one, every writer that it covers gets its
     write basis, adapted or not, and every adapted reader its read basis. The gradient of a writer
     without an adapter of its own is projected too (`project="residual"`), so that nothing upstream
-    learns through it. Calling it again starts afresh.
+    learns through it. A layer that stays with peft is reported with the reason, and warned of; its
+    gradient is projected in the same way, but it is not closed. Calling it again starts afresh: do
+    so after adding an adapter to other modules, or an adapter that is to be closed.
 
     Args:
         model: a `PeftModel`, or any module with peft's LoRA layers in it.
@@ -99,14 +100,14 @@ def replace_lora_layers(
         report.bare_writers = [name for name in writers if write and name not in write]
     restore_lora_layers(model)
 
-    factors = ClosedFactors()
+    factors, told = ClosedFactors(), set[str]()
     for name, layer in layers.items():
         reason = _why_kept(layer)
         if reason is not None:
             report.fallbacks[name] = reason
             continue
         bases = write.get(name), read.get(name)
-        GraspLoRALinear.adopt(layer, *bases, project, closed, backend, factors)
+        GraspLoRALinear.adopt(layer, *bases, project, closed, backend, factors, told)
         if pad_weights:
             layer.pad_weight_()
         report.replaced.append(name)
@@ -116,16 +117,28 @@ def replace_lora_layers(
             report.read_projected.append(name)
     if project == "residual":
         report.hooked_writers = _hook_writers(model, write, set(report.replaced))
+    if report.fallbacks:
+        reasons = "; ".join(dict.fromkeys(report.fallbacks.values()))
+        warnings.warn(
+            f"{len(report.fallbacks)} of {len(layers)} LoRA layers stay with peft and are not "
+            f"accelerated ({reasons}); the returned report names them.",
+            stacklevel=2,
+        )
     return report
 
 
 def restore_lora_layers(model: nn.Module) -> None:
-    """Back to stock peft layers in place, with the weights that the model computed with."""
+    """Back to stock peft layers in place, with the weights that the model computed with.
+
+    Of a model that peft has merged and unloaded it only takes the projection of the writers that
+    had no adapter.
+    """
     for module in model.modules():
         if isinstance(module, GraspLoRALinear):
             module.release()
-    for handle in model.__dict__.pop(_HOOKS, ()):
-        handle.remove()
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, _Projection):
+                del module._forward_hooks[key]
 
 
 def _check_options(project: str, backend: str) -> None:
@@ -175,14 +188,13 @@ def _bases(
 
 def _hook_writers(model: nn.Module, write: dict[str, Tensor], replaced: set[str]) -> list[str]:
     """Project the gradient of the writers that no operator covers, by a forward hook each."""
-    hooked, handles = [], []
+    hooked = []
     for name, module in model.named_modules():
         if name.endswith(".base_layer") or base_name(name) in replaced:
             continue
         if base_name(name) in write:
-            handles.append(module.register_forward_hook(_Projection(write[base_name(name)])))
+            module.register_forward_hook(_Projection(write[base_name(name)]))
             hooked.append(base_name(name))
-    model.__dict__[_HOOKS] = handles
     return hooked
 
 
