@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from grasp_kernels.layers.factors import ClosedFactors
 from grasp_kernels.layers.linear import GraspLoRALinear, why_never
+from grasp_kernels.layers.projected import ProjectedLoRA
 from grasp_kernels.ops import backends, project_gradient
 from grasp_kernels.ops.lora_linear.api import PROJECTIONS
 from grasp_kernels.sites import Site, SiteRules, base_name, model_sites
@@ -134,7 +135,7 @@ def restore_lora_layers(model: nn.Module) -> None:
     had no adapter.
     """
     for module in model.modules():
-        if isinstance(module, GraspLoRALinear):
+        if isinstance(module, ProjectedLoRA):
             module.release()
         for key, hook in list(module._forward_hooks.items()):
             if isinstance(hook, _Projection):
