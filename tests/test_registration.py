@@ -122,6 +122,23 @@ def test_compiles_into_one_graph_with_the_same_mask(compiler: str, dropout_p: fl
         assert torch.equal(eager, found)
 
 
+@pytest.mark.parametrize("Q", [0, 2])
+def test_a_base_product_elsewhere_compiles_with_it(Q: int) -> None:
+    case = Case(Q=Q, dropout_p=0.5)
+    layer = Layer(case)
+    weight = layer.frozen["weight"]
+    layer.frozen["weight"] = None
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        layer.frozen["base"] = x @ weight.mT
+        return layer(x)
+
+    x = make_inputs(case)["x"]
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for eager, found in zip(gradients(run, layer, x), gradients(compiled, layer, x), strict=True):
+        assert torch.equal(eager, found)
+
+
 def test_inductor_uses_one_mask_in_forward_and_backward() -> None:
     """y is linear in x, so ⟨dy, y⟩ = ⟨dx, x⟩ holds for the very mask that the forward drew."""
     case = Case(dropout_p=0.5, dtype=torch.float64)
