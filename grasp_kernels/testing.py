@@ -20,7 +20,7 @@ from grasp_kernels.ops.lora_linear.api import PACKAGE, lora_linear
 from grasp_kernels.ops.lora_linear.dropout import draw_seed
 from grasp_kernels.ops.projection import project_columns, project_gradient, project_rows
 
-DIFFERENTIABLE = ("x", "weight", "bias", "lora_A", "lora_B", "lora_bias")
+DIFFERENTIABLE = ("x", "weight", "bias", "lora_A", "lora_B", "lora_bias", "base")
 # A result that is stored in a dtype carries about a quarter of its machine epsilon (rms of one
 # rounding to nearest), however it was computed.
 ROUNDING = 0.25
@@ -46,6 +46,7 @@ class Case:
     lora_bias: bool = False
     scaling: float = 0.5
     expanded_dy: bool = False
+    base: bool = False  # the base product is given, and there is no weight
     device: str = "cpu"
 
     def __str__(self) -> str:
@@ -82,7 +83,10 @@ def make_inputs(case: Case, seed: int = 0) -> dict[str, Any]:
         "write_basis": orthonormal(N, case.Q, g, basis_dtype) if case.Q else None,
         "read_basis": orthonormal(K, case.P, g, basis_dtype) if case.P else None,
         "dy": normal(1, 1).expand(T, N) if case.expanded_dy else normal(T, N),
+        "base": None,
     }
+    if case.base:
+        inputs |= {"base": normal(T, N), "weight": None, "bias": None}
     return {k: None if v is None else v.to(case.device) for k, v in inputs.items()}
 
 
@@ -139,7 +143,9 @@ def differentiate_stock(
     if case.dropout_p and without != "dropout":
         mask = _mask(case, inputs["x"], backend).to(compute)
         x_adapter = x * mask.div_(1.0 - case.dropout_p) if case.dropout_p < 1.0 else x * mask
-    y = F.linear(x, leaves["weight"], leaves["bias"])
+    y = leaves["base"]
+    if y is None:
+        y = F.linear(x, leaves["weight"], leaves["bias"])
     adapter = F.linear(F.linear(x_adapter, A.to(compute)), B.to(compute))
     if b is not None:
         adapter = adapter + b.to(compute)

@@ -325,7 +325,7 @@ def test_what_a_layer_may_be() -> None:
     x = torch.empty(3, 24, dtype=torch.bfloat16)
     assert backend.refuses(x, operands(K=24, N=16, R=4)) is None
     assert "x has torch.float32" in str(backend.refuses(x.float(), operands(K=24, N=16, R=4)))
-    assert "multiples of 8 but the weight has (12, 24)" in str(
+    assert "multiples of 8 but the layer has (12, 24)" in str(
         backend.refuses(x, operands(K=24, N=12, R=4))
     )
     assert "up to 160 in sum but this layer has 161" in str(

@@ -14,6 +14,7 @@ from grasp_kernels.ops.lora_linear import padding
 from grasp_kernels.ops.lora_linear.api import BACKENDS, KERNELS, computes
 from grasp_kernels.ops.projection import project_columns, project_rows
 from grasp_kernels.testing import (
+    DIFFERENTIABLE,
     Case,
     check_against_oracle,
     differentiate,
@@ -58,11 +59,17 @@ CASES = [
     Case(T=257, R=16, Q=4, bias=True),
     Case(bias=True, lora_bias=True, Q=4),
     Case(expanded_dy=True, P=4, Q=4),
+    Case(base=True),
+    Case(base=True, T=0, P=1, Q=1),
+    Case(base=True, T=1, R=1, P=1, Q=1),
+    Case(base=True, T=257, K=136, N=120, R=16, Q=4, lora_bias=True),
+    Case(base=True, expanded_dy=True, P=4, Q=4),
     *(
-        replace(BOTH, project=project, closed=closed, dropout_p=p)
+        replace(BOTH, project=project, closed=closed, dropout_p=p, base=base)
         for project in ("residual", "weights")
         for closed in (True, False)
         for p in (0.0, 0.3)
+        for base in (False, True)
     ),
 ]
 MIXED = [
@@ -99,6 +106,7 @@ SHAPES = {
     "closed": st.booleans(),
     "project": st.sampled_from(("residual", "weights")),
     "dropout_p": st.sampled_from((0.0, 0.5, 1.0)),
+    "base": st.booleans(),
 }
 
 
@@ -137,6 +145,8 @@ def test_any_shape_of_the_kernels(**shape: Any) -> None:
     ("term", "shows_in", "case"),
     [
         ("dX write", "dx", BOTH),
+        ("dX write", "dbase", replace(BOTH, base=True)),
+        ("dS write", "dlora_A", replace(BOTH, closed=False, base=True)),
         ("dS write", "dlora_A", replace(BOTH, closed=False)),
         ("dB write", "dlora_B", replace(BOTH, closed=False, project="weights")),
         ("dA read", "dlora_A", replace(BOTH, closed=False)),
@@ -145,6 +155,7 @@ def test_any_shape_of_the_kernels(**shape: Any) -> None:
         ("dropout", "y", replace(BOTH, dropout_p=0.3)),
         ("dropout", "dx", replace(BOTH, dropout_p=0.3)),
         ("dropout", "dlora_A", replace(BOTH, dropout_p=0.3)),
+        ("dropout", "dx", replace(BOTH, dropout_p=0.3, base=True)),
     ],
 )
 def test_a_missing_term_would_be_over_budget(
@@ -159,16 +170,17 @@ def test_a_missing_term_would_be_over_budget(
 @pytest.mark.parametrize("backend", WITH_FLOAT64)
 @pytest.mark.parametrize("Q", [0, 3])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-def test_gradcheck(backend: str, Q: int, dropout_p: float) -> None:
+@pytest.mark.parametrize("base", [False, True])
+def test_gradcheck(backend: str, Q: int, dropout_p: float, base: bool) -> None:
     """With project="weights" and closure the gradients are the true ones of the forward."""
-    case = Case(T=4, K=6, N=5, R=2, P=min(Q, 2), Q=Q, dtype=torch.float64)
+    case = Case(T=4, K=6, N=5, R=2, P=min(Q, 2), Q=Q, dtype=torch.float64, base=base)
     inputs = make_inputs(replace(case, bias=True, lora_bias=True))
-    names = ("x", "weight", "bias", "lora_A", "lora_B", "lora_bias")
+    names = [name for name in DIFFERENTIABLE if inputs[name] is not None]
 
     def run(*leaves: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(3)
         return gk.lora_linear(
-            **dict(zip(names, leaves, strict=True)),
+            **{"weight": None, "bias": None} | dict(zip(names, leaves, strict=True)),
             scaling=0.7,
             write_basis=inputs["write_basis"],
             read_basis=inputs["read_basis"],
@@ -182,7 +194,13 @@ def test_gradcheck(backend: str, Q: int, dropout_p: float) -> None:
 
 @everywhere
 @pytest.mark.parametrize(
-    "case", [Case(), replace(BOTH, dropout_p=0.2, dtype=torch.bfloat16)], ids=str
+    "case",
+    [
+        Case(),
+        replace(BOTH, dropout_p=0.2, dtype=torch.bfloat16),
+        replace(BOTH, dropout_p=0.2, base=True),
+    ],
+    ids=str,
 )
 def test_a_rerun_is_bitwise_identical(case: Case, backend: str, device: str) -> None:
     case = suited(replace(case, device=device), backend)
@@ -192,6 +210,49 @@ def test_a_rerun_is_bitwise_identical(case: Case, backend: str, device: str) -> 
         runs.append(differentiate(case, inputs, backend=backend))
     for name, first in runs[0].items():
         assert torch.equal(first, runs[1][name]), name
+
+
+@everywhere
+@pytest.mark.parametrize("project", ["residual", "weights"])
+def test_a_base_product_computed_elsewhere(project: str, backend: str, device: str) -> None:
+    """The base product outside, under autograd, is the operator with a weight."""
+    case = suited(replace(BOTH, project=project, dropout_p=0.2, device=device), backend)
+    inputs = make_inputs(case)
+    torch.manual_seed(6)
+    whole = differentiate(case, inputs, backend=backend)
+    x, W, A, B = (inputs[n].clone().requires_grad_() for n in ("x", "weight", "lora_A", "lora_B"))
+    base = x @ W.mT
+    before = base.detach().clone()
+    torch.manual_seed(6)
+    y = gk.lora_linear(
+        x,
+        None,
+        None,
+        A,
+        B,
+        case.scaling,
+        base=base,
+        **{name: inputs[name] for name in ("write_basis", "read_basis")},
+        project=project,
+        dropout_p=case.dropout_p,
+        backend=backend,
+    )
+    found = torch.autograd.grad(y, (x, W, A, B), inputs["dy"])
+    assert torch.equal(base, before)
+    names = ("dx", "dweight", "dlora_A", "dlora_B")
+    for name, gradient in {"y": y.detach(), **dict(zip(names, found, strict=True))}.items():
+        assert relative_error(gradient, whole[name]) <= 4 * torch.finfo(case.dtype).eps, name
+
+
+def test_the_base_decides_the_dtype() -> None:
+    inputs = make_inputs(replace(BOTH, base=True))
+    arguments = {k: v for k, v in inputs.items() if k not in ("dy", "base")}
+    base = inputs["base"].bfloat16()
+    x = inputs["x"].requires_grad_()
+    with torch.autocast("cpu", dtype=torch.float16):  # the base layer has seen to it already
+        y = gk.lora_linear(**arguments, base=base, scaling=0.5)
+    assert y.dtype == torch.bfloat16
+    assert torch.autograd.grad(y.float().sum(), x)[0].dtype == torch.float32
 
 
 @everywhere
@@ -402,6 +463,19 @@ def test_a_foreign_padding_is_refused() -> None:
         ),
         ({"lora_A": torch.zeros(4, 48, dtype=torch.int64)}, TypeError, "floating point"),
         ({"lora_A": torch.zeros(4, 48, device="meta")}, ValueError, "lora_A is on meta"),
+        ({"weight": None}, ValueError, "weight is None; pass the weight of the base layer"),
+        ({"base": torch.zeros(33, 40)}, ValueError, "base stands for weight, bias and write_wei"),
+        (
+            {"weight": None, "base": torch.zeros(32, 40)},
+            ValueError,
+            r"base has shape \(32, 40\), expected \(33, 40\)",
+        ),
+        ({"weight": None, "base": torch.zeros(40)}, ValueError, r"x \(33, 48\) and base \(40,\)"),
+        (
+            {"weight": None, "base": torch.zeros(33, 40), "padded_weight": torch.zeros(56, 64)},
+            ValueError,
+            "padded_weight holds a weight",
+        ),
         ({"project": "stream"}, ValueError, "project is 'stream'; use one of"),
         ({"dropout_p": 1.5}, ValueError, "dropout_p is 1.5"),
         ({"backend": "tpu"}, ValueError, "backend 'tpu' is unknown"),

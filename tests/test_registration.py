@@ -29,7 +29,7 @@ BOTH = Case(P=4, Q=4, bias=True, lora_bias=True)
 def registered_arguments(case: Case, backend: str) -> tuple[Any, ...]:
     """The arguments of `torch.ops.grasp_kernels.lora_linear`, everything differentiable."""
     inputs = make_inputs(case)
-    names = ("x", "weight", "bias", "lora_A", "lora_B", "lora_bias")
+    names = ("x", "base", "weight", "bias", "lora_A", "lora_B", "lora_bias")
     leaves = [None if inputs[n] is None else inputs[n].requires_grad_() for n in names]
     seed = draw_seed(inputs["x"]) if case.dropout_p else None
     bases = (inputs["write_basis"], inputs["read_basis"], None, None, None, None, seed)
@@ -40,7 +40,14 @@ def registered_arguments(case: Case, backend: str) -> tuple[Any, ...]:
 @everywhere
 @pytest.mark.parametrize(
     "case",
-    [Case(), BOTH, replace(BOTH, dropout_p=0.5), replace(BOTH, closed=False, project="weights")],
+    [
+        Case(),
+        BOTH,
+        replace(BOTH, dropout_p=0.5),
+        replace(BOTH, closed=False, project="weights"),
+        replace(BOTH, base=True),
+        replace(BOTH, base=True, dropout_p=0.5, project="weights"),
+    ],
     ids=str,
 )
 def test_opcheck(case: Case, backend: str, device: str) -> None:
@@ -49,13 +56,15 @@ def test_opcheck(case: Case, backend: str, device: str) -> None:
 
 
 @everywhere
-def test_opcheck_of_the_backward(backend: str, device: str) -> None:
-    x, *operands = (
+@pytest.mark.parametrize("base", [False, True])
+def test_opcheck_of_the_backward(base: bool, backend: str, device: str) -> None:
+    case = suited(replace(BOTH, base=base, device=device), backend)
+    x, given, *operands = (
         a.detach() if isinstance(a, torch.Tensor) else a
-        for a in registered_arguments(suited(replace(BOTH, device=device), backend), backend)
+        for a in registered_arguments(case, backend)
     )
-    y, *saved = torch.ops.grasp_kernels.lora_linear(x, *operands)
-    needs = [True, False, True, True, True, False]
+    y, *saved = torch.ops.grasp_kernels.lora_linear(x, given, *operands)
+    needs = [True, False, not base, True, True, False, base]
     torch.library.opcheck(
         torch.ops.grasp_kernels.lora_linear_backward.default,
         (torch.randn_like(y), x, *saved, needs, *operands),
@@ -64,14 +73,14 @@ def test_opcheck_of_the_backward(backend: str, device: str) -> None:
 
 def test_opcheck_with_closed_factors_at_hand() -> None:
     arguments = list(registered_arguments(BOTH, "aten"))
-    x, *operands = (a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
-    _, S, A, B = torch.ops.grasp_kernels.lora_linear(x, *operands)
-    arguments[9:11] = A, B
+    x, base, *operands = (a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
+    _, S, A, B = torch.ops.grasp_kernels.lora_linear(x, base, *operands)
+    arguments[10:12] = A, B
     operands[8:10] = A, B
     torch.library.opcheck(torch.ops.grasp_kernels.lora_linear.default, tuple(arguments))
-    y, _, *others = torch.ops.grasp_kernels.lora_linear(x, *operands)
+    y, _, *others = torch.ops.grasp_kernels.lora_linear(x, base, *operands)
     assert [len(empty) for empty in others] == [0, 0]
-    needs = [True, False, True, True, True, False]
+    needs = [True, False, True, True, True, False, False]
     torch.library.opcheck(
         torch.ops.grasp_kernels.lora_linear_backward.default,
         (torch.randn_like(y), x, S, *others, needs, *operands),
@@ -110,6 +119,23 @@ def test_compiles_into_one_graph_with_the_same_mask(compiler: str, dropout_p: fl
     options = {"fallback_random": True} if compiler == "inductor" else None
     compiled = torch.compile(layer, fullgraph=True, backend=compiler, options=options)
     for eager, found in zip(gradients(layer, layer, x), gradients(compiled, layer, x), strict=True):
+        assert torch.equal(eager, found)
+
+
+@pytest.mark.parametrize("Q", [0, 2])
+def test_a_base_product_elsewhere_compiles_with_it(Q: int) -> None:
+    case = Case(Q=Q, dropout_p=0.5)
+    layer = Layer(case)
+    weight = layer.frozen["weight"]
+    layer.frozen["weight"] = None
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        layer.frozen["base"] = x @ weight.mT
+        return layer(x)
+
+    x = make_inputs(case)["x"]
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for eager, found in zip(gradients(run, layer, x), gradients(compiled, layer, x), strict=True):
         assert torch.equal(eager, found)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from grasp_kernels.ops.closure.api import Factor, close
 
 if TYPE_CHECKING:
-    from grasp_kernels.layers.linear import GraspLoRALinear
+    from grasp_kernels.layers.projected import ProjectedLoRA
 
 Pair = tuple[Tensor, Tensor]
 
@@ -38,7 +38,7 @@ class ClosedFactors:
     """Shared by the layers of one model; a layer joins with its first call."""
 
     def __init__(self) -> None:
-        self._entries: WeakKeyDictionary[GraspLoRALinear, _Entry] = WeakKeyDictionary()
+        self._entries: WeakKeyDictionary[ProjectedLoRA, _Entry] = WeakKeyDictionary()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ClosedFactors:
         return memo.setdefault(id(self), ClosedFactors())
@@ -46,7 +46,7 @@ class ClosedFactors:
     def __reduce__(self) -> tuple[type[ClosedFactors], tuple[()]]:
         return ClosedFactors, ()
 
-    def of(self, layer: GraspLoRALinear, adapter: str, dtype: torch.dtype) -> Pair:
+    def of(self, layer: ProjectedLoRA, adapter: str, dtype: torch.dtype) -> Pair:
         """`A°[R, K]`, `B°[N, R]` of a layer in `dtype`, for one forward through it."""
         entry = self._entries.get(layer)
         if entry is None or (entry.adapter, entry.dtype) != (adapter, dtype):
@@ -65,8 +65,8 @@ class ClosedFactors:
 
     @torch.inference_mode(False)  # factors made in an evaluation may serve a training step
     @torch.no_grad()
-    def _refresh(self, layers: list[GraspLoRALinear]) -> None:
-        groups: dict[tuple[torch.device, torch.dtype], list[GraspLoRALinear]] = {}
+    def _refresh(self, layers: list[ProjectedLoRA]) -> None:
+        groups: dict[tuple[torch.device, torch.dtype], list[ProjectedLoRA]] = {}
         for layer in layers:
             entry = self._entries[layer]
             if entry.adapter not in layer.lora_A:  # the adapter was deleted since
@@ -88,7 +88,7 @@ class ClosedFactors:
                 entry.unused = True
 
 
-def _factors(layer: GraspLoRALinear, entry: _Entry) -> tuple[Factor, Factor]:
+def _factors(layer: ProjectedLoRA, entry: _Entry) -> tuple[Factor, Factor]:
     adapter = entry.adapter
     closed = adapter in layer.closed_adapters
     A, B = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
@@ -99,7 +99,7 @@ def _factors(layer: GraspLoRALinear, entry: _Entry) -> tuple[Factor, Factor]:
     )
 
 
-def _key(layer: GraspLoRALinear, adapter: str) -> tuple[Any, ...]:
+def _key(layer: ProjectedLoRA, adapter: str) -> tuple[Any, ...]:
     A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     bases = (id(layer.read_basis), id(layer.write_basis), adapter in layer.closed_adapters)
     return A.data_ptr(), version(A), B.data_ptr(), version(B), *bases

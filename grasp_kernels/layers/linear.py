@@ -5,8 +5,6 @@ Shapes: T tokens, K in, N out, R LoRA rank, P read basis size, Q write basis siz
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,47 +12,22 @@ from peft import LoraConfig
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from grasp_kernels.layers.factors import ClosedFactors, version
-from grasp_kernels.ops import lora_linear, project_gradient
-from grasp_kernels.ops.lora_linear import measured, padding
-from grasp_kernels.ops.lora_linear.api import KERNELS
+from grasp_kernels.layers.factors import version
+from grasp_kernels.layers.projected import ProjectedLoRA, has_hooks, why_adapter_never
+from grasp_kernels.ops.lora_linear import padding
 from grasp_kernels.ops.lora_linear.aten import write_weight
-from grasp_kernels.ops.projection import project_columns, project_rows
-
-# A factor counts as closed when its share along the basis is at rounding level; writing it again
-# would change the last bit at every save.
-_CLOSED_TO = 8
-# Reasons for peft's forward when there is no adapter to compute: no factor is read, nobody is told.
-_IDLE = ("adapters are disabled", "the adapter is merged", "0 active adapters")
 
 
-class GraspLoRALinear(lora.Linear):
+class GraspLoRALinear(ProjectedLoRA, lora.Linear):
     """A `peft.tuners.lora.Linear` whose forward is `grasp_kernels.lora_linear`.
 
-    Parameters, state-dict keys, merging and adapter management are peft's. Where the operator does
-    not apply (see `why_stock`) the stock forward runs, with the same projection of its gradient.
-    Closed layers keep `Vᵀ ΔW = 0` and `ΔW U = 0` in whatever leaves them: forward, state dict,
-    merged weights.
+    Bases, closure and what else it has in common with other layers are `ProjectedLoRA`'s.
 
     Attributes:
-        write_basis: `V[N, Q]`, float32, non-persistent buffer, or None.
-        read_basis: `U[K, P]`, float32, non-persistent buffer, or None.
-        project: "residual" or "weights", see `lora_linear`.
-        closed_adapters: names of the adapters that are kept closed.
-        backend: "auto" or the name of a backend.
-        factors: A°, B° of all layers of the model, where kernels make them.
         padded_weight: the buffer in which the base weight lies after `pad_weight_`, or None.
-        told: reasons of which a warning has told, in this layer or another one of the model.
     """
 
-    write_basis: Tensor | None
-    read_basis: Tensor | None
-    project: str
-    closed_adapters: frozenset[str]
-    backend: str
-    factors: ClosedFactors
-    padded_weight: Tensor | None
-    told: set[str]
+    stock = lora.Linear
 
     def __init__(
         self,
@@ -106,70 +79,19 @@ class GraspLoRALinear(lora.Linear):
             backend=backend,
         )
 
-    @classmethod
-    def adopt(cls, layer: lora.Linear, *projection: Any) -> None:
-        """Turn a stock layer into this class in place; arguments as for `set_projection`."""
-        layer.__class__ = cls
-        assert isinstance(layer, cls)
-        layer.set_projection(*projection)
-
     def release(self) -> None:
-        """Turn this layer back into peft's own, in place, with the weights it computed with."""
-        self.close_()
-        for name in ("write_basis", "read_basis"):
-            delattr(self, name)
         if self.padded_weight is not None:
             self.base_layer.weight.data = self.base_layer.weight.data.contiguous()
-        own = ("project", "closed_adapters", "backend", "factors", "padded_weight", "told")
-        for name in (*own, "_write_weight"):
-            self.__dict__.pop(name)
-        self.__class__ = lora.Linear
+        for name in ("padded_weight", "_write_weight"):
+            self.__dict__.pop(name, None)
+        super().release()
 
-    def set_projection(
-        self,
-        write_basis: Tensor | None,
-        read_basis: Tensor | None,
-        project: str,
-        closed: bool,
-        backend: str,
-        factors: ClosedFactors | None = None,
-        told: set[str] | None = None,
-    ) -> None:
-        """Set bases and options; the adapters that exist now are closed if `closed`.
+    def set_projection(self, *projection: Any, **options: Any) -> None:
+        self._write_weight: tuple[Any, Tensor | None] = (None, None)  # of another basis
+        super().set_projection(*projection, **options)
 
-        `factors` is shared by the layers of a model, whose closed factors come out of one launch,
-        and so is `told`, so that a model with hundreds of layers warns once.
-        """
-        weight = self.get_base_layer().weight
-        for name, basis in (("write_basis", write_basis), ("read_basis", read_basis)):
-            if basis is not None:
-                # A weight that is loaded later has no data yet, and a basis would lose its own.
-                device = basis.device if weight.is_meta else weight.device
-                basis = basis.detach().to(device, torch.float32)
-            self.register_buffer(name, basis, persistent=False)
-        self.project = project
-        self.closed_adapters = frozenset(self.lora_A) if closed else frozenset()
-        self.backend = backend
-        if factors is not None or "factors" not in self.__dict__:
-            self.factors = factors or ClosedFactors()
-        if told is not None or "told" not in self.__dict__:
-            self.told = set() if told is None else told
-        self.__dict__.setdefault("padded_weight", None)
-        self._write_weight: tuple[Any, Tensor | None] = (None, None)
-        self.close_()
-
-    def why_stock(self, x: Tensor, *args: Any, **kwargs: Any) -> str | None:
-        """None when the operator computes this call, else why peft's own forward does."""
-        if args or any(value is not None for value in kwargs.values()):
-            return f"extra arguments {sorted(kwargs)}"
-        if self.disable_adapters:
-            return "adapters are disabled"
-        if self.merged:
-            return "the adapter is merged"
-        active = self._active()
-        if len(active) != 1:
-            return f"{len(active)} active adapters"
-        reason = why_never(self, active[0])
+    def _why_not(self, x: Tensor, adapter: str) -> str | None:
+        reason = why_never(self, adapter)
         if reason is not None:
             return reason
         dtype = self.base_layer.weight.dtype
@@ -177,66 +99,19 @@ class GraspLoRALinear(lora.Linear):
             return f"input of {x.dtype} for a weight of {dtype}"
         return None
 
-    def _active(self) -> list[str]:
-        return [name for name in self.active_adapters if name in self.lora_A]
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """`Y[..., N]` from `X[..., K]`."""
-        reason = self.why_stock(x, *args, **kwargs)
-        if reason is not None:
-            return self._stock_forward(reason, x, *args, **kwargs)
-        (adapter,) = self._active()
-        closed_factors = self._closed_factors(x, adapter)
-        base, lora_B, dropout = self.base_layer, self.lora_B[adapter], self.lora_dropout[adapter]
-        return lora_linear(
+    def _accelerated(self, x: Tensor, adapter: str) -> Tensor:
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        closed_factors = self._closed_factors(x.device, dtype, adapter)
+        return self._operator(
             x,
-            base.weight,
-            base.bias,
-            self.lora_A[adapter].weight,
-            lora_B.weight,
-            self.scaling[adapter],
-            lora_bias=lora_B.bias,
-            write_basis=self.write_basis,
-            read_basis=self.read_basis,
+            self.base_layer.weight,
+            self.base_layer.bias,
+            adapter,
             write_weight=self._cached_write_weight(),
             closed_factors=closed_factors,
             padded_weight=self._padding_of(adapter, closed_factors),
-            project=self.project,
-            closed=adapter in self.closed_adapters,
-            dropout_p=dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0,
-            backend=self.backend,
         )
-
-    def _stock_forward(self, reason: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if reason not in _IDLE:
-            self._tell(reason)
-            self.close_()
-        y = super().forward(x, *args, **kwargs)
-        if self.project == "residual" and self.write_basis is not None:
-            y = project_gradient(y, self.write_basis)
-        return y
-
-    def _tell(self, reason: str) -> None:
-        if reason in self.told or torch.compiler.is_compiling():
-            return
-        self.told.add(reason)
-        warnings.warn(
-            "LoRA layers run peft's own forward, with the same results and the same projection but "
-            f"not accelerated: {reason}.",
-            stacklevel=2,
-        )
-
-    def _closed_factors(self, x: Tensor, adapter: str) -> tuple[Tensor, Tensor] | None:
-        """A°, B° from the launch that makes those of all layers; None: the operator makes them."""
-        if torch.compiler.is_compiling():
-            return None
-        kernels = self.backend in KERNELS
-        kernels |= self.backend == "auto" and measured.prefers_kernels(x.device)
-        if not kernels:
-            return None
-        autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        return self.factors.of(self, adapter, dtype)
 
     def _cached_write_weight(self) -> Tensor | None:
         """`C = Vᵀ W [Q, K]`, which only changes when the base weight does.
@@ -291,44 +166,6 @@ class GraspLoRALinear(lora.Linear):
             return None
         return self.padded_weight
 
-    @torch.no_grad()
-    def close_(self) -> None:
-        """Write `A°`, `B°`, `b°` into the parameters; the function of the layer stays as it is."""
-        for name in self.closed_adapters & self.lora_A.keys():
-            lora_A, lora_B = self.lora_A[name], self.lora_B[name]
-            _close_(lora_A.weight, lambda A: project_rows(A, self.read_basis))
-            _close_(lora_B.weight, lambda B: project_columns(B, self.write_basis))
-            if lora_B.bias is not None:
-                _close_(lora_B.bias, lambda b: project_columns(b, self.write_basis))
-
-    def update_layer(self, *args: Any, **kwargs: Any) -> None:
-        """peft's, which adds an adapter, perhaps to combine the others in it: they are closed."""
-        if "closed_adapters" in self.__dict__:
-            self.close_()
-        super().update_layer(*args, **kwargs)
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """peft's `ΔW`, which merging uses, of the closed factors."""
-        self.close_()
-        return super().get_delta_weight(adapter)
-
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        # A state dict visits this layer before the factors below it, so they are stored closed;
-        # closing in place (not a copy) makes the checkpoint the very state that training goes on
-        # from, so that a resumed run repeats an uninterrupted one bit by bit.
-        self.close_()
-        super()._save_to_state_dict(*args, **kwargs)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GraspLoRALinear:
-        # Bases only follow to another device. `bfloat16()` must not round them, since closure is as
-        # exact as they are, and `to_empty()` must not empty them, since no checkpoint has them.
-        bases = self.write_basis, self.read_basis
-        super()._apply(fn, recurse)
-        for name, basis in zip(("write_basis", "read_basis"), bases, strict=True):
-            if basis is not None:
-                setattr(self, name, basis.to(getattr(self, name).device))
-        return self
-
 
 def why_never(layer: nn.Module, adapter: str) -> str | None:
     """Why the operator can never compute a peft layer as it is set up, or None if it can."""
@@ -339,41 +176,12 @@ def why_never(layer: nn.Module, adapter: str) -> str | None:
         return f"the base layer is a {type(base).__name__}"
     if layer.fan_in_fan_out:
         return "fan_in_fan_out weights"
-    if adapter in layer.lora_variant:
-        return f"the LoRA variant {type(layer.lora_variant[adapter]).__name__}"
     if base.weight.requires_grad:
         return "the base weight is trained too"
-    children = (base, layer.lora_A[adapter], layer.lora_B[adapter])
-    if any(_has_hooks(child) for child in children):
+    if has_hooks(base):
         return "a child module has hooks"
-    if any(type(child.weight) is not nn.Parameter for child in children):
+    if type(base.weight) is not nn.Parameter:
         return f"a weight is a {type(base.weight).__name__}"
     if not base.weight.is_floating_point():
         return f"a base weight of {base.weight.dtype}"
-    if not isinstance(layer.lora_dropout[adapter], (nn.Dropout, nn.Identity)):
-        return f"the dropout is a {type(layer.lora_dropout[adapter]).__name__}"
-    return None
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "_hf_hook" in module.__dict__
-    )
-
-
-def _close_(parameter: Tensor, projection: Callable[[Tensor], Tensor]) -> None:
-    if parameter.is_meta:
-        return
-    closed = projection(parameter)
-    if closed is parameter:
-        return
-    removed = torch.linalg.vector_norm(closed - parameter.to(closed.dtype))
-    rounding = _CLOSED_TO * torch.finfo(parameter.dtype).eps
-    if removed > rounding * torch.linalg.vector_norm(closed):
-        # Past autograd's version counter: a backward that is still to come has saved A° and B°, so
-        # a checkpoint or a reference model between forward and backward does not invalidate it.
-        parameter.data.copy_(closed)
+    return why_adapter_never(layer, adapter)

@@ -6,6 +6,7 @@ Shapes: K in, N out, P read basis size, Q write basis size, D residual width.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from grasp_kernels.adapters.load import MOVED_BASE
 from grasp_kernels.layers.factors import ClosedFactors
 from grasp_kernels.layers.linear import GraspLoRALinear, why_never
+from grasp_kernels.layers.projected import ProjectedLoRA, why_adapter_never
+from grasp_kernels.layers.quantised import library_of, quantised
 from grasp_kernels.ops import backends, project_gradient
 from grasp_kernels.ops.lora_linear.api import PROJECTIONS
 from grasp_kernels.sites import Site, SiteRules, base_name, model_sites
@@ -28,6 +31,7 @@ class Replacement:
     """What `replace_lora_layers` did; names are those of the base model."""
 
     replaced: list[str] = field(default_factory=list)
+    libraries: dict[str, str] = field(default_factory=dict)  # name -> who has its quantised weight
     write_projected: list[str] = field(default_factory=list)
     read_projected: list[str] = field(default_factory=list)
     hooked_writers: list[str] = field(default_factory=list)  # no adapter: only dY is projected
@@ -37,6 +41,10 @@ class Replacement:
     def __str__(self) -> str:
         rows = [
             ("layers on GraspLoRALinear", len(self.replaced)),
+            *(
+                (f"  base product by {library}", count)
+                for library, count in Counter(self.libraries.values()).items()
+            ),
             ("  with a write basis", len(self.write_projected)),
             ("  with a read basis", len(self.read_projected)),
             ("writers without an adapter, gradient projected", len(self.hooked_writers)),
@@ -63,9 +71,11 @@ def replace_lora_layers(
     Without a subspace the layers are only faster. With one, every writer that it covers gets its
     write basis, adapted or not, and every adapted reader its read basis. The gradient of a writer
     without an adapter of its own is projected too (`project="residual"`), so that nothing upstream
-    learns through it. A layer that stays with peft is warned of and reported with the reason; it is
-    projected like a writer without an adapter, and not closed. Calling it again starts afresh: do
-    so after adding an adapter on other modules, or one that is to be closed, too.
+    learns through it. Over weights that bitsandbytes or torchao have quantised, the base product
+    stays theirs, and the adapter and the projection are computed here. A layer that stays with peft
+    is warned of and reported with the reason; it is projected like a writer without an adapter, and
+    not closed. Calling it again starts afresh: do so after adding an adapter on other modules, or
+    one that is to be closed, too.
 
     Args:
         model: a `PeftModel`, or any module with peft's LoRA layers in it.
@@ -111,8 +121,12 @@ def replace_lora_layers(
             report.fallbacks[name] = reason
             continue
         bases = write.get(name), read.get(name)
-        GraspLoRALinear.adopt(layer, *bases, project, closed, backend, factors, told)
-        if pad_weights:
+        library = library_of(layer)
+        ours = GraspLoRALinear if library is None else quantised(layer.__class__)
+        ours.adopt(layer, *bases, project, closed, backend, factors, told)
+        if library is not None:
+            report.libraries[name] = library
+        elif pad_weights:
             layer.pad_weight_()
         report.replaced.append(name)
         if name in write:
@@ -138,7 +152,7 @@ def restore_lora_layers(model: nn.Module) -> None:
     had no adapter.
     """
     for module in model.modules():
-        if isinstance(module, GraspLoRALinear):
+        if isinstance(module, ProjectedLoRA):
             module.release()
         for key, hook in list(module._forward_hooks.items()):
             if isinstance(hook, _Projection):
@@ -167,11 +181,13 @@ def _check_starts(model: nn.Module) -> None:
 
 
 def _why_kept(layer: LoraLayer) -> str | None:
-    if type(layer) not in (lora.Linear, GraspLoRALinear):
+    known = library_of(layer) is not None
+    if not known and type(layer) not in (lora.Linear, GraspLoRALinear):
         return f"a {type(layer).__name__} layer of peft has no operator here"
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance (device_map and offloading do that)"
-    reasons = (why_never(layer, adapter) for adapter in layer.lora_A)
+    why = why_adapter_never if known else why_never
+    reasons = (why(layer, adapter) for adapter in layer.lora_A)
     return next((reason for reason in reasons if reason is not None), None)
 
 

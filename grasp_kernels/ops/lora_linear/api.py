@@ -41,12 +41,13 @@ def computes(backend: str, dtype: torch.dtype) -> bool:
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
     *,
+    base: Tensor | None = None,
     lora_bias: Tensor | None = None,
     write_basis: Tensor | None = None,
     read_basis: Tensor | None = None,
@@ -62,10 +63,14 @@ def lora_linear(
 
     Args:
         x: `X[..., K]` in the dtype of `weight` (or under autocast, which casts both).
-        weight, bias: the base layer, `W[N, K]` and `[N]`; usually frozen.
+        weight, bias: the base layer, `W[N, K]` and `[N]`; usually frozen. None with `base`.
         lora_A, lora_B: `A[R, K]`, `B[N, R]`; float32 over a bfloat16 base is fine, the
             activations are never cast up.
         scaling: the `s` of LoRA, `alpha / R` or `alpha / √R`.
+        base: `[..., N]`, what the base layer made of `x`, in place of its weight: for weights that
+            another library stores and multiplies (4 bits, 8 bits). `x` is cast to its dtype, and
+            its gradient is `dY` as the projection leaves it, so that its layer's backward is
+            projected too. It is not changed in place.
         lora_bias: `b[N]`, adds `s b°`.
         write_basis: `V[N, Q]`, float32, orthonormal columns in the residual stream.
         read_basis: `U[K, P]`, float32, orthonormal columns in the input of this layer.
@@ -85,7 +90,10 @@ def lora_linear(
     Returns:
         `Y[..., N]` in the dtype of the activations. Gradients of gradients are refused.
     """
-    x, weight, bias = _autocast(x, weight, bias)
+    if base is None:
+        x, weight, bias = _autocast(x, weight, bias)
+    else:
+        x = x.to(base.dtype)
     tensors = (
         weight,
         bias,
@@ -97,7 +105,7 @@ def lora_linear(
         write_weight,
         *((None, None) if closed_factors is None else closed_factors),
     )
-    _check(x, *tensors)
+    _check(x, base, *tensors)
     if project not in PROJECTIONS:
         raise ValueError(f"project is {project!r}; use one of {PROJECTIONS}.")
     if not 0.0 <= dropout_p <= 1.0:
@@ -106,6 +114,7 @@ def lora_linear(
     differentiable = _forward if torch.compiler.is_compiling() else _LoraLinear.apply
     y, *_ = differentiable(
         x,
+        base,
         *tensors,
         _checked_padding(padded_weight, weight, closed_factors, write_weight),
         draw_seed(x) if dropout_p > 0.0 else None,
@@ -120,13 +129,15 @@ def lora_linear(
 
 def _checked_padding(
     padded: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     closed_factors: tuple[Tensor, Tensor] | None,
     write_weight: Tensor | None,
 ) -> Tensor | None:
     """The buffer, if it is that of the operands of this call."""
     if padded is None:
         return None
+    if weight is None:
+        raise ValueError("padded_weight holds a weight; leave it out with base.")
     (N, K), Q = weight.shape, 0 if write_weight is None else write_weight.shape[0]
     given = [weight, *(closed_factors or ())] + ([] if write_weight is None else [write_weight])
     R = closed_factors[0].shape[0] if closed_factors else 0
@@ -144,17 +155,21 @@ def _checked_padding(
     return padded
 
 
-def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+def _autocast(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What autocast does to a linear layer; the adapter and the bases keep their precision."""
     if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
-        return x, weight, bias  # type: ignore[return-value]
+        return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)  # type: ignore[return-value]
+    weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in (weight, bias))
+    return x.to(dtype), weight, bias
 
 
 def _check(
     x: Tensor,
-    weight: Tensor,
+    base: Tensor | None,
+    weight: Tensor | None,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -165,16 +180,15 @@ def _check(
     closed_A: Tensor | None,
     closed_B: Tensor | None,
 ) -> None:
-    if weight.dim() != 2 or x.dim() < 1:
-        raise ValueError(
-            f"x {tuple(x.shape)} and weight {tuple(weight.shape)} must be [..., K] and [N, K]."
-        )
-    (N, K), R = weight.shape, lora_A.shape[0]
+    if base is not None and any(given is not None for given in (weight, bias, write_weight)):
+        raise ValueError("base stands for weight, bias and write_weight; leave those out with it.")
+    (N, K), R = _widths(x, weight, base), lora_A.shape[0]
     if R == 0:
         raise ValueError("lora_A has rank 0; a LoRA layer needs a rank of at least 1.")
     Q = 0 if write_basis is None else write_basis.shape[-1]
     P = 0 if read_basis is None else read_basis.shape[-1]
     expected = {
+        "base": (base, (*x.shape[:-1], N)),
         "x": (x, (*x.shape[:-1], K)),
         "bias": (bias, (N,)),
         "lora_A": (lora_A, (R, K)),
@@ -212,37 +226,54 @@ def _check(
             )
 
 
+def _widths(x: Tensor, weight: Tensor | None, base: Tensor | None) -> tuple[int, int]:
+    """N and K."""
+    given, name, form = (weight, "weight", "[N, K]") if base is None else (base, "base", "[..., N]")
+    if given is None:
+        raise ValueError("weight is None; pass the weight of the base layer, or base, its result.")
+    if x.dim() < 1 or given.dim() != (2 if base is None else x.dim()):
+        raise ValueError(
+            f"x {tuple(x.shape)} and {name} {tuple(given.shape)} must be [..., K] and {form}."
+        )
+    return (given.shape[0], given.shape[1]) if base is None else (given.shape[-1], x.shape[-1])
+
+
 # Registered with Library.define and impl instead of torch.library.custom_op: the same interface at
 # half its cost per call (torch 2.13 on a CPU, 64×64 layer, forward: 136 µs against 291 µs).
 _LIBRARY = torch.library.Library("grasp_kernels", "FRAGMENT")
 _N_TENSORS = 12  # of Operands: weight to dropout_seed
-_CLOSED_A = 5  # its place behind lora_A
+_WRITE_BASIS = 5  # its place among them
+_RESIDUAL = 2  # its place behind them
+_CLOSED_A = 4  # its place behind lora_B
+_BASE = 6  # its place in Needs
 _OPERANDS = (
-    "Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? lora_bias, "
+    "Tensor? weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? lora_bias, "
     "Tensor? write_basis, Tensor? read_basis, Tensor? write_weight, "
     "Tensor? closed_A, Tensor? closed_B, Tensor? padded_weight, Tensor? dropout_seed, "
     "float scaling, float dropout_p, bool residual, bool closed, str backend"
 )
-_LIBRARY.define(f"lora_linear(Tensor x, {_OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor)")
+_LIBRARY.define(
+    f"lora_linear(Tensor x, Tensor? base, {_OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
 _LIBRARY.define(
     "lora_linear_backward(Tensor dy, Tensor x, Tensor S, Tensor A, Tensor B, bool[] needs, "
-    f"{_OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"{_OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _forward = torch.ops.grasp_kernels.lora_linear.default
 _backward = torch.ops.grasp_kernels.lora_linear_backward.default
 
 
-def _run_forward(x: Tensor, *operands: Any) -> tuple[Tensor, ...]:
+def _run_forward(x: Tensor, base: Tensor | None, *operands: Any) -> tuple[Tensor, ...]:
     """`Y` and what the backward needs: `S`, `A°`, `B°`, the last two empty if they were given."""
     *fields, backend = operands
     op = Operands(*fields)
-    rows = x.reshape(-1, x.shape[-1])
+    rows, N = x.reshape(-1, x.shape[-1]), op.lora_B.shape[0]
     module = _select(backend, rows, op)
     with _without_autocast(x):
-        y, (S, A, B) = module.forward(rows, op)
+        y, (S, A, B) = module.forward(rows, op, None if base is None else base.reshape(-1, N))
     if op.closed_A is not None:  # an operator must not return its own inputs
         A, B = x.new_empty(0), x.new_empty(0)
-    return y.view(*x.shape[:-1], op.weight.shape[0]), S, A, B
+    return y.view(*x.shape[:-1], N), S, A, B
 
 
 def _run_backward(
@@ -259,8 +290,12 @@ def _run_backward(
         found = module.backward(
             dy.reshape(-1, dy.shape[-1]), rows, Saved(S, A, B), op, Needs(*needs)
         )
-    dx, *others = (x.new_empty(0) if gradient is None else gradient for gradient in found)
-    return dx.view(x.shape) if needs[0] else dx, *others
+    dx, *others, dbase = (x.new_empty(0) if g is None else g for g in found)
+    return (
+        dx.view(x.shape) if needs[0] else dx,
+        *others,
+        dbase.view(dy.shape) if needs[_BASE] else dbase,
+    )
 
 
 def _select(backend: str, x: Tensor, op: Operands) -> ModuleType:
@@ -280,9 +315,9 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def _fake_forward(
-    x: Tensor, weight: Tensor, bias: Any, lora_A: Tensor, *others: Any
+    x: Tensor, base: Any, weight: Any, bias: Any, lora_A: Tensor, lora_B: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
-    (*leading, K), N, R = x.shape, weight.shape[0], lora_A.shape[0]
+    (*leading, K), (N, R) = x.shape, lora_B.shape
     y, S = x.new_empty(*leading, N), x.new_empty(R, math.prod(leading))
     if others[_CLOSED_A] is not None:
         return y, S, x.new_empty(0), x.new_empty(0)
@@ -294,7 +329,7 @@ def _fake_backward(
 ) -> tuple[Tensor, ...]:
     return tuple(
         tensor.new_empty(tensor.shape) if needed else x.new_empty(0)
-        for tensor, needed in zip((x, *operands[:5]), needs, strict=True)
+        for tensor, needed in zip((x, *operands[:5], dy), needs, strict=True)
     )
 
 
@@ -316,8 +351,8 @@ def _below_autograd(registered: Any, run: Any, *inputs: Any) -> tuple[Tensor, ..
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *operands: Any) -> tuple[Tensor, ...]:
-        y, *saved = _below_autograd(_forward, _run_forward, x, *operands)
+    def forward(ctx: Any, x: Tensor, base: Any, *operands: Any) -> tuple[Tensor, ...]:
+        y, *saved = _below_autograd(_forward, _run_forward, x, base, *operands)
         ctx.save_for_backward(x, *saved, *operands[:_N_TENSORS])
         ctx.options = operands[_N_TENSORS:]
         ctx.mark_non_differentiable(*saved)
@@ -328,16 +363,20 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         (dy, *_), n_options = outputs, len(ctx.options)
         if dy is None:
-            return (None,) * (1 + _N_TENSORS + n_options)
+            return (None,) * (2 + _N_TENSORS + n_options)
         x, S, A, B, *tensors = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[:6])
+        needs_x, needs_base, *needs = ctx.needs_input_grad[:7]
+        projects = ctx.options[_RESIDUAL] and tensors[_WRITE_BASIS] is not None
+        needs = [needs_x, *needs, needs_base and projects]
         inputs = (dy, x, S, A, B, needs, *tensors, *ctx.options)
         if torch.is_grad_enabled():  # create_graph=True: keep the node that refuses a second time
             found = _backward(*inputs)
         else:
             found = _below_autograd(_backward, _run_backward, *inputs)
-        wanted = (g if needed else None for g, needed in zip(found, needs, strict=True))
-        return *wanted, *(None,) * (_N_TENSORS - 5 + n_options)
+        dx, *others, dbase = (g if needed else None for g, needed in zip(found, needs, strict=True))
+        if needs_base and not projects:
+            dbase = dy
+        return dx, dbase, *others, *(None,) * (_N_TENSORS - 5 + n_options)
 
 
 class _OnceDifferentiable(torch.autograd.Function):

@@ -4,6 +4,8 @@
     backward: [dS | D] = dY [s B̂ | V]            B̂ = (I − V Vᵀ) B when residual, else B°
               dX = dY W;  dX += [dS | D] [A° ; −C]     C = Vᵀ W, the D C term when residual
               dA = dSᵀ X̃;  dB = s dYᵀ S;  both projected afterwards, small and in float32
+    of a base product of another library:
+              Y = base + S (s B°)ᵀ;  dX = dS A°;  dbase = dY − D Vᵀ
 
 Nothing of size T×N or T×K exists beside `Y` and `dX`; dropout works on blocks of rows. The skinny
 results `S`, `dS`, `D` are computed and kept transposed, `[R, T]`: slices of them stay contiguous,
@@ -41,10 +43,12 @@ def write_weight(weight: Tensor, basis: Tensor) -> Tensor:
     return basis.to(weight.dtype).mT @ weight
 
 
-def forward(x: Tensor, op: Operands) -> tuple[Tensor, Saved]:
-    """`Y[T, N]` from `X[T, K]`."""
+def forward(x: Tensor, op: Operands, base: Tensor | None = None) -> tuple[Tensor, Saved]:
+    """`Y[T, N]` from `X[T, K]`; without a weight also from `base[T, N]`."""
     A, B, b = closed_factors(op, x.dtype)
     S = _down(x, A, op)
+    if op.weight is None:
+        return added(base, S, B, b, op), Saved(S, A, B)
     y = F.linear(x, op.weight, whole_bias(op, b))
     return y.addmm_(S.mT, (op.scaling * B).mT), Saved(S, A, B)
 
@@ -52,15 +56,28 @@ def forward(x: Tensor, op: Operands) -> tuple[Tensor, Saved]:
 def backward(dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs) -> Gradients:
     """The gradients that are needed, from `dY[T, N]`."""
     dy = dy if _is_blas_layout(dy) else dy.contiguous()
-    V = op.write_basis if op.residual else None
-    dx, dA = _through_adapter(dy, x, saved, V, op, needs)
-
-    dB = None
+    skinny = _skinny(dy, saved.B, op, needs)
+    dx = dA = dB = dbase = None
+    if skinny is not None:
+        dx, dA = _through_adapter(dy, skinny, x, saved.A, op, needs)
+        if needs.base and op.write_basis is not None:
+            V = op.write_basis.to(dy.dtype)
+            dbase = torch.addmm(dy, skinny[saved.A.shape[0] :].mT, V.mT, alpha=-1)
     if needs.lora_B:
         dB = op.scaling * (saved.S @ dy).mT.contiguous()
         dB = project_columns(dB, op.write_basis).to(op.lora_B.dtype)
     dW, dbias, db = base_gradients(dy, x, op, needs)
-    return Gradients(dx, dW, dbias, dA, dB, db)
+    return Gradients(dx, dW, dbias, dA, dB, db, dbase)
+
+
+def added(base: Tensor | None, S: Tensor, B: Tensor, b: Tensor | None, op: Operands) -> Tensor:
+    """`base + s (Sᵀ B°ᵀ + b°) [T, N]` in new memory, for `S[R, T]`.
+
+    That of `base[T, N]` is its layer's, which may need it as it is, and it may be a view.
+    """
+    assert base is not None
+    start = base if b is None else base + op.scaling * b
+    return torch.addmm(start, S.mT, (op.scaling * B).mT)
 
 
 def base_gradients(
@@ -69,7 +86,7 @@ def base_gradients(
     """`dW[N, K]`, `dbias[N]` and `db[N]`, which few fine-tunes ask for."""
     V = op.write_basis if op.residual else None
     dW = dbias = db = None
-    if needs.weight:
+    if needs.weight and op.weight is not None:
         dW = project_columns(dy.mT @ x, V).to(op.weight.dtype)
     if needs.bias or needs.lora_bias:
         total = dy.sum(0)
@@ -86,31 +103,44 @@ def whole_bias(op: Operands, b: Tensor | None) -> Tensor | None:
     return op.scaling * b if op.bias is None else op.bias + op.scaling * b
 
 
-def _through_adapter(
-    dy: Tensor, x: Tensor, saved: Saved, V: Tensor | None, op: Operands, needs: Needs
-) -> tuple[Tensor | None, Tensor | None]:
-    """`dX[T, K]` and `dA[R, K]`, which share the skinny product `[dS | D]`."""
-    if not (needs.x or needs.lora_A):
-        return None, None
-    R = saved.A.shape[0]
-    left = op.scaling * (saved.B if op.closed else project_columns(saved.B, V)).mT
-    right = saved.A
-    if V is not None and needs.x:
-        C = write_weight(op.weight, V) if op.write_weight is None else op.write_weight
+def _skinny(dy: Tensor, B: Tensor, op: Operands, needs: Needs) -> Tensor | None:
+    """`[dS | D]ᵀ [R + Q, T]`, or `dSᵀ [R, T]` where D is not needed; None if neither is."""
+    projects = op.projects(needs)
+    if not (needs.x or needs.lora_A or projects):
+        return None
+    V = op.write_basis if op.residual else None
+    left = op.scaling * (B if op.closed else project_columns(B, V)).mT
+    if projects and V is not None:
         left = torch.cat([left, V.mT.to(left.dtype)])
-        right = torch.cat([right, -C.to(right.dtype)])
-    skinny = left.to(dy.dtype) @ dy.mT  # [dS | D]ᵀ  [R + Q, T]
-    dx = dy @ op.weight if needs.x else None
+    return left.to(dy.dtype) @ dy.mT
+
+
+def _through_adapter(
+    dy: Tensor, skinny: Tensor, x: Tensor, A: Tensor, op: Operands, needs: Needs
+) -> tuple[Tensor | None, Tensor | None]:
+    """`dX[T, K]` and `dA[R, K]` from `[dS | D]ᵀ [R + Q, T]`."""
+    R, right, dx = A.shape[0], A, None
+    dS = skinny[:R]
+    if needs.x and op.weight is not None:
+        dx = dy @ op.weight
+        if op.write_basis is not None and op.projects(needs):
+            C = op.write_weight
+            C = write_weight(op.weight, op.write_basis) if C is None else C
+            right = torch.cat([A, -C.to(A.dtype)])
 
     dA: Tensor | None
     if op.dropout_seed is not None:
+        if needs.x and dx is None:
+            dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
         if dx is not None and right.shape[0] > R:
             dx.addmm_(skinny[R:].mT, right[R:])
-        dA = _through_dropout(dx, skinny[:R], x, saved.A, op)
+        dA = _through_dropout(dx, dS, x, A, op)
     else:
         if dx is not None:
             dx.addmm_(skinny.mT, right)
-        dA = skinny[:R] @ x if needs.lora_A else None
+        elif needs.x:
+            dx = dS.mT @ A
+        dA = dS @ x if needs.lora_A else None
     if dA is not None:
         dA = project_rows(dA, op.read_basis).to(op.lora_A.dtype)
     return dx, dA

@@ -18,7 +18,7 @@ class Operands:
     The adapter may have another dtype (float32 over a bfloat16 base); the bases are float32.
     """
 
-    weight: Tensor  # W [N, K]
+    weight: Tensor | None  # W [N, K]; None if another library computes the base product
     bias: Tensor | None  # [N]
     lora_A: Tensor  # A [R, K]
     lora_B: Tensor  # B [N, R]
@@ -34,6 +34,11 @@ class Operands:
     dropout_p: float
     residual: bool  # project="residual": dY itself is projected; else only dA and dB
     closed: bool
+
+    def projects(self, needs: Needs) -> bool:
+        """Whether a gradient that is needed contains `D = dY V`: dbase, or dX with a weight."""
+        through = needs.base or (needs.x and self.weight is not None)
+        return through and self.residual and self.write_basis is not None
 
 
 class Saved(NamedTuple):
@@ -53,6 +58,7 @@ class Needs(NamedTuple):
     lora_A: bool
     lora_B: bool
     lora_bias: bool
+    base: bool = False  # only where dY is projected; elsewhere the gradient is dY itself
 
 
 class Gradients(NamedTuple):
@@ -64,3 +70,4 @@ class Gradients(NamedTuple):
     lora_A: Tensor | None
     lora_B: Tensor | None
     lora_bias: Tensor | None
+    base: Tensor | None = None

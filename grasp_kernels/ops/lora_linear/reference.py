@@ -9,6 +9,9 @@
     dB = (I − V Vᵀ) s dY'ᵀ (X̃ A°ᵀ)
     db = (I − V Vᵀ) s Σ dY',   dW = dY'ᵀ X,   dbias = Σ dY'
 
+Another library may have computed `base[T, N]`, which then stands for `X Wᵀ + bias`. Its gradient is
+`dbase = dY'`, and `dY' W` is left to that library.
+
 Every other backend is tested against this file. The projections of A, B and their gradients are
 computed in at least float32, everything else in the dtype of the activations.
 Shapes: T tokens, K in, N out, R LoRA rank, P read basis size, Q write basis size.
@@ -54,11 +57,14 @@ def closed_factors(op: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor, Te
     return A.to(dtype, copy=True), B.to(dtype, copy=True), b
 
 
-def forward(x: Tensor, op: Operands) -> tuple[Tensor, Saved]:
-    """`Y[T, N]` from `X[T, K]`."""
+def forward(x: Tensor, op: Operands, base: Tensor | None = None) -> tuple[Tensor, Saved]:
+    """`Y[T, N]` from `X[T, K]`; without a weight also from `base[T, N]`."""
     A, B, b = closed_factors(op, x.dtype)
     S = A @ dropout(x, op.dropout_seed, op.dropout_p).mT
-    y = x @ op.weight.mT + op.scaling * (S.mT @ B.mT)
+    if base is None:
+        assert op.weight is not None
+        base = x @ op.weight.mT
+    y = base + op.scaling * (S.mT @ B.mT)
     if op.bias is not None:
         y = y + op.bias
     if b is not None:
@@ -74,7 +80,9 @@ def backward(dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs) ->
     dS = op.scaling * (dy @ B)
     x_dropped = dropout(x, op.dropout_seed, op.dropout_p)
 
-    dx = dy @ op.weight + dropout(dS @ A, op.dropout_seed, op.dropout_p) if needs.x else None
+    dx = dropout(dS @ A, op.dropout_seed, op.dropout_p) if needs.x else None
+    if dx is not None and op.weight is not None:
+        dx = dy @ op.weight + dx
     dW = dy.mT @ x if needs.weight else None
     dbias = dy.sum(0) if needs.bias else None
     dA = dB = db = None
@@ -84,4 +92,4 @@ def backward(dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs) ->
         dB = project_columns(op.scaling * (dy.mT @ S.mT), op.write_basis).to(op.lora_B.dtype)
     if needs.lora_bias and op.lora_bias is not None:
         db = project_columns(op.scaling * dy.sum(0), op.write_basis).to(op.lora_bias.dtype)
-    return Gradients(dx, dW, dbias, dA, dB, db)
+    return Gradients(dx, dW, dbias, dA, dB, db, dy if needs.base else None)

@@ -37,12 +37,12 @@ def unsupported(where: torch.device) -> str | None:
 
 def refuses(x: Tensor, op: Operands) -> str | None:
     """Why a call cannot be computed, or None."""
-    (N, K), R = op.weight.shape, op.lora_A.shape[0]
+    N, (R, K) = op.lora_B.shape[0], op.lora_A.shape
     P, Q = (0 if b is None else b.shape[1] for b in (op.read_basis, op.write_basis))
     if x.dtype not in DTYPES:
         return f"it computes float16 and bfloat16 but x has {x.dtype}"
     if N % 8 or K % 8:
-        return f"it takes widths that are multiples of 8 but the weight has {(N, K)}"
+        return f"it takes widths that are multiples of 8 but the layer has {(N, K)}"
     if R + max(P, Q) > _MOST:
         return f"it takes ranks and bases up to {_MOST} in sum but this layer has {R + max(P, Q)}"
     return None
@@ -53,9 +53,9 @@ def kept(x: Tensor, seed: Tensor, p: float) -> Tensor:
     return keep_mask(x, Dropout(seed, p))
 
 
-def forward(x: Tensor, op: Operands) -> tuple[Tensor, Saved]:
-    """`Y[T, N]` from `X[T, K]`."""
-    return fused.forward(x, op, passes)
+def forward(x: Tensor, op: Operands, base: Tensor | None = None) -> tuple[Tensor, Saved]:
+    """`Y[T, N]` from `X[T, K]`; without a weight also from `base[T, N]`."""
+    return fused.forward(x, op, passes, base)
 
 
 def backward(dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs) -> Gradients:

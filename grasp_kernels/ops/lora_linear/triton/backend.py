@@ -36,9 +36,9 @@ def kept(x: Tensor, seed: Tensor, p: float) -> Tensor:
     return keep_mask(x, Dropout(seed, p))
 
 
-def forward(x: Tensor, op: Operands) -> tuple[Tensor, Saved]:
-    """`Y[T, N]` from `X[T, K]`."""
-    return fused.forward(x, op, passes)
+def forward(x: Tensor, op: Operands, base: Tensor | None = None) -> tuple[Tensor, Saved]:
+    """`Y[T, N]` from `X[T, K]`; without a weight also from `base[T, N]`."""
+    return fused.forward(x, op, passes, base)
 
 
 def backward(dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs) -> Gradients:

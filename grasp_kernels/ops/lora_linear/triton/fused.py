@@ -6,6 +6,9 @@
     sums      dA = dSᵀ X̃ (I − U Uᵀ)                             one read of X
     product   dX = dY W + mask ⊙ (dS A°) − D C                   the same, R + Q more columns
 
+Where another library computes the base product, its result comes in, `Y = base + s S B°ᵀ`, its
+gradient goes out, `dbase = dY − D Vᵀ`, and the last product is `dX = mask ⊙ (dS A°)`.
+
 The passes are those of a backend; the products are shared (`base_product`).
 Shapes: T tokens, K in, N out, C columns of what a pass reads (K or N), R LoRA rank, P read basis
 size, Q write basis size, E rows of a skinny result.
@@ -19,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grasp_kernels.ops.lora_linear.aten import base_gradients, whole_bias, write_weight
+from grasp_kernels.ops.lora_linear.aten import added, base_gradients, whole_bias, write_weight
 from grasp_kernels.ops.lora_linear.operands import Gradients, Needs, Operands, Saved
 from grasp_kernels.ops.lora_linear.reference import closed_factors
 from grasp_kernels.ops.lora_linear.triton.base_product import carrier, carry, product
@@ -73,9 +76,14 @@ class Passes(Protocol):
         ...
 
 
-def forward(x: Tensor, op: Operands, passes: Passes) -> tuple[Tensor, Saved]:
-    """`Y[T, N]` from `X[T, K]`."""
+def forward(
+    x: Tensor, op: Operands, passes: Passes, base: Tensor | None = None
+) -> tuple[Tensor, Saved]:
+    """`Y[T, N]` from `X[T, K]`; without a weight also from `base[T, N]`."""
     A, B, b = closed_factors(op, x.dtype)
+    if op.weight is None:
+        S = passes.down(x, A, dropout=_dropout(op))
+        return added(base, S, B, b, op), Saved(S, A, B)
     bias, E, N = whole_bias(op, b), _spare(op), op.weight.shape[0]
     wide = carrier(x, N, E)
     S = passes.down(x, A, dropout=_dropout(op), copy=wide)
@@ -90,11 +98,11 @@ def backward(
     dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs, passes: Passes
 ) -> Gradients:
     """The gradients that are needed, from `dY[T, N]`."""
-    K, E = op.weight.shape[1], _spare(op)
+    (R, K), E = saved.A.shape, _spare(op)
     # A mask cannot ride along: it belongs to dS A° alone.
     wide = carrier(dy, K, E) if needs.x and op.dropout_seed is None else None
     skinny, dB = _gradient_pass(dy, saved, op, needs, wide, passes)
-    dx = dA = None
+    dx = dA = dbase = None
     if skinny is not None and needs.x:
         if wide is not None and op.padded_weight is not None:
             dx = carry(wide, skinny, E) @ op.padded_weight[:, :K]
@@ -102,26 +110,28 @@ def backward(
             dx = _backward_product(dy, skinny, saved.A, op)
     if skinny is not None and needs.lora_A:
         dA = op.lora_A.new_empty(op.lora_A.shape)
-        dS = skinny[: saved.A.shape[0]]
-        passes.sums(x, dS, dA.mT, basis=op.read_basis, dropout=_dropout(op))
+        passes.sums(x, skinny[:R], dA.mT, basis=op.read_basis, dropout=_dropout(op))
+    if skinny is not None and needs.base and op.write_basis is not None:
+        dbase = torch.addmm(dy, skinny[R:].mT, op.write_basis.to(dy.dtype).mT)
     dW, dbias, db = base_gradients(dy, x, op, needs)
-    return Gradients(dx, dW, dbias, dA, dB, db)
+    return Gradients(dx, dW, dbias, dA, dB, db, dbase)
 
 
 def _gradient_pass(
     dy: Tensor, saved: Saved, op: Operands, needs: Needs, copy: Tensor | None, passes: Passes
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`[s dS | −D]ᵀ [E, T]` if `dX` or `dA` is needed, `dB[N, R]` if it is, and `copy` filled.
+    """`[s dS | −D]ᵀ [E, T]` if it is needed, `dB[N, R]` if it is, and `copy` filled.
 
-    `D` only if `dY` is projected on its way to `dX`. One read of `dY`, unless the parts of the
-    skinny result would weigh more than a second one.
+    `D` only if `dY` is projected on its way to `dX` or `dbase`. One read of `dY`, unless the parts
+    of the skinny result would weigh more than a second one.
     """
     S, V, R = saved.S, op.write_basis, saved.S.shape[0]
     # dS must be that of the projected dY; a closed B is in the complement of V already.
     B = saved.B
     if op.residual and not op.closed:
         B = project_columns(B, V).to(B.dtype)
-    through, projected = needs.x or needs.lora_A, op.residual and V is not None and needs.x
+    projected = op.projects(needs)
+    through = needs.x or needs.lora_A or projected
     Q = 0 if V is None else V.shape[1]
     E = R + (Q if projected else 0)
     skinny = dB = None
@@ -150,6 +160,8 @@ def _gradient_pass(
 def _backward_product(dy: Tensor, skinny: Tensor, A: Tensor, op: Operands) -> Tensor:
     """`dX[T, K] = dY W + mask ⊙ (dS A°) − D C`."""
     R = A.shape[0]
+    if op.weight is None:  # a base product of inner width 0
+        return product(dy[:, :0], A[:0], skinny[:R], A, dropout=_dropout(op))
     projection = None
     if skinny.shape[0] > R:
         C = op.write_weight
@@ -166,4 +178,4 @@ def _dropout(op: Operands) -> Dropout | None:
 
 def _spare(op: Operands) -> int:
     """The spare columns and rows of a padded weight, 0 for an ordinary one."""
-    return 0 if op.padded_weight is None else op.padded_weight.shape[0] - op.weight.shape[0]
+    return 0 if op.padded_weight is None else op.padded_weight.shape[0] - op.lora_B.shape[0]

@@ -1,0 +1,276 @@
+"""What the layers have in common: bases, closure, and peft's own forward where they must.
+
+Shapes: T tokens, K in, N out, R LoRA rank, P read basis size, Q write basis size.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+from grasp_kernels.layers.factors import ClosedFactors
+from grasp_kernels.ops import lora_linear, project_gradient
+from grasp_kernels.ops.lora_linear import measured, padding
+from grasp_kernels.ops.lora_linear.api import KERNELS
+from grasp_kernels.ops.projection import project_columns, project_rows
+
+# A factor counts as closed when its share along the basis is at rounding level; writing it again
+# would change the last bit at every save.
+_CLOSED_TO = 8
+# Reasons for peft's forward when there is no adapter to compute: no factor is read, nobody is told.
+_IDLE = ("adapters are disabled", "the adapter is merged", "0 active adapters")
+
+
+# Beside a layer class of peft, whose attributes are not declared; with LoraLayer as its base Python
+# would refuse to swap the class of an instance.
+_LAYER: Any = nn.Module
+
+
+class ProjectedLoRA(_LAYER):
+    """Mixed into a LoRA layer of peft, before it: `class Ours(ProjectedLoRA, TheirLayer)`.
+
+    Parameters, state-dict keys, merging and adapter management are peft's. Where the operator does
+    not apply (see `why_stock`) the stock forward runs, with the same projection of its gradient.
+    Closed layers keep `Vᵀ ΔW = 0` and `ΔW U = 0` in whatever leaves them: forward, state dict,
+    merged weights.
+
+    Attributes:
+        stock: the class of peft that a layer becomes again when it is released.
+        write_basis: `V[N, Q]`, float32, non-persistent buffer, or None.
+        read_basis: `U[K, P]`, float32, non-persistent buffer, or None.
+        project: "residual" or "weights", see `lora_linear`.
+        closed_adapters: names of the adapters that are kept closed.
+        backend: "auto" or the name of a backend.
+        factors: A°, B° of all layers of the model, where kernels make them.
+        told: reasons of which a warning has told, in this layer or another one of the model.
+        padded_weight: see `GraspLoRALinear`; None in layers that cannot lay their weight out.
+    """
+
+    stock: type
+    write_basis: Tensor | None
+    read_basis: Tensor | None
+    project: str
+    closed_adapters: frozenset[str]
+    backend: str
+    factors: ClosedFactors
+    told: set[str]
+    padded_weight: Tensor | None = None
+
+    @classmethod
+    def adopt(cls, layer: LoraLayer, *projection: Any) -> None:
+        """Turn a stock layer into this class in place; arguments as for `set_projection`."""
+        layer.__class__ = cls
+        assert isinstance(layer, cls)
+        layer.set_projection(*projection)
+
+    def release(self) -> None:
+        """Turn this layer back into peft's own, in place, with the weights it computed with."""
+        self.close_()
+        for name in ("write_basis", "read_basis"):
+            delattr(self, name)
+        for name in ("project", "closed_adapters", "backend", "factors", "told"):
+            self.__dict__.pop(name)
+        self.__class__ = self.stock
+
+    def set_projection(
+        self,
+        write_basis: Tensor | None,
+        read_basis: Tensor | None,
+        project: str,
+        closed: bool,
+        backend: str,
+        factors: ClosedFactors | None = None,
+        told: set[str] | None = None,
+    ) -> None:
+        """Set bases and options; the adapters that exist now are closed if `closed`.
+
+        `factors` is shared by the layers of a model, whose closed factors come out of one launch,
+        and so is `told`, so that a model with hundreds of layers warns once.
+        """
+        weight = self.get_base_layer().weight
+        for name, basis in (("write_basis", write_basis), ("read_basis", read_basis)):
+            if basis is not None:
+                # A weight that is loaded later has no data yet, and a basis would lose its own.
+                device = basis.device if weight.is_meta else weight.device
+                basis = basis.detach().to(device, torch.float32)
+            self.register_buffer(name, basis, persistent=False)
+        self.project = project
+        self.closed_adapters = frozenset(self.lora_A) if closed else frozenset()
+        self.backend = backend
+        if factors is not None or "factors" not in self.__dict__:
+            self.factors = factors or ClosedFactors()
+        if told is not None or "told" not in self.__dict__:
+            self.told = set() if told is None else told
+        self.close_()
+
+    def why_stock(self, x: Tensor, *args: Any, **kwargs: Any) -> str | None:
+        """None when the operator computes this call, else why peft's own forward does."""
+        if args or any(value is not None for value in kwargs.values()):
+            return f"extra arguments {sorted(kwargs)}"
+        if self.disable_adapters:
+            return "adapters are disabled"
+        if self.merged:
+            return "the adapter is merged"
+        active = self._active()
+        if len(active) != 1:
+            return f"{len(active)} active adapters"
+        return self._why_not(x, active[0])
+
+    def _why_not(self, x: Tensor, adapter: str) -> str | None:
+        """What `why_stock` asks of the one active adapter, and of the base layer."""
+        return why_adapter_never(self, adapter)
+
+    def _active(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.lora_A]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`Y[..., N]` from `X[..., K]`."""
+        reason = self.why_stock(x, *args, **kwargs)
+        if reason is not None:
+            return self._stock_forward(reason, x, *args, **kwargs)
+        (adapter,) = self._active()
+        return self._accelerated(x, adapter)
+
+    def _accelerated(self, x: Tensor, adapter: str) -> Tensor:
+        """`Y[..., N]` from `X[..., K]` by the operator."""
+        raise NotImplementedError
+
+    def _operator(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, adapter: str, **options: Any
+    ) -> Tensor:
+        """`lora_linear` with an adapter of this layer."""
+        lora_B, dropout = self.lora_B[adapter], self.lora_dropout[adapter]
+        return lora_linear(
+            x,
+            weight,
+            bias,
+            self.lora_A[adapter].weight,
+            lora_B.weight,
+            self.scaling[adapter],
+            lora_bias=lora_B.bias,
+            write_basis=self.write_basis,
+            read_basis=self.read_basis,
+            project=self.project,
+            closed=adapter in self.closed_adapters,
+            dropout_p=dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0,
+            backend=self.backend,
+            **options,
+        )
+
+    def _stock_forward(self, reason: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if reason not in _IDLE:
+            self._tell(reason)
+            self.close_()
+        y = super().forward(x, *args, **kwargs)
+        if self.project == "residual" and self.write_basis is not None:
+            y = project_gradient(y, self.write_basis)
+        return y
+
+    def _tell(self, reason: str) -> None:
+        if reason in self.told or torch.compiler.is_compiling():
+            return
+        self.told.add(reason)
+        warnings.warn(
+            "LoRA layers run peft's own forward, with the same results and the same projection but "
+            f"not accelerated: {reason}.",
+            stacklevel=2,
+        )
+
+    def _closed_factors(
+        self, device: torch.device, dtype: torch.dtype, adapter: str
+    ) -> tuple[Tensor, Tensor] | None:
+        """A°, B° from the launch that makes those of all layers; None: the operator makes them."""
+        if torch.compiler.is_compiling():
+            return None
+        kernels = self.backend in KERNELS
+        kernels |= self.backend == "auto" and measured.prefers_kernels(device)
+        if not kernels:
+            return None
+        return self.factors.of(self, adapter, dtype)
+
+    def padded_parts(self, adapter: str, dtype: torch.dtype) -> padding.Padded | None:
+        """Where the padding of the base weight holds the factors of an adapter; None without."""
+        return None
+
+    @torch.no_grad()
+    def close_(self) -> None:
+        """Write `A°`, `B°`, `b°` into the parameters; the function of the layer stays as it is."""
+        for name in self.closed_adapters & self.lora_A.keys():
+            lora_A, lora_B = self.lora_A[name], self.lora_B[name]
+            _close_(lora_A.weight, lambda A: project_rows(A, self.read_basis))
+            _close_(lora_B.weight, lambda B: project_columns(B, self.write_basis))
+            if lora_B.bias is not None:
+                _close_(lora_B.bias, lambda b: project_columns(b, self.write_basis))
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        """peft's, which adds an adapter, perhaps to combine the others in it: they are closed."""
+        if "closed_adapters" in self.__dict__:
+            self.close_()
+        super().update_layer(*args, **kwargs)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """peft's `ΔW`, which merging uses, of the closed factors."""
+        self.close_()
+        return super().get_delta_weight(adapter)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # A state dict visits this layer before the factors below it, so they are stored closed;
+        # closing in place (not a copy) makes the checkpoint the very state that training goes on
+        # from, so that a resumed run repeats an uninterrupted one bit by bit.
+        self.close_()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ProjectedLoRA:
+        # Bases only follow to another device. `bfloat16()` must not round them, since closure is as
+        # exact as they are, and `to_empty()` must not empty them, since no checkpoint has them.
+        bases = self.write_basis, self.read_basis
+        super()._apply(fn, recurse)
+        for name, basis in zip(("write_basis", "read_basis"), bases, strict=True):
+            if basis is not None:
+                setattr(self, name, basis.to(getattr(self, name).device))
+        return self
+
+
+def why_adapter_never(layer: LoraLayer, adapter: str) -> str | None:
+    """Why the operator can never compute an adapter as it is set up, or None if it can."""
+    if adapter in layer.lora_variant:
+        return f"the LoRA variant {type(layer.lora_variant[adapter]).__name__}"
+    factors = layer.lora_A[adapter], layer.lora_B[adapter]
+    if any(has_hooks(factor) for factor in factors):
+        return "a child module has hooks"
+    for factor in factors:
+        if type(factor.weight) is not nn.Parameter:
+            return f"a weight is a {type(factor.weight).__name__}"
+    if not isinstance(layer.lora_dropout[adapter], (nn.Dropout, nn.Identity)):
+        return f"the dropout is a {type(layer.lora_dropout[adapter]).__name__}"
+    return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "_hf_hook" in module.__dict__
+    )
+
+
+def _close_(parameter: Tensor, projection: Callable[[Tensor], Tensor]) -> None:
+    if parameter.is_meta:
+        return
+    closed = projection(parameter)
+    if closed is parameter:
+        return
+    removed = torch.linalg.vector_norm(closed - parameter.to(closed.dtype))
+    rounding = _CLOSED_TO * torch.finfo(parameter.dtype).eps
+    if removed > rounding * torch.linalg.vector_norm(closed):
+        # Past autograd's version counter: a backward that is still to come has saved A° and B°, so
+        # a checkpoint or a reference model between forward and backward does not invalidate it.
+        parameter.data.copy_(closed)
