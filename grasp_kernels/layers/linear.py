@@ -32,7 +32,8 @@ class GraspLoRALinear(lora.Linear):
     """A `peft.tuners.lora.Linear` whose forward is `grasp_kernels.lora_linear`.
 
     Parameters, state-dict keys, merging and adapter management are peft's. Where the operator does
-    not apply (see `why_stock`) the stock forward runs, with the same projection of its gradient.
+    not apply (see `why_stock`) the stock forward runs, with the gradient of its output projected,
+    and a warning says so once a model.
     Closed layers keep `Vᵀ ΔW = 0` and `ΔW U = 0` in whatever leaves them: forward, state dict,
     merged weights.
 
@@ -221,8 +222,8 @@ class GraspLoRALinear(lora.Linear):
             return
         self.told.add(reason)
         warnings.warn(
-            "LoRA layers run peft's own forward, with the same results and the same projection but "
-            f"not accelerated: {reason}.",
+            "LoRA layers run peft's own forward, which computes the same and is not accelerated: "
+            f"{reason}.",
             stacklevel=2,
         )
 
