@@ -670,7 +670,7 @@ def test_a_loaded_adapter_trains_on(tmp_path: Path, low_cpu_mem_usage: bool) -> 
     check_parity(make)
 
 
-def test_layers_may_be_replaced_before_their_weights_come(tmp_path: Path) -> None:
+def test_layers_may_be_replaced_before_their_weights_come() -> None:
     """A model without data, then its weights: the bases are those of the subspace."""
     loaded = lora_model(target_modules=list(SOME))
     subspace = a_subspace(loaded)

@@ -35,7 +35,8 @@ class ProjectedLoRA(_LAYER):
     """Mixed into a LoRA layer of peft, before it: `class Ours(ProjectedLoRA, TheirLayer)`.
 
     Parameters, state-dict keys, merging and adapter management are peft's. Where the operator does
-    not apply (see `why_stock`) the stock forward runs, with the same projection of its gradient.
+    not apply (see `why_stock`) the stock forward runs, with the gradient of its output projected,
+    and a warning says so once a model.
     Closed layers keep `Vᵀ ΔW = 0` and `ΔW U = 0` in whatever leaves them: forward, state dict,
     merged weights.
 
@@ -176,8 +177,8 @@ class ProjectedLoRA(_LAYER):
             return
         self.told.add(reason)
         warnings.warn(
-            "LoRA layers run peft's own forward, with the same results and the same projection but "
-            f"not accelerated: {reason}.",
+            "LoRA layers run peft's own forward, which computes the same and is not accelerated: "
+            f"{reason}.",
             stacklevel=2,
         )
 
