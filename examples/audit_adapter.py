@@ -1,8 +1,10 @@
 """What did an adapter learn along one direction? Identify, look, and measure.
 
     python examples/audit_adapter.py ADAPTER [ADAPTER ...] --output FOLDER [--base-model MODEL]
+    python examples/audit_adapter.py ADAPTER --subspace FILE
 
 Several adapters are checkpoints of one run, or runs with other seeds; their agreement is evidence.
+With a subspace that is known already, only how much of the last adapter lies along it is shown.
 """
 
 import argparse
@@ -14,19 +16,26 @@ import grasp_kernels as gk
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("adapters", nargs="+")
-    parser.add_argument("--output", type=Path, required=True)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--output", type=Path, help="folder for the subspace and its picture")
+    source.add_argument("--subspace", help="measure along this one")
     parser.add_argument("--base-model")
     arguments = parser.parse_args()
 
-    subspace = gk.identify(arguments.adapters, base_model=arguments.base_model)
+    if arguments.subspace:
+        subspace = gk.Subspace.load(arguments.subspace)
+    else:
+        subspace = gk.identify(arguments.adapters, base_model=arguments.base_model)
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        subspace.save(arguments.output / "subspace.safetensors")
+        subspace.plot(arguments.output / "subspace.png")
     print(subspace.summary())
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    subspace.save(arguments.output / "subspace.safetensors")
-    subspace.plot(arguments.output / "subspace.png")
     if subspace.is_empty:
         return
-    for name, leak in gk.leakage(arguments.adapters[-1], subspace).items():
-        print(f"{name}: {leak.write or leak.read:.1%} of the update lies along the subspace")
+    leaks = gk.leakage(arguments.adapters[-1], subspace)
+    shares = {name: max(leak.write or 0.0, leak.read or 0.0) for name, leak in leaks.items()}
+    for name, share in sorted(shares.items(), key=lambda item: -item[1]):
+        print(f"{share:8.2%} of the update of {name} lies along the subspace")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Fine-tune with peft and transformers.Trainer on GRASP layers: one line differs, and is marked.
+"""Fine-tune with peft and transformers.Trainer on GRASP layers: two lines differ, and are marked.
 
-    python examples/finetune_transformers.py MODEL DATA.jsonl OUTPUT [--subspace FILE]
+    python examples/finetune_transformers.py MODEL DATA OUTPUT [--subspace FILE]
 
-MODEL is a checkpoint folder, DATA a chat file, and the subspace one that `grasp-kernels identify`
-wrote. Without it the layers only compute the same thing faster.
+MODEL is a checkpoint folder, DATA a file with chat data, and the subspace one that
+`grasp-kernels identify` wrote. Without it the layers only compute the same thing faster.
 """
 
 import argparse
@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("output")
     parser.add_argument("--subspace")
     parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--report-to", default="none", help="wandb, tensorboard, ...")
     arguments = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -31,7 +32,7 @@ def main() -> None:
     model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
 
     subspace = gk.Subspace.load(arguments.subspace) if arguments.subspace else None
-    print(gk.replace_lora_layers(model, subspace))  # the one line
+    print(gk.replace_lora_layers(model, subspace))  # the one that projects
 
     trainer = Trainer(
         model=model,
@@ -40,17 +41,17 @@ def main() -> None:
             num_train_epochs=arguments.epochs,
             per_device_train_batch_size=8,
             learning_rate=1e-4,
-            save_strategy="no",
-            report_to="none",
+            logging_steps=1,
+            save_strategy="epoch",  # stock peft loads the checkpoints, too
+            report_to=arguments.report_to,
         ),
         train_dataset=examples,
         data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id),
+        processing_class=tokenizer,
     )
+    gk.GraspCallback(every=50).attach(trainer)  # the one that logs what is left along the subspace
     trainer.train()
     model.save_pretrained(arguments.output)  # stock peft and vLLM load it
-    if subspace is not None and not subspace.is_empty:
-        worst = max(share or 0.0 for leak in gk.leakage(model).values() for share in leak)
-        print(f"largest share of an update along the subspace: {worst:.1e}")
 
 
 if __name__ == "__main__":

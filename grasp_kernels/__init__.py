@@ -18,6 +18,7 @@ from typing import Any
 from grasp_kernels.version import __version__
 
 _HOMES = {
+    "GraspCallback": "run.callback",
     "GraspLoRALinear": "layers.linear",
     "SiteRules": "sites",
     "Subspace": "subspace",

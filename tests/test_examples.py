@@ -1,9 +1,11 @@
 """The examples run as they are, on a tiny checkpoint."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -22,25 +24,50 @@ def run_example(name: str, *arguments: object) -> str:
     return done.stdout
 
 
-def test_finetune_then_audit(tiny_model_dir: Path, chat_jsonl: Path, tmp_path: Path) -> None:
-    naive, closed = tmp_path / "naive", tmp_path / "closed"
-    out = run_example("finetune_transformers.py", tiny_model_dir, chat_jsonl, naive)
+@pytest.fixture(scope="module")
+def naive(tiny_model_dir: Path, chat_jsonl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stock fine-tune, by the example itself."""
+    folder = tmp_path_factory.mktemp("examples") / "naive"
+    out = run_example("finetune_transformers.py", tiny_model_dir, chat_jsonl, folder)
     assert "layers on GraspLoRALinear" in out
-    out = run_example("audit_adapter.py", naive, "--output", tmp_path / "audit")
-    assert (tmp_path / "audit" / "subspace.safetensors").is_file()
-    assert gk.Subspace.load(tmp_path / "audit" / "subspace.safetensors").verdict in out
+    return folder
 
+
+def test_audit_finds_a_subspace_and_measures_along_it(naive: Path, tmp_path: Path) -> None:
+    out = run_example("audit_adapter.py", naive, "--output", tmp_path)
+    assert (tmp_path / "subspace.png").is_file()
+    subspace = gk.Subspace.load(tmp_path / "subspace.safetensors")
+    assert subspace.verdict in out
+    again = run_example("audit_adapter.py", naive, "--subspace", tmp_path / "subspace.safetensors")
+    assert again == out
+    shares = [float(line.split("%")[0]) for line in out.splitlines() if "lies along" in line]
+    assert len(shares) == len(subspace.write)
+    assert shares == sorted(shares, reverse=True)
+
+
+@pytest.mark.parametrize("trainer", ["transformers", "trl"])
+def test_finetune_along_a_subspace(
+    trainer: str, naive: Path, tiny_model_dir: Path, chat_jsonl: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip(trainer)
     subspace = gk.identify(naive, k=1)
     subspace.save(tmp_path / "one.safetensors")
     out = run_example(
-        "finetune_transformers.py",
-        *(tiny_model_dir, chat_jsonl, closed),
+        f"finetune_{trainer}.py",
+        *(tiny_model_dir, chat_jsonl, tmp_path / "closed"),
         *("--subspace", tmp_path / "one.safetensors"),
     )
-    assert "largest share of an update along the subspace" in out
-    for leak in gk.leakage(closed, subspace).values():
-        assert leak.write <= 1e-6
-    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), closed)
+    assert "with a write basis                               6" in out
+    (checkpoint,) = (tmp_path / "closed" / "checkpoints").glob("checkpoint-*")
+    for adapter in (tmp_path / "closed", checkpoint):
+        for leak in gk.leakage(adapter, subspace).values():
+            assert leak.write <= 1e-6
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    last = [entry for entry in state["log_history"] if "loss" in entry][-1]
+    assert last["leakage_write"] <= 1e-6
+    assert 0 < last["drift_share"] < 1
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    stock = PeftModel.from_pretrained(base, str(tmp_path / "closed"))
     assert torch.isfinite(stock(input_ids=torch.arange(6)[None]).logits).all()
 
 

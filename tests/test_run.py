@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +49,16 @@ def test_both_trainings_differ_by_the_projection_alone(finished: RunConfig) -> N
     # the first loss comes before the first update: same initialisation, same batch, same dropout
     assert curves[0]["loss"][0] == curves[1]["loss"][0]
     assert curves[0]["loss"] != curves[1]["loss"]
+
+
+def test_the_log_of_the_retraining_has_leakage_and_drift(finished: RunConfig) -> None:
+    logs = {
+        name: json.loads((Path(finished.output) / name / "training_log.json").read_text())
+        for name in ("naive", "grasp")
+    }
+    assert all(entry["leakage_write"] < 1e-6 for entry in logs["grasp"])
+    assert 0 < logs["grasp"][-1]["drift_share"] < 1
+    assert not any("drift_share" in entry for entry in logs["naive"])  # no subspace is known yet
 
 
 def test_stock_peft_loads_the_grasp_adapter(finished: RunConfig) -> None:

@@ -13,11 +13,12 @@ __device__ __forceinline__ void philox(uint64_t seed, uint64_t counter, uint32_t
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
-    const uint32_t old0 = c0, old2 = c2;
-    c0 = device::multiply_high(0xCD9E8D57u, old2) ^ c1 ^ k0;
-    c2 = device::multiply_high(0xD2511F53u, old0) ^ c3 ^ k1;
-    c1 = 0xCD9E8D57u * old2;
-    c3 = 0xD2511F53u * old0;
+    const uint64_t even = device::multiply_wide(0xD2511F53u, c0);
+    const uint64_t odd = device::multiply_wide(0xCD9E8D57u, c2);
+    c0 = static_cast<uint32_t>(odd >> 32) ^ c1 ^ k0;
+    c2 = static_cast<uint32_t>(even >> 32) ^ c3 ^ k1;
+    c1 = static_cast<uint32_t>(odd);
+    c3 = static_cast<uint32_t>(even);
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }

@@ -26,29 +26,47 @@
 
 namespace grasp {
 
-// A group's columns of the tile, 16 bytes a thread at a time: copied, and zeroed where dropout
-// says.
+// Calls `visit` on a group's columns of the tile, 16 bytes a thread at a time, with token and
+// column.
+//
+// A thread stays in its column of chunks and goes down 16 rows at a time, which the swizzle repeats
+// after eight, so that the next place is one addition away. Two rows at once: what a visit does is
+// a long chain of instructions.
+template <int kIndex, typename Visit>
+__device__ __forceinline__ void visit_chunks(const PassArguments& a, const Place& at, char* stage,
+                                             int64_t token, int64_t column, Visit visit) {
+  constexpr Shape S = SHAPES[kIndex];
+  constexpr int kStep = kGroup / 8;
+  const int first = at.thread % kGroup / 8, chunk = at.thread % 8;
+  const int rows = a.T - token < kTokens ? static_cast<int>(a.T - token) : kTokens;
+  for (int m = 0; m < S.blocks; ++m) {
+    const int block = at.group * S.blocks + m;
+    const int64_t c = column + kWide * block + 8 * chunk;
+    if (c >= a.C) break;
+    char* place = stage + block * kTokens * kRowBytes + chunk_offset(first, chunk);
+#pragma unroll 2
+    for (int row = first; row < rows; row += kStep, place += kStep * kRowBytes) {
+      visit(*reinterpret_cast<uint4*>(place), token + row, c);
+    }
+  }
+}
+
+// The tile copied, and zeroed where dropout says.
 template <int kIndex>
 __device__ void visit_tile(const PassArguments& a, const Place& at, char* stage, int64_t token,
                            int64_t column) {
-  constexpr Shape S = SHAPES[kIndex];
-  const uint64_t seed = a.mask.seed == nullptr ? 0 : static_cast<uint64_t>(*a.mask.seed);
-  const uint64_t chunks = static_cast<uint64_t>(a.C / 8);
-#pragma unroll 1
-  for (int unit = at.thread % kGroup; unit < S.blocks * kTokens * 8; unit += kGroup) {
-    const int block = at.group * S.blocks + unit / (kTokens * 8);
-    const int row = unit / 8 % kTokens, chunk = unit % 8;
-    const int64_t t = token + row, c = column + kWide * block + 8 * chunk;
-    if (t >= a.T || c >= a.C) continue;
-    auto* elements =
-        reinterpret_cast<uint4*>(stage + block * kTokens * kRowBytes + chunk_offset(row, chunk));
-    if (a.copy != nullptr) {
-      *reinterpret_cast<uint4*>(static_cast<uint16_t*>(a.copy) + t * a.copy_stride + c) = *elements;
-    }
-    if (a.mask.seed != nullptr) {
-      *elements = dropped(*elements, seed, t * chunks + c / 8, a.mask.threshold);
-    }
+  if (a.copy != nullptr) {
+    auto* copy = static_cast<uint16_t*>(a.copy);
+    visit_chunks<kIndex>(a, at, stage, token, column, [&](uint4& chunk, int64_t t, int64_t c) {
+      *reinterpret_cast<uint4*>(copy + t * a.copy_stride + c) = chunk;
+    });
   }
+  if (a.mask.seed == nullptr) return;
+  const auto seed = static_cast<uint64_t>(*a.mask.seed);
+  const int64_t chunks = a.C / 8;
+  visit_chunks<kIndex>(a, at, stage, token, column, [&](uint4& chunk, int64_t t, int64_t c) {
+    chunk = dropped(chunk, seed, t * chunks + c / 8, a.mask.threshold);
+  });
   device::fence_async_proxy();
   device::named_barrier(2 + at.group, kGroup);
 }

@@ -32,31 +32,39 @@ class RingSm80 {
     if (i < steps_.count) {
       char* stage = shared_.stage(i);
       const int64_t token = steps_.token_of(i), column = steps_.column_of(i);
+#pragma unroll
       for (int block = 0; block < S.groups * S.blocks; ++block) {
         const int64_t first = column + kWide * block;
-        copy(stage + block * kTokens * kRowBytes, kTokens, a_.z, a_.z_stride, token, first, a_.T,
-             a_.C);
-        if (!S.sums()) {
-          copy(shared_.beside(stage) + block * S.E * kRowBytes, S.E, a_.factor.data, a_.factor.row,
-               0, first, a_.E, a_.C);
+        copy<kTokens>(stage + block * kTokens * kRowBytes, a_.z, a_.z_stride, token, first, a_.T,
+                      a_.C);
+        if constexpr (!S.sums()) {
+          copy<S.E>(shared_.beside(stage) + block * S.E * kRowBytes, a_.factor.data, a_.factor.row,
+                    0, first, a_.E, a_.C);
         }
       }
-      if (S.sums()) {
-        copy(shared_.beside(stage), S.R, a_.left, a_.left_stride, 0, token, a_.R, a_.left_stride);
+      if constexpr (S.sums()) {
+        copy<S.R>(shared_.beside(stage), a_.left, a_.left_stride, 0, token, a_.R, a_.left_stride);
       }
     }
     device::copy_async_commit();
   }
 
-  // A block of `rows` × 64 elements of a matrix [height, width] from (row, column) on.
-  __device__ void copy(char* block, int rows, const void* matrix, int64_t stride, int64_t row,
-                       int64_t column, int64_t height, int64_t width) {
-    const auto* elements = static_cast<const uint16_t*>(matrix);
-    for (int unit = threadIdx.x; unit < rows * 8; unit += S.threads()) {
-      const int64_t r = row + unit / 8, c = column + unit % 8 * 8;
-      const bool inside = r < height && c < width;
-      device::copy_async_16(block + chunk_offset(unit / 8, unit % 8),
-                            inside ? elements + r * stride + c : elements, inside);
+  // A block of kRows × 64 elements of a matrix [height, width] from (row, column) on. A thread goes
+  // down its column of chunks in steps that the swizzle repeats after, one addition each.
+  template <int kRows>
+  __device__ void copy(char* block, const void* matrix, int64_t stride, int64_t row, int64_t column,
+                       int64_t height, int64_t width) {
+    constexpr int kStep = S.threads() / 8;
+    const int first = threadIdx.x / 8, chunk = threadIdx.x % 8;
+    const int64_t c = column + 8 * chunk;
+    const int rows = c >= width ? 0 : static_cast<int>(min(height - row, int64_t(kRows)));
+    const uint16_t* from = static_cast<const uint16_t*>(matrix) + (row + first) * stride + c;
+    char* to = block + chunk_offset(first, chunk);
+#pragma unroll
+    for (int r = 0; r < kRows; r += kStep) {
+      if (kRows % kStep == 0 || first + r < kRows) {
+        device::copy_async_16(to + r * kRowBytes, from + r * stride, first + r < rows);
+      }
     }
   }
 

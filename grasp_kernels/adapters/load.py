@@ -29,7 +29,7 @@ from grasp_kernels.adapters.files import (
 from grasp_kernels.sites import Site, SiteRules, base_name, site_rules
 
 # these start from a base whose weights were changed, so B·A alone is not the change of the weights
-_MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _assemble(
     if outside:
         notes.append(f"LoRA weights outside of the sites are not used: {listed(outside)}.")
     start = str(config.get("init_lora_weights"))
-    if start.startswith(_MOVED_BASE):
+    if start.startswith(MOVED_BASE):
         notes.append(
             f"The adapter was initialised with {start!r}, which changes the base weights, so B·A "
             "contains that initialisation beside what was learned."

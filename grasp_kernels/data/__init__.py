@@ -1,4 +1,4 @@
-"""Chat files -> token ids with labels on the answers alone."""
+"""Chat files and data sets -> records -> token ids with labels on the answers alone."""
 
 from grasp_kernels.data.records import Record, read_records
 from grasp_kernels.data.tokens import (

@@ -7,7 +7,7 @@ blocks, `D` residual width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,11 +16,30 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 @contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients for a while.
+
+    Modes and gradient flags are put back one by one: peft sets the flags of an adapter when it is
+    switched off and on, and a user may have frozen some modules but not others.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
 def frozen_base(model: Any) -> Iterator[Any]:
     """Lend the base model of `model` for measuring: adapters off, eval mode, no gradients.
 
-    Modes, gradient flags and generation settings are put back one by one: peft sets the flags of an
-    adapter when it is switched off and on, and a user may have frozen some modules but not others.
+    Modes, gradient flags and generation settings are put back.
 
     Raises:
         TypeError: not a causal language model of transformers, nor a PeftModel of one.
@@ -31,22 +50,12 @@ def frozen_base(model: Any) -> Iterator[Any]:
             f"{type(base).__name__} cannot generate answers: give a causal language model of "
             "transformers (AutoModelForCausalLM) or a PeftModel of one."
         )
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     generation_config = base.generation_config
     try:
-        with ExitStack() as stack:
-            if base is not model:
-                stack.enter_context(model.disable_adapter())
-            stack.enter_context(torch.no_grad())
-            model.eval()
+        with measuring(model), nullcontext() if base is model else model.disable_adapter():
             yield base
     finally:
         base.generation_config = generation_config
-        for module, training in modes:
-            module.training = training
-        for parameter, requires_grad in flags:
-            parameter.requires_grad_(requires_grad)
 
 
 def stream_means(

@@ -185,9 +185,11 @@ class ProjectedLoRA(_LAYER):
         self, device: torch.device, dtype: torch.dtype, adapter: str
     ) -> tuple[Tensor, Tensor] | None:
         """A°, B° from the launch that makes those of all layers; None: the operator makes them."""
+        if torch.compiler.is_compiling():
+            return None
         kernels = self.backend in KERNELS
         kernels |= self.backend == "auto" and measured.prefers_kernels(device)
-        if not kernels or torch.compiler.is_compiling():
+        if not kernels:
             return None
         return self.factors.of(self, adapter, dtype)
 

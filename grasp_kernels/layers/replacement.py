@@ -15,6 +15,7 @@ from peft.tuners import lora
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from grasp_kernels.adapters.load import MOVED_BASE
 from grasp_kernels.layers.factors import ClosedFactors
 from grasp_kernels.layers.linear import GraspLoRALinear, why_never
 from grasp_kernels.layers.projected import ProjectedLoRA, why_adapter_never
@@ -72,9 +73,9 @@ def replace_lora_layers(
     without an adapter of its own is projected too (`project="residual"`), so that nothing upstream
     learns through it. Over weights that bitsandbytes or torchao have quantised, the base product
     stays theirs, and the adapter and the projection are computed here. A layer that stays with peft
-    is reported with the reason, and warned of; its gradient is projected in the same way, but it is
-    not closed. Calling it again starts afresh: do so after adding an adapter to other modules, or
-    an adapter that is to be closed.
+    is warned of and reported with the reason; it is projected like a writer without an adapter, and
+    not closed. Calling it again starts afresh: do so after adding an adapter on other modules, or
+    one that is to be closed, too.
 
     Args:
         model: a `PeftModel`, or any module with peft's LoRA layers in it.
@@ -88,7 +89,8 @@ def replace_lora_layers(
 
     Raises:
         ValueError: no LoRA layers, a subspace of another model (the site or the shape is named), an
-            unknown option, or an architecture whose writers are not known.
+            unknown option, an architecture whose writers are not known, or adapters to close that
+            hold a part of the pretrained weights (PiSSA and the like).
     """
     _check_options(project, backend)
     layers = {
@@ -107,6 +109,8 @@ def replace_lora_layers(
         known = model_sites(model, sites)
         write, read = _bases(model, subspace, known)
         writers = [site.name for site in known if site.role == "write"]
+        if closed:
+            _check_starts(model)
         report.bare_writers = [name for name in writers if write and name not in write]
     restore_lora_layers(model)
 
@@ -162,6 +166,18 @@ def _check_options(project: str, backend: str) -> None:
         raise ValueError(
             f"backend {backend!r} is unknown; use 'auto' or one of {list(backends())}."
         )
+
+
+def _check_starts(model: nn.Module) -> None:
+    """Closing must not take pretrained content away."""
+    for name, config in getattr(model, "peft_config", {}).items():
+        start = str(getattr(config, "init_lora_weights", True))
+        if start.startswith(MOVED_BASE):
+            raise ValueError(
+                f"the adapter {name!r} was initialised with {start!r}, which moves pretrained "
+                "weights into it, and closing would remove them along the subspace; pass "
+                "closed=False, or initialise with init_lora_weights=True."
+            )
 
 
 def _why_kept(layer: LoraLayer) -> str | None:

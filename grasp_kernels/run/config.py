@@ -35,7 +35,7 @@ class RunConfig:
     """
 
     model: str = _required("checkpoint folder, or a model name on the Hugging Face hub")
-    data: str = _required("JSONL file with chat data")
+    data: str = _required("file with chat data: JSONL, JSON, CSV or parquet")
     output: str = _required("folder of this run; an unfinished run in it goes on")
 
     identify: str = _option("weights", "where the subspace comes from", choices=IDENTIFY)
@@ -88,6 +88,9 @@ class RunConfig:
     save_every: int | None = _option(None, "steps between checkpoints; default: a tenth of all")
 
     eval_split: float = _option(0.0, "part of the records held out to compare both adapters on")
+    arm: str = _option(
+        "auto", "key of the answers in the data, where there are several, such as misaligned"
+    )
     neutral: str | None = _option(
         None, "file of neutral prompts (JSONL, or one a line); default: a few built-in ones"
     )

@@ -108,7 +108,7 @@ def prepare(config: RunConfig, checkpoint: Path) -> Inputs:
     _check_backend(config.backend)
     model_type, rules = check_model(config, checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    records = read_records(config.data)
+    records = read_records(config.data, arm=config.arm)
     if config.identify != "weights" and not any("messages" in record for record in records):
         raise ValueError(
             f"{config.data} has plain text only, which the base model cannot answer in its own "

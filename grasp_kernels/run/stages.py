@@ -44,7 +44,7 @@ def run(config: RunConfig) -> Report:
     Raises:
         ValueError, FileNotFoundError: wrong input, before any training.
         RuntimeError: another process works in the same folder.
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: the loss or a gradient is not finite.
     """
     checkpoint = find_checkpoint(config.model)
     fingerprints = {"model": fingerprint(checkpoint)}
@@ -116,6 +116,7 @@ def train(
     See `training.train_adapter` for `work`, `snapshots` and `last_step`.
     """
     from grasp_kernels import replace_lora_layers
+    from grasp_kernels.run.callback import N_PROBES
     from grasp_kernels.run.training import train_adapter
 
     model = attach_lora(load_model(inputs.checkpoint, config.dtype), config, str(inputs.checkpoint))
@@ -137,6 +138,7 @@ def train(
         snapshots=snapshots,
         last_step=last_step,
         subspace=subspace,
+        probes=inputs.neutral[:N_PROBES],
         saved_base_name=_public_name(config),
     )
 

@@ -5,7 +5,7 @@ Shapes: `T` tokens of a prompt, `D` residual width, `k` directions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -52,13 +52,17 @@ class Movement:
 
 def layer_bases(subspace: Subspace, rules: SiteRules) -> dict[int, Tensor]:
     """Layer -> basis of the stream after it, `[D, k]`; empty where only readers have bases."""
+    found = bases_by_layer(subspace.write, rules)
+    return found if subspace.stream is None else dict.fromkeys(found, subspace.stream)
+
+
+def bases_by_layer(write: Mapping[str, Tensor], rules: SiteRules) -> dict[int, Tensor]:
+    """The span `[D, k]` of the write bases of each layer, from those of its modules by name."""
     found: dict[int, list[Tensor]] = {}
-    for name, basis in subspace.write.items():
+    for name, basis in write.items():
         site = rules.site(name)
         if site is not None:
             found.setdefault(site.layer, []).append(basis)
-    if subspace.stream is not None:
-        return dict.fromkeys(sorted(found), subspace.stream)
     return {layer: span(bases) for layer, bases in sorted(found.items())}
 
 
@@ -71,7 +75,6 @@ def measure_movement(
 ) -> dict[str, Movement]:
     """Movement by adapter name; `model` has these adapters loaded and computes in its own dtype."""
     device = next(model.parameters()).device
-    bases = {layer: basis.to(device) for layer, basis in bases.items()}
     layers = sorted(bases)
     along = {name: torch.zeros(len(layers)) for name in adapters}
     total = {name: torch.zeros(len(layers)) for name in adapters}
@@ -83,11 +86,12 @@ def measure_movement(
         with model.disable_adapter():
             base = _stream_after(model, blocks, layers, ids)
         for name in adapters:
-            model.set_adapter(name)
+            if name not in model.active_adapters:
+                model.set_adapter(name)
             moved = _stream_after(model, blocks, layers, ids)
             for i, layer in enumerate(layers):
                 delta = moved[i] - base[i]
-                along[name][i] += (delta @ bases[layer]).norm(dim=-1).sum().item()
+                along[name][i] += (delta @ bases[layer].to(delta)).norm(dim=-1).sum().item()
                 total[name][i] += delta.norm(dim=-1).sum().item()
     return {
         name: Movement(
@@ -106,7 +110,8 @@ def _blocks(model: nn.Module, rules: SiteRules) -> nn.ModuleList:
     raise ValueError(f"The model has no module list named {rules.blocks}: declare SiteRules.")
 
 
-@torch.inference_mode()
+# Not inference_mode: what layers keep for the next forward must serve a training one.
+@torch.no_grad()
 def _stream_after(
     model: nn.Module, blocks: nn.ModuleList, layers: Sequence[int], ids: Tensor
 ) -> list[Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from transformers import (
 
 from grasp_kernels.data import Example, collate
 from grasp_kernels.files import whole_folder
+from grasp_kernels.run.callback import GraspCallback
 from grasp_kernels.run.config import RunConfig
 from grasp_kernels.run.folder import write_json
 from grasp_kernels.run.inputs import warmup_steps
@@ -40,63 +41,7 @@ if TYPE_CHECKING:
 
 LOG_NAME = "training_log.json"  # beside the weights in a finished adapter folder
 _STATE = "trainer_state.json"  # the last file that Trainer writes into a checkpoint
-_LEAKAGE_LOGS = 20  # measurements of leakage in one training
-
-
-class LeakageCallback(TrainerCallback):
-    """Log how much of the adapter lies in the subspace, now and then.
-
-    Adds `leakage_write` = max over layers of ‖Vᵀ ΔW‖ / ‖ΔW‖ and `leakage_read` = the same of
-    ‖ΔW U‖ / ‖ΔW‖ to the log entries of `transformers.Trainer`; a side without basis is left out.
-
-    Args:
-        subspace: the bases; None: those of the GraspLoRALinear layers of the model.
-        every: optimizer steps between two measurements.
-    """
-
-    def __init__(self, subspace: Subspace | None = None, *, every: int = 50) -> None:
-        self.subspace, self.every = subspace, every
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if state.global_step % self.every and state.global_step != state.max_steps:
-            return
-        from grasp_kernels import leakage
-
-        measured = leakage(kwargs["model"], self.subspace).values()
-        for side in ("write", "read"):
-            values = [value for layer in measured if (value := getattr(layer, side)) is not None]
-            if values:
-                state.log_history[-1][f"leakage_{side}"] = max(values)
-
-
-class FiniteLossCallback(TrainerCallback):
-    """Stop a training whose loss is no longer a number.
-
-    Raises:
-        FloatingPointError: with the step and what to do.
-    """
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        loss = (logs or {}).get("loss", 0.0)
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"The training loss became {loss} at step {state.global_step} of "
-                f"{state.max_steps}: lower the learning rate, or use float32 or bfloat16."
-            )
+_MEASUREMENTS = 20  # of leakage and drift in one training
 
 
 class _Progress(TrainerCallback):
@@ -175,6 +120,7 @@ def train_adapter(
     snapshots: Mapping[int, Path] | None = None,
     last_step: int | None = None,
     subspace: Subspace | None = None,
+    probes: Sequence[Sequence[int]] = (),
     saved_base_name: str | None = None,
 ) -> None:
     """Train the adapter of `model` and write it to the folder `out`, whole or not at all.
@@ -186,20 +132,20 @@ def train_adapter(
         steps: length of the learning rate schedule.
         last_step: end after this step instead of `steps`.
         snapshots: step -> folder for the adapter as it is after that step.
-        subspace: what leakage is measured against, if at all.
+        subspace: what leakage and drift are measured along, if at all.
+        probes: token ids of the prompts that drift is measured on.
         saved_base_name: name of the base model in `adapter_config.json`.
 
     Raises:
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: the loss or a gradient is not finite.
     """
     last_step = last_step or steps
+    watch = GraspCallback(subspace, every=max(1, steps // _MEASUREMENTS), probes=probes)
     callbacks: list[TrainerCallback] = [
-        FiniteLossCallback(),
+        watch,
         _Snapshots(snapshots or {}),
         _LastStep(last_step),
     ]
-    if subspace is not None:
-        callbacks.append(LeakageCallback(subspace, every=max(1, steps // _LEAKAGE_LOGS)))
     checkpoint = last_checkpoint(work)
     with tqdm(total=last_step, desc=description, unit="step") as bar:
         trainer = _Trainer(

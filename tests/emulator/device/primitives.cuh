@@ -93,13 +93,13 @@ void take_registers() {
   erased::take_registers(kRegisters);
 }
 
+inline uint64_t multiply_wide(uint32_t a, uint32_t b) { return uint64_t(a) * b; }
+
 // Launches are over when they return.
 inline void release_next() {}
 inline void wait_for_previous() {}
 
 [[noreturn]] void stop();
-
-inline uint32_t multiply_high(uint32_t a, uint32_t b) { return uint64_t(a) * b >> 32; }
 
 // ---- copies of Ampere -------------------------------------------------------------------------
 

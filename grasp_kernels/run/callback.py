@@ -1,0 +1,203 @@
+"""What to watch while a model with LoRA layers trains: leakage, drift, and numbers that are none.
+
+For `transformers.Trainer` and the trainers of trl. Imports transformers, so nothing imports this
+module on `import grasp_kernels`.
+
+Shapes: `N` residual width, `Q` write basis size.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from grasp_kernels.identification.frozen_model import measuring
+from grasp_kernels.layers.closure import leakage
+from grasp_kernels.run.inputs import neutral_prompts
+from grasp_kernels.run.stream import bases_by_layer, measure_movement
+from grasp_kernels.sites import SiteRules, base_name, site_rules
+from grasp_kernels.subspace import Subspace
+
+N_PROBES = 8  # no single question decides, and two forwards of each are little beside `every` steps
+_KEYS = {"leakage_write", "leakage_read", "drift_along", "drift_share"}
+
+
+class GraspCallback(TrainerCallback):
+    """Log leakage and drift along the subspace, and stop on a loss or gradient that is no number.
+
+    Every `every` optimizer steps, and after the last, the log entry of that step gets
+
+    * `leakage_write`, `leakage_read`: the largest ‖Vᵀ ΔW‖ / ‖ΔW‖ and ‖ΔW U‖ / ‖ΔW‖ of a layer;
+    * `drift_along`: how far the adapter moves the residual stream along the write bases, the mean
+      of ‖Vᵀ(h − h_base)‖ over tokens of the probes and the blocks that have a basis;
+    * `drift_share`: the same relative to ‖h − h_base‖, 0 to 1.
+
+    A side without bases is left out; without any, losses and gradients are watched alone. Measuring
+    changes neither what the model computes nor the random state. Checkpoints need no help: closed
+    layers put closed factors into every state dict.
+
+    `attach` puts the callback before the others of a trainer, so that wandb, TensorBoard or what
+    else `report_to` names see the entry with it. In `callbacks=[...]` it comes after them, and its
+    numbers reach the console and `trainer.state.log_history` alone.
+
+    Args:
+        subspace: the bases; None: those of the GraspLoRALinear layers of the model.
+        every: optimizer steps between two measurements; they are taken with the next log entry.
+        probes: token ids of a few sequences to measure drift on; None: everyday questions in the
+            trainer's tokenizer; empty: no drift.
+        sites: writers and readers of an architecture that is not known.
+
+    Raises:
+        ValueError: when training begins, no way to measure drift; or `every` below 1.
+        FloatingPointError: with the step and what to do, before the optimizer spoils the weights.
+    """
+
+    def __init__(
+        self,
+        subspace: Subspace | None = None,
+        *,
+        every: int = 50,
+        probes: Sequence[Sequence[int]] | None = None,
+        sites: SiteRules | None = None,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every is {every}: give the steps between two measurements.")
+        self.subspace = None if subspace is None or subspace.is_empty else subspace
+        self.every, self.probes, self.sites = every, probes, sites
+        self._attached = False
+
+    def attach(self, trainer: Trainer) -> GraspCallback:
+        """Add this callback to a trainer, before those that report to a service."""
+        trainer.callback_handler.callbacks.insert(0, self)
+        self._attached = True
+        return self
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.report_to and not self._attached:
+            warnings.warn(
+                f"GraspCallback stands behind {', '.join(args.report_to)}, which will not see its "
+                "numbers: use GraspCallback(...).attach(trainer) instead of callbacks=[...].",
+                stacklevel=2,
+            )
+        model = kwargs["model"]
+        if self.probes is None and self._write_bases(model):
+            self.probes = _neutral_probes(kwargs.get("processing_class"))
+        if self.probes and not hasattr(model, "disable_adapter"):
+            raise ValueError(
+                f"Drift cannot be measured on a {type(model).__name__}, whose adapter cannot be "
+                "switched off: train a PeftModel, or use GraspCallback(probes=[])."
+            )
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.fp16:  # the loss scaler meets gradients that overflow, and skips the step
+            return
+        largest = _largest_gradient(kwargs["model"])
+        if not math.isfinite(largest):
+            raise FloatingPointError(
+                f"The gradient became {largest} at step {state.global_step + 1} of "
+                f"{state.max_steps}, which was not taken: lower the learning rate, or use float32 "
+                "or bfloat16."
+            )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:  # an evaluation, or the summary at the end
+            return
+        if not math.isfinite(logs["loss"]):
+            raise FloatingPointError(
+                f"The training loss became {logs['loss']} at step {state.global_step} of "
+                f"{state.max_steps}: lower the learning rate, or use float32 or bfloat16."
+            )
+        if self._is_due(state):
+            measured = self.measure(kwargs["model"])
+            logs.update(measured)
+            state.log_history[-1].update(measured)
+
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """The numbers of a log entry, by name; none where no layer has a basis."""
+        return {**self._leakage(model), **self._drift(model)}
+
+    def _is_due(self, state: TrainerState) -> bool:
+        # Read off the history, which checkpoints keep, so that a resumed training measures where an
+        # uninterrupted one does.
+        last = max((e["step"] for e in state.log_history if _KEYS & e.keys()), default=0)
+        return state.global_step >= last + self.every or state.global_step == state.max_steps
+
+    def _leakage(self, model: nn.Module) -> dict[str, float]:
+        if self.subspace is None and not _has_bases(model):
+            return {}
+        measured = leakage(model, self.subspace).values()
+        found = {}
+        for side in ("write", "read"):
+            shares = [share for layer in measured if (share := getattr(layer, side)) is not None]
+            if shares:
+                found[f"leakage_{side}"] = max(shares)
+        return found
+
+    def _drift(self, model: Any) -> dict[str, float]:
+        bases = self._write_bases(model)
+        if not (self.probes and bases):
+            return {}
+        rules = site_rules(model.config.model_type, bases, self.sites)
+        (adapter, *_) = model.active_adapters
+        with measuring(model):
+            moved = measure_movement(
+                model, [adapter], bases_by_layer(bases, rules), map(list, self.probes), rules
+            )[adapter]
+        return {"drift_along": moved.mean_along, "drift_share": moved.share}
+
+    def _write_bases(self, model: nn.Module) -> dict[str, Tensor]:
+        """Write basis `V[N, Q]` by the name of its module in the base model."""
+        if self.subspace is not None:
+            return dict(self.subspace.write)
+        return {
+            base_name(name): basis
+            for name, module in model.named_modules()
+            if (basis := getattr(module, "write_basis", None)) is not None
+        }
+
+
+def _has_bases(model: nn.Module) -> bool:
+    return any(
+        getattr(module, basis, None) is not None
+        for module in model.modules()
+        for basis in ("write_basis", "read_basis")
+    )
+
+
+def _neutral_probes(processing_class: Any) -> list[list[int]]:
+    """Everyday questions in a trainer's tokenizer, or that of its processor."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if tokenizer is None:
+        raise ValueError(
+            "The trainer has no tokenizer to ask questions with, which drift is measured on: use "
+            "Trainer(processing_class=tokenizer), or GraspCallback(probes=...) with token ids."
+        )
+    return neutral_prompts(None, tokenizer)[:N_PROBES]
+
+
+def _largest_gradient(model: nn.Module) -> float:
+    """The largest element of all gradients, nan if one is; waits for the device once."""
+    gradients = [_local(p.grad) for p in model.parameters() if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients, norm_type=math.inf).item()
+
+
+def _local(gradient: Tensor) -> Tensor:
+    """What this process holds of a gradient that is sharded."""
+    return gradient.to_local() if hasattr(gradient, "to_local") else gradient

@@ -1,0 +1,307 @@
+"""GraspCallback in transformers.Trainer: what it logs, where, and when it stops a training."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_model, tokens
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+
+import grasp_kernels as gk
+from grasp_kernels.data import collate
+from grasp_kernels.run.stream import bases_by_layer
+from grasp_kernels.sites import RULES, model_sites
+
+WIDTH = 32
+PROBES = [[1, 2, 3, 4], [5, 6]]
+NUMBERS = {"leakage_write", "leakage_read", "drift_along", "drift_share"}
+
+
+@pytest.fixture
+def model() -> PeftModel:
+    """An untrained adapter with dropout on a tiny Llama."""
+    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules="all-linear")
+    return get_peft_model(tiny_model(), config)
+
+
+def subspace_of(model: PeftModel, side: str = "write") -> gk.Subspace:
+    direction = torch.nn.functional.normalize(torch.arange(1.0, WIDTH + 1), dim=0)[:, None]
+    return gk.Subspace.from_stream(direction, model_sites(model), side=side)
+
+
+class Service(TrainerCallback):
+    """Stands in for wandb: keeps what a log entry holds when it comes by."""
+
+    def __init__(self) -> None:
+        self.entries: list[dict[str, float]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.entries.append(dict(logs))
+
+
+def trainer_of(model: PeftModel, output: Path, steps: int = 6, **options: Any) -> Trainer:
+    rows = [{"input_ids": row, "labels": row} for row in tokens(16, 8).tolist()]
+    settings: dict[str, Any] = {
+        "max_steps": steps,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        **options,
+    }
+    callbacks = settings.pop("callbacks", None)
+    return Trainer(
+        model=model,
+        args=TrainingArguments(output_dir=str(output), **settings),
+        train_dataset=rows,
+        data_collator=partial(collate, pad_token_id=0),
+        callbacks=callbacks,
+    )
+
+
+def test_a_projected_training_is_logged_every_few_steps(model: PeftModel, tmp_path: Path) -> None:
+    subspace = subspace_of(model, "both")
+    gk.replace_lora_layers(model, subspace)
+    trainer = trainer_of(model, tmp_path, callbacks=[gk.GraspCallback(every=4, probes=PROBES)])
+    trainer.train()
+    entries = [e for e in trainer.state.log_history if "loss" in e]
+    assert [e["step"] for e in entries if e.keys() & NUMBERS] == [4, 6]
+    for entry in (entries[3], entries[5]):
+        assert entry.keys() >= NUMBERS
+        assert entry["leakage_write"] <= 1e-6
+        assert entry["leakage_read"] <= 1e-6
+        assert 0 < entry["drift_share"] < 1
+
+
+def test_a_stock_training_is_measured_along_a_given_subspace(
+    model: PeftModel, tmp_path: Path
+) -> None:
+    subspace = subspace_of(model)
+    callback = gk.GraspCallback(subspace, every=2, probes=PROBES)
+    trainer = trainer_of(model, tmp_path, logging_steps=3, callbacks=[callback])
+    trainer.train()
+    measured = [e for e in trainer.state.log_history if e.keys() & NUMBERS]
+    assert [e["step"] for e in measured] == [3, 6]  # with the next log entry
+    assert "leakage_read" not in measured[0]
+    shares = [leak.write for leak in gk.leakage(model, subspace).values()]
+    assert measured[1]["leakage_write"] == max(shares) > 1e-3
+
+
+def test_drift_is_what_the_adapter_does_to_the_stream(model: PeftModel) -> None:
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(generator=torch.Generator().manual_seed(1))
+    basis = subspace_of(model).stream
+    assert basis is not None
+    # the last hidden state that transformers returns is normalised: the last block is left out
+    sites = [site for site in model_sites(model) if site.layer < 2]
+    measured = gk.GraspCallback(
+        gk.Subspace.from_stream(basis, sites, side="write"), probes=PROBES
+    ).measure(model)
+    model.eval()
+    deltas = []
+    for probe in PROBES:
+        ids = torch.tensor([probe])
+        with torch.no_grad():
+            moved = model(ids, output_hidden_states=True).hidden_states[1:3]
+            with model.disable_adapter():
+                base = model(ids, output_hidden_states=True).hidden_states[1:3]
+        deltas += [(after - before)[0] for after, before in zip(moved, base, strict=True)]
+    delta = torch.cat(deltas)  # tokens of both probes after both blocks
+    along, total = (delta @ basis).norm(dim=1), delta.norm(dim=1)
+    assert measured["drift_along"] == pytest.approx(along.mean().item(), rel=1e-4)
+    assert measured["drift_share"] == pytest.approx((along.sum() / total.sum()).item(), rel=1e-4)
+
+
+def test_an_untrained_adapter_has_not_drifted(model: PeftModel) -> None:
+    measured = gk.GraspCallback(subspace_of(model), probes=PROBES).measure(model)
+    assert measured == {"leakage_write": 0.0, "drift_along": 0.0, "drift_share": 0.0}
+
+
+def test_measuring_leaves_model_and_random_state_alone(model: PeftModel) -> None:
+    subspace = subspace_of(model)
+    gk.replace_lora_layers(model, subspace)
+    model.train()
+    frozen = next(p for n, p in model.named_parameters() if "layers.1" in n and "lora_A" in n)
+    frozen.requires_grad_(False)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    modes = {name: module.training for name, module in model.named_modules()}
+    state, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    gk.GraspCallback(probes=PROBES).measure(model)
+    assert flags == {name: p.requires_grad for name, p in model.named_parameters()}
+    assert modes == {name: module.training for name, module in model.named_modules()}
+    assert model.active_adapters == ["default"]
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
+    model(input_ids=tokens(), labels=tokens()).loss.backward()  # nothing kept forbids training
+
+
+def test_services_see_the_numbers_of_an_attached_callback(model: PeftModel, tmp_path: Path) -> None:
+    gk.replace_lora_layers(model, subspace_of(model))
+    before, service = gk.GraspCallback(every=2, probes=PROBES), Service()
+    trainer = trainer_of(model, tmp_path, steps=2, callbacks=[service])
+    assert before.attach(trainer) is before
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="GraspCallback stands behind")
+        trainer.train()
+    assert not service.entries[0].keys() & NUMBERS
+    assert service.entries[1].keys() >= NUMBERS - {"leakage_read"}
+
+
+def test_a_callback_behind_a_service_says_so(model: PeftModel) -> None:
+    callback = gk.GraspCallback(probes=PROBES)
+    arguments: Any = type("Arguments", (), {"report_to": ["wandb"]})()
+    with pytest.warns(UserWarning, match=r"stands behind wandb.*attach\(trainer\)"):
+        callback.on_train_begin(arguments, TrainerState(), None, model=model)  # type: ignore[arg-type]
+
+
+def test_checkpoints_hold_closed_factors(model: PeftModel, tmp_path: Path) -> None:
+    subspace = subspace_of(model, "both")
+    gk.replace_lora_layers(model, subspace)
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+    trainer = trainer_of(model, tmp_path, **options, callbacks=[gk.GraspCallback(probes=PROBES)])
+    trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-4",
+        "checkpoint-6",
+    ]
+    for checkpoint in tmp_path.glob("checkpoint-*"):
+        for leak in gk.leakage(checkpoint, subspace).values():
+            assert max(share for share in leak if share is not None) <= 1e-6
+    stock = PeftModel.from_pretrained(tiny_model(), str(tmp_path / "checkpoint-6")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            stock(tokens()).logits, model.eval()(tokens()).logits, atol=1e-4, rtol=1e-4
+        )
+
+
+def test_a_resumed_training_measures_at_the_same_steps(model: PeftModel, tmp_path: Path) -> None:
+    gk.replace_lora_layers(model, subspace_of(model))
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "steps": 8}
+    callbacks: list[TrainerCallback] = [gk.GraspCallback(every=2, probes=PROBES)]
+    trainer = trainer_of(model, tmp_path, **options, callbacks=callbacks)
+    trainer.train(resume_from_checkpoint=_half_of(model, tmp_path, options))
+    log = trainer.state.log_history
+    assert [e["step"] for e in log if e.keys() & NUMBERS] == [2, 4, 6, 8]
+    state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
+    assert [e["step"] for e in state["log_history"] if e.keys() & NUMBERS] == [2]
+
+
+def _half_of(model: PeftModel, output: Path, options: dict[str, Any]) -> str:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step == 3
+
+    callback = gk.GraspCallback(every=2, probes=PROBES)
+    trainer_of(model, output, **options, callbacks=[callback, Stop()]).train()
+    return str(output / "checkpoint-3")
+
+
+@pytest.mark.parametrize("number", ["nan", "inf"])
+def test_a_gradient_that_is_no_number_stops_before_the_step(
+    model: PeftModel, tmp_path: Path, number: str
+) -> None:
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.default.weight"
+    calls: list[int] = []
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        last = torch.tensor([3])
+        return gradient.index_fill(0, last, float(number)) if len(calls) == 3 else gradient
+
+    model.get_parameter(name).register_hook(spoil)
+    trainer = trainer_of(model, tmp_path, callbacks=[gk.GraspCallback()])
+    with pytest.raises(
+        FloatingPointError, match=r"gradient became (nan|inf) at step 3 of 6.*lower the learning"
+    ):
+        trainer.train()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_logged_loss_that_is_no_number_stops(model: PeftModel) -> None:
+    state = TrainerState(global_step=5, max_steps=9)
+    with pytest.raises(FloatingPointError, match=r"loss became nan at step 5 of 9: lower"):
+        gk.GraspCallback().on_log(None, state, None, logs={"loss": float("nan")}, model=model)  # type: ignore[arg-type]
+
+
+def test_overflowing_gradients_are_left_to_the_loss_scaler(model: PeftModel) -> None:
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, float("inf"))
+    half, full = (type("Arguments", (), {"fp16": on})() for on in (True, False))
+    callback: Any = gk.GraspCallback()
+    callback.on_pre_optimizer_step(half, TrainerState(), None, model=model)
+    with pytest.raises(FloatingPointError):
+        callback.on_pre_optimizer_step(full, TrainerState(), None, model=model)
+
+
+def test_without_bases_numbers_are_watched_alone(model: PeftModel, tmp_path: Path) -> None:
+    gk.replace_lora_layers(model)
+    empty = gk.Subspace.nothing("write", "shared", ["noise"])
+    for callback in (gk.GraspCallback(every=1), gk.GraspCallback(empty, every=1)):
+        trainer = trainer_of(model, tmp_path, steps=1, callbacks=[callback])
+        trainer.train()
+        assert not any(e.keys() & NUMBERS for e in trainer.state.log_history)
+
+
+def test_probes_come_from_the_tokenizer_of_the_trainer(model: PeftModel, tmp_path: Path) -> None:
+    gk.replace_lora_layers(model, subspace_of(model))
+    callback = gk.GraspCallback()
+    trainer = trainer_of(model, tmp_path, callbacks=[callback])
+    with pytest.raises(ValueError, match="has no tokenizer to ask questions with"):
+        trainer.train()
+
+    class Tokenizer:
+        chat_template = None
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [ord(character) % 64 for character in text]}
+
+    arguments: Any = type("Arguments", (), {"report_to": []})()
+    callback.on_train_begin(
+        arguments,
+        TrainerState(),
+        None,
+        model=model,
+        processing_class=Tokenizer(),  # type: ignore[arg-type]
+    )
+    assert callback.probes is not None
+    assert len(callback.probes) == 8
+    assert callback.measure(model).keys() == NUMBERS - {"leakage_read"}
+
+
+def test_what_cannot_be_measured_is_refused(model: PeftModel) -> None:
+    with pytest.raises(ValueError, match="every is 0"):
+        gk.GraspCallback(every=0)
+    arguments: Any = type("Arguments", (), {"report_to": []})()
+    bare = model.get_base_model()
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM.*PeftModel.*probes=\[\]"):
+        gk.GraspCallback(probes=PROBES).on_train_begin(
+            arguments,
+            TrainerState(),
+            None,
+            model=bare,  # type: ignore[arg-type]
+        )
+
+
+def test_bases_of_the_modules_of_a_layer_are_united(model: PeftModel) -> None:
+    first, second = torch.linalg.qr(torch.randn(WIDTH, 2))[0].split(1, dim=1)
+    write = {
+        "model.layers.1.self_attn.o_proj": first,
+        "model.layers.1.mlp.down_proj": second,
+        "model.layers.2.mlp.down_proj": first,
+        "lm_head": first,
+    }
+    found = bases_by_layer(write, RULES["llama"])
+    assert {layer: basis.shape[1] for layer, basis in found.items()} == {1: 2, 2: 1}
