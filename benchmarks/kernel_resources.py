@@ -55,6 +55,7 @@ class Case:
     bias: bool = False
     tf32: bool = False
     padded: bool = False
+    base: bool = False  # the base product is another library's
 
     def __str__(self) -> str:
         default = Case()
@@ -70,6 +71,7 @@ CASES = (
     Case(dropout_p=0.1),
     Case(dropout_p=0.1, **WIDE),
     Case(**PADDED),
+    Case(base=True, dropout_p=0.1),
     Case(**ODD),
     *(Case(dtype=torch.float32, R=R) for R in (16, 64)),
     Case(dtype=torch.float32, tf32=True),
@@ -85,6 +87,7 @@ MORE = (
     Case(**ODD, dropout_p=0.1, R=128, Q=32),
     Case(**PADDED, R=128),
     Case(**PADDED, dropout_p=0.1),
+    Case(base=True),
     Case(dtype=torch.float16),
     Case(dtype=torch.float32, R=128),
     Case(dtype=torch.float32, dropout_p=0.1),
@@ -118,8 +121,9 @@ def _call(case: Case) -> None:
     V, U = (empty(width, Q, dtype=torch.float32) if Q else None for width in (N, K))
     closed_A, closed_B = closure.close([Factor(A, U), Factor(B.mT, V)], case.dtype)
     padded = empty(N + spare(R, Q), K + spare(R, Q)) if case.padded else None
+    weight = empty(N, K) if padded is None else padded[:N, :K]
     op = Operands(
-        weight=empty(N, K) if padded is None else padded[:N, :K],
+        weight=None if case.base else weight,
         bias=empty(N) if case.bias else None,
         lora_A=A,
         lora_B=B,
@@ -137,8 +141,16 @@ def _call(case: Case) -> None:
         closed=True,
     )
     x = empty(T, K)
-    y, saved = forward(x, op)
-    needs = Needs(x=True, weight=False, bias=False, lora_A=True, lora_B=True, lora_bias=False)
+    y, saved = forward(x, op, empty(T, N) if case.base else None)
+    needs = Needs(
+        x=True,
+        weight=False,
+        bias=False,
+        lora_A=True,
+        lora_B=True,
+        lora_bias=False,
+        base=case.base,
+    )
     backward(torch.empty_like(y), x, saved, op, needs)
 
 
@@ -189,8 +201,10 @@ def problems(row: dict[str, str]) -> Iterator[str]:
         yield f"{name} has no {opcode} instruction but {row['instructions'] or 'none'}."
     aligned = half and "4095" not in row["case"]
     if aligned and part.tma and row["kernel"] in products and "UTMALDG" not in row["instructions"]:
-        accumulates = row["kernel"] == "extended_gemm_kernel" and "14336" in row["case"]
-        if not accumulates:
+        skinny = row["kernel"] == "extended_gemm_kernel" and (
+            "14336" in row["case"] or "base" in row["case"]
+        )
+        if not skinny:
             yield f"{name} does not use the copy engine."
 
 
