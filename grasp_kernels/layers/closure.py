@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from grasp_kernels.adapters import load_adapter
 from grasp_kernels.adapters.files import WEIGHTS, find_weights
 from grasp_kernels.files import whole_folder
+from grasp_kernels.layers.experts import adapted_name, by_expert
 from grasp_kernels.ops.projection import project_columns, project_rows
 from grasp_kernels.sites import base_name
 from grasp_kernels.subspace import Subspace
@@ -28,7 +30,7 @@ class Leakage(NamedTuple):
     """Shares of `ΔW` in one layer, 0 to 1; None where the layer has no such basis."""
 
     read: float | None  # ‖ΔW U‖ / ‖ΔW‖
-    write: float | None  # ‖Vᵀ ΔW‖ / ‖ΔW‖
+    write: float | None  # ‖Vᵀ ΔW‖ / ‖ΔW‖, where V has the gain of a norm after the writer in it
 
 
 def leakage(
@@ -74,28 +76,31 @@ def leakage(
 def _model_layers(
     model: nn.Module, subspace: Subspace | None
 ) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None, Tensor | None]]:
-    """Name, A, B, U, V of every adapted linear layer."""
+    """Name, A, B, U, V of every adapted layer; of experts A and B are stacks."""
     for name, module in model.named_modules():
         lora_A = getattr(module, "lora_A", None)
         if not isinstance(lora_A, nn.ModuleDict) or not lora_A:
             continue
         layer: Any = module
+        adapted = adapted_name(name, layer)
         active = [a for a in layer.active_adapters if a in lora_A] or list(lora_A)
         if subspace is None:
             U, V = getattr(layer, "read_basis", None), getattr(layer, "write_basis", None)
         else:
-            site = base_name(name)
-            U, V = subspace.read.get(site), subspace.write.get(site)
+            U, V = subspace.read.get(adapted), subspace.write.get(adapted)
         if active[0] in getattr(layer, "closed_adapters", ()):
             layer.close_()
-        A, B = layer.lora_A[active[0]].weight, layer.lora_B[active[0]].weight
-        yield base_name(name), A.detach(), B.detach(), U, V
+        if isinstance(layer, ParamWrapper):
+            A, B = by_expert(layer, active[0])
+        else:
+            A, B = layer.lora_A[active[0]].weight, layer.lora_B[active[0]].weight
+        yield adapted, A.detach(), B.detach(), U, V
 
 
 @torch.no_grad()
 def _layer_leakage(name: str, A: Tensor, B: Tensor, U: Tensor | None, V: Tensor | None) -> Leakage:
     A, B = A.double(), B.double()
-    for role, basis, width in (("read", U, A.shape[1]), ("write", V, B.shape[0])):
+    for role, basis, width in (("read", U, A.shape[-1]), ("write", V, B.shape[-2])):
         if basis is not None and basis.shape[0] != width:
             raise ValueError(
                 f"the {role} basis for {name!r} has {basis.shape[0]} rows but the layer has "
@@ -111,7 +116,7 @@ def _layer_leakage(name: str, A: Tensor, B: Tensor, U: Tensor | None, V: Tensor 
 
 
 def _product_norm(B: Tensor, A: Tensor) -> float:
-    """`‖B A‖` from the R×R Gram matrices, without forming the product."""
+    """`‖B A‖`, of stacks over all, from the R×R Gram matrices, without forming the product."""
     return float(((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0.0).sqrt())
 
 

@@ -5,27 +5,23 @@ Shapes: T tokens, K in, N out, R LoRA rank, P read basis size, Q write basis siz
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from peft.tuners import lora
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from grasp_kernels.layers.closed import ClosedLayer
 from grasp_kernels.layers.factors import ClosedFactors
 from grasp_kernels.ops import lora_linear, project_gradient
 from grasp_kernels.ops.lora_linear import measured, padding
 from grasp_kernels.ops.lora_linear.api import KERNELS
 from grasp_kernels.ops.lora_linear.aten import write_weight
-from grasp_kernels.ops.projection import project_columns, project_rows
-
-# A factor counts as closed when its share along the basis is at rounding level; writing it again
-# would change the last bit at every save.
-_CLOSED_TO = 8
 
 
-class GraspLoRALinear(lora.Linear):
+class GraspLoRALinear(ClosedLayer, lora.Linear):
     """A `peft.tuners.lora.Linear` whose forward is `grasp_kernels.lora_linear`.
 
     Parameters, state-dict keys, merging and adapter management are peft's. Where the operator does
@@ -34,19 +30,14 @@ class GraspLoRALinear(lora.Linear):
     merged weights.
 
     Attributes:
-        write_basis: `V[N, Q]`, float32, non-persistent buffer, or None.
-        read_basis: `U[K, P]`, float32, non-persistent buffer, or None.
+        write_basis, read_basis, closed_adapters: see `ClosedLayer`.
         project: "residual" or "weights", see `lora_linear`.
-        closed_adapters: names of the adapters that are kept closed.
         backend: "auto" or the name of a backend.
         factors: A°, B° of all layers of the model, where kernels make them.
         padded_weight: the buffer in which the base weight lies after `pad_weight_`, or None.
     """
 
-    write_basis: Tensor | None
-    read_basis: Tensor | None
     project: str
-    closed_adapters: frozenset[str]
     backend: str
     factors: ClosedFactors
     padded_weight: Tensor | None
@@ -110,13 +101,10 @@ class GraspLoRALinear(lora.Linear):
 
     def release(self) -> None:
         """Turn this layer back into peft's own, in place, with the weights it computed with."""
-        self.close_()
-        for name in ("write_basis", "read_basis"):
-            delattr(self, name)
+        self.drop_bases()
         if self.padded_weight is not None:
             self.base_layer.weight.data = self.base_layer.weight.data.contiguous()
-        own = ("project", "closed_adapters", "backend", "factors", "padded_weight", "_write_weight")
-        for name in own:
+        for name in ("project", "backend", "factors", "padded_weight", "_write_weight"):
             self.__dict__.pop(name)
         self.__class__ = lora.Linear
 
@@ -133,19 +121,13 @@ class GraspLoRALinear(lora.Linear):
 
         `factors` is shared by the layers of a model, whose closed factors come out of one launch.
         """
-        weight = self.get_base_layer().weight
-        for name, basis in (("write_basis", write_basis), ("read_basis", read_basis)):
-            if basis is not None:
-                basis = basis.detach().to(weight.device, torch.float32)
-            self.register_buffer(name, basis, persistent=False)
         self.project = project
-        self.closed_adapters = frozenset(self.lora_A) if closed else frozenset()
         self.backend = backend
         if factors is not None or "factors" not in self.__dict__:
             self.factors = factors or ClosedFactors()
         self.__dict__.setdefault("padded_weight", None)
         self._write_weight: tuple[Any, Tensor | None] = (None, None)
-        self.close_()
+        self.set_bases(write_basis, read_basis, closed, self.get_base_layer().weight.device)
 
     def why_stock(self, x: Tensor, *args: Any, **kwargs: Any) -> str | None:
         """None when the operator computes this call, else why peft's own forward does."""
@@ -161,10 +143,16 @@ class GraspLoRALinear(lora.Linear):
         reason = why_never(self, active[0])
         if reason is not None:
             return reason
-        dtype = self.base_layer.weight.dtype
+        dtype = self._weight.dtype
         if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
             return f"input of {x.dtype} for a weight of {dtype}"
         return None
+
+    @property
+    def _weight(self) -> Tensor:
+        """`W[N, K]`, which the Conv1D of transformers stores transposed."""
+        weight = self.base_layer.weight
+        return weight.mT if self.fan_in_fan_out else weight
 
     def _active(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.lora_A]
@@ -178,7 +166,7 @@ class GraspLoRALinear(lora.Linear):
         base, lora_B, dropout = self.base_layer, self.lora_B[adapter], self.lora_dropout[adapter]
         return lora_linear(
             x,
-            base.weight,
+            self._weight,
             base.bias,
             self.lora_A[adapter].weight,
             lora_B.weight,
@@ -219,7 +207,7 @@ class GraspLoRALinear(lora.Linear):
         key, cached = self._write_weight
         if torch.compiler.is_compiling():
             return cached
-        weight = self.base_layer.weight
+        weight = self._weight
         held = self.padded_parts(self._active()[0], weight.dtype)
         place = None if held is None else held.write_weight
         at = None if place is None else place.data_ptr()
@@ -237,8 +225,11 @@ class GraspLoRALinear(lora.Linear):
         """Lay the base weight out with spare columns and rows, in which the adapters that exist now
         and the write basis can ride along in wide library products (`ops.lora_linear.padding`).
 
-        The parameter stays itself and becomes a view; `release` makes it contiguous again.
+        The parameter stays itself and becomes a view; `release` makes it contiguous again. The
+        transposed weight of a Conv1D, which no large model has, stays as it is.
         """
+        if self.fan_in_fan_out:
+            return
         weight = self.base_layer.weight
         R = max((lora_A.weight.shape[0] for lora_A in self.lora_A.values()), default=0)
         Q = 0 if self.write_basis is None else self.write_basis.shape[1]
@@ -263,48 +254,14 @@ class GraspLoRALinear(lora.Linear):
             return None
         return self.padded_weight
 
-    @torch.no_grad()
-    def close_(self) -> None:
-        """Write `A°`, `B°`, `b°` into the parameters; the function of the layer stays as it is."""
-        for name in self.closed_adapters & self.lora_A.keys():
-            lora_A, lora_B = self.lora_A[name], self.lora_B[name]
-            _close_(lora_A.weight, lambda A: project_rows(A, self.read_basis))
-            _close_(lora_B.weight, lambda B: project_columns(B, self.write_basis))
-            if lora_B.bias is not None:
-                _close_(lora_B.bias, lambda b: project_columns(b, self.write_basis))
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """peft's `ΔW`, which merging uses, of the closed factors."""
-        self.close_()
-        return super().get_delta_weight(adapter)
-
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        # A state dict visits this layer before the factors below it, so they are stored closed;
-        # closing in place (not a copy) makes the checkpoint the very state that training goes on
-        # from, so that a resumed run repeats an uninterrupted one bit by bit.
-        self.close_()
-        super()._save_to_state_dict(*args, **kwargs)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GraspLoRALinear:
-        # `model.bfloat16()` must not round the bases: closure is as exact as they are.
-        bases = self.write_basis, self.read_basis
-        super()._apply(fn, recurse)
-        for name, basis in zip(("write_basis", "read_basis"), bases, strict=True):
-            moved = getattr(self, name)
-            if basis is not None and moved.dtype != torch.float32:
-                setattr(self, name, basis.to(moved.device))
-        return self
-
 
 def why_never(layer: nn.Module, adapter: str) -> str | None:
     """Why the operator can never compute a peft layer as it is set up, or None if it can."""
     if not isinstance(layer, lora.Linear):
         return f"{type(layer).__module__}.{type(layer).__qualname__} is not peft's lora.Linear"
     base = layer.base_layer
-    if type(base) is not nn.Linear:
+    if type(base) is not (Conv1D if layer.fan_in_fan_out else nn.Linear):
         return f"the base layer is a {type(base).__name__}"
-    if layer.fan_in_fan_out:
-        return "fan_in_fan_out weights"
     if adapter in layer.lora_variant:
         return f"the LoRA variant {type(layer.lora_variant[adapter]).__name__}"
     if base.weight.requires_grad:
@@ -329,13 +286,3 @@ def _has_hooks(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "_hf_hook" in module.__dict__
     )
-
-
-def _close_(parameter: Tensor, projection: Callable[[Tensor], Tensor]) -> None:
-    closed = projection(parameter)
-    if closed is parameter or parameter.is_meta:
-        return
-    removed = torch.linalg.vector_norm(closed - parameter.to(closed.dtype))
-    rounding = _CLOSED_TO * torch.finfo(parameter.dtype).eps
-    if removed > rounding * torch.linalg.vector_norm(closed):
-        parameter.copy_(closed)

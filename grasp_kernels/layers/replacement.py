@@ -5,20 +5,30 @@ Shapes: K in, N out, P read basis size, Q write basis size, D residual width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft.tuners import lora
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
+from grasp_kernels.layers.experts import GraspLoRAExperts, adapted_name
 from grasp_kernels.layers.factors import ClosedFactors
 from grasp_kernels.layers.linear import GraspLoRALinear, why_never
 from grasp_kernels.ops import backends, project_gradient
 from grasp_kernels.ops.lora_linear.api import PROJECTIONS
-from grasp_kernels.sites import Site, SiteRules, base_name, model_sites
+from grasp_kernels.sites import (
+    Site,
+    SiteRules,
+    base_name,
+    model_gains,
+    model_names,
+    model_rules,
+    model_sites,
+    width_at,
+)
 from grasp_kernels.subspace import Subspace
+from grasp_kernels.subspace.basis import basis_at
 
 _HOOKS = "_grasp_writer_hooks"
 
@@ -30,7 +40,7 @@ class Replacement:
     replaced: list[str] = field(default_factory=list)
     write_projected: list[str] = field(default_factory=list)
     read_projected: list[str] = field(default_factory=list)
-    hooked_writers: list[str] = field(default_factory=list)  # no adapter: only dY is projected
+    hooked_writers: list[str] = field(default_factory=list)  # no operator: only dY is projected
     bare_writers: list[str] = field(default_factory=list)  # the subspace has no basis for them
     fallbacks: dict[str, str] = field(default_factory=dict)  # name -> why it stays with peft
 
@@ -39,7 +49,7 @@ class Replacement:
             ("layers on GraspLoRALinear", len(self.replaced)),
             ("  with a write basis", len(self.write_projected)),
             ("  with a read basis", len(self.read_projected)),
-            ("writers without an adapter, gradient projected", len(self.hooked_writers)),
+            ("other places where the gradient is projected", len(self.hooked_writers)),
             ("writers that the subspace does not cover", len(self.bare_writers)),
             ("layers that stay with peft", len(self.fallbacks)),
         ]
@@ -65,6 +75,11 @@ def replace_lora_layers(
     without an adapter of its own is projected too (`project="residual"`), so that nothing upstream
     learns through it. Calling it again starts afresh.
 
+    The gradient is projected where the stream is. What a writer before a norm puts out is not in
+    the stream, so the output of that norm is projected in its stead, and likewise that of a mixture
+    of experts; such a writer is only kept closed. Its basis has the norm's gain folded in, so that
+    its update moves nothing along the subspace but by the common scale of the norm.
+
     Args:
         model: a `PeftModel`, or any module with peft's LoRA layers in it.
         subspace: from `identify`, `identify_self_contrast` or a file; None or empty projects
@@ -81,7 +96,7 @@ def replace_lora_layers(
     """
     _check_options(project, backend)
     layers = {
-        base_name(name): module
+        adapted_name(name, module): module
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer)
     }
@@ -92,11 +107,12 @@ def replace_lora_layers(
     report = Replacement()
     write: dict[str, Tensor] = {}
     read: dict[str, Tensor] = {}
+    before_norm: set[str] = set()
     if subspace is not None and not subspace.is_empty:
-        known = model_sites(model, sites)
-        write, read = _bases(model, subspace, known)
-        writers = [site.name for site in known if site.role == "write"]
-        report.bare_writers = [name for name in writers if write and name not in write]
+        writers = [site for site in model_sites(model, sites) if site.role == "write"]
+        before_norm = {site.name for site in writers if site.norm is not None}
+        write, read = _bases(model, subspace, writers, model_rules(model, sites))
+        report.bare_writers = [site.name for site in writers if write and site.name not in write]
     restore_lora_layers(model)
 
     factors = ClosedFactors()
@@ -104,25 +120,31 @@ def replace_lora_layers(
         reason = _why_kept(layer)
         if reason is not None:
             report.fallbacks[name] = reason
+            if type(layer) is ParamWrapper:
+                GraspLoRAExperts.adopt(layer, write.get(name), read.get(name), closed)
             continue
-        bases = write.get(name), read.get(name)
-        GraspLoRALinear.adopt(layer, *bases, project, closed, backend, factors)
+        V, mode = write.get(name), project
+        if name in before_norm and project == "residual":
+            # The norm's output is projected; the layer itself is closed, or else left as it is.
+            V, mode = V if closed else None, "weights"
+        GraspLoRALinear.adopt(layer, V, read.get(name), mode, closed, backend, factors)
         if pad_weights:
             layer.pad_weight_()
         report.replaced.append(name)
-        if name in write:
+        if V is not None:
             report.write_projected.append(name)
         if name in read:
             report.read_projected.append(name)
     if project == "residual":
-        report.hooked_writers = _hook_writers(model, write, set(report.replaced))
+        in_stream = {name: V for name, V in write.items() if name not in before_norm}
+        report.hooked_writers = _hook_writers(model, in_stream, set(report.replaced))
     return report
 
 
 def restore_lora_layers(model: nn.Module) -> None:
     """Back to stock peft layers in place, with the weights that the model computed with."""
     for module in model.modules():
-        if isinstance(module, GraspLoRALinear):
+        if isinstance(module, (GraspLoRALinear, GraspLoRAExperts)):
             module.release()
     for handle in model.__dict__.pop(_HOOKS, ()):
         handle.remove()
@@ -138,6 +160,8 @@ def _check_options(project: str, backend: str) -> None:
 
 
 def _why_kept(layer: LoraLayer) -> str | None:
+    if isinstance(layer, ParamWrapper):
+        return "LoRA on a raw parameter is computed by peft"
     if type(layer) not in (lora.Linear, GraspLoRALinear):
         return f"a {type(layer).__name__} layer of peft has no operator here"
     if "forward" in layer.__dict__:
@@ -147,34 +171,47 @@ def _why_kept(layer: LoraLayer) -> str | None:
 
 
 def _bases(
-    model: nn.Module, subspace: Subspace, known: Iterable[Site]
+    model: nn.Module, subspace: Subspace, writers: list[Site], rules: SiteRules
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The bases by module name, checked against the model."""
-    modules = {base_name(name): module for name, module in model.named_modules()}
-    write = dict(subspace.write)
+    present = set(model_names(model))
+    blocks = {parts[:2] for name in present if (parts := rules.split(name))}
+
+    def absent(name: str) -> bool:
+        """Whether a block that is there has no such site: dense and sparse ones have others."""
+        parts = rules.split(name)
+        known = parts is not None and parts[:2] in blocks and rules.site(name) is not None
+        return known and name not in present
+
+    write = {name: basis for name, basis in subspace.write.items() if not absent(name)}
+    read = {name: basis for name, basis in subspace.read.items() if not absent(name)}
     if subspace.stream is not None:
-        for site in known:
-            if site.role == "write":
+        for site in writers:
+            if site.norm is None:
                 write.setdefault(site.name, subspace.stream)
-    for role, bases in (("write", write), ("read", subspace.read)):
+    widths = {base_name(name): module for name, module in model.named_modules()}
+    for role, bases in (("write", write), ("read", read)):
         for name, basis in bases.items():
-            if name not in modules:
+            if name not in present:
                 raise ValueError(
                     f"the subspace has a {role} basis for {name!r}, which the model does not have; "
                     "identify the subspace on an adapter of this model."
                 )
-            module: Any = modules[name]
-            width = module.out_features if role == "write" else module.in_features
-            if basis.shape[0] != width:
+            width = width_at(widths[name], role) if name in widths else None
+            if width not in (None, basis.shape[0]):
                 raise ValueError(
                     f"the {role} basis for {name!r} has {basis.shape[0]} rows but the layer has "
                     f"{width} features; identify the subspace on an adapter of this model."
                 )
-    return write, dict(subspace.read)
+    gains = model_gains(model, writers)
+    for site in writers:
+        if site.norm in write:  # with the gain of this model, whatever the subspace knew of it
+            write[site.name] = basis_at(site, write[site.norm], gains.get(site.norm))
+    return write, read
 
 
 def _hook_writers(model: nn.Module, write: dict[str, Tensor], replaced: set[str]) -> list[str]:
-    """Project the gradient of the writers that no operator covers, by a forward hook each."""
+    """Project the gradient where no operator does, by a forward hook each."""
     hooked, handles = [], []
     for name, module in model.named_modules():
         if name.endswith(".base_layer") or base_name(name) in replaced:
@@ -192,7 +229,9 @@ class _Projection:
     def __init__(self, basis: Tensor) -> None:
         self.basis = basis
 
-    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        if isinstance(output, tuple):  # attention gives its weights too
+            return self(module, inputs, output[0]), *output[1:]
         if self.basis.device != output.device:
             self.basis = self.basis.to(output.device)
         return project_gradient(output, self.basis)

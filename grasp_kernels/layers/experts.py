@@ -1,0 +1,54 @@
+"""peft's LoRA on the parameter that holds the weights of all experts, kept closed.
+
+Shapes: E experts, K in, N out, R LoRA rank of each, P read basis size, Q write basis size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.lora.layer import ParamWrapper
+from torch import Tensor, nn
+
+from grasp_kernels.layers.closed import ClosedLayer
+from grasp_kernels.sites import base_name
+
+
+class GraspLoRAExperts(ClosedLayer, ParamWrapper):
+    """A `ParamWrapper` of peft whose factors `A[E R, K]`, `B[N, R E]` stay out of the bases.
+
+    peft computes it. All experts meet the stream on the same side, so one basis serves them, and
+    closing the stacked factors closes each expert. The gradient is projected where the sum over the
+    experts enters the stream, not here.
+    """
+
+    @classmethod
+    def adopt(
+        cls, layer: ParamWrapper, write: Tensor | None, read: Tensor | None, closed: bool
+    ) -> None:
+        """Turn a stock wrapper into this class in place."""
+        layer.__class__ = cls
+        assert isinstance(layer, cls)
+        layer.set_bases(write, read, closed, layer.get_param().device)
+
+    def release(self) -> None:
+        """Turn this wrapper back into peft's own, in place, with the weights it computed with."""
+        self.drop_bases()
+        self.__class__ = ParamWrapper
+
+    def get_delta_factors(self, adapter: str) -> Any:
+        """What peft's forward adds to the parameter, of the closed factors."""
+        self.close_()
+        return super().get_delta_factors(adapter)
+
+
+def adapted_name(name: str, layer: nn.Module) -> str:
+    """The base name of what a LoRA layer called `name` adapts: a module, or a parameter of one."""
+    parameter = [layer.parameter_name] if isinstance(layer, ParamWrapper) else []
+    return ".".join([base_name(name), *parameter])
+
+
+def by_expert(layer: ParamWrapper, adapter: str) -> tuple[Tensor, Tensor]:
+    """`A[E, R, K]` and `B[E, N, R]`, which peft stores as two flat matrices."""
+    A, B, E = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.num_experts
+    return A.reshape(E, -1, A.shape[1]), B.reshape(B.shape[0], -1, E).permute(2, 0, 1)
