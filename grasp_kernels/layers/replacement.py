@@ -12,7 +12,7 @@ from peft.tuners import lora
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
-from grasp_kernels.layers.experts import GraspLoRAExperts, adapted_name
+from grasp_kernels.layers.experts import GraspLoRAExperts
 from grasp_kernels.layers.factors import ClosedFactors
 from grasp_kernels.layers.linear import GraspLoRALinear, why_never
 from grasp_kernels.ops import backends, project_gradient
@@ -20,6 +20,7 @@ from grasp_kernels.ops.lora_linear.api import PROJECTIONS
 from grasp_kernels.sites import (
     Site,
     SiteRules,
+    adapted_name,
     base_name,
     model_gains,
     model_names,
