@@ -105,10 +105,13 @@ def tiny(family: str) -> Any:
 def adapted(family: str, experts: bool = True) -> Any:
     """The tiny model with adapters on everything, all of which matter."""
     chosen = FAMILIES[family]
+    targets = list(chosen.targets)
+    if not experts and family == "qwen3_moe":  # whose MLP peft adapts as fused experts by itself
+        targets = targets[:4]
     config = LoraConfig(
         r=3,
         lora_alpha=6,
-        target_modules=list(chosen.targets),
+        target_modules=targets,
         target_parameters=list(chosen.parameters) if experts and chosen.parameters else None,
         fan_in_fan_out=family == "gpt2",
     )
@@ -267,6 +270,52 @@ def test_a_planted_direction_is_identified(family: str, side: str) -> None:
     shared = found.keys() & wanted.keys()
     assert len(shared) >= 2 * LAYERS
     assert min((found[n].mT @ wanted[n]).abs().item() for n in shared) > 0.95
+    report = gk.replace_lora_layers(model, subspace)
+    assert not report.bare_writers and not report.fallbacks
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2"])
+def test_folders_are_identified_like_models(family: str, tmp_path: Path) -> None:
+    """The gains come from the checkpoint, whatever its norms are called."""
+    model = adapted(family)
+    model.save_pretrained(tmp_path / "adapter")
+    tiny(family).save_pretrained(tmp_path / "base")
+    one = gk.identify(model, k=1, side="both")
+    other = gk.identify(tmp_path / "adapter", k=1, side="both", base_model=tmp_path / "base")
+    assert one.write.keys() == other.write.keys() and one.read.keys() == other.read.keys()
+    for bases, others in ((one.write, other.write), (one.read, other.read)):
+        for name, basis in bases.items():
+            torch.testing.assert_close(others[name], basis, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", [name for name, why in gk.backends().items() if why is None])
+def test_transposed_weights_on_every_backend(backend: str) -> None:
+    model = adapted("gpt2")
+    subspace = a_subspace(model)
+    gk.replace_lora_layers(model, subspace, backend="reference")
+    expected = gradients(model)
+    report = gk.replace_lora_layers(model, subspace, backend=backend, pad_weights=True)
+    assert len(report.replaced) == 4 * LAYERS and not report.fallbacks
+    found = gradients(model)
+    for name, gradient in expected.items():
+        error = torch.linalg.vector_norm(found[name] - gradient)
+        assert error <= 1e-4 * torch.linalg.vector_norm(gradient), name
+
+
+def test_experts_leak_unless_they_are_closed() -> None:
+    model = adapted("mixtral")
+    subspace = a_subspace(model)
+    gk.replace_lora_layers(model, subspace, closed=False)
+    name = "model.layers.0.mlp.experts.down_proj"
+    wrapper = next(m for n, m in model.named_modules() if n.endswith("layers.0.mlp.experts"))
+    assert wrapper.parameter_name == "down_proj"
+    delta = wrapper.get_delta_weight("default")
+    along = subspace.write[name].mT @ delta
+    assert gk.leakage(model)[name].write == pytest.approx((along.norm() / delta.norm()).item())
+    gk.replace_lora_layers(model, subspace)
+    assert gk.leakage(model)[name].write <= 1e-6
+    along = subspace.write[name].mT @ wrapper.get_delta_weight("default")
+    assert along.norm() <= 1e-6 * delta.norm()
 
 
 @pytest.mark.parametrize("family", BEFORE_NORM)

@@ -137,6 +137,11 @@ def _assemble(
             f"The adapter {source!r} is untrained (every lora_B is zero); give one that was "
             "trained for at least one step."
         )
+    if model_type is None and sites is None:
+        notes.append(
+            "The model type is not known and the modules are called as in Llama, so that is what "
+            "it counts as; give base_model if it is another one (Gemma, OLMo)."
+        )
     if outside:
         notes.append(f"LoRA weights outside of the sites are not used: {listed(outside)}.")
     start = str(config.get("init_lora_weights"))

@@ -81,6 +81,10 @@ def replace_lora_layers(
     of experts; such a writer is only kept closed. Its basis has the norm's gain folded in, so that
     its update moves nothing along the subspace but by the common scale of the norm.
 
+    LoRA on the fused parameters of experts is computed by peft and kept closed all the same. Where
+    dropout stands between a writer and the stream (GPT-2 while it trains), the projection acts
+    before the mask, which is that of the stream in the mean over masks.
+
     Args:
         model: a `PeftModel`, or any module with peft's LoRA layers in it.
         subspace: from `identify`, `identify_self_contrast` or a file; None or empty projects
