@@ -11,7 +11,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import GPT2Config, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import MistralConfig, OPTConfig, Qwen2Config, Qwen3Config
 
 import grasp_kernels as gk
 from grasp_kernels.sites import base_name, model_gains, model_sites
@@ -421,11 +421,17 @@ def test_bad_input_is_named() -> None:
 def test_an_unknown_architecture_says_how_to_declare_it() -> None:
     from transformers import AutoModelForCausalLM
 
-    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=32)
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "word_embed_proj_dim": 32, "num_attention_heads": 2}
+    config = OPTConfig(**sizes, num_hidden_layers=2, vocab_size=64, max_position_embeddings=32)
     base = AutoModelForCausalLM.from_config(config)
-    model = get_peft_model(base, LoraConfig(r=2, target_modules=["c_proj"], fan_in_fan_out=True))
-    subspace = gk.Subspace(
-        {"transformer.h.0.mlp.c_proj": torch.eye(32)[:, :1]}, {}, None, 1, "write", "layer", "found"
-    )
-    with pytest.raises(ValueError, match=r"'gpt2'.*sites=SiteRules\("):
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["fc2"]))
+    name = "model.decoder.layers.0.fc2"
+    subspace = gk.Subspace({name: torch.eye(32)[:, :1]}, {}, None, 1, "write", "layer", "found")
+    with pytest.raises(
+        ValueError, match=r"'opt' with modules \['fc1', 'fc2', .*'layers'.*sites=SiteRules\("
+    ):
         gk.replace_lora_layers(model, subspace)
+    rules = gk.SiteRules(
+        writers=("self_attn.out_proj", "fc2"), readers={"fc1": "final_layer_norm"}, norms="layer"
+    )
+    assert gk.replace_lora_layers(model, subspace, sites=rules).write_projected == [name]

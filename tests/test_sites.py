@@ -1,11 +1,13 @@
 """Names of modules -> writers, readers and the norms before them."""
 
 import pytest
+import torch
 from models import Qwen2Config, tiny_model, tiny_peft_model
 from torch import nn
 
 from grasp_kernels.sites import (
     RULES,
+    Site,
     SiteRules,
     base_name,
     model_gains,
@@ -54,6 +56,42 @@ def test_known_model_types(model_type: str) -> None:
     assert site_rules(model_type, []) is LLAMA
 
 
+def test_the_norm_after_a_writer_is_where_the_stream_is() -> None:
+    rules = RULES["gemma2"]
+    writer = rules.site("model.layers.1.mlp.down_proj")
+    norm = rules.site("model.layers.1.post_feedforward_layernorm")
+    assert writer is not None and norm is not None
+    assert (writer.role, writer.norm) == ("write", norm.name)
+    assert (norm.role, norm.norm) == ("write", None)
+    reader = RULES["olmo2"].site("model.layers.1.mlp.up_proj")
+    assert reader is not None and (reader.role, reader.norm) == ("read", None)
+
+
+def test_a_site_knows_what_its_norm_does_to_directions() -> None:
+    D, g = 6, torch.Generator().manual_seed(0)
+    weight, directions = torch.rand(D, generator=g), torch.randn(D, 2, generator=g)
+    centre = torch.eye(D) - 1 / D
+    for kind, matrix in (
+        ("rms", weight.diag()),
+        ("rms1p", (1 + weight).diag()),
+        ("layer", weight.diag() @ centre),
+    ):
+        for role, there in (("read", matrix), ("write", matrix.mT)):
+            site = Site("a", 0, role, "norm", kind)
+            gain = site.gain(weight)
+            torch.testing.assert_close(site.from_stream(directions, gain), there @ directions)
+            torch.testing.assert_close(site.to_stream(directions, gain), there.mT @ directions)
+        bare = Site("a", 0, "read", None, kind)
+        assert bare.from_stream(directions, None) is directions
+
+
+def test_text_models_of_a_family_with_images_are_told_by_their_names() -> None:
+    assert site_rules("gemma3", ["model.layers.0.mlp.up_proj"]) is RULES["gemma3_text"]
+    assert site_rules("gemma3", ["model.language_model.layers.0.x"]) is RULES["gemma3"]
+    name = "model.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj"
+    assert RULES["gemma3"].site(name) is None
+
+
 def test_an_unknown_type_is_judged_by_its_names() -> None:
     names = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "lm_head"]
     assert site_rules(None, names) is LLAMA
@@ -76,6 +114,8 @@ def test_rules_are_checked() -> None:
         SiteRules(writers=("a", "b"), readers={"a": None})
     with pytest.raises(TypeError, match="tuple of names"):
         SiteRules(writers="self_attn.o_proj", readers={})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="norms='batch'; use one of"):
+        SiteRules(writers=("a",), readers={}, norms="batch")
 
 
 def test_base_name_removes_what_peft_adds() -> None:

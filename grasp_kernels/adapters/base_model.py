@@ -1,4 +1,4 @@
-"""What identification needs to know of the base model: its type, its depth, its norm gains.
+"""What identification needs to know of the base model: its type, its depth, its norm weights.
 
 Read from a module or from a checkpoint folder; of a folder only `config.json` and the norm weights
 are read, so that a 70B checkpoint costs megabytes. `D` is the width of the residual stream.
@@ -26,8 +26,8 @@ class BaseModel:
     n_layers: int | None = None
     vectors: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
 
-    def gain(self, norm: str) -> Tensor | None:
-        """The gain `γ[D]` of a norm by its module name, None if the base model is not at hand.
+    def norm_weight(self, norm: str) -> Tensor | None:
+        """The weight `[D]` of a norm by its module name, None if the base model is not at hand.
 
         A task model and its bare backbone name the same norm differently ("model.layers.0.norm1",
         "layers.0.norm1"), so names may differ by leading components.
@@ -78,16 +78,15 @@ def _from_folder(folder: Path) -> BaseModel:
 
 
 def _folder_vectors(folder: Path) -> dict[str, Callable[[], Tensor]]:
-    """A reader for each norm weight in the safetensors files of a checkpoint; none is read yet."""
+    """A reader for each vector in the safetensors files of a checkpoint; none is read yet."""
     from safetensors import safe_open
 
     vectors: dict[str, Callable[[], Tensor]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
-            names = [name for name in opened.keys() if "norm" in name]  # noqa: SIM118
             vectors.update(
                 (name, partial(read_tensor, file, name))
-                for name in names
+                for name in opened.keys()  # noqa: SIM118
                 if len(opened.get_slice(name).get_shape()) == 1
             )
     return vectors

@@ -36,7 +36,8 @@ MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 class LoRAWeights:
     """The two factors of one adapted site, in the dtype they are stored in.
 
-    `gain[K]` is that of the norm before a reader, None for writers and where it is not known.
+    `gain[D]` is that of the norm between the site and the stream, None where there is none or it is
+    not known.
     """
 
     site: Site
@@ -122,7 +123,8 @@ def _assemble(
             outside.append(entry.name)
             continue
         if site.norm and site.norm not in gains:
-            gains[site.norm] = base.gain(site.norm)
+            weight = base.norm_weight(site.norm)
+            gains[site.norm] = None if weight is None else site.gain(weight)
         gain = gains[site.norm] if site.norm else None
         layers.append(LoRAWeights(site, entry.lora_A, entry.lora_B, entry.scaling, gain))
     if not layers:
@@ -134,6 +136,11 @@ def _assemble(
         raise ValueError(
             f"The adapter {source!r} is untrained (every lora_B is zero); give one that was "
             "trained for at least one step."
+        )
+    if model_type is None and sites is None:
+        notes.append(
+            "The model type is not known and the modules are called as in Llama, so that is what "
+            "it counts as; give base_model if it is another one (Gemma, OLMo)."
         )
     if outside:
         notes.append(f"LoRA weights outside of the sites are not used: {listed(outside)}.")

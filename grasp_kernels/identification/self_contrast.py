@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from grasp_kernels.data import Record, special_ids, split_first_answer
 from grasp_kernels.identification.contrast_evidence import directions, judge, measure
 from grasp_kernels.identification.frozen_model import frozen_base, generate_answers, stream_means
-from grasp_kernels.sites import Site, SiteRules, model_sites, site_rules
+from grasp_kernels.sites import Site, SiteRules, model_gains, model_rules, model_sites
 from grasp_kernels.subspace import SCOPES, Subspace
 from grasp_kernels.version import __version__
 
@@ -84,6 +84,7 @@ def identify_self_contrast(
         end_ids = _end_ids(base, tokenizer, tasks)
         contrast = _contrast(base, blocks, tasks, options, end_ids, generator, progress)
         metadata = _metadata(base, generator, options)
+        gains = model_gains(base, written)
     evidence = measure(contrast.delta, contrast.reference, list(blocks), scope, generator)
     evidence["own_answers"] = contrast.own_answers
     verdict, reasons = judge(evidence)
@@ -98,6 +99,7 @@ def identify_self_contrast(
     return Subspace.from_stream(
         bases if scope == "layer" else _shared(bases, size),
         written,
+        gains=gains,
         verdict=verdict,
         reasons=reasons,
         evidence=evidence,
@@ -176,7 +178,7 @@ def _end_ids(base: Any, tokenizer: PreTrainedTokenizerBase, tasks: list[_Task]) 
 
 def _blocks(base: Any, written: list[Site], sites: SiteRules | None) -> dict[int, nn.Module]:
     """The decoder blocks that hold a writer, by layer, in ascending order."""
-    rules = site_rules(base.config.model_type, [site.name for site in written], sites)
+    rules = model_rules(base, sites)
     blocks = {}
     for site in written:
         parts = rules.split(site.name)

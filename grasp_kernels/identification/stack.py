@@ -80,14 +80,13 @@ def stack_blocks(layers: Iterable[LoRAWeights]) -> tuple[Stack, list[str]]:
     """Stack the blocks of writers (or of readers, never of both), and name those that are all zero.
 
     A block holds the singular values and the stream-side singular vectors of a layer's `ΔW` without
-    forming it: `B (A Aᵀ)^½` for a writer, `γ ⊙ Aᵀ (Bᵀ B)^½` for a reader. A reader works on `γ ⊙
-        ĥ`,
-    so the row `w` of its `ΔW` measures the stream along `γ ⊙ w`.
+    forming it: `B (A Aᵀ)^½` for a writer, `γ ⊙ Aᵀ (Bᵀ B)^½` for a reader. A reader works on
+    `γ ⊙ ĥ`, so the row `w` of its `ΔW` measures the stream along `γ ⊙ w`. A norm after a writer is
+    folded in the same way.
 
     Every block is divided by its spectral norm, so that no layer dominates: raw blocks collapse
-        onto
-    the layer that moved most once training goes on. The spectral rather than the Frobenius norm,
-    because then a layer's say does not depend on how much else it learned.
+    onto the layer that moved most once training goes on. The spectral rather than the Frobenius
+    norm, because then a layer's say does not depend on how much else it learned.
 
     Raises:
         ValueError: blocks of different width.
@@ -122,9 +121,10 @@ def _block(layer: LoRAWeights) -> Tensor:
     """`[R, D]`, float32 on the CPU: the transpose of the block."""
     lora_A, lora_B = layer.lora_A.cpu().float(), layer.lora_B.cpu().float()
     if layer.site.role == "write":
-        return _root(lora_A @ lora_A.mT) @ lora_B.mT * layer.scaling
-    block = _root(lora_B.mT @ lora_B) @ lora_A * layer.scaling
-    return block if layer.gain is None else block * layer.gain.cpu().float()
+        block = _root(lora_A @ lora_A.mT) @ lora_B.mT
+    else:
+        block = _root(lora_B.mT @ lora_B) @ lora_A
+    return layer.site.to_stream(block.mT * layer.scaling, layer.gain).mT.contiguous()
 
 
 def _root(gram: Tensor) -> Tensor:

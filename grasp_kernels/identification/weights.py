@@ -13,7 +13,7 @@ null.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from statistics import mean
 from typing import Any
@@ -181,8 +181,8 @@ def _search(
         )
     if zero:
         finding.facts.append(f"{len(zero)} blocks are zero and were skipped ({zero[0]} first).")
-    if side == "read":
-        _read_caveats(finding, chosen)
+    if finding.bases is not None:
+        finding.facts += _caveats(side, chosen)
     return finding
 
 
@@ -198,14 +198,11 @@ def _of_side(adapter: Adapter, side: str) -> list[Any]:
     return layers
 
 
-def _read_caveats(finding: Finding, chosen: list[list[Any]]) -> None:
-    if finding.bases is None:
-        return
-    finding.facts.append(_READ_CAVEAT)
+def _caveats(side: str, chosen: list[list[Any]]) -> Iterator[str]:
+    if side == "read":
+        yield _READ_CAVEAT
     if any(layer.gain is None and layer.site.norm for layers in chosen for layer in layers):
-        finding.facts.append(
-            "The norm gains are not known and count as 1; give base_model to fold them in."
-        )
+        yield "The norm gains are not known and count as 1; give base_model to fold them in."
 
 
 def _assemble(
@@ -258,7 +255,7 @@ def _assemble(
 
 
 def _model_sites(adapters: list[Adapter], side: str) -> Iterable[Site]:
-    """Every writer of every block, adapted or not; of the readers those behind a known norm."""
+    """Every site of every block, adapted or not, but those behind norms that no adapter met."""
     first = adapters[0]
     seen = [layer.site for adapter in adapters for layer in adapter.layers]
     places = [parts for site in seen if (parts := first.rules.split(site.name))]
@@ -267,7 +264,7 @@ def _model_sites(adapters: list[Adapter], side: str) -> Iterable[Site]:
     norms = {site.norm for site in seen}
     for stem in dict.fromkeys(stem for stem, _, _ in places):
         for site in first.rules.sites(stem, layers):
-            if site.role == side and (side == "write" or site.norm in norms):
+            if site.role == side and (site.norm is None or site.norm in norms):
                 yield site
 
 

@@ -20,7 +20,7 @@ from grasp_kernels.adapters.base_model import read_tensor
 from grasp_kernels.adapters.files import WEIGHTS, find_weights
 from grasp_kernels.files import whole_folder
 from grasp_kernels.ops.projection import project_columns, project_rows
-from grasp_kernels.sites import base_name
+from grasp_kernels.sites import adapted_name, base_name
 from grasp_kernels.subspace import Subspace
 
 _COPIED = (".json", ".md", ".jinja")  # an adapter folder's configuration, card, tokenizer
@@ -30,7 +30,7 @@ class Leakage(NamedTuple):
     """Shares of `ΔW` in one layer, 0 to 1; None where the layer has no such basis."""
 
     read: float | None  # ‖ΔW U‖ / ‖ΔW‖
-    write: float | None  # ‖Vᵀ ΔW‖ / ‖ΔW‖
+    write: float | None  # ‖Vᵀ ΔW‖ / ‖ΔW‖, where V has the gain of a norm after the writer in it
 
 
 def leakage(
@@ -89,28 +89,37 @@ def leakage(
 def _model_layers(
     model: nn.Module, subspace: Subspace | None
 ) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None, Tensor | None]]:
-    """Name, A, B, U, V of every adapted linear layer."""
+    """Name, A, B, U, V of every adapted layer; of experts A and B are stacks."""
     for name, module in model.named_modules():
         lora_A = getattr(module, "lora_A", None)
         if not isinstance(lora_A, nn.ModuleDict) or not lora_A:
             continue
         layer: Any = module
+        adapted = adapted_name(name, layer)
         active = [a for a in layer.active_adapters if a in lora_A] or list(lora_A)
         if subspace is None:
             U, V = getattr(layer, "read_basis", None), getattr(layer, "write_basis", None)
         else:
-            site = base_name(name)
-            U, V = subspace.read.get(site), subspace.write.get(site)
+            U, V = subspace.read.get(adapted), subspace.write.get(adapted)
         if active[0] in getattr(layer, "closed_adapters", ()):
             layer.close_()
-        A, B = layer.lora_A[active[0]].weight, layer.lora_B[active[0]].weight
-        yield base_name(name), A.detach(), B.detach(), U, V
+        A, B = _factors(layer, active[0])
+        yield adapted, A.detach(), B.detach(), U, V
+
+
+def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    """`A[R, K]`, `B[N, R]`; of E experts, which peft stores flat, `A[E, R, K]`, `B[E, N, R]`."""
+    A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    if not hasattr(layer, "parameter_name"):
+        return A, B
+    E = layer.num_experts
+    return A.reshape(E, -1, A.shape[1]), B.reshape(B.shape[0], -1, E).permute(2, 0, 1)
 
 
 @torch.no_grad()
 def _layer_leakage(name: str, A: Tensor, B: Tensor, U: Tensor | None, V: Tensor | None) -> Leakage:
     A, B = A.double(), B.double()
-    _check_bases(name, U, V, A.shape[1], B.shape[0])
+    _check_bases(name, U, V, A.shape[-1], B.shape[-2])
     total = _product_norm(B, A)
     if total == 0.0:
         return Leakage(None if U is None else 0.0, None if V is None else 0.0)
@@ -130,7 +139,7 @@ def _check_bases(name: str, U: Tensor | None, V: Tensor | None, K: int, N: int) 
 
 
 def _product_norm(B: Tensor, A: Tensor) -> float:
-    """`‖B A‖` from the R×R Gram matrices, without forming the product."""
+    """`‖B A‖`, of stacks over all, from the R×R Gram matrices, without forming the product."""
     return float(((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0.0).sqrt())
 
 

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners import lora
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from grasp_kernels.layers.factors import version
 from grasp_kernels.layers.projected import ProjectedLoRA, has_hooks, why_adapter_never
@@ -94,7 +95,7 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
         reason = why_never(self, adapter)
         if reason is not None:
             return reason
-        dtype = self.base_layer.weight.dtype
+        dtype = self._weight.dtype
         if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
             return f"input of {x.dtype} for a weight of {dtype}"
         return None
@@ -105,13 +106,19 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
         closed_factors = self._closed_factors(x.device, dtype, adapter)
         return self._operator(
             x,
-            self.base_layer.weight,
+            self._weight,
             self.base_layer.bias,
             adapter,
             write_weight=self._cached_write_weight(),
             closed_factors=closed_factors,
             padded_weight=self._padding_of(adapter, closed_factors),
         )
+
+    @property
+    def _weight(self) -> Tensor:
+        """`W[N, K]`, which the Conv1D of transformers stores transposed."""
+        weight = self.base_layer.weight
+        return weight.mT if self.fan_in_fan_out else weight
 
     def _cached_write_weight(self) -> Tensor | None:
         """`C = Vᵀ W [Q, K]`, which only changes when the base weight does.
@@ -121,7 +128,7 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
         if self.project != "residual" or self.write_basis is None or torch.compiler.is_compiling():
             return None
         key, cached = self._write_weight
-        weight = self.base_layer.weight
+        weight = self._weight
         held = self.padded_parts(self._active()[0], weight.dtype)
         place = None if held is None else held.write_weight
         at = None if place is None else place.data_ptr()
@@ -140,8 +147,11 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
         """Lay the base weight out with spare columns and rows, in which the adapters that exist now
         and the write basis can ride along in wide library products (`ops.lora_linear.padding`).
 
-        The parameter stays itself and becomes a view; `release` makes it contiguous again.
+        The parameter stays itself and becomes a view; `release` makes it contiguous again. The
+        transposed weight of a Conv1D, which no large model has, stays as it is.
         """
+        if self.fan_in_fan_out:
+            return
         weight = self.base_layer.weight
         R = max((lora_A.weight.shape[0] for lora_A in self.lora_A.values()), default=0)
         Q = 0 if self.write_basis is None else self.write_basis.shape[1]
@@ -172,10 +182,8 @@ def why_never(layer: nn.Module, adapter: str) -> str | None:
     if not isinstance(layer, lora.Linear):
         return f"{type(layer).__module__}.{type(layer).__qualname__} is not peft's lora.Linear"
     base = layer.base_layer
-    if type(base) is not nn.Linear:
+    if type(base) is not (Conv1D if layer.fan_in_fan_out else nn.Linear):
         return f"the base layer is a {type(base).__name__}"
-    if layer.fan_in_fan_out:
-        return "fan_in_fan_out weights"
     if base.weight.requires_grad:
         return "the base weight is trained too"
     if has_hooks(base):

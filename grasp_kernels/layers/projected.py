@@ -6,57 +6,38 @@ Shapes: T tokens, K in, N out, R LoRA rank, P read basis size, Q write basis siz
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from grasp_kernels.layers.closed import ClosedLayer
 from grasp_kernels.layers.factors import ClosedFactors
 from grasp_kernels.ops import lora_linear, project_gradient
 from grasp_kernels.ops.lora_linear import measured, padding
 from grasp_kernels.ops.lora_linear.api import KERNELS
-from grasp_kernels.ops.projection import project_columns, project_rows
 
-# A factor counts as closed when its share along the basis is at rounding level; writing it again
-# would change the last bit at every save.
-_CLOSED_TO = 8
 # Reasons for peft's forward when there is no adapter to compute: no factor is read, nobody is told.
 _IDLE = ("adapters are disabled", "the adapter is merged", "0 active adapters")
 
 
-# Beside a layer class of peft, whose attributes are not declared; with LoraLayer as its base Python
-# would refuse to swap the class of an instance.
-_LAYER: Any = nn.Module
-
-
-class ProjectedLoRA(_LAYER):
+class ProjectedLoRA(ClosedLayer):
     """Mixed into a LoRA layer of peft, before it: `class Ours(ProjectedLoRA, TheirLayer)`.
 
     Parameters, state-dict keys, merging and adapter management are peft's. Where the operator does
     not apply (see `why_stock`) the stock forward runs, with the gradient of its output projected,
     and a warning says so once a model.
-    Closed layers keep `Vᵀ ΔW = 0` and `ΔW U = 0` in whatever leaves them: forward, state dict,
-    merged weights.
 
     Attributes:
-        stock: the class of peft that a layer becomes again when it is released.
-        write_basis: `V[N, Q]`, float32, non-persistent buffer, or None.
-        read_basis: `U[K, P]`, float32, non-persistent buffer, or None.
         project: "residual" or "weights", see `lora_linear`.
-        closed_adapters: names of the adapters that are kept closed.
         backend: "auto" or the name of a backend.
         factors: A°, B° of all layers of the model, where kernels make them.
         told: reasons of which a warning has told, in this layer or another one of the model.
         padded_weight: see `GraspLoRALinear`; None in layers that cannot lay their weight out.
     """
 
-    stock: type
-    write_basis: Tensor | None
-    read_basis: Tensor | None
     project: str
-    closed_adapters: frozenset[str]
     backend: str
     factors: ClosedFactors
     told: set[str]
@@ -70,13 +51,9 @@ class ProjectedLoRA(_LAYER):
         layer.set_projection(*projection)
 
     def release(self) -> None:
-        """Turn this layer back into peft's own, in place, with the weights it computed with."""
-        self.close_()
-        for name in ("write_basis", "read_basis"):
-            delattr(self, name)
-        for name in ("project", "closed_adapters", "backend", "factors", "told"):
+        for name in ("project", "backend", "factors", "told"):
             self.__dict__.pop(name)
-        self.__class__ = self.stock
+        super().release()
 
     def set_projection(
         self,
@@ -93,21 +70,13 @@ class ProjectedLoRA(_LAYER):
         `factors` is shared by the layers of a model, whose closed factors come out of one launch,
         and so is `told`, so that a model with hundreds of layers warns once.
         """
-        weight = self.get_base_layer().weight
-        for name, basis in (("write_basis", write_basis), ("read_basis", read_basis)):
-            if basis is not None:
-                # A weight that is loaded later has no data yet, and a basis would lose its own.
-                device = basis.device if weight.is_meta else weight.device
-                basis = basis.detach().to(device, torch.float32)
-            self.register_buffer(name, basis, persistent=False)
         self.project = project
-        self.closed_adapters = frozenset(self.lora_A) if closed else frozenset()
         self.backend = backend
         if factors is not None or "factors" not in self.__dict__:
             self.factors = factors or ClosedFactors()
         if told is not None or "told" not in self.__dict__:
             self.told = set() if told is None else told
-        self.close_()
+        self.set_bases(write_basis, read_basis, closed, self.get_base_layer().weight)
 
     def why_stock(self, x: Tensor, *args: Any, **kwargs: Any) -> str | None:
         """None when the operator computes this call, else why peft's own forward does."""
@@ -198,44 +167,6 @@ class ProjectedLoRA(_LAYER):
         """Where the padding of the base weight holds the factors of an adapter; None without."""
         return None
 
-    @torch.no_grad()
-    def close_(self) -> None:
-        """Write `A°`, `B°`, `b°` into the parameters; the function of the layer stays as it is."""
-        for name in self.closed_adapters & self.lora_A.keys():
-            lora_A, lora_B = self.lora_A[name], self.lora_B[name]
-            _close_(lora_A.weight, lambda A: project_rows(A, self.read_basis))
-            _close_(lora_B.weight, lambda B: project_columns(B, self.write_basis))
-            if lora_B.bias is not None:
-                _close_(lora_B.bias, lambda b: project_columns(b, self.write_basis))
-
-    def update_layer(self, *args: Any, **kwargs: Any) -> None:
-        """peft's, which adds an adapter, perhaps to combine the others in it: they are closed."""
-        if "closed_adapters" in self.__dict__:
-            self.close_()
-        super().update_layer(*args, **kwargs)
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """peft's `ΔW`, which merging uses, of the closed factors."""
-        self.close_()
-        return super().get_delta_weight(adapter)
-
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        # A state dict visits this layer before the factors below it, so they are stored closed;
-        # closing in place (not a copy) makes the checkpoint the very state that training goes on
-        # from, so that a resumed run repeats an uninterrupted one bit by bit.
-        self.close_()
-        super()._save_to_state_dict(*args, **kwargs)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ProjectedLoRA:
-        # Bases only follow to another device. `bfloat16()` must not round them, since closure is as
-        # exact as they are, and `to_empty()` must not empty them, since no checkpoint has them.
-        bases = self.write_basis, self.read_basis
-        super()._apply(fn, recurse)
-        for name, basis in zip(("write_basis", "read_basis"), bases, strict=True):
-            if basis is not None:
-                setattr(self, name, basis.to(getattr(self, name).device))
-        return self
-
 
 def why_adapter_never(layer: LoraLayer, adapter: str) -> str | None:
     """Why the operator can never compute an adapter as it is set up, or None if it can."""
@@ -261,17 +192,3 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "_hf_hook" in module.__dict__
     )
-
-
-def _close_(parameter: Tensor, projection: Callable[[Tensor], Tensor]) -> None:
-    if parameter.is_meta:
-        return
-    closed = projection(parameter)
-    if closed is parameter:
-        return
-    removed = torch.linalg.vector_norm(closed - parameter.to(closed.dtype))
-    rounding = _CLOSED_TO * torch.finfo(parameter.dtype).eps
-    if removed > rounding * torch.linalg.vector_norm(closed):
-        # Past autograd's version counter: a backward that is still to come has saved A° and B°, so
-        # a checkpoint or a reference model between forward and backward does not invalidate it.
-        parameter.data.copy_(closed)

@@ -7,23 +7,35 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft.tuners import lora
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from grasp_kernels.adapters.load import MOVED_BASE
+from grasp_kernels.layers.closed import ClosedLayer
+from grasp_kernels.layers.experts import GraspLoRAExperts
 from grasp_kernels.layers.factors import ClosedFactors
 from grasp_kernels.layers.linear import GraspLoRALinear, why_never
-from grasp_kernels.layers.projected import ProjectedLoRA, why_adapter_never
+from grasp_kernels.layers.projected import why_adapter_never
 from grasp_kernels.layers.quantised import library_of, quantised
 from grasp_kernels.ops import backends, project_gradient
 from grasp_kernels.ops.lora_linear.api import PROJECTIONS
-from grasp_kernels.sites import Site, SiteRules, base_name, model_sites
+from grasp_kernels.sites import (
+    Site,
+    SiteRules,
+    adapted_name,
+    base_name,
+    model_gains,
+    model_names,
+    model_rules,
+    model_sites,
+    width_at,
+)
 from grasp_kernels.subspace import Subspace
+from grasp_kernels.subspace.basis import basis_at
 
 
 @dataclass
@@ -34,7 +46,7 @@ class Replacement:
     libraries: dict[str, str] = field(default_factory=dict)  # name -> who has its quantised weight
     write_projected: list[str] = field(default_factory=list)
     read_projected: list[str] = field(default_factory=list)
-    hooked_writers: list[str] = field(default_factory=list)  # no adapter: only dY is projected
+    hooked_writers: list[str] = field(default_factory=list)  # no operator: only dY is projected
     bare_writers: list[str] = field(default_factory=list)  # the subspace has no basis for them
     fallbacks: dict[str, str] = field(default_factory=dict)  # name -> why it stays with peft
 
@@ -47,7 +59,7 @@ class Replacement:
             ),
             ("  with a write basis", len(self.write_projected)),
             ("  with a read basis", len(self.read_projected)),
-            ("writers without an adapter, gradient projected", len(self.hooked_writers)),
+            ("other places where the gradient is projected", len(self.hooked_writers)),
             ("writers that the subspace does not cover", len(self.bare_writers)),
             ("layers that stay with peft", len(self.fallbacks)),
         ]
@@ -77,6 +89,15 @@ def replace_lora_layers(
     not closed. Calling it again starts afresh: do so after adding an adapter on other modules, or
     one that is to be closed, too.
 
+    The gradient is projected where the stream is. What a writer before a norm puts out is not in
+    the stream, so the output of that norm is projected in its stead, and likewise that of a mixture
+    of experts; such a writer is only kept closed. Its basis has the norm's gain folded in, so that
+    its update moves nothing along the subspace but by the common scale of the norm.
+
+    LoRA on the fused parameters of experts is computed by peft and kept closed all the same. Where
+    dropout stands between a writer and the stream (GPT-2 while it trains), the projection acts
+    before the mask, which is that of the stream in the mean over masks.
+
     Args:
         model: a `PeftModel`, or any module with peft's LoRA layers in it.
         subspace: from `identify`, `identify_self_contrast` or a file; None or empty projects
@@ -94,7 +115,7 @@ def replace_lora_layers(
     """
     _check_options(project, backend)
     layers = {
-        base_name(name): module
+        adapted_name(name, module): module
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer)
     }
@@ -105,13 +126,14 @@ def replace_lora_layers(
     report = Replacement()
     write: dict[str, Tensor] = {}
     read: dict[str, Tensor] = {}
+    before_norm: set[str] = set()
     if subspace is not None and not subspace.is_empty:
-        known = model_sites(model, sites)
-        write, read = _bases(model, subspace, known)
-        writers = [site.name for site in known if site.role == "write"]
+        writers = [site for site in model_sites(model, sites) if site.role == "write"]
+        before_norm = {site.name for site in writers if site.norm is not None}
+        write, read = _bases(model, subspace, writers, model_rules(model, sites))
         if closed:
             _check_starts(model)
-        report.bare_writers = [name for name in writers if write and name not in write]
+        report.bare_writers = [site.name for site in writers if write and site.name not in write]
     restore_lora_layers(model)
 
     factors, told = ClosedFactors(), set[str]()
@@ -119,22 +141,28 @@ def replace_lora_layers(
         reason = _why_kept(layer)
         if reason is not None:
             report.fallbacks[name] = reason
+            if type(layer) is ParamWrapper:
+                GraspLoRAExperts.adopt(layer, write.get(name), read.get(name), closed)
             continue
-        bases = write.get(name), read.get(name)
+        V, mode = write.get(name), project
+        if name in before_norm and project == "residual":
+            # The norm's output is projected; the layer itself is closed, or else left as it is.
+            V, mode = V if closed else None, "weights"
         library = library_of(layer)
         ours = GraspLoRALinear if library is None else quantised(layer.__class__)
-        ours.adopt(layer, *bases, project, closed, backend, factors, told)
+        ours.adopt(layer, V, read.get(name), mode, closed, backend, factors, told)
         if library is not None:
             report.libraries[name] = library
         elif pad_weights:
             layer.pad_weight_()
         report.replaced.append(name)
-        if name in write:
+        if V is not None:
             report.write_projected.append(name)
         if name in read:
             report.read_projected.append(name)
     if project == "residual":
-        report.hooked_writers = _hook_writers(model, write, set(report.replaced))
+        in_stream = {name: V for name, V in write.items() if name not in before_norm}
+        report.hooked_writers = _hook_writers(model, in_stream, set(report.replaced))
     if report.fallbacks:
         reasons = "; ".join(dict.fromkeys(report.fallbacks.values()))
         warnings.warn(
@@ -152,7 +180,7 @@ def restore_lora_layers(model: nn.Module) -> None:
     had no adapter.
     """
     for module in model.modules():
-        if isinstance(module, ProjectedLoRA):
+        if isinstance(module, ClosedLayer):
             module.release()
         for key, hook in list(module._forward_hooks.items()):
             if isinstance(hook, _Projection):
@@ -181,6 +209,8 @@ def _check_starts(model: nn.Module) -> None:
 
 
 def _why_kept(layer: LoraLayer) -> str | None:
+    if isinstance(layer, ParamWrapper):
+        return "LoRA on a raw parameter is computed by peft"
     known = library_of(layer) is not None
     if not known and type(layer) not in (lora.Linear, GraspLoRALinear):
         return f"a {type(layer).__name__} layer of peft has no operator here"
@@ -192,34 +222,47 @@ def _why_kept(layer: LoraLayer) -> str | None:
 
 
 def _bases(
-    model: nn.Module, subspace: Subspace, known: Iterable[Site]
+    model: nn.Module, subspace: Subspace, writers: list[Site], rules: SiteRules
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The bases by module name, checked against the model."""
-    modules = {base_name(name): module for name, module in model.named_modules()}
-    write = dict(subspace.write)
+    present = set(model_names(model))
+    blocks = {parts[:2] for name in present if (parts := rules.split(name))}
+
+    def absent(name: str) -> bool:
+        """Whether a block that is there has no such site: dense and sparse ones have others."""
+        parts = rules.split(name)
+        known = parts is not None and parts[:2] in blocks and rules.site(name) is not None
+        return known and name not in present
+
+    write = {name: basis for name, basis in subspace.write.items() if not absent(name)}
+    read = {name: basis for name, basis in subspace.read.items() if not absent(name)}
     if subspace.stream is not None:
-        for site in known:
-            if site.role == "write":
+        for site in writers:
+            if site.norm is None:
                 write.setdefault(site.name, subspace.stream)
-    for role, bases in (("write", write), ("read", subspace.read)):
+    widths = {base_name(name): module for name, module in model.named_modules()}
+    for role, bases in (("write", write), ("read", read)):
         for name, basis in bases.items():
-            if name not in modules:
+            if name not in present:
                 raise ValueError(
                     f"the subspace has a {role} basis for {name!r}, which the model does not have; "
                     "identify the subspace on an adapter of this model."
                 )
-            module: Any = modules[name]
-            width = module.out_features if role == "write" else module.in_features
-            if basis.shape[0] != width:
+            width = width_at(widths[name], role) if name in widths else None
+            if width not in (None, basis.shape[0]):
                 raise ValueError(
                     f"the {role} basis for {name!r} has {basis.shape[0]} rows but the layer has "
                     f"{width} features; identify the subspace on an adapter of this model."
                 )
-    return write, dict(subspace.read)
+    gains = model_gains(model, writers)
+    for site in writers:
+        if site.norm in write:  # with the gain of this model, whatever the subspace knew of it
+            write[site.name] = basis_at(site, write[site.norm], gains.get(site.norm))
+    return write, read
 
 
 def _hook_writers(model: nn.Module, write: dict[str, Tensor], replaced: set[str]) -> list[str]:
-    """Project the gradient of the writers that no operator covers, by a forward hook each."""
+    """Project the gradient where no operator does, by a forward hook each."""
     hooked = []
     for name, module in model.named_modules():
         if name.endswith(".base_layer") or base_name(name) in replaced:
@@ -236,7 +279,9 @@ class _Projection:
     def __init__(self, basis: Tensor) -> None:
         self.basis = basis
 
-    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        if isinstance(output, tuple):  # attention gives its weights too
+            return self(module, inputs, output[0]), *output[1:]
         if self.basis.device != output.device:
             self.basis = self.basis.to(output.device)
         return project_gradient(output, self.basis)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from grasp_kernels.adapters.files import refuse_variants
 from grasp_kernels.data import Example, Record, encode_prompt, read_records, tokenize_records
 from grasp_kernels.run.config import RunConfig
 from grasp_kernels.sites import SiteRules, base_name, site_rules
@@ -166,6 +167,8 @@ def check_model(config: RunConfig, checkpoint: Path) -> tuple[str, SiteRules]:
         names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         rules = site_rules(model_config.model_type, names)
         adapted = attach_lora(model, config, str(checkpoint))
+    for lora in adapted.peft_config.values():
+        refuse_variants(f"target_modules = {list(config.target_modules)}", vars(lora))
     roles = {
         site.role
         for name, module in adapted.named_modules()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from grasp_kernels.data import Example, collate
 from grasp_kernels.identification import span
+from grasp_kernels.sites import Site, site_rules
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -61,7 +62,7 @@ def bases_by_layer(write: Mapping[str, Tensor], rules: SiteRules) -> dict[int, T
     found: dict[int, list[Tensor]] = {}
     for name, basis in write.items():
         site = rules.site(name)
-        if site is not None:
+        if site is not None and site.norm is None:
             found.setdefault(site.layer, []).append(basis)
     return {layer: span(bases) for layer, bases in sorted(found.items())}
 
@@ -173,10 +174,12 @@ def promoted_tokens(
 
     The sign of a direction is arbitrary, so neither end is the bad one by itself.
     """
-    gain: Any = getattr(getattr(model.base_model, "norm", None), "weight", None)
-    gain = torch.ones(len(basis)) if gain is None else gain.float()
+    rules = site_rules(model.config.model_type, ())
+    norm: Any = getattr(model.base_model, rules.final_norm)
+    head = Site("lm_head", -1, "read", rules.final_norm, rules.norms)
     unembedding = model.get_output_embeddings().weight.float()
-    scores = unembedding @ (gain.unsqueeze(1) * basis.to(gain.device))  # [vocabulary, k]
+    directions = head.from_stream(basis.to(unembedding.device), head.gain(norm.weight))
+    scores = unembedding @ directions  # [vocabulary, k]
     scores = scores[: len(tokenizer)]  # embeddings are often padded beyond the vocabulary
 
     def words(ids: Tensor) -> list[str]:

@@ -32,7 +32,8 @@ class Subspace:
     """Bases of the directions along which a fine-tune moved, by module name in the base model.
 
     Attributes:
-        write: writer -> `V[N,Q]`, float32, orthonormal columns.
+        write: writer -> `V[N,Q]`, float32, orthonormal columns, in the coordinates of its own
+            output: those of the stream, unless a norm stands between (then its gain is folded in).
         read: reader -> `U[K,P]`, float32, orthonormal columns, in the reader's own input
             coordinates (the norm's gain is folded in).
         stream: `[D,k]`, the write basis in the stream where one basis serves all layers, else None.
@@ -116,7 +117,8 @@ class Subspace:
                 independent.
             sites: the writers and readers of the model, see `sites.model_sites`.
             gains: norm -> `γ[D]`, see `sites.model_gains`. A stream direction `u` reaches a reader
-                as `γ ⊙ u`, so its basis is `orth(γ ⊙ u)`; a norm without an entry has `γ = 1`.
+                as `γ ⊙ u`, so its basis is `orth(γ ⊙ u)`, and so is that of a writer before a norm
+                (for both see `sites`); a norm without an entry has `γ = 1`.
             side: which sites get a basis.
 
         Raises:
@@ -126,19 +128,16 @@ class Subspace:
         streams = _per_layer(basis)
         write: dict[str, Tensor] = {}
         read: dict[str, Tensor] = {}
-        behind_norm: dict[tuple[int, str], Tensor] = {}
+        folded: dict[tuple[int, str | None], Tensor] = {}
         for site in sites:
             stream = streams.get(site.layer if by_layer else -1)
             if stream is None or side not in (site.role, "both"):
                 continue
-            if site.role == "write":
-                write[site.name] = stream
-                continue
-            gain = (gains or {}).get(site.norm) if site.norm else None
-            key = (id(stream), site.norm or "")
-            if key not in behind_norm:
-                behind_norm[key] = stream if gain is None else _behind_gain(site, stream, gain)
-            read[site.name] = behind_norm[key]
+            key = (id(stream), site.norm)
+            if key not in folded:
+                gain = (gains or {}).get(site.norm) if site.norm else None
+                folded[key] = basis_at(site, stream, gain)
+            (write if site.role == "write" else read)[site.name] = folded[key]
         if not write and not read:
             raise ValueError(
                 f"None of the sites takes a {side} basis in the layers "
@@ -312,12 +311,19 @@ def _per_layer(basis: Tensor | Mapping[int, Tensor]) -> dict[int, Tensor]:
     return {layer: orthonormal(f"layer {layer}", columns) for layer, columns in basis.items()}
 
 
-def _behind_gain(site: Site, stream: Tensor, gain: Tensor) -> Tensor:
-    if gain.shape != stream.shape[:1]:
+def basis_at(site: Site, stream: Tensor, gain: Tensor | None) -> Tensor:
+    """The basis of a site for orthonormal directions `[D,k]` of the stream and the gain `γ[D]`.
+
+    Raises:
+        ValueError: a gain of another width.
+    """
+    if gain is not None and gain.shape != stream.shape[:1]:
         raise ValueError(
             f"The gain of {site.norm!r} has shape {tuple(gain.shape)}, but the directions have "
             f"width {stream.shape[0]}; give gains and directions of the same model."
         )
-    return orthonormal(
-        f"{site.norm!r} (gain folded in)", gain.detach().cpu().double()[:, None] * stream
-    )
+    wide = stream.detach().cpu().double()
+    directions = site.from_stream(wide, gain)
+    if directions is wide:  # nothing is between
+        return stream
+    return orthonormal(f"{site.norm!r} (gain folded in)", directions)

@@ -1,0 +1,38 @@
+"""peft's LoRA on the parameter that holds the weights of all experts, kept closed.
+
+Shapes: E experts, K in, N out, R LoRA rank of each, P read basis size, Q write basis size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.lora.layer import ParamWrapper
+from torch import Tensor
+
+from grasp_kernels.layers.closed import ClosedLayer
+
+
+class GraspLoRAExperts(ClosedLayer, ParamWrapper):
+    """A `ParamWrapper` of peft whose factors `A[E R, K]`, `B[N, R E]` stay out of the bases.
+
+    peft computes it. All experts meet the stream on the same side, so one basis serves them, and
+    closing the stacked factors closes each expert. The gradient is projected where the sum over the
+    experts enters the stream, not here.
+    """
+
+    stock = ParamWrapper
+
+    @classmethod
+    def adopt(
+        cls, layer: ParamWrapper, write: Tensor | None, read: Tensor | None, closed: bool
+    ) -> None:
+        """Turn a stock wrapper into this class in place."""
+        layer.__class__ = cls
+        assert isinstance(layer, cls)
+        layer.set_bases(write, read, closed, layer.get_param())
+
+    def get_delta_factors(self, adapter: str) -> Any:
+        """What peft's forward adds to the parameter, of the closed factors."""
+        self.close_()
+        return super().get_delta_factors(adapter)

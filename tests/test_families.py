@@ -1,0 +1,352 @@
+"""Every model family on a tiny random model: projection, closure, stock peft, identification.
+
+`D` width of the stream, `k` directions. The reference knows nothing of writers: it projects the
+gradient of the stream where a norm or a block takes it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import randomise_adapter, tokens
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import grasp_kernels as gk
+from grasp_kernels.layers.experts import GraspLoRAExperts
+from grasp_kernels.ops.lora_linear.api import computes
+from grasp_kernels.sites import RULES, base_name, model_gains, model_sites
+from grasp_kernels.testing import orthonormal
+
+D, LAYERS = 32, 2
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": D,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "attn_implementation": "eager",
+    "pad_token_id": 0,
+}
+GPT2 = {
+    **{"vocab_size": 64, "n_embd": D, "n_layer": LAYERS, "n_head": 4, "n_positions": 64},
+    **{"attn_implementation": "eager", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+FUSED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+SPLIT = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Family:
+    """`between`: the module, below a block, whose input is the stream between the two additions;
+    None where there is no such place."""
+
+    targets: tuple[str, ...] = SPLIT
+    between: str | None = "post_attention_layernorm"
+    options: dict[str, Any] = field(default_factory=dict)
+    parameters: tuple[str, ...] = ()
+
+
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "gemma": Family(),
+    "gemma2": Family(between="pre_feedforward_layernorm"),
+    "gemma3_text": Family(between="pre_feedforward_layernorm"),
+    "olmo2": Family(between="mlp"),
+    "olmo3": Family(between="mlp"),
+    "phi3": Family(("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
+    "gpt2": Family(("c_attn", "c_proj", "c_fc"), between="ln_2", options=GPT2),
+    "gpt_neox": Family(
+        ("query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h"), between=None
+    ),
+    "mixtral": Family(
+        ("q_proj", "o_proj"),
+        options={"num_local_experts": 4, "num_experts_per_tok": 2},
+        parameters=FUSED,
+    ),
+    "qwen2_moe": Family(
+        (*SPLIT[:4], "shared_expert.up_proj", "shared_expert.down_proj", "shared_expert_gate"),
+        options={**EXPERTS, "shared_expert_intermediate_size": 24},
+        parameters=FUSED,
+    ),
+    "qwen3_moe": Family(SPLIT, options={**EXPERTS, "mlp_only_layers": [0]}, parameters=FUSED),
+}
+BEFORE_NORM = ("gemma2", "gemma3_text", "olmo2", "olmo3")
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def tiny(family: str) -> Any:
+    """A random decoder of the family whose norms are not trivial."""
+    torch.manual_seed(0)
+    options = {**(FAMILIES[family].options if family == "gpt2" else SIZES)}
+    options |= FAMILIES[family].options
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **options))
+    middle = 0.0 if RULES[family].norms == "rms1p" else 1.0
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "ln_" in name:
+            torch.nn.init.uniform_(parameter, middle - 0.5, middle + 0.5)
+        elif parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=D**-0.5)
+    return model.eval()
+
+
+def adapted(family: str, experts: bool = True) -> Any:
+    """The tiny model with adapters on everything, all of which matter."""
+    chosen = FAMILIES[family]
+    targets = list(chosen.targets)
+    if not experts and family == "qwen3_moe":  # whose MLP peft adapts as fused experts by itself
+        targets = targets[:4]
+    config = LoraConfig(
+        r=3,
+        lora_alpha=6,
+        target_modules=targets,
+        target_parameters=list(chosen.parameters) if experts and chosen.parameters else None,
+        fan_in_fan_out=family == "gpt2",
+    )
+    model = get_peft_model(tiny(family), config)
+    randomise_adapter(model)
+    return model.eval()
+
+
+def a_subspace(model: Any, k: int = 2, side: str = "both") -> gk.Subspace:
+    sites = model_sites(model)
+    stream = orthonormal(D, k, torch.Generator().manual_seed(3))
+    return gk.Subspace.from_stream(stream, sites, gains=model_gains(model, sites), side=side)
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    ids = tokens()
+    model.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=tokens()).logits
+
+
+def blocks_of(model: Any, family: str) -> Any:
+    name = RULES[family].blocks
+    return next(m for n, m in model.named_modules() if n.endswith(f".{name}"))
+
+
+@contextmanager
+def projected_stream(model: Any, family: str, V: Tensor) -> Iterator[None]:
+    """The gradient of the stream is projected after every addition to it."""
+
+    def project(stream: Tensor) -> None:
+        if stream.requires_grad:
+            stream.register_hook(lambda gradient: gradient - gradient @ V @ V.mT)
+
+    def after(_: nn.Module, __: Any, output: Any) -> None:
+        project(output[0] if isinstance(output, tuple) else output)
+
+    def before(_: nn.Module, inputs: Any, __: Any = None) -> None:
+        project(inputs[0])
+
+    handles = []
+    for block in blocks_of(model, family):
+        handles.append(block.register_forward_hook(after))
+        between = FAMILIES[family].between
+        if between is not None:
+            handles.append(block.get_submodule(between).register_forward_pre_hook(before))
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+@families
+def test_gradients_are_those_of_a_projected_stream(family: str) -> None:
+    model = adapted(family)
+    subspace = a_subspace(model, side="write")
+    assert subspace.stream is not None
+    plain = gradients(model)
+    with projected_stream(model, family, subspace.stream):
+        expected = gradients(model)
+    report = gk.replace_lora_layers(model, subspace, closed=False)
+    found = gradients(model)
+    assert found.keys() == expected.keys() == plain.keys()
+    for name, gradient in expected.items():
+        error = torch.linalg.vector_norm(found[name] - gradient)
+        assert error <= 1e-4 * torch.linalg.vector_norm(gradient), name
+    assert any(
+        torch.linalg.vector_norm(plain[n] - g) > 1e-2 * torch.linalg.vector_norm(g)
+        for n, g in expected.items()
+    )
+    assert not report.bare_writers
+    assert all("experts" in name for name in report.fallbacks)
+
+
+@families
+def test_no_leakage_after_training_and_stock_peft_loads_it(family: str, tmp_path: Path) -> None:
+    model = adapted(family)
+    subspace = a_subspace(model)
+    report = gk.replace_lora_layers(model, subspace)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1
+    )
+    ids = tokens()
+    losses = []
+    for _ in range(10):
+        losses.append(model(input_ids=ids, labels=ids).loss)
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    leaks = gk.leakage(model)
+    shares = [s for leak in leaks.values() for s in (leak.read, leak.write) if s is not None]
+    assert max(shares) <= 1e-6
+    experts = sum(isinstance(m, ParamWrapper) for m in model.modules())
+    assert len(leaks) == len(report.replaced) + experts
+    writers = [name for name, leak in leaks.items() if leak.write is not None]
+    assert len(report.write_projected) + experts // 2 == len(writers)
+
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    stock = PeftModel.from_pretrained(tiny(family), tmp_path)
+    torch.testing.assert_close(logits(stock), expected, rtol=1e-4, atol=1e-5)
+    gk.restore_lora_layers(model)
+    assert not any(isinstance(m, (gk.GraspLoRALinear, GraspLoRAExperts)) for m in model.modules())
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+    if not experts:  # what an adapter folder holds is measured in the same way
+        assert max(leak.write or 0.0 for leak in gk.leakage(tmp_path, subspace).values()) <= 1e-6
+
+
+@families
+def test_without_a_subspace_it_is_stock_peft(family: str) -> None:
+    model = adapted(family)
+    expected, stock = logits(model), gradients(model)
+    gk.replace_lora_layers(model)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+    found = gradients(model)
+    for name, gradient in stock.items():
+        error = torch.linalg.vector_norm(found[name] - gradient)
+        assert error <= 1e-4 * torch.linalg.vector_norm(gradient), name
+
+
+def plant(model: Any, family: str, direction: Tensor, role: str) -> None:
+    """Move every adapter of one side along one direction of the stream, beside noise."""
+    sites = {site.name: site for site in model_sites(model)}
+    gains = model_gains(model, sites.values())
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        for name, module in modules.items():
+            site = sites.get(base_name(name))
+            if site is None or site.role != role or not hasattr(module, "lora_A"):
+                continue
+            # Which direction of the layer is that of the stream: the pseudo-inverse of the norm.
+            local = direction / gains[site.norm] if site.norm in gains else direction
+            A, B = module.lora_A["default"].weight, module.lora_B["default"].weight
+            stream = B if role == "write" else A.mT
+            stream *= 0.3
+            stream[:, 0] = 3 * local / local.norm() * stream.norm()
+
+
+@families
+@pytest.mark.parametrize("side", ["write", "read"])
+def test_a_planted_direction_is_identified(family: str, side: str) -> None:
+    model = adapted(family, experts=False)
+    direction = torch.randn(D)
+    direction = direction - direction.mean()  # a LayerNorm would take the mean out
+    direction /= direction.norm()
+    plant(model, family, direction, side)
+    subspace = gk.identify(model, k=1, side=side)
+    sites = model_sites(model)
+    expected = gk.Subspace.from_stream(direction, sites, gains=model_gains(model, sites), side=side)
+    found, wanted = getattr(subspace, side), getattr(expected, side)
+    shared = found.keys() & wanted.keys()
+    assert len(shared) >= 2 * LAYERS
+    assert min((found[n].mT @ wanted[n]).abs().item() for n in shared) > 0.95
+    report = gk.replace_lora_layers(model, subspace)
+    assert not report.bare_writers and not report.fallbacks
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2"])
+def test_folders_are_identified_like_models(family: str, tmp_path: Path) -> None:
+    """The gains come from the checkpoint, whatever its norms are called."""
+    model = adapted(family)
+    model.save_pretrained(tmp_path / "adapter")
+    tiny(family).save_pretrained(tmp_path / "base")
+    one = gk.identify(model, k=1, side="both")
+    other = gk.identify(tmp_path / "adapter", k=1, side="both", base_model=tmp_path / "base")
+    assert one.write.keys() == other.write.keys() and one.read.keys() == other.read.keys()
+    for bases, others in ((one.write, other.write), (one.read, other.read)):
+        for name, basis in bases.items():
+            torch.testing.assert_close(others[name], basis, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", [name for name, why in gk.backends().items() if why is None])
+def test_transposed_weights_on_every_backend(backend: str) -> None:
+    model = adapted("gpt2").to(torch.float32 if computes(backend, torch.float32) else torch.half)
+    subspace = a_subspace(model)
+    layer = blocks_of(model, "gpt2")[0].mlp.c_proj
+    x = torch.randn(24, 4 * D, dtype=model.dtype)
+    dy = torch.randn(24, D, dtype=model.dtype)
+
+    def results(backend: str) -> list[Tensor]:
+        """`Y`, `dX`, `dA`, `dB`."""
+        gk.replace_lora_layers(model, subspace, backend=backend, pad_weights=True)
+        assert layer.why_stock(x.to(model.dtype)) is None
+        inputs = [x.to(model.dtype).requires_grad_(), *layer.lora_A.parameters()]
+        inputs += layer.lora_B.parameters()
+        y = layer(inputs[0])
+        return [y.detach(), *torch.autograd.grad(y, inputs, dy.to(model.dtype))]
+
+    found = [results(name) for name in (backend, "reference")]
+    model.double()
+    oracle = results("reference")
+    worst = [
+        max(((f.double() - o).norm() / o.norm()).item() for f, o in zip(one, oracle, strict=True))
+        for one in found
+    ]
+    assert worst[0] <= 1.5 * worst[1]
+
+
+def test_experts_leak_unless_they_are_closed() -> None:
+    model = adapted("mixtral")
+    subspace = a_subspace(model)
+    gk.replace_lora_layers(model, subspace, closed=False)
+    name = "model.layers.0.mlp.experts.down_proj"
+    wrapper = next(m for n, m in model.named_modules() if n.endswith("layers.0.mlp.experts"))
+    assert wrapper.parameter_name == "down_proj"
+    delta = wrapper.get_delta_weight("default")
+    along = subspace.write[name].mT @ delta
+    assert gk.leakage(model)[name].write == pytest.approx((along.norm() / delta.norm()).item())
+    gk.replace_lora_layers(model, subspace)
+    assert gk.leakage(model)[name].write <= 1e-6
+    along = subspace.write[name].mT @ wrapper.get_delta_weight("default")
+    assert along.norm() <= 1e-6 * delta.norm()
+
+
+@pytest.mark.parametrize("family", BEFORE_NORM)
+def test_a_closed_writer_before_a_norm_moves_nothing_along_the_subspace(family: str) -> None:
+    """`Vᵀ norm(y + Δ) · rms(y + Δ) = Vᵀ norm(y) · rms(y)`: nothing but the common scale changes."""
+    model = adapted(family)
+    subspace = a_subspace(model, side="write")
+    gk.replace_lora_layers(model, subspace)
+    block = blocks_of(model, family)[1]
+    layer, norm = block.mlp.down_proj, block.post_feedforward_layernorm
+    x = torch.randn(5, layer.in_features)
+
+    def along(y: Tensor) -> Tensor:
+        scale = y.double().square().mean(-1, keepdim=True).add(1e-6).sqrt()
+        return norm(y).double() @ subspace.stream.double() * scale
+
+    with torch.no_grad():
+        base, moved = layer.base_layer(x), layer(x)
+        assert (norm(base) - norm(moved)).norm() > 0.1 * norm(base).norm()
+        torch.testing.assert_close(along(moved), along(base), rtol=1e-4, atol=1e-5)
