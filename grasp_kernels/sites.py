@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from grasp_kernels.processes import whole
+
 
 @dataclass(frozen=True)
 class Site:
@@ -96,11 +98,15 @@ _LLAMA = SiteRules(
     },
 )
 
+_WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+
 RULES: dict[str, SiteRules] = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA)
 
 
 def base_name(name: str) -> str:
-    """The name without what peft adds: no "base_model.model." before, no ".base_layer" after."""
+    """The name without what wraps the module: DDP, FSDP, checkpointing, compilation, and peft's
+    "base_model.model." before and ".base_layer" after."""
+    name = _WRAPPERS.sub("", f"{name}.").removeprefix("module.")[:-1]
     return name.removeprefix("base_model.model.").removesuffix(".base_layer")
 
 
@@ -153,7 +159,7 @@ def model_gains(model: nn.Module, sites: Iterable[Site]) -> dict[str, Tensor]:
     modules = {base_name(name): module for name, module in model.named_modules()}
     norms = dict.fromkeys(site.norm for site in sites if site.norm is not None)
     weights = {norm: getattr(modules.get(norm), "weight", None) for norm in norms}
-    return {norm: weight.detach() for norm, weight in weights.items() if weight is not None}
+    return {norm: whole(weight) for norm, weight in weights.items() if weight is not None}
 
 
 def _is_linear(module: nn.Module) -> bool:

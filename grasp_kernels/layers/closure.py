@@ -6,7 +6,7 @@ Shapes: K in, N out, R LoRA rank, P read basis size, Q write basis size.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from grasp_kernels.adapters import load_adapter
 from grasp_kernels.adapters.files import WEIGHTS, find_weights
 from grasp_kernels.files import whole_folder
 from grasp_kernels.ops.projection import project_columns, project_rows
+from grasp_kernels.processes import gathered, refuse_away, whole
 from grasp_kernels.sites import base_name
 from grasp_kernels.subspace import Subspace
 
@@ -38,6 +39,7 @@ def leakage(
 
     Args:
         source: a model with LoRA layers (its first active adapter counts), or an adapter folder.
+            Of a model that is sharded over processes, all of them must ask.
         subspace: whose bases to measure along; by default those of the model's GraspLoRALinear
             layers.
 
@@ -45,20 +47,26 @@ def leakage(
         ValueError: no bases to measure along, or a subspace of another model.
     """
     if isinstance(source, nn.Module):
-        layers = list(_model_layers(source, subspace))
-    elif subspace is None:
+        with gathered(source):
+            return _leakages(_model_layers(source, subspace))
+    if subspace is None:
         raise ValueError("an adapter folder has no bases of its own; pass the subspace to measure.")
-    else:
-        layers = [
-            (
-                layer.site.name,
-                layer.lora_A,
-                layer.lora_B,
-                subspace.read.get(layer.site.name),
-                subspace.write.get(layer.site.name),
-            )
-            for layer in load_adapter(source).layers
-        ]
+    return _leakages(
+        (
+            layer.site.name,
+            layer.lora_A,
+            layer.lora_B,
+            subspace.read.get(layer.site.name),
+            subspace.write.get(layer.site.name),
+        )
+        for layer in load_adapter(source).layers
+    )
+
+
+_Layer = tuple[str, Tensor, Tensor, Tensor | None, Tensor | None]  # name, A, B, U, V
+
+
+def _leakages(layers: Iterable[_Layer]) -> dict[str, Leakage]:
     found = {
         name: _layer_leakage(name, A, B, U, V)
         for name, A, B, U, V in layers
@@ -71,10 +79,8 @@ def leakage(
     return found
 
 
-def _model_layers(
-    model: nn.Module, subspace: Subspace | None
-) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None, Tensor | None]]:
-    """Name, A, B, U, V of every adapted linear layer."""
+def _model_layers(model: nn.Module, subspace: Subspace | None) -> Iterator[_Layer]:
+    """Every adapted linear layer."""
     for name, module in model.named_modules():
         lora_A = getattr(module, "lora_A", None)
         if not isinstance(lora_A, nn.ModuleDict) or not lora_A:
@@ -89,7 +95,8 @@ def _model_layers(
         if active[0] in getattr(layer, "closed_adapters", ()):
             layer.close_()
         A, B = layer.lora_A[active[0]].weight, layer.lora_B[active[0]].weight
-        yield base_name(name), A.detach(), B.detach(), U, V
+        refuse_away(f"lora_A of {base_name(name)!r}", A)
+        yield base_name(name), whole(A), whole(B), U, V
 
 
 @torch.no_grad()

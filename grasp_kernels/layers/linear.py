@@ -19,6 +19,7 @@ from grasp_kernels.ops.lora_linear import measured, padding
 from grasp_kernels.ops.lora_linear.api import KERNELS
 from grasp_kernels.ops.lora_linear.aten import write_weight
 from grasp_kernels.ops.projection import project_columns, project_rows
+from grasp_kernels.processes import is_away, is_slice, refuse_away, whole, write_whole_
 
 # A factor counts as closed when its share along the basis is at rounding level; writing it again
 # would change the last bit at every save.
@@ -34,8 +35,9 @@ class GraspLoRALinear(lora.Linear):
     merged weights.
 
     Attributes:
-        write_basis: `V[N, Q]`, float32, non-persistent buffer, or None.
-        read_basis: `U[K, P]`, float32, non-persistent buffer, or None.
+        write_basis: `V[N, Q]`, float32, or None. Not a buffer: those are cast by FSDP and
+            overwritten by DDP in every forward, which breaks backwards that are under way.
+        read_basis: `U[K, P]`, float32, not a buffer either, or None.
         project: "residual" or "weights", see `lora_linear`.
         closed_adapters: names of the adapters that are kept closed.
         backend: "auto" or the name of a backend.
@@ -136,8 +138,9 @@ class GraspLoRALinear(lora.Linear):
         weight = self.get_base_layer().weight
         for name, basis in (("write_basis", write_basis), ("read_basis", read_basis)):
             if basis is not None:
-                basis = basis.detach().to(weight.device, torch.float32)
-            self.register_buffer(name, basis, persistent=False)
+                basis = basis.detach().to(torch.float32)
+            setattr(self, name, basis)
+        self._move_bases(weight.device)
         self.project = project
         self.closed_adapters = frozenset(self.lora_A) if closed else frozenset()
         self.backend = backend
@@ -174,11 +177,13 @@ class GraspLoRALinear(lora.Linear):
         if self.why_stock(x, *args, **kwargs) is not None:
             return self._stock_forward(x, *args, **kwargs)
         (adapter,) = self._active()
+        self._move_bases(x.device)
         closed_factors = self._closed_factors(x, adapter)
         base, lora_B, dropout = self.base_layer, self.lora_B[adapter], self.lora_dropout[adapter]
         return lora_linear(
             x,
-            base.weight,
+            # A view that FSDP makes asks for a gradient when any parameter of its unit does.
+            base.weight.detach() if base.weight.requires_grad else base.weight,
             base.bias,
             self.lora_A[adapter].weight,
             lora_B.weight,
@@ -199,8 +204,16 @@ class GraspLoRALinear(lora.Linear):
         self.close_()
         y = super().forward(x, *args, **kwargs)
         if self.project == "residual" and self.write_basis is not None:
+            self._move_bases(y.device)
             y = project_gradient(y, self.write_basis)
         return y
+
+    def _move_bases(self, device: torch.device) -> None:
+        """To the device of the weights, which FSDP may move without a word."""
+        for name in ("write_basis", "read_basis"):
+            basis = getattr(self, name)
+            if basis is not None and basis.device != device and device.type != "meta":
+                setattr(self, name, basis.to(device))
 
     def _closed_factors(self, x: Tensor, adapter: str) -> tuple[Tensor, Tensor] | None:
         """A°, B° from the launch that makes those of all layers; None: the operator makes them."""
@@ -265,13 +278,24 @@ class GraspLoRALinear(lora.Linear):
 
     @torch.no_grad()
     def close_(self) -> None:
-        """Write `A°`, `B°`, `b°` into the parameters; the function of the layer stays as it is."""
+        """Write `A°`, `B°`, `b°` into the parameters; the function of the layer stays as it is.
+
+        All processes must call it where the parameters are DTensors.
+
+        Raises:
+            ValueError: FSDP or DeepSpeed has left a slice of a factor here.
+        """
+        U, V = self.read_basis, self.write_basis
         for name in self.closed_adapters & self.lora_A.keys():
+            if U is not None:
+                refuse_away(f"lora_A of the adapter {name!r}", self.lora_A[name].weight)
+            if V is not None:
+                refuse_away(f"lora_B of the adapter {name!r}", self.lora_B[name].weight)
             lora_A, lora_B = self.lora_A[name], self.lora_B[name]
-            _close_(lora_A.weight, lambda A: project_rows(A, self.read_basis))
-            _close_(lora_B.weight, lambda B: project_columns(B, self.write_basis))
+            _close_(lora_A.weight, project_rows, U)
+            _close_(lora_B.weight, project_columns, V)
             if lora_B.bias is not None:
-                _close_(lora_B.bias, lambda b: project_columns(b, self.write_basis))
+                _close_(lora_B.bias, project_columns, V)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """peft's `ΔW`, which merging uses, of the closed factors."""
@@ -281,23 +305,28 @@ class GraspLoRALinear(lora.Linear):
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # A state dict visits this layer before the factors below it, so they are stored closed;
         # closing in place (not a copy) makes the checkpoint the very state that training goes on
-        # from, so that a resumed run repeats an uninterrupted one bit by bit.
-        self.close_()
+        # from, so that a resumed run repeats an uninterrupted one bit by bit. FSDP visits the
+        # processes that save nothing as well, with their slices.
+        if not any(is_away(factor.weight) for factor in self.lora_B.values()):
+            self.close_()
         super()._save_to_state_dict(*args, **kwargs)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # FSDP gathers a weight that was loaded anew at its old address, with its old version.
+        self._write_weight = (None, None)
+        super()._load_from_state_dict(*args, **kwargs)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GraspLoRALinear:
-        # `model.bfloat16()` must not round the bases: closure is as exact as they are.
-        bases = self.write_basis, self.read_basis
         super()._apply(fn, recurse)
-        for name, basis in zip(("write_basis", "read_basis"), bases, strict=True):
-            moved = getattr(self, name)
-            if basis is not None and moved.dtype != torch.float32:
-                setattr(self, name, basis.to(moved.device))
+        self._move_bases(self.get_base_layer().weight.device)
         return self
 
 
-def why_never(layer: nn.Module, adapter: str) -> str | None:
-    """Why the operator can never compute a peft layer as it is set up, or None if it can."""
+def why_never(layer: nn.Module, adapter: str, *, sharded: bool = False) -> str | None:
+    """Why the operator can never compute a peft layer as it is set up, or None if it can.
+
+    `sharded` is for a model of FSDP2 outside of its forward, whose weights are DTensors until then.
+    """
     if not isinstance(layer, lora.Linear):
         return f"{type(layer).__module__}.{type(layer).__qualname__} is not peft's lora.Linear"
     base = layer.base_layer
@@ -307,13 +336,18 @@ def why_never(layer: nn.Module, adapter: str) -> str | None:
         return "fan_in_fan_out weights"
     if adapter in layer.lora_variant:
         return f"the LoRA variant {type(layer.lora_variant[adapter]).__name__}"
-    if base.weight.requires_grad:
+    if base.weight.requires_grad and base.weight.is_leaf:
         return "the base weight is trained too"
     children = (base, layer.lora_A[adapter], layer.lora_B[adapter])
     if any(_has_hooks(child) for child in children):
         return "a child module has hooks"
-    if any(type(child.weight) is not nn.Parameter for child in children):
-        return f"a weight is a {type(base.weight).__name__}"
+    for child in children:
+        if type(child) is not nn.Linear:
+            return f"a child module is a {type(child).__name__}"
+        if type(child.weight) not in (nn.Parameter, Tensor) and not sharded:
+            return f"a weight is a {type(child.weight).__name__}"
+        if is_slice(child.weight):
+            return "a weight is here as a slice only"
     if not base.weight.is_floating_point():
         return f"a base weight of {base.weight.dtype}"
     if not isinstance(layer.lora_dropout[adapter], (nn.Dropout, nn.Identity)):
@@ -331,11 +365,14 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _close_(parameter: Tensor, projection: Callable[[Tensor], Tensor]) -> None:
-    closed = projection(parameter)
-    if closed is parameter or parameter.is_meta:
+def _close_(
+    parameter: Tensor, projection: Callable[[Tensor, Tensor | None], Tensor], basis: Tensor | None
+) -> None:
+    if basis is None or parameter.is_meta:
         return
-    removed = torch.linalg.vector_norm(closed - parameter.to(closed.dtype))
-    rounding = _CLOSED_TO * torch.finfo(parameter.dtype).eps
+    weight = whole(parameter)
+    closed = projection(weight, basis.to(weight.device))
+    removed = torch.linalg.vector_norm(closed - weight.to(closed.dtype))
+    rounding = _CLOSED_TO * torch.finfo(weight.dtype).eps
     if removed > rounding * torch.linalg.vector_norm(closed):
-        parameter.copy_(closed)
+        write_whole_(parameter, closed)

@@ -17,6 +17,7 @@ from grasp_kernels.layers.factors import ClosedFactors
 from grasp_kernels.layers.linear import GraspLoRALinear, why_never
 from grasp_kernels.ops import backends, project_gradient
 from grasp_kernels.ops.lora_linear.api import PROJECTIONS
+from grasp_kernels.processes import by_fsdp2, refuse_away
 from grasp_kernels.sites import Site, SiteRules, base_name, model_sites
 from grasp_kernels.subspace import Subspace
 
@@ -100,8 +101,11 @@ def replace_lora_layers(
     restore_lora_layers(model)
 
     factors = ClosedFactors()
+    sharded = by_fsdp2(model)
     for name, layer in layers.items():
-        reason = _why_kept(layer)
+        if name in write or name in read:
+            refuse_away(f"the weight of {name!r}", layer.get_base_layer().weight)
+        reason = _why_kept(layer, sharded)
         if reason is not None:
             report.fallbacks[name] = reason
             continue
@@ -137,12 +141,12 @@ def _check_options(project: str, backend: str) -> None:
         )
 
 
-def _why_kept(layer: LoraLayer) -> str | None:
+def _why_kept(layer: LoraLayer, sharded: bool) -> str | None:
     if type(layer) not in (lora.Linear, GraspLoRALinear):
         return f"a {type(layer).__name__} layer of peft has no operator here"
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance (device_map and offloading do that)"
-    reasons = (why_never(layer, adapter) for adapter in layer.lora_A)
+    reasons = (why_never(layer, adapter, sharded=sharded) for adapter in layer.lora_A)
     return next((reason for reason in reasons if reason is not None), None)
 
 
