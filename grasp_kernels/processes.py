@@ -46,9 +46,9 @@ def refuse_away(name: str, matrix: Tensor) -> None:
             "which is not supported; use ZeRO-2 or FSDP2."
         )
     raise ValueError(
-        f"{name} is a slice of a weight (its shape is {tuple(matrix.shape)}) outside of the unit "
-        "that FSDP wraps; replace the LoRA layers before wrapping, wrap whole decoder blocks "
-        "instead of single LoRA layers (fsdp_version 2 does), and read weights within "
+        f"{name} is here as a slice of shape {tuple(matrix.shape)}, outside of the unit that FSDP "
+        "wraps; replace LoRA layers before wrapping, wrap decoder blocks rather than LoRA layers "
+        "(as fsdp_version 2 does), and read weights within "
         "FullyShardedDataParallel.summon_full_params."
     )
 
@@ -76,6 +76,19 @@ def write_whole_(weight: Any, value: Tensor) -> None:
             src_data_rank=None,  # nothing is sent
         ).to(weight.device)
     weight.copy_(value)
+
+
+def refuse_tensor_parallel(name: str, weight: Tensor) -> None:
+    """Raise for a DTensor outside of FSDP2, whose forward works on shards of the features.
+
+    Raises:
+        ValueError: it is one; the sentence says what to do.
+    """
+    if is_sharded(weight):
+        raise ValueError(
+            f"{name} is split by tensor parallelism ({weight.placements}), under which a subspace "  # type: ignore[attr-defined]
+            "cannot be projected; use FSDP2, DDP or no subspace."
+        )
 
 
 def by_fsdp2(model: nn.Module) -> bool:

@@ -6,7 +6,7 @@ Shapes: K in, N out, R LoRA rank, P read basis size, Q write basis size.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp_kernels.adapters import load_adapter
-from grasp_kernels.adapters.files import WEIGHTS, find_weights
+from grasp_kernels.adapters.files import INDEX, WEIGHTS, find_weights, open_weights
 from grasp_kernels.files import whole_folder
 from grasp_kernels.ops.projection import project_columns, project_rows
 from grasp_kernels.processes import gathered, refuse_away, whole
@@ -135,7 +135,7 @@ def project_adapter(
         FileExistsError: `out` exists.
         ValueError: the subspace is empty, or covers no layer of the adapter.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     source, target = Path(adapter_dir), Path(out)
     if target.exists():
@@ -144,17 +144,21 @@ def project_adapter(
         raise ValueError("the subspace is empty, there is nothing to project out of the adapter.")
     leakage(source, subspace)  # checks the adapter, and that the two fit
     weights = find_weights(source, None)
-    projected = _projected(load_file(weights), subspace)
+    with open_weights(weights) as tensors:
+        projected = _projected(tensors, subspace)
     with whole_folder(target) as folder:
         for file in weights.parent.iterdir():
-            if file.suffix in _COPIED and file.is_file():
+            if file.suffix in _COPIED and file.is_file() and file.name != INDEX:
                 shutil.copy2(file, folder / file.name)
         save_file(projected, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def _projected(tensors: Mapping[str, Tensor], subspace: Subspace) -> dict[str, Tensor]:
+def _projected(
+    tensors: Mapping[str, Callable[[], Tensor]], subspace: Subspace
+) -> dict[str, Tensor]:
     found = {}
-    for key, tensor in tensors.items():
+    for key, read in tensors.items():
+        tensor = read()
         name, _, factor = base_name(key).rpartition(".lora_")
         projected = tensor
         if factor.startswith("A"):

@@ -362,6 +362,7 @@ def _has_hooks(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "_hf_hook" in module.__dict__
+        or "forward" in module.__dict__  # tensor parallelism of transformers
     )
 
 

@@ -17,7 +17,7 @@ from grasp_kernels.layers.factors import ClosedFactors
 from grasp_kernels.layers.linear import GraspLoRALinear, why_never
 from grasp_kernels.ops import backends, project_gradient
 from grasp_kernels.ops.lora_linear.api import PROJECTIONS
-from grasp_kernels.processes import by_fsdp2, refuse_away
+from grasp_kernels.processes import by_fsdp2, refuse_away, refuse_tensor_parallel
 from grasp_kernels.sites import Site, SiteRules, base_name, model_sites
 from grasp_kernels.subspace import Subspace
 
@@ -73,12 +73,14 @@ def replace_lora_layers(
         project, closed, backend: see `lora_linear`.
         pad_weights: lay the frozen weights out with a few spare columns and rows, so that wide
             products (70B sizes) can carry the adapter inside the library's product; for kernels.
-            `restore_lora_layers` makes the weights contiguous again.
+            `restore_lora_layers` makes the weights contiguous again. Not for FSDP, which lays the
+            weights out itself.
         sites: writers and readers of an architecture that is not known.
 
     Raises:
         ValueError: no LoRA layers, a subspace of another model (the site or the shape is named), an
-            unknown option, or an architecture whose writers are not known.
+            unknown option, an architecture whose writers are not known, or a subspace for weights
+            that tensor parallelism, ZeRO-3 of DeepSpeed or FSDP has taken apart (FSDP2 may).
     """
     _check_options(project, backend)
     layers = {
@@ -102,9 +104,16 @@ def replace_lora_layers(
 
     factors = ClosedFactors()
     sharded = by_fsdp2(model)
+    if sharded and pad_weights:
+        raise ValueError(
+            "pad_weights=True cannot lay out weights that FSDP2 has sharded; leave it out."
+        )
     for name, layer in layers.items():
         if name in write or name in read:
-            refuse_away(f"the weight of {name!r}", layer.get_base_layer().weight)
+            weight = layer.get_base_layer().weight
+            refuse_away(f"the weight of {name!r}", weight)
+            if not sharded:
+                refuse_tensor_parallel(f"the weight of {name!r}", weight)
         reason = _why_kept(layer, sharded)
         if reason is not None:
             report.fallbacks[name] = reason
