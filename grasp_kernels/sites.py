@@ -22,6 +22,8 @@ from itertools import chain
 
 from torch import Tensor, nn
 
+from grasp_kernels.processes import whole
+
 # γ is the weight; γ is 1 + weight; γ is the weight and the mean is taken out.
 NORMS = ("rms", "rms1p", "layer")
 
@@ -211,8 +213,13 @@ RULES: dict[str, SiteRules] = {
 }
 
 
+_WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+
+
 def base_name(name: str) -> str:
-    """The name without what peft adds: no "base_model.model." before, no ".base_layer" in it."""
+    """The name without what wraps the module: DDP, FSDP, checkpointing, compilation, and peft's
+    "base_model.model." before and ".base_layer" in it."""
+    name = _WRAPPERS.sub("", f"{name}.").removeprefix("module.")[:-1]
     return name.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
@@ -287,7 +294,7 @@ def model_gains(model: nn.Module, sites: Iterable[Site]) -> dict[str, Tensor]:
     for site in sites:
         weight = getattr(modules.get(site.norm or ""), "weight", None)
         if site.norm is not None and site.norm not in gains and weight is not None:
-            gains[site.norm] = site.gain(weight.detach())
+            gains[site.norm] = site.gain(whole(weight))
     return gains
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from grasp_kernels.processes import whole
 from grasp_kernels.sites import base_name
 
 
@@ -55,13 +56,17 @@ def read_base_model(source: nn.Module | str | PathLike[str] | None) -> BaseModel
 def _from_module(model: nn.Module) -> BaseModel:
     config = getattr(model, "config", None)
     vectors = {
-        base_name(name): parameter.detach
+        base_name(name): partial(_copy, parameter)
         for name, parameter in model.named_parameters()
         if parameter.ndim == 1 and not parameter.is_meta
     }
     return BaseModel(
         getattr(config, "model_type", None), getattr(config, "num_hidden_layers", None), vectors
     )
+
+
+def _copy(parameter: Tensor) -> Tensor:
+    return whole(parameter).clone()
 
 
 def _from_folder(folder: Path) -> BaseModel:

@@ -1,4 +1,5 @@
-"""The files that peft writes: `adapter_config.json` and `adapter_model.safetensors`.
+"""The files that peft writes: `adapter_config.json` and `adapter_model.safetensors`, the latter
+perhaps as several shards with an index.
 
 Shapes: `R` LoRA rank, `K` inputs and `N` outputs of a linear layer.
 """
@@ -8,8 +9,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from grasp_kernels.sites import base_name
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"  # which of several shards holds which tensor
 
 _LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$")
 
@@ -35,14 +39,15 @@ class Factors:
 
 
 def find_weights(source: Path, adapter_name: str | None) -> Path:
-    """The safetensors file of an adapter given by its folder or by the file itself."""
+    """The safetensors file of an adapter given by its folder or by the file itself, or the index of
+    its shards."""
     if source.suffix in {".bin", ".pt", ".pth"}:
         raise ValueError(
             f"{str(source)!r} is a pickle, which can run code when it is read; load it with peft "
             "where you trust it and save it again with save_pretrained, which writes safetensors."
         )
     if source.is_file():
-        if source.suffix != ".safetensors":
+        if source.suffix != ".safetensors" and source.name != INDEX:
             raise ValueError(
                 f"{str(source)!r} is no adapter; give an adapter folder or a .safetensors file."
             )
@@ -54,10 +59,12 @@ def find_weights(source: Path, adapter_name: str | None) -> Path:
         )
     # peft saves the adapter "default" in the folder itself and others in folders of their name
     folder = source if adapter_name in (None, "default") else source / str(adapter_name)
-    if (folder / WEIGHTS).is_file():
-        return folder / WEIGHTS
+    for name in (WEIGHTS, INDEX):
+        if (folder / name).is_file():
+            return folder / name
     if (folder / "adapter_model.bin").is_file():
         return find_weights(folder / "adapter_model.bin", None)
+    _refuse_distributed(source)
     inside = sorted(path.parent.name for path in source.glob(f"*/{WEIGHTS}"))
     if inside:
         raise FileNotFoundError(
@@ -68,6 +75,17 @@ def find_weights(source: Path, adapter_name: str | None) -> Path:
         f"The folder {str(source)!r} has no {WEIGHTS}; give a folder that peft's save_pretrained "
         "wrote."
     )
+
+
+def _refuse_distributed(folder: Path) -> None:
+    """Raise for a checkpoint of `torch.distributed.checkpoint`, as FSDP saves it."""
+    shard = next((s for pattern in ("*.distcp", "*/*.distcp") for s in folder.glob(pattern)), None)
+    if shard is not None:
+        raise ValueError(
+            f"{str(shard.parent)!r} is a sharded checkpoint whose index is a pickle, which can run "
+            f"code when it is read; where you trust it, run `accelerate merge-weights "
+            f"{shard.parent} OUT`, copy {CONFIG} into OUT and give OUT/model.safetensors."
+        )
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -102,30 +120,65 @@ def refuse_variants(where: str, config: Mapping[str, Any]) -> None:
         )
 
 
+@contextmanager
+def open_weights(path: Path) -> Iterator[dict[str, Callable[[], Tensor]]]:
+    """A reader for each tensor of a safetensors file, or of all shards that an index names.
+
+    Raises:
+        FileNotFoundError: a shard is missing.
+        ValueError: a file is not what its name says.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = path
+    try:
+        with ExitStack() as stack:
+            tensors: dict[str, Callable[[], Tensor]] = {}
+            for file in _shards(path):
+                opened = stack.enter_context(safe_open(file, framework="pt"))
+                tensors.update((key, partial(opened.get_tensor, key)) for key in opened.keys())  # noqa: SIM118
+            yield tensors
+    except SafetensorError as error:
+        raise ValueError(
+            f"{str(file)!r} is no safetensors file ({error}); save the adapter again."
+        ) from error
+
+
+def _shards(path: Path) -> list[Path]:
+    if path.name != INDEX:
+        return [path]
+    try:
+        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{str(path)!r} is no index of shards ({error!r}); save the adapter again."
+        ) from error
+    missing = [name for name in names if not (path.parent / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{str(path)!r} names {listed(missing)}, which {'is' if len(missing) == 1 else 'are'} "
+            "not beside it; copy all shards there."
+        )
+    return [path.parent / name for name in names]
+
+
 def read_weights(
     path: Path, config: Mapping[str, Any], adapter_name: str | None
 ) -> tuple[list[Factors], list[str]]:
     """Read the factors of each module, one tensor at a time, and note what else the file holds."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys, others = _sort_keys(path, list(file.keys()), adapter_name)
-            scaling = _scaling_from_config(config)
-            factors = [
-                Factors(
-                    name,
-                    pair["A"].replace(".lora_A", ".lora_{}"),
-                    a := file.get_tensor(pair["A"]),
-                    file.get_tensor(pair["B"]),
-                    scaling(name, a.shape[0]),
-                )
-                for name, pair in keys.items()
-            ]
-    except SafetensorError as error:
-        raise ValueError(
-            f"{str(path)!r} is no safetensors file ({error}); save the adapter again."
-        ) from error
+    with open_weights(path) as tensors:
+        keys, others = _sort_keys(path, tensors, adapter_name)
+        scaling = _scaling_from_config(config)
+        factors = [
+            Factors(
+                name,
+                pair["A"].replace(".lora_A", ".lora_{}"),
+                a := tensors[pair["A"]](),
+                tensors[pair["B"]](),
+                scaling(name, a.shape[0]),
+            )
+            for name, pair in keys.items()
+        ]
     notes = []
     if others:
         notes.append(f"The file also holds weights that are not LoRA factors: {listed(others)}.")

@@ -26,6 +26,7 @@ from grasp_kernels.adapters.files import (
     read_weights,
     refuse_variants,
 )
+from grasp_kernels.processes import gathered, refuse_away, whole
 from grasp_kernels.sites import Site, SiteRules, base_name, site_rules
 
 # these start from a base whose weights were changed, so B·A alone is not the change of the weights
@@ -83,7 +84,8 @@ def load_adapter(
         ValueError: not a plain LoRA adapter, non-finite or untrained weights, unknown architecture.
     """
     if isinstance(source, nn.Module):
-        return _from_model(source, adapter_name, base_model, sites)
+        with gathered(source):
+            return _from_model(source, adapter_name, base_model, sites)
     if not isinstance(source, (str, PathLike)):
         raise TypeError(
             f"An adapter cannot be read from a {type(source).__name__}; give a peft model, an "
@@ -228,16 +230,12 @@ def _model_factors(model: nn.Module, adapter_name: str) -> Iterator[Factors]:
                 "without embeddings in target_modules."
             )
         if adapter_name in getattr(module, "lora_A", ()):
+            A, B = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
+            refuse_away(f"lora_A of {base_name(name)!r}", A)
             yield Factors(
                 base_name(name),
                 f"{name}.lora_{{}}.{adapter_name}.weight",
-                _whole(module.lora_A[adapter_name].weight),
-                _whole(module.lora_B[adapter_name].weight),
+                whole(A).clone(),  # what FSDP has gathered is freed again
+                whole(B).clone(),
                 float(module.scaling[adapter_name]),
             )
-
-
-def _whole(weight: Tensor) -> Tensor:
-    """Gather a weight that is sharded over processes (a DTensor)."""
-    weight = weight.detach()
-    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp_kernels.ops.projection import project_columns, project_rows
+from grasp_kernels.processes import is_away, refuse_away, whole, write_whole_
 
 # A factor counts as closed when its share along the basis is at rounding level; writing it again
 # would change the last bit at every save.
@@ -29,8 +30,9 @@ class ClosedLayer(_LAYER):
 
     Attributes:
         stock: the class of peft that a layer becomes again when it is released.
-        write_basis: `V[N, Q]`, float32, non-persistent buffer, or None.
-        read_basis: `U[K, P]`, float32, non-persistent buffer, or None.
+        write_basis: `V[N, Q]`, float32, or None. Not a buffer: those are cast by FSDP and
+            overwritten by DDP in every forward, which breaks backwards that are under way.
+        read_basis: `U[K, P]`, float32, not a buffer either, or None.
         closed_adapters: names of the adapters that are kept closed.
     """
 
@@ -44,30 +46,50 @@ class ClosedLayer(_LAYER):
     ) -> None:
         """Set the bases where `weight` is; the adapters that exist now are closed if `closed`."""
         for name, basis in (("write_basis", write_basis), ("read_basis", read_basis)):
-            if basis is not None:
-                # A weight that is loaded later has no data yet, and a basis would lose its own.
-                device = basis.device if weight.is_meta else weight.device
-                basis = basis.detach().to(device, torch.float32)
-            self.register_buffer(name, basis, persistent=False)
+            setattr(self, name, None if basis is None else basis.detach().to(torch.float32))
+        self.move_bases(weight.device)
         self.closed_adapters = frozenset(self.lora_A) if closed else frozenset()
         self.close_()
 
+    def move_bases(self, device: torch.device) -> None:
+        """To the device of the weights, which FSDP may move without a word."""
+        for name in ("write_basis", "read_basis"):
+            basis = getattr(self, name)
+            # A weight that is loaded later has no data yet, and a basis would lose its own.
+            if basis is not None and basis.device != device and device.type != "meta":
+                setattr(self, name, basis.to(device))
+
     def release(self) -> None:
         """Turn this layer back into peft's own, in place, with the weights it computed with."""
-        self.close_()
+        self.close_()  # or raises, and nothing has changed
+        self._forget()
+        self.__class__ = self.stock
+
+    def _forget(self) -> None:
+        """Remove what peft's own class does not have."""
         for name in ("write_basis", "read_basis", "closed_adapters"):
             delattr(self, name)
-        self.__class__ = self.stock
 
     @torch.no_grad()
     def close_(self) -> None:
-        """Write `A°`, `B°`, `b°` into the parameters; the function of the layer stays as it is."""
+        """Write `A°`, `B°`, `b°` into the parameters; the function of the layer stays as it is.
+
+        All processes must call it where the parameters are DTensors.
+
+        Raises:
+            ValueError: FSDP or DeepSpeed has left a slice of a factor here.
+        """
+        U, V = self.read_basis, self.write_basis
         for name in self.closed_adapters & self.lora_A.keys():
             lora_A, lora_B = self.lora_A[name], self.lora_B[name]
-            _close_(lora_A.weight, lambda A: project_rows(A, self.read_basis))
-            _close_(lora_B.weight, lambda B: project_columns(B, self.write_basis))
+            if U is not None:
+                refuse_away(f"lora_A of the adapter {name!r}", lora_A.weight)
+            if V is not None:
+                refuse_away(f"lora_B of the adapter {name!r}", lora_B.weight)
+            _close_(lora_A.weight, project_rows, U)
+            _close_(lora_B.weight, project_columns, V)
             if lora_B.bias is not None:
-                _close_(lora_B.bias, lambda b: project_columns(b, self.write_basis))
+                _close_(lora_B.bias, project_columns, V)
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         """peft's, which adds an adapter, perhaps to combine the others in it: they are closed."""
@@ -83,30 +105,29 @@ class ClosedLayer(_LAYER):
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # A state dict visits this layer before the factors below it, so they are stored closed;
         # closing in place (not a copy) makes the checkpoint the very state that training goes on
-        # from, so that a resumed run repeats an uninterrupted one bit by bit.
-        self.close_()
+        # from, so that a resumed run repeats an uninterrupted one bit by bit. FSDP visits the
+        # processes that save nothing as well, with their slices.
+        if not any(is_away(factor.weight) for factor in self.lora_B.values()):
+            self.close_()
         super()._save_to_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ClosedLayer:
-        # Bases only follow to another device. `bfloat16()` must not round them, since closure is as
-        # exact as they are, and `to_empty()` must not empty them, since no checkpoint has them.
-        bases = self.write_basis, self.read_basis
+        # Bases only follow to another device: closure is as exact as they are.
         super()._apply(fn, recurse)
-        for name, basis in zip(("write_basis", "read_basis"), bases, strict=True):
-            if basis is not None:
-                setattr(self, name, basis.to(getattr(self, name).device))
+        self.move_bases(next(self.parameters()).device)
         return self
 
 
-def _close_(parameter: Tensor, projection: Callable[[Tensor], Tensor]) -> None:
-    if parameter.is_meta:
+def _close_(
+    parameter: Tensor, projection: Callable[[Tensor, Tensor | None], Tensor], basis: Tensor | None
+) -> None:
+    if basis is None or parameter.is_meta:
         return
-    closed = projection(parameter)
-    if closed is parameter:
-        return
-    removed = torch.linalg.vector_norm(closed - parameter.to(closed.dtype))
-    rounding = _CLOSED_TO * torch.finfo(parameter.dtype).eps
+    weight = whole(parameter)
+    closed = projection(weight, basis.to(weight.device))
+    removed = torch.linalg.vector_norm(closed - weight.to(closed.dtype))
+    rounding = _CLOSED_TO * torch.finfo(weight.dtype).eps
     if removed > rounding * torch.linalg.vector_norm(closed):
         # Past autograd's version counter: a backward that is still to come has saved A° and B°, so
         # a checkpoint or a reference model between forward and backward does not invalidate it.
-        parameter.data.copy_(closed)
+        write_whole_(parameter.data, closed)

@@ -6,7 +6,7 @@ Shapes: K in, N out, R LoRA rank, P read basis size, Q write basis size.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from grasp_kernels.adapters import load_adapter
 from grasp_kernels.adapters.base_model import read_tensor
-from grasp_kernels.adapters.files import WEIGHTS, find_weights
+from grasp_kernels.adapters.files import INDEX, WEIGHTS, find_weights, open_weights
 from grasp_kernels.files import whole_folder
 from grasp_kernels.ops.projection import project_columns, project_rows
+from grasp_kernels.processes import gathered, refuse_away, whole
 from grasp_kernels.sites import adapted_name, base_name
 from grasp_kernels.subspace import Subspace
 
@@ -47,7 +48,8 @@ def leakage(
 
     Args:
         source: a model with LoRA layers (its first active adapter counts), or an adapter folder;
-            with `base` a model, or its checkpoint folder.
+            with `base` a model, or its checkpoint folder. Of a model that is sharded over
+            processes, all of them must ask.
         subspace: whose bases to measure along; by default those of the model's GraspLoRALinear
             layers.
         base: the model that `source` was made from, or its checkpoint folder.
@@ -60,20 +62,26 @@ def leakage(
     if base is not None:
         return _difference_leakage(source, base, subspace)
     if isinstance(source, nn.Module):
-        layers = list(_model_layers(source, subspace))
-    elif subspace is None:
+        with gathered(source):
+            return _leakages(_model_layers(source, subspace))
+    if subspace is None:
         raise ValueError("an adapter folder has no bases of its own; pass the subspace to measure.")
-    else:
-        layers = [
-            (
-                layer.site.name,
-                layer.lora_A,
-                layer.lora_B,
-                subspace.read.get(layer.site.name),
-                subspace.write.get(layer.site.name),
-            )
-            for layer in load_adapter(source).layers
-        ]
+    return _leakages(
+        (
+            layer.site.name,
+            layer.lora_A,
+            layer.lora_B,
+            subspace.read.get(layer.site.name),
+            subspace.write.get(layer.site.name),
+        )
+        for layer in load_adapter(source).layers
+    )
+
+
+_Layer = tuple[str, Tensor, Tensor, Tensor | None, Tensor | None]  # name, A, B, U, V
+
+
+def _leakages(layers: Iterable[_Layer]) -> dict[str, Leakage]:
     found = {
         name: _layer_leakage(name, A, B, U, V)
         for name, A, B, U, V in layers
@@ -86,10 +94,8 @@ def leakage(
     return found
 
 
-def _model_layers(
-    model: nn.Module, subspace: Subspace | None
-) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None, Tensor | None]]:
-    """Name, A, B, U, V of every adapted layer; of experts A and B are stacks."""
+def _model_layers(model: nn.Module, subspace: Subspace | None) -> Iterator[_Layer]:
+    """Every adapted layer; of experts A and B are stacks."""
     for name, module in model.named_modules():
         lora_A = getattr(module, "lora_A", None)
         if not isinstance(lora_A, nn.ModuleDict) or not lora_A:
@@ -103,13 +109,13 @@ def _model_layers(
             U, V = subspace.read.get(adapted), subspace.write.get(adapted)
         if active[0] in getattr(layer, "closed_adapters", ()):
             layer.close_()
-        A, B = _factors(layer, active[0])
-        yield adapted, A.detach(), B.detach(), U, V
+        refuse_away(f"lora_A of {adapted!r}", layer.lora_A[active[0]].weight)
+        yield adapted, *_factors(layer, active[0]), U, V
 
 
 def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
     """`A[R, K]`, `B[N, R]`; of E experts, which peft stores flat, `A[E, R, K]`, `B[E, N, R]`."""
-    A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    A, B = whole(layer.lora_A[adapter].weight), whole(layer.lora_B[adapter].weight)
     if not hasattr(layer, "parameter_name"):
         return A, B
     E = layer.num_experts
@@ -237,7 +243,7 @@ def project_adapter(
         FileExistsError: `out` exists.
         ValueError: the subspace is empty, or covers no layer of the adapter.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     source, target = Path(adapter_dir), Path(out)
     if target.exists():
@@ -246,17 +252,21 @@ def project_adapter(
         raise ValueError("the subspace is empty, there is nothing to project out of the adapter.")
     leakage(source, subspace)  # checks the adapter, and that the two fit
     weights = find_weights(source, None)
-    projected = _projected(load_file(weights), subspace)
+    with open_weights(weights) as tensors:
+        projected = _projected(tensors, subspace)
     with whole_folder(target) as folder:
         for file in weights.parent.iterdir():
-            if file.suffix in _COPIED and file.is_file():
+            if file.suffix in _COPIED and file.is_file() and file.name != INDEX:
                 shutil.copy2(file, folder / file.name)
         save_file(projected, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def _projected(tensors: Mapping[str, Tensor], subspace: Subspace) -> dict[str, Tensor]:
+def _projected(
+    tensors: Mapping[str, Callable[[], Tensor]], subspace: Subspace
+) -> dict[str, Tensor]:
     found = {}
-    for key, tensor in tensors.items():
+    for key, read in tensors.items():
+        tensor = read()
         name, _, factor = base_name(key).rpartition(".lora_")
         projected = tensor
         if factor.startswith("A"):

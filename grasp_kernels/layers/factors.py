@@ -5,6 +5,7 @@ through raw pointers), so a version counter alone cannot say when closed factors
 factors serve one forward pass: a layer that comes a second time outside of a backward has begun a
 new pass, and all layers get new factors in one launch. Inside a backward, where activation
 checkpointing computes layers again, parameters cannot have changed, and the old factors serve.
+Under FSDP a launch is for the layers of one unit, whose parameters are gathered together.
 Shapes: K in, N out, R LoRA rank, P read basis size, Q write basis size.
 """
 
@@ -15,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grasp_kernels.ops.closure.api import Factor, close
+from grasp_kernels.processes import is_slice
 
 if TYPE_CHECKING:
     from grasp_kernels.layers.projected import ProjectedLoRA
@@ -55,13 +57,22 @@ class ClosedFactors:
         in_backward = torch._C._current_graph_task_id() != -1
         if entry.factors is None or entry.key != _key(layer, adapter):
             first = entry.factors is None
-            self._refresh([layer] if first or in_backward else list(self._entries))
+            self._refresh([layer] if first or in_backward else self._at_hand(layer))
         elif not entry.unused and not in_backward:
-            self._refresh(list(self._entries))
+            self._refresh(self._at_hand(layer))
         if not in_backward:
             entry.unused = False
         assert entry.factors is not None
         return entry.factors
+
+    def _at_hand(self, layer: ProjectedLoRA) -> list[ProjectedLoRA]:
+        """The layers whose factors can be read: those outside of the unit that FSDP has gathered
+        for this layer have DTensors, slices or views of freed memory."""
+        return [
+            other
+            for other, entry in self._entries.items()
+            if other is layer or _is_parameter(other, entry.adapter)
+        ]
 
     @torch.inference_mode(False)  # factors made in an evaluation may serve a training step
     @torch.no_grad()
@@ -86,6 +97,14 @@ class ClosedFactors:
                     torch.autograd.graph.increment_version(layer.padded_weight)
                 entry.key = key
                 entry.unused = True
+
+
+def _is_parameter(layer: ProjectedLoRA, adapter: str) -> bool:
+    """Whether the factors are parameters as they are everywhere but in FSDP's hands."""
+    if adapter not in layer.lora_A:
+        return True  # deleted, and so will be its entry
+    pair = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    return all(type(factor) is nn.Parameter and not is_slice(factor) for factor in pair)
 
 
 def _factors(layer: ProjectedLoRA, entry: _Entry) -> tuple[Factor, Factor]:

@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from grasp_kernels.layers.factors import version
-from grasp_kernels.layers.projected import ProjectedLoRA, has_hooks, why_adapter_never
+from grasp_kernels.layers.projected import (
+    ProjectedLoRA,
+    has_hooks,
+    why_adapter_never,
+    why_no_matrix,
+)
 from grasp_kernels.ops.lora_linear import padding
 from grasp_kernels.ops.lora_linear.aten import write_weight
 
@@ -80,12 +85,12 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
             backend=backend,
         )
 
-    def release(self) -> None:
+    def _forget(self) -> None:
         if self.padded_weight is not None:
             self.base_layer.weight.data = self.base_layer.weight.data.contiguous()
         for name in ("padded_weight", "_write_weight"):
             self.__dict__.pop(name, None)
-        super().release()
+        super()._forget()
 
     def set_projection(self, *projection: Any, **options: Any) -> None:
         self._write_weight: tuple[Any, Tensor | None] = (None, None)  # of another basis
@@ -104,15 +109,22 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         closed_factors = self._closed_factors(x.device, dtype, adapter)
+        weight = self._weight
         return self._operator(
             x,
-            self._weight,
+            # A view that FSDP makes asks for a gradient when any parameter of its unit does.
+            weight.detach() if weight.requires_grad else weight,
             self.base_layer.bias,
             adapter,
             write_weight=self._cached_write_weight(),
             closed_factors=closed_factors,
             padded_weight=self._padding_of(adapter, closed_factors),
         )
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # FSDP gathers a weight that was loaded anew at its old address, with its old version.
+        self._write_weight = (None, None)
+        super()._load_from_state_dict(*args, **kwargs)
 
     @property
     def _weight(self) -> Tensor:
@@ -177,19 +189,23 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
         return self.padded_weight
 
 
-def why_never(layer: nn.Module, adapter: str) -> str | None:
-    """Why the operator can never compute a peft layer as it is set up, or None if it can."""
+def why_never(layer: nn.Module, adapter: str, *, sharded: bool = False) -> str | None:
+    """Why the operator can never compute a peft layer as it is set up, or None if it can.
+
+    `sharded` is for a model of FSDP2 outside of its forward, whose weights are DTensors until then.
+    """
     if not isinstance(layer, lora.Linear):
         return f"{type(layer).__module__}.{type(layer).__qualname__} is not peft's lora.Linear"
     base = layer.base_layer
     if type(base) is not (Conv1D if layer.fan_in_fan_out else nn.Linear):
         return f"the base layer is a {type(base).__name__}"
-    if base.weight.requires_grad:
+    if base.weight.requires_grad and base.weight.is_leaf:
         return "the base weight is trained too"
     if has_hooks(base):
         return "a child module has hooks"
-    if type(base.weight) is not nn.Parameter:
-        return f"a weight is a {type(base.weight).__name__}"
+    reason = why_no_matrix(base.weight, sharded=sharded)
+    if reason is not None:
+        return reason
     if not base.weight.is_floating_point():
         return f"a base weight of {base.weight.dtype}"
-    return why_adapter_never(layer, adapter)
+    return why_adapter_never(layer, adapter, sharded=sharded)

@@ -17,6 +17,7 @@ from grasp_kernels.layers.factors import ClosedFactors
 from grasp_kernels.ops import lora_linear, project_gradient
 from grasp_kernels.ops.lora_linear import measured, padding
 from grasp_kernels.ops.lora_linear.api import KERNELS
+from grasp_kernels.processes import is_slice
 
 # Reasons for peft's forward when there is no adapter to compute: no factor is read, nobody is told.
 _IDLE = ("adapters are disabled", "the adapter is merged", "0 active adapters")
@@ -50,10 +51,10 @@ class ProjectedLoRA(ClosedLayer):
         assert isinstance(layer, cls)
         layer.set_projection(*projection)
 
-    def release(self) -> None:
+    def _forget(self) -> None:
         for name in ("project", "backend", "factors", "told"):
-            self.__dict__.pop(name)
-        super().release()
+            delattr(self, name)
+        super()._forget()
 
     def set_projection(
         self,
@@ -104,6 +105,7 @@ class ProjectedLoRA(ClosedLayer):
         if reason is not None:
             return self._stock_forward(reason, x, *args, **kwargs)
         (adapter,) = self._active()
+        self.move_bases(x.device)
         return self._accelerated(x, adapter)
 
     def _accelerated(self, x: Tensor, adapter: str) -> Tensor:
@@ -138,6 +140,7 @@ class ProjectedLoRA(ClosedLayer):
             self.close_()
         y = super().forward(x, *args, **kwargs)
         if self.project == "residual" and self.write_basis is not None:
+            self.move_bases(y.device)
             y = project_gradient(y, self.write_basis)
         return y
 
@@ -168,19 +171,32 @@ class ProjectedLoRA(ClosedLayer):
         return None
 
 
-def why_adapter_never(layer: LoraLayer, adapter: str) -> str | None:
-    """Why the operator can never compute an adapter as it is set up, or None if it can."""
+def why_adapter_never(layer: LoraLayer, adapter: str, *, sharded: bool = False) -> str | None:
+    """Why the operator can never compute an adapter as it is set up, or None if it can.
+
+    `sharded` is for a model of FSDP2 outside of its forward, whose weights are DTensors until then.
+    """
     if adapter in layer.lora_variant:
         return f"the LoRA variant {type(layer.lora_variant[adapter]).__name__}"
     factors = layer.lora_A[adapter], layer.lora_B[adapter]
     if any(has_hooks(factor) for factor in factors):
         return "a child module has hooks"
     for factor in factors:
-        if type(factor.weight) is not nn.Parameter:
-            return f"a weight is a {type(factor.weight).__name__}"
+        if type(factor) is not nn.Linear:
+            return f"a child module is a {type(factor).__name__}"
+        reason = why_no_matrix(factor.weight, sharded=sharded)
+        if reason is not None:
+            return reason
     if not isinstance(layer.lora_dropout[adapter], (nn.Dropout, nn.Identity)):
         return f"the dropout is a {type(layer.lora_dropout[adapter]).__name__}"
     return None
+
+
+def why_no_matrix(weight: Tensor, *, sharded: bool) -> str | None:
+    """Why a weight is not here as a matrix, or None if it is."""
+    if type(weight) not in (nn.Parameter, Tensor) and not sharded:
+        return f"a weight is a {type(weight).__name__}"
+    return "a weight is here as a slice only" if is_slice(weight) else None
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -191,4 +207,5 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "_hf_hook" in module.__dict__
+        or "forward" in module.__dict__  # tensor parallelism of transformers
     )

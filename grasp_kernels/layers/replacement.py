@@ -23,6 +23,7 @@ from grasp_kernels.layers.projected import why_adapter_never
 from grasp_kernels.layers.quantised import library_of, quantised
 from grasp_kernels.ops import backends, project_gradient
 from grasp_kernels.ops.lora_linear.api import PROJECTIONS
+from grasp_kernels.processes import by_fsdp2, refuse_away, refuse_tensor_parallel
 from grasp_kernels.sites import (
     Site,
     SiteRules,
@@ -105,13 +106,15 @@ def replace_lora_layers(
         project, closed, backend: see `lora_linear`.
         pad_weights: lay the frozen weights out with a few spare columns and rows, so that wide
             products (70B sizes) can carry the adapter inside the library's product; for kernels.
-            `restore_lora_layers` makes the weights contiguous again.
+            `restore_lora_layers` makes the weights contiguous again. Not for FSDP, which lays the
+            weights out itself.
         sites: writers and readers of an architecture that is not known.
 
     Raises:
         ValueError: no LoRA layers, a subspace of another model (the site or the shape is named), an
-            unknown option, an architecture whose writers are not known, or adapters to close that
-            hold a part of the pretrained weights (PiSSA and the like).
+            unknown option, an architecture whose writers are not known, adapters to close that hold
+            a part of the pretrained weights (PiSSA and the like), or a subspace for weights that
+            tensor parallelism, ZeRO-3 of DeepSpeed or FSDP has taken apart (FSDP2 may).
     """
     _check_options(project, backend)
     layers = {
@@ -137,8 +140,18 @@ def replace_lora_layers(
     restore_lora_layers(model)
 
     factors, told = ClosedFactors(), set[str]()
+    sharded = by_fsdp2(model)
+    if sharded and pad_weights:
+        raise ValueError(
+            "pad_weights=True cannot lay out weights that FSDP2 has sharded; leave it out."
+        )
     for name, layer in layers.items():
-        reason = _why_kept(layer)
+        if name in write or name in read:
+            weight = _adapted_weight(layer)
+            refuse_away(f"the weight of {name!r}", weight)
+            if not sharded:
+                refuse_tensor_parallel(f"the weight of {name!r}", weight)
+        reason = _why_kept(layer, sharded)
         if reason is not None:
             report.fallbacks[name] = reason
             if type(layer) is ParamWrapper:
@@ -196,6 +209,13 @@ def _check_options(project: str, backend: str) -> None:
         )
 
 
+def _adapted_weight(layer: LoraLayer) -> Tensor:
+    """What an adapter adds to: the weight of a module, or a parameter of its own."""
+    if isinstance(layer, ParamWrapper):
+        return layer.get_param()
+    return layer.get_base_layer().weight
+
+
 def _check_starts(model: nn.Module) -> None:
     """Closing must not take pretrained content away."""
     for name, config in getattr(model, "peft_config", {}).items():
@@ -208,7 +228,7 @@ def _check_starts(model: nn.Module) -> None:
             )
 
 
-def _why_kept(layer: LoraLayer) -> str | None:
+def _why_kept(layer: LoraLayer, sharded: bool) -> str | None:
     if isinstance(layer, ParamWrapper):
         return "LoRA on a raw parameter is computed by peft"
     known = library_of(layer) is not None
@@ -217,7 +237,7 @@ def _why_kept(layer: LoraLayer) -> str | None:
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance (device_map and offloading do that)"
     why = why_adapter_never if known else why_never
-    reasons = (why(layer, adapter) for adapter in layer.lora_A)
+    reasons = (why(layer, adapter, sharded=sharded) for adapter in layer.lora_A)
     return next((reason for reason in reasons if reason is not None), None)
 
 

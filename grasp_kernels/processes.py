@@ -1,0 +1,107 @@
+"""Weights of a model that is spread over several processes.
+
+FSDP2 and tensor parallelism keep a weight as a DTensor, whose rows any process can ask the others
+for. FSDP and ZeRO-3 of DeepSpeed keep a flat slice of it, which may be empty, outside of their own
+contexts. Inside the forward of the unit that FSDP wraps, every weight is a whole tensor.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_sharded(weight: Tensor) -> bool:
+    """Whether a weight is a DTensor."""
+    return hasattr(weight, "full_tensor")
+
+
+def is_slice(matrix: Tensor) -> bool:
+    """Whether a matrix is here as a flat slice."""
+    return matrix.dim() == 1
+
+
+def is_away(matrix: Tensor) -> bool:
+    """Whether a matrix is here as a flat slice, or as a view of memory that FSDP has freed."""
+    if is_slice(matrix):
+        return True
+    return not is_sharded(matrix) and matrix.untyped_storage().nbytes() == 0 < matrix.numel()
+
+
+def refuse_away(name: str, matrix: Tensor) -> None:
+    """Raise for a matrix that is not here.
+
+    Raises:
+        ValueError: it is not; the sentence says what to do.
+    """
+    if not is_away(matrix):
+        return
+    if hasattr(matrix, "ds_id"):
+        raise ValueError(
+            f"{name} is partitioned by ZeRO-3 of DeepSpeed (its shape is {tuple(matrix.shape)}), "
+            "which is not supported; use ZeRO-2 or FSDP2."
+        )
+    raise ValueError(
+        f"{name} is here as a slice of shape {tuple(matrix.shape)}, outside of the unit that FSDP "
+        "wraps; replace LoRA layers before wrapping, wrap decoder blocks rather than LoRA layers "
+        "(as fsdp_version 2 does), and read weights within "
+        "FullyShardedDataParallel.summon_full_params."
+    )
+
+
+def whole(weight: Tensor) -> Tensor:
+    """A weight without its gradient; of a DTensor all rows, for which all processes must ask."""
+    weight = weight.detach()
+    if not is_sharded(weight):
+        return weight
+    # With offloading the shards lie on the CPU, where there may be no backend to gather them.
+    shards: Any = weight.to(weight.device_mesh.device_type)  # type: ignore[attr-defined]
+    return shards.full_tensor()
+
+
+@torch.no_grad()
+def write_whole_(weight: Any, value: Tensor) -> None:
+    """Write a value that all processes have into a weight, of a DTensor into its rows here."""
+    if is_sharded(weight):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(
+            value.to(weight.dtype),
+            weight.device_mesh,
+            weight.placements,
+            src_data_rank=None,  # nothing is sent
+        ).to(weight.device)
+    weight.copy_(value)
+
+
+def refuse_tensor_parallel(name: str, weight: Tensor) -> None:
+    """Raise for a DTensor outside of FSDP2, whose forward works on shards of the features.
+
+    Raises:
+        ValueError: it is one; the sentence says what to do.
+    """
+    if is_sharded(weight):
+        raise ValueError(
+            f"{name} is split by tensor parallelism ({weight.placements}), under which a subspace "  # type: ignore[attr-defined]
+            "cannot be projected; use FSDP2, DDP or no subspace."
+        )
+
+
+def by_fsdp2(model: nn.Module) -> bool:
+    """Whether `fully_shard` was applied to the model or to parts of it."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    return module is not None and any(isinstance(m, module.FSDPModule) for m in model.modules())
+
+
+def gathered(model: nn.Module) -> AbstractContextManager[Any]:
+    """Inside, the weights that FSDP has cut into slices are whole; all processes must enter."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    if module is None or not any(
+        isinstance(unit, module.FullyShardedDataParallel) for unit in model.modules()
+    ):
+        return nullcontext()
+    return module.FullyShardedDataParallel.summon_full_params(model, writeback=False)
