@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from models import tiny_model, tiny_peft_model
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
-from two_processes import SCENARIOS, batches, model_and_subspace, start, train
+from two_processes import SCENARIOS, STEPS, batches, model_and_subspace, start, train
 
 import grasp_kernels as gk
 from grasp_kernels.adapters.files import INDEX, WEIGHTS
@@ -89,6 +90,13 @@ def test_layers_that_are_units_of_their_own_stay_with_peft(spread: Path) -> None
     assert found["losses"][-1] < 6.0
 
 
+def test_kernels_close_a_gathered_block_in_one_launch(spread: Path) -> None:
+    first, blocks, layers = 21, 3, 7  # in the first pass every layer joins by itself
+    launches = result(spread, "fsdp2_closed_together")["launches"]
+    assert launches == [1] * first + [layers] * blocks * (STEPS - 1)
+    assert set(result(spread, "fsdp1_closed_together")["launches"]) == {1}
+
+
 @pytest.mark.parametrize("name", ["fsdp2_afterwards", "fsdp1"])
 def test_identification_reads_a_sharded_model(spread: Path, name: str) -> None:
     found = gk.Subspace.load(spread / name / "subspace.safetensors")
@@ -136,21 +144,41 @@ def test_zero_3_is_refused_at_the_replacement_and_at_the_first_forward() -> None
         gk.leakage(model)
 
 
-def test_tensor_parallelism_is_refused_with_a_subspace(tmp_path: Path) -> None:
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_tensor_parallelism_is_refused_with_a_subspace(one_process: None) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     model, subspace = model_and_subspace()
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        attention = model.get_base_model().model.layers[0].self_attn
-        mesh = init_device_mesh("cpu", (1,))
-        parallelize_module(attention, mesh, {"q_proj.base_layer": ColwiseParallel()})
-        with pytest.raises(ValueError, match=r"q_proj' is split by tensor parallelism .*use FSDP2"):
-            gk.replace_lora_layers(model, subspace)
-        assert list(gk.replace_lora_layers(model).fallbacks) == ["model.layers.0.self_attn.q_proj"]
-    finally:
-        dist.destroy_process_group()
+    attention = model.get_base_model().model.layers[0].self_attn
+    mesh = init_device_mesh("cpu", (1,))
+    parallelize_module(attention, mesh, {"q_proj.base_layer": ColwiseParallel()})
+    with pytest.raises(ValueError, match=r"q_proj' is split by tensor parallelism .*use FSDP2"):
+        gk.replace_lora_layers(model, subspace)
+    assert list(gk.replace_lora_layers(model).fallbacks) == ["model.layers.0.self_attn.q_proj"]
+
+
+def test_mixed_precision_of_fsdp_does_not_round_the_bases(one_process: None) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
+
+    model, subspace = model_and_subspace()
+    gk.replace_lora_layers(model, subspace)
+    rounded = MixedPrecision(param_dtype=torch.bfloat16, buffer_dtype=torch.bfloat16)
+    wrapped = FullyShardedDataParallel(
+        model, use_orig_params=True, mixed_precision=rounded, device_id=torch.device("cpu")
+    )
+    ids = batches()[0]
+    wrapped(input_ids=ids, labels=ids).loss.backward()
+    assert {buffer.dtype for buffer in model.buffers()} == {torch.bfloat16}
+    for name, V in subspace.write.items():
+        layer = model.get_base_model().get_submodule(name)
+        assert torch.equal(layer.write_basis, V)
 
 
 def test_names_are_those_of_the_base_model_in_every_wrapper() -> None:

@@ -30,8 +30,8 @@ class ClosedLayer(_LAYER):
 
     Attributes:
         stock: the class of peft that a layer becomes again when it is released.
-        write_basis: `V[N, Q]`, float32, or None. Not a buffer: those are cast by FSDP and
-            overwritten by DDP in every forward, which breaks backwards that are under way.
+        write_basis: `V[N, Q]`, float32, or None. Not a buffer: those are rounded by FSDP in mixed
+            precision, and sent around by DDP in every forward.
         read_basis: `U[K, P]`, float32, not a buffer either, or None.
         closed_adapters: names of the adapters that are kept closed.
     """
