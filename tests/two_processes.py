@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.nn.parallel import DistributedDataParallel
 
 import grasp_kernels as gk
-from grasp_kernels.layers import factors, linear
+from grasp_kernels.layers import factors, projected
 from grasp_kernels.ops.closure import api as closure
 from grasp_kernels.sites import model_gains, model_sites
 from grasp_kernels.testing import orthonormal
@@ -255,7 +255,7 @@ def _closed_together(scenario: Callable[[Tensor, Path], Any], ids: Tensor, folde
         return closure.close(given, dtype, backend="reference")
 
     with (
-        patch.object(linear, "KERNELS", ("auto",)),
+        patch.object(projected, "KERNELS", ("auto",)),
         patch.object(factors, "close", close_many),
     ):
         return {**scenario(ids, folder), "launches": launches}
