@@ -224,6 +224,9 @@ def test_no_leakage_after_training_and_stock_peft_loads_it(family: str, tmp_path
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
     if not experts:  # what an adapter folder holds is measured in the same way
         assert max(leak.write or 0.0 for leak in gk.leakage(tmp_path, subspace).values()) <= 1e-6
+    merged = gk.leakage(model.merge_and_unload(), subspace, base=tiny(family))
+    assert merged.keys() >= leaks.keys()
+    assert max(leak.write or 0.0 for leak in merged.values()) <= 1e-5  # merging rounds
 
 
 @families
@@ -314,6 +317,31 @@ def test_transposed_weights_on_every_backend(backend: str) -> None:
         for one in found
     ]
     assert worst[0] <= 1.5 * worst[1]
+
+
+def test_merged_transposed_weights_are_measured_in_folders_too(tmp_path: Path) -> None:
+    model = adapted("gpt2")
+    subspace = a_subspace(model)
+    expected = gk.leakage(model, subspace)
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    tiny("gpt2").save_pretrained(tmp_path / "base")
+    found = gk.leakage(tmp_path / "merged", subspace, base=tmp_path / "base")
+    assert found.keys() == expected.keys()
+    for name, leak in found.items():
+        for share, before in zip(leak, expected[name], strict=True):
+            assert share == (None if before is None else pytest.approx(before, rel=1e-4))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_drift_before_a_norm_needs_the_subspace(given: bool) -> None:
+    """The bases of such layers are not those of the stream."""
+    model = adapted("gemma2")
+    subspace = a_subspace(model)
+    gk.replace_lora_layers(model, subspace)
+    callback = gk.GraspCallback(subspace if given else None, probes=[[1, 2, 3]])
+    measured = callback.measure(model)
+    assert measured["leakage_write"] <= 1e-6
+    assert ("drift_along" in measured) == given
 
 
 def test_experts_leak_unless_they_are_closed() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp_kernels.adapters import load_adapter
-from grasp_kernels.adapters.base_model import read_tensor
+from grasp_kernels.adapters.base_model import read_base_model, read_tensor
 from grasp_kernels.adapters.files import INDEX, WEIGHTS, find_weights, open_weights
 from grasp_kernels.files import whole_folder
 from grasp_kernels.ops.projection import project_columns, project_rows
@@ -24,6 +24,7 @@ from grasp_kernels.processes import gathered, refuse_away, whole
 from grasp_kernels.sites import adapted_name, base_name
 from grasp_kernels.subspace import Subspace
 
+_TRANSPOSED = ("gpt2",)  # model types whose linear layers store W[K, N]
 _COPIED = (".json", ".md", ".jinja")  # an adapter folder's configuration, card, tokenizer
 
 
@@ -163,18 +164,21 @@ def _difference_leakage(
     changed, original = _weights(source), _weights(base)
     found = {}
     for name in dict.fromkeys([*subspace.write, *subspace.read]):
+        if name not in changed and name not in original:
+            continue  # where others write, such as a mixture of experts, or not in this block
         for weights, role in ((changed, "model"), (original, "base")):
             if name not in weights:
                 raise ValueError(
                     f"the {role} has no weight of {name!r}, for which the subspace has a basis; "
                     "the subspace belongs to another model."
                 )
-        found[name] = _delta_leakage(
-            name,
-            original[name](),
-            changed[name](),
-            subspace.read.get(name),
-            subspace.write.get(name),
+        W = original[name]()
+        if W.ndim > 1:  # of a norm after a writer the output is in the stream, no weight
+            bases = subspace.read.get(name), subspace.write.get(name)
+            found[name] = _delta_leakage(name, W, changed[name](), *bases)
+    if not found:
+        raise ValueError(
+            "neither model has weights for the bases of the subspace; it belongs to another model."
         )
     return found
 
@@ -188,7 +192,7 @@ def _delta_leakage(
             f"{tuple(changed.shape)}; compare weights of one shape that are not quantised."
         )
     delta = changed.to(W.device, torch.float32) - W.float()
-    _check_bases(name, U, V, delta.shape[1], delta.shape[0])
+    _check_bases(name, U, V, delta.shape[-1], delta.shape[-2])
     total = float(delta.norm()) or 1.0  # without a difference nothing leaks
     return Leakage(
         None if U is None else float((delta @ U.to(delta)).norm()) / total,
@@ -197,27 +201,49 @@ def _delta_leakage(
 
 
 def _weights(source: nn.Module | str | PathLike[str]) -> dict[str, Callable[[], Tensor]]:
-    """A function that reads the weight of a module, by the module's name in the base model."""
+    """A function that reads the weight `[N, K]` of a module, by its name in the base model.
+
+    Of a module with fused experts it reads `[E, N, K]`, by the name of the parameter.
+    """
+    found: dict[str, Callable[[], Tensor]] = {}
     if isinstance(source, nn.Module):
-        return {
-            base_name(name): module.weight.detach
-            for name, module in source.named_modules()
-            if isinstance(getattr(module, "weight", None), Tensor)
-        }
+        for name, parameter in source.named_parameters():
+            if parameter.ndim == 3:
+                found[base_name(name)] = parameter.detach
+        for name, module in source.named_modules():
+            if isinstance(getattr(module, "weight", None), Tensor):
+                found[base_name(name)] = partial(_untransposed, module)
+        return found
     from safetensors import safe_open
 
-    found: dict[str, Callable[[], Tensor]] = {}
+    transposed = _model_type(Path(source)) in _TRANSPOSED
     for file in sorted(Path(source).glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118
                 if key.endswith(".weight"):
-                    found[key.removesuffix(".weight")] = partial(read_tensor, file, key)
+                    read = partial(read_tensor, file, key)
+                    name = key.removesuffix(".weight")
+                    found[name] = partial(_transpose, read) if transposed else read
     if not found:
         raise FileNotFoundError(
             f"There are no weights in {str(source)!r}; give a model, or a checkpoint folder with "
             "safetensors files."
         )
     return found
+
+
+def _untransposed(module: Any) -> Tensor:
+    weight = module.weight.detach()
+    return weight.mT if hasattr(module, "nf") else weight  # transformers' Conv1D stores [K, N]
+
+
+def _transpose(read: Callable[[], Tensor]) -> Tensor:
+    tensor = read()
+    return tensor.mT if tensor.ndim == 2 else tensor
+
+
+def _model_type(folder: Path) -> str | None:
+    return read_base_model(folder).model_type if (folder / "config.json").is_file() else None
 
 
 def _check_merged(source: nn.Module | str | PathLike[str], wanted: bool) -> None:

@@ -155,11 +155,14 @@ class GraspCallback(TrainerCallback):
         if not (self.probes and bases):
             return {}
         rules = site_rules(model.config.model_type, bases, self.sites)
+        by_layer = bases_by_layer(bases, rules)
+        if not by_layer:  # writers before a norm alone, whose bases are not those of the stream
+            return {}
         (adapter, *_) = model.active_adapters
         with measuring(model):
-            moved = measure_movement(
-                model, [adapter], bases_by_layer(bases, rules), map(list, self.probes), rules
-            )[adapter]
+            moved = measure_movement(model, [adapter], by_layer, map(list, self.probes), rules)[
+                adapter
+            ]
         return {"drift_along": moved.mean_along, "drift_share": moved.share}
 
     def _write_bases(self, model: nn.Module) -> dict[str, Tensor]:
