@@ -187,14 +187,15 @@ _GPT_NEOX = SiteRules(
     norms="layer",
     final_norm="final_layer_norm",
 )
-# The weights of all experts are one parameter. A block may be dense instead, as in Llama; the
-# shared expert is Qwen2's.
+# The weights of all experts are one parameter, and so are those of the router. A block may be dense
+# instead, as in Llama; the shared expert is Qwen2's.
+_ROUTED = ("mlp.gate.weight", "mlp.experts.gate_up_proj")
 _SHARED = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert_gate")
 _MIXTURE = SiteRules(
     writers=(*_LLAMA.writers, "mlp.experts.down_proj", "mlp.shared_expert.down_proj"),
     readers={
         **_LLAMA.readers,
-        **dict.fromkeys(("mlp.experts.gate_up_proj", *_SHARED), "post_attention_layernorm"),
+        **dict.fromkeys((*_ROUTED, *_SHARED), "post_attention_layernorm"),
     },
     outputs=("mlp",),
 )

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MixtralConfig
 
 from grasp_kernels.run import RunConfig
 from grasp_kernels.run.inputs import (
     NEUTRAL_PROMPTS,
     attach_lora,
+    check_model,
     find_checkpoint,
     load_model,
     neutral_prompts,
@@ -118,3 +120,21 @@ def test_model_is_loaded_in_the_dtype_asked_for(
     model = load_model(tiny_model_dir, dtype)
     assert model.dtype == getattr(torch, expected)
     assert not model.training
+
+
+@pytest.mark.parametrize("targets", [("all-linear",), ("q_proj", "o_proj")])
+def test_lora_on_fused_experts_is_refused_before_training(
+    tmp_path: Path, targets: tuple[str, ...]
+) -> None:
+    """Which "all-linear" means to peft; their adapters could not be identified from."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 16}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "num_local_experts": 2}
+    MixtralConfig(**sizes, **heads).save_pretrained(tmp_path)
+    config = RunConfig(model=str(tmp_path), data="d", output="o", target_modules=targets)
+    if targets == ("all-linear",):
+        with pytest.raises(
+            ValueError, match=r"has LoRA on raw parameters .*; train with target_mo"
+        ):
+            check_model(config, tmp_path)
+    else:
+        assert check_model(config, tmp_path)[0] == "mixtral"

@@ -186,19 +186,20 @@ def test_model_folders_that_are_none_are_named(run_config: RunConfig, tmp_path: 
 
 
 def test_unknown_architecture_is_named(run_config: RunConfig, tmp_path: Path) -> None:
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    from transformers import OPTConfig, OPTForCausalLM
 
-    folder = tmp_path / "neox"
+    folder = tmp_path / "opt"
     shutil.copytree(run_config.model, folder)
-    small = GPTNeoXConfig(
+    small = OPTConfig(
         vocab_size=17,
         hidden_size=8,
+        word_embed_proj_dim=8,
         num_hidden_layers=1,
         num_attention_heads=1,
-        intermediate_size=8,
+        ffn_dim=8,
     )
-    GPTNeoXForCausalLM(small).save_pretrained(folder)
-    with pytest.raises(ValueError, match="gpt_neox"):
+    OPTForCausalLM(small).save_pretrained(folder)
+    with pytest.raises(ValueError, match="'opt' with modules"):
         run(replace(run_config, model=str(folder)))
 
 
