@@ -1,6 +1,9 @@
 """A°, B° of many adapters in one launch, and when the layers of a model make them anew."""
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -272,3 +275,21 @@ def test_without_kernels_the_operator_closes_by_itself(launches: list[int]) -> N
     gk.replace_lora_layers(found)
     logits(found)
     assert launches == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run there")
+def test_a_backend_that_cannot_run_is_named_itself() -> None:
+    """Not the one that would make the closed factors for it."""
+    code = """
+import torch, grasp_kernels as gk
+layer = gk.GraspLoRALinear.from_linear(torch.nn.Linear(16, 8), r=2, backend="cuda")
+try:
+    layer(torch.ones(3, 16))
+except ValueError as error:
+    print(error)
+"""
+    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=kept, check=True
+    )
+    assert done.stdout.startswith("backend 'cuda' cannot run on cpu: ")

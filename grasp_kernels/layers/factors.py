@@ -87,7 +87,7 @@ class ClosedFactors:
             groups.setdefault((where, entry.dtype), []).append(layer)
         for (_, dtype), group in groups.items():
             factors = [f for layer in group for f in _factors(layer, self._entries[layer])]
-            closed = iter(close(factors, dtype, backend="triton"))
+            closed = iter(close(factors, dtype, backend="auto"))
             for layer in group:
                 entry = self._entries[layer]
                 entry.factors = next(closed), next(closed).mT
