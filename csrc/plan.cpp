@@ -16,8 +16,10 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int arch_of(int major) { return major == 9 ? 90 : 80; }
 
-// The largest cluster that leaves at most one block in eight without a slab.
-int cluster_for(int64_t slabs) {
+// The largest cluster that leaves at most one block in eight without a slab; one block where
+// nothing is added in clusters.
+int cluster_for(const Shape& shape, int64_t slabs) {
+  if (shape.arch != 90 || !shape.skinny()) return 1;
   int cluster = kMostInCluster;
   while (cluster > 1 && 8 * (ceil_div(slabs, cluster) * cluster - slabs) > slabs) cluster /= 2;
   return cluster;
@@ -81,8 +83,7 @@ int gradient_parts(int major, int64_t C, int R, int E) {
   const int index = shape_for(Kind::gradient, major, R, E);
   if (index < 0) return 0;
   const int64_t slabs = ceil_div(C, SHAPES[index].columns());
-  const int cluster = SHAPES[index].arch == 90 ? cluster_for(slabs) : 1;
-  return static_cast<int>(ceil_div(slabs, cluster));
+  return static_cast<int>(ceil_div(slabs, cluster_for(SHAPES[index], slabs)));
 }
 
 Plan plan_sums(Kind kind, const device::Properties& part, int64_t T, int64_t C, int R, int E,
@@ -90,7 +91,7 @@ Plan plan_sums(Kind kind, const device::Properties& part, int64_t T, int64_t C, 
   const int index = shape_for(kind, part.major, R, E);
   const Shape& shape = SHAPES[index];
   const int64_t slabs = ceil_div(C, shape.columns()), tiles = ceil_div(T, kTokens);
-  const int cluster = shape.arch == 90 && shape.skinny() ? cluster_for(slabs) : 1;
+  const int cluster = cluster_for(shape, slabs);
   Plan plan = with_kernel(index, is_bf16, cluster);
   plan.grid.y = ceil_div(slabs, cluster) * cluster;
   const int64_t active = active_blocks(plan.kernel, plan.grid, part.device);

@@ -32,7 +32,8 @@ struct Shared {
   char* base = device::shared_memory();
 
   __device__ char* stage(int i) const { return base + (i % S.stages) * S.stage_bytes(); }
-  __device__ char* beside(char* stage) const { return stage + S.z_bytes(); }  // L, or F of the tile
+  // L, or F of the tile.
+  __device__ char* beside(char* stage) const { return stage + S.z_bytes(); }
   __device__ char* factor() const { return base + S.factor_offset(); }
   __device__ float* skinny(int i) const {
     return reinterpret_cast<float*>(base + S.skinny_offset()) + (i % kBuffers) * S.skinny_floats();

@@ -151,8 +151,8 @@ struct Pass {
     }
   }
 
-  __device__ void skinny_product(const char* stage) {
-    const char* factor = S.sums() ? shared.factor() : stage + S.z_bytes();
+  __device__ void skinny_product(char* stage) {
+    const char* factor = S.sums() ? shared.factor() : shared.beside(stage);
 #pragma unroll
     for (int m = 0; m < S.blocks; ++m) {
       const int block = at.group * S.blocks + m;
@@ -161,11 +161,11 @@ struct Pass {
     }
   }
 
-  __device__ void sums_product(const char* stage) {
+  __device__ void sums_product(char* stage) {
 #pragma unroll
     for (int m = 0; m < S.blocks; ++m) {
       const int block = at.group * S.blocks + m;
-      products.sums(sums[m], stage + block * kTokens * kRowBytes, stage + S.z_bytes());
+      products.sums(sums[m], stage + block * kTokens * kRowBytes, shared.beside(stage));
     }
   }
 

@@ -26,6 +26,7 @@ _IDLE = ("adapters are disabled", "the adapter is merged", "0 active adapters")
 class ProjectedLoRA(ClosedLayer):
     """Mixed into a LoRA layer of peft, before it: `class Ours(ProjectedLoRA, TheirLayer)`.
 
+    Ours says with `_accelerated(x, adapter)` what the operator is given for `Y[..., N]`.
     Parameters, state-dict keys, merging and adapter management are peft's. Where the operator does
     not apply (see `why_stock`) the stock forward runs, with the gradient of its output projected,
     and a warning says so once a model.
@@ -107,10 +108,6 @@ class ProjectedLoRA(ClosedLayer):
         (adapter,) = self._active()
         self.move_bases(x.device)
         return self._accelerated(x, adapter)
-
-    def _accelerated(self, x: Tensor, adapter: str) -> Tensor:
-        """`Y[..., N]` from `X[..., K]` by the operator."""
-        raise NotImplementedError
 
     def _operator(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, adapter: str, **options: Any

@@ -137,9 +137,6 @@ def replace_lora_layers(
         if closed:
             _check_starts(model)
         report.bare_writers = [site.name for site in writers if write and site.name not in write]
-    restore_lora_layers(model)
-
-    factors, told = ClosedFactors(), set[str]()
     sharded = by_fsdp2(model)
     if sharded and pad_weights:
         raise ValueError(
@@ -147,10 +144,11 @@ def replace_lora_layers(
         )
     for name, layer in layers.items():
         if name in write or name in read:
-            weight = _adapted_weight(layer)
-            refuse_away(f"the weight of {name!r}", weight)
-            if not sharded:
-                refuse_tensor_parallel(f"the weight of {name!r}", weight)
+            _check_weight(name, _adapted_weight(layer), sharded)
+    restore_lora_layers(model)  # only now: what is refused stays as it was
+
+    factors, told = ClosedFactors(), set[str]()
+    for name, layer in layers.items():
         reason = _why_kept(layer, sharded)
         if reason is not None:
             report.fallbacks[name] = reason
@@ -214,6 +212,13 @@ def _adapted_weight(layer: LoraLayer) -> Tensor:
     if isinstance(layer, ParamWrapper):
         return layer.get_param()
     return layer.get_base_layer().weight
+
+
+def _check_weight(name: str, weight: Tensor, sharded: bool) -> None:
+    """A basis needs all features of a weight in one place."""
+    refuse_away(f"the weight of {name!r}", weight)
+    if not sharded:
+        refuse_tensor_parallel(f"the weight of {name!r}", weight)
 
 
 def _check_starts(model: nn.Module) -> None:
