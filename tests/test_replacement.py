@@ -435,3 +435,15 @@ def test_an_unknown_architecture_says_how_to_declare_it() -> None:
         writers=("self_attn.out_proj", "fc2"), readers={"fc1": "final_layer_norm"}, norms="layer"
     )
     assert gk.replace_lora_layers(model, subspace, sites=rules).write_projected == [name]
+
+
+def test_a_refused_replacement_leaves_the_model_as_it_was() -> None:
+    model = tiny_peft_model()
+    subspace = a_subspace(model)
+    gk.replace_lora_layers(model, subspace)
+    before = {name: type(module) for name, module in model.named_modules()}
+    last = [m for n, m in model.named_modules() if n.endswith("down_proj")][-1]
+    last.base_layer.weight.data = last.base_layer.weight.data.flatten()
+    with pytest.raises(ValueError, match="is here as a slice"):
+        gk.replace_lora_layers(model, subspace)
+    assert {name: type(module) for name, module in model.named_modules()} == before
