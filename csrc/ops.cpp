@@ -110,17 +110,27 @@ FinishArguments finish_for(const PassArguments& a) {
   return finish;
 }
 
-// The pass and, if it leaves partial results, the finish, on the current stream of torch.
+// The pass and, if it leaves partial results, the finish, on the current stream of torch; in two
+// launches where the sums wait for what the basis has in all of them.
 void run(const Plan& plan, const PassArguments& a, const FinishArguments& finish,
          const device::Properties& part, bool is_bf16) {
   const device::Stream stream = device::current_stream(part.device);
   device::launch(plan.kernel, plan.grid, stream, a);
-  const int64_t sums_blocks = finish.sums == nullptr ? 0 : finish_blocks(a.C, kFinishColumns);
-  const int shared = finish.shares == nullptr ? 0 : finish_shared_memory(a.Q, a.R);
-  const bool early = part.major >= 9;
-  const device::Grid grid = {
-      finish.skinny_blocks + sums_blocks, 1, 1, kFinishThreads, shared, early};
-  device::launch(finish_kernel_of(is_bf16), grid, stream, finish);
+  const auto launch_finish = [&](const FinishArguments& arguments, int64_t sums_blocks) {
+    const int64_t blocks = arguments.skinny_blocks + arguments.shares_blocks + sums_blocks;
+    const bool early = part.major >= 9;
+    device::launch(finish_kernel_of(is_bf16), {blocks, 1, 1, kFinishThreads, 0, early}, stream,
+                   arguments);
+  };
+  const int64_t sums_blocks = finish.sums == nullptr ? 0
+                                                     : finish_blocks(a.C, kFinishColumns) *
+                                                           finish_blocks(a.R, kFinishRanks);
+  if (finish.shares == nullptr) return launch_finish(finish, sums_blocks);
+  FinishArguments first = finish, second = finish;
+  first.shares_blocks = finish_blocks(int64_t(a.Q) * a.R, kFinishThreads / 32);
+  second.skinny_blocks = 0;
+  launch_finish(first, 0);
+  launch_finish(second, sums_blocks);
 }
 
 void check_sums(const Tensor& z, const Tensor& left, const Tensor& out,
@@ -151,20 +161,22 @@ void check_sums(const Tensor& z, const Tensor& left, const Tensor& out,
 // What a sum over tokens leaves for the finish, in float32.
 struct Partial {
   Tensor sums;                   // [splits, C, R]
-  std::optional<Tensor> shares;  // [slabs · splits, Q, R], with a basis
+  std::optional<Tensor> shares;  // [1 + slabs · splits, Q, R], with a basis; the first for totals
 
   Partial(PassArguments& a, const Plan& plan, const Tensor& z) {
     sums = new_float(z, {plan.splits(), a.C, a.R});
     a.sums = static_cast<float*>(sums.data_ptr());
     if (a.basis.data == nullptr) return;
-    shares = new_float(z, {plan.grid.y * plan.splits(), a.Q, a.R});
-    a.shares = static_cast<float*>(shares->data_ptr());
+    shares = new_float(z, {1 + plan.grid.y * plan.splits(), a.Q, a.R});
+    a.shares = static_cast<float*>(shares->data_ptr()) + a.Q * a.R;
   }
 
   void hand_to(FinishArguments& finish, const PassArguments& a, const Plan& plan) const {
     finish.sums = a.sums, finish.splits = static_cast<int>(plan.splits());
-    finish.shares = a.shares, finish.n_shares = static_cast<int>(plan.grid.y * plan.splits());
     finish.basis = a.basis;
+    if (!shares) return;
+    finish.shares = a.shares, finish.n_shares = static_cast<int>(plan.grid.y * plan.splits());
+    finish.totals = static_cast<float*>(shares->data_ptr());
   }
 };
 

@@ -9,6 +9,8 @@ namespace grasp {
 namespace {
 
 constexpr int kMostInCluster = 8;  // that every part allows
+// In a gradient pass: more would have more to load from each other than their warps have under way.
+constexpr int kMostThatAdd = 4;
 // What a block does before its first tile and after its last, in tiles. Not measured yet.
 constexpr int64_t kStart = 2;
 
@@ -20,7 +22,7 @@ int arch_of(int major) { return major == 9 ? 90 : 80; }
 // nothing is added in clusters.
 int cluster_for(const Shape& shape, int64_t slabs) {
   if (shape.arch != 90 || !shape.skinny()) return 1;
-  int cluster = kMostInCluster;
+  int cluster = kMostThatAdd;
   while (cluster > 1 && 8 * (ceil_div(slabs, cluster) * cluster - slabs) > slabs) cluster /= 2;
   return cluster;
 }

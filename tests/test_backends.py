@@ -162,7 +162,8 @@ def operands(K: int, N: int, R: int, P: int = 0, Q: int = 0) -> Operands:
 
 
 def test_the_kernels_refuse_what_they_cannot_compute() -> None:
-    inputs = make_inputs(Case(dtype=torch.float64))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = make_inputs(Case(dtype=torch.float64, device=device))
     del inputs["dy"]
     for name in api.KERNELS:
         with pytest.raises(ValueError, match=r"x has torch\.float64; use backend='auto'"):

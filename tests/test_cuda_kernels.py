@@ -111,7 +111,8 @@ def test_gradient_pass(
     out = torch.empty(C, R, device=DEVICE)
     options = {"factor": factor, "basis": V, "project": project, "scaling": 2.0}
     if operators().skinny_parts(major(part), C, R, E) == 0:
-        assert E > 32 and major(part) != 9
+        most = 64 if major(part) == 9 else 32
+        assert most < E
         with pytest.raises(RuntimeError, match=rf"gives {E} skinny rows in the same read; ask "):
             passes.sums(z, left, out, **options)
         return
@@ -211,17 +212,17 @@ def test_no_tokens(part: str) -> None:
 
 
 def test_one_read_where_it_moves_fewer_bytes() -> None:
-    """Parts of the skinny result are float32; a cluster of eight slabs leaves one."""
+    """Parts of the skinny result are float32; a cluster of four slabs leaves one."""
 
     def one_read(major: int, C: int, R: int, E: int) -> bool:
         return passes._one_read(major, C, R, E)
 
-    assert one_read(9, 4096, 16, 20) and one_read(9, 14336, 128, 160)
-    assert one_read(9, 1024, 64, 68) and one_read(9, 8, 1, 1)
+    assert one_read(9, 4096, 16, 20) and one_read(9, 14336, 32, 64)
+    assert one_read(9, 8, 1, 1) and not one_read(9, 4096, 64, 68)
     assert one_read(8, 4096, 16, 20) and one_read(12, 28672, 16, 16)
     assert not one_read(8, 4096, 64, 68)
     parts = operators().skinny_parts
-    assert (parts(9, 2048, 16, 20), parts(9, 4096, 16, 20), parts(9, 14336, 16, 20)) == (1, 2, 7)
+    assert (parts(9, 2048, 16, 20), parts(9, 4096, 16, 20), parts(9, 14336, 16, 20)) == (2, 4, 14)
     assert (parts(8, 2048, 16, 20), parts(9, 2304, 16, 20), parts(9, 64, 100, 161)) == (16, 5, 0)
 
 

@@ -13,7 +13,7 @@ from grasp_kernels.ops.lora_linear.triton.base_product import product
 from grasp_kernels.ops.lora_linear.triton.down import down
 from grasp_kernels.ops.lora_linear.triton.dropout import Dropout, keep_mask
 from grasp_kernels.ops.lora_linear.triton.gemm import Tile, extended_gemm
-from grasp_kernels.ops.lora_linear.triton.reduce import finish_factor, finish_skinny
+from grasp_kernels.ops.lora_linear.triton.reduce import finish_factor, finish_skinny, total
 from grasp_kernels.ops.lora_linear.triton.tokens import Slab, one_read, token_pass
 from grasp_kernels.testing import orthonormal, relative_error
 
@@ -106,19 +106,19 @@ def test_passes_copy_what_they_read(dtype: torch.dtype, tma: bool) -> None:
 
 
 def test_the_choice_of_a_path() -> None:
-    """Predicted by inner and outer width; a measurement overrules it, if it can be had."""
-    choose, sm_90, sm_80 = base_product.choose, PARTS["sm_90"], PARTS["sm_80"]
+    """By what was measured on a Hopper, elsewhere predicted by inner and outer width."""
+    choose, sm_90, sm_120, sm_80 = (
+        base_product.choose,
+        *map(PARTS.get, ("sm_90", "sm_120", "sm_80")),
+    )
     assert choose(sm_90, 2, 4096, 1024, padded=True) == "extended"
-    assert choose(sm_90, 2, 8192, 28672, padded=False) == "addmm"
-    assert choose(sm_90, 2, 8192, 28672, padded=True) == "padded"
-    assert choose(sm_90, 2, 28672, 8192, padded=True) == "addmm"
+    assert choose(sm_90, 2, 28672, 8192, padded=True) == "extended"
+    assert choose(sm_120, 2, 4096, 8192, padded=False) == "extended"
+    assert choose(sm_120, 2, 8192, 28672, padded=False) == "addmm"
     assert choose(sm_80, 2, 4096, 4096, padded=False) == "addmm"
     assert choose(sm_80, 2, 4096, 4096, padded=True) == "padded"
+    assert choose(sm_80, 2, 28672, 8192, padded=True) == "addmm"
     assert choose(sm_90, 4, 4096, 4096, padded=False) == "addmm"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(base_product.MEASURED, ("sm_90", 4096, 4096), "padded")
-        assert choose(sm_90, 2, 4096, 4096, padded=True) == "padded"
-        assert choose(sm_90, 2, 4096, 4096, padded=False) == "extended"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -167,7 +167,8 @@ def test_token_pass(
     dS, D = finish_skinny(parts.skinny, R, 0.5, dtype).split([R, Q])
     assert_exact(dS, 0.5 * factor.double().mT @ z.double().mT, C)
     out = torch.empty(C, R, device=DEVICE)
-    finish_factor(parts.sums, parts.shares, V, 2.0, out)
+    share = None if V is None else total(parts.shares)
+    finish_factor(parts.sums, share, V, 2.0, out)
     exact = 2.0 * z.double().mT @ left.double().mT
     if V is not None:
         assert_exact(D, -V.to(dtype).double().mT @ z.double().mT, C)
@@ -175,7 +176,7 @@ def test_token_pass(
         exact = exact - V.double() @ (V.double().mT @ exact)
     assert_exact(out, exact, T)
     transposed = torch.empty(R, C, device=DEVICE)
-    finish_factor(parts.sums, parts.shares, V, 2.0, transposed.mT)
+    finish_factor(parts.sums, share, V, 2.0, transposed.mT)
     assert torch.equal(transposed.mT, out)
 
 
@@ -186,7 +187,7 @@ def test_all_passes_draw_the_same_mask(dropout_p: float) -> None:
     dropout = seeded(dropout_p)
     mask = keep_mask(x, dropout).double()
     keep = 1.0 - dropout_p
-    dropped = x.double() * mask / keep if keep else torch.zeros(T, K, dtype=torch.float64)
+    dropped = x.double() * mask / keep if keep else torch.zeros_like(x, dtype=torch.float64)
     assert_exact(down(x, A, dropout=dropout), A.double() @ dropped.mT, K)
     parts = token_pass(x, dS, dropout=dropout)
     dA = torch.empty(R, K, device=DEVICE)
@@ -267,9 +268,12 @@ def launched(part: str, **sizes: Any) -> list[str]:
 
 
 def test_the_launches_of_a_backward() -> None:
-    """The projection adds none; wide ranks read dY twice; wide products are the library's."""
-    single = ["token_pass", "finish_skinny", "finish_factor", "extended_gemm", "token_pass"]
-    assert launched("sm_90") == [*single, "finish_factor"]
-    assert launched("sm_90", R=128, T=8192)[:3] == ["down", "token_pass", "finish_factor"]
-    assert "extended_gemm" not in launched("sm_90", N=14336)
+    """The projection adds one, of its shares; wide ranks read dY twice; before Hopper wide products
+    are the library's."""
+    finish = ["finish_skinny", "total", "finish_factor"]
+    single = ["token_pass", *finish, "extended_gemm", "token_pass", "finish_factor"]
+    assert launched("sm_90") == single
+    assert launched("sm_90", R=128, T=8192)[:2] == ["down", "token_pass"]
+    assert "extended_gemm" in launched("sm_90", N=14336)
+    assert "extended_gemm" not in launched("sm_120", N=14336)
     assert "extended_gemm" not in launched("sm_80")

@@ -67,12 +67,14 @@ struct FinishArguments {
   void* skinny;  // [E, T]
   int n_scaled;
   float scaling;
-  int64_t skinny_blocks;  // of the grid; those behind them work on the sums
+  int64_t skinny_blocks;  // of the grid
+  int64_t shares_blocks;  // behind them; the last work on the sums
 
   const float* sums;  // [splits, C, R], or null
   int splits;
   const float* shares;  // [n_shares, Q, R], or null
   int n_shares;
+  float* totals;               // [Q, R], the sum of the shares
   Strided<const float> basis;  // [C, Q]
   float sums_scaling;
   Strided<void> out;  // [C, R]

@@ -41,7 +41,7 @@ class ExchangeSm90 {
   __device__ void init() {
     for (int buffer = 0; buffer < S.buffers; ++buffer) {
       device::barrier_init(filled(buffer), blocks_ * S.consumers() / 32);
-      device::barrier_init(drained(buffer), blocks_ * S.consumers() / 32);
+      device::barrier_init(drained(buffer), blocks_ * S.adders() / 32);
     }
   }
   __device__ int rank() const { return device::cluster_rank(); }

@@ -71,6 +71,16 @@ __device__ void visit_tile(const PassArguments& a, const Place& at, char* stage,
   device::named_barrier(2 + at.group, kGroup);
 }
 
+// The share of this block in the skinny tiles of a step, when all blocks of the cluster have
+// theirs.
+template <typename T, int kIndex, typename Exchange>
+__device__ void add_skinny(const PassArguments& a, const Exchange& exchange,
+                           const Steps<kIndex>& steps, int i) {
+  exchange.wait_filled(i);
+  reduce_skinny<T, kIndex>(a, exchange, i, steps.token_of(i));
+  exchange.arrive_drained(i);
+}
+
 template <typename T, int kIndex>
 struct Pass {
   static constexpr Shape S = SHAPES[kIndex];
@@ -128,7 +138,7 @@ struct Pass {
       products.commit();
     }
     if constexpr (S.sums() && S.skinny()) {
-      if (i > 0) reduce(i - 1);  // while the products of this step are under way
+      if (i > 0 && !S.added_aside()) reduce(i - 1);  // while the products are under way
       products.template wait<1>();
       hand_over(i);
       clear_skinny();
@@ -140,7 +150,7 @@ struct Pass {
 
   __device__ void finish() {
     if constexpr (S.sums()) {
-      if constexpr (S.skinny()) {
+      if constexpr (S.skinny() && !S.added_aside()) {
         if (steps.count > 0) reduce(steps.count - 1);
       }
       write_sums<kIndex>(a, at, steps.column, sums);
@@ -177,11 +187,7 @@ struct Pass {
     exchange.arrive_filled(i);
   }
 
-  __device__ void reduce(int i) {
-    exchange.wait_filled(i);
-    reduce_skinny<T, kIndex>(a, exchange, at, i, steps.token_of(i));
-    exchange.arrive_drained(i);
-  }
+  __device__ void reduce(int i) { add_skinny<T, kIndex>(a, exchange, steps, i); }
 
   __device__ void hold() {
     if constexpr (S.skinny()) products.hold(skinny);
@@ -222,14 +228,18 @@ __device__ void run_sm90(const PassArguments& a) {
   device::warp_sync();
   device::cluster_sync();  // no block touches barriers of another before they are there
   if (threadIdx.x >= S.consumers()) {
-    device::give_registers<40>();
+    device::give_registers<72>();
     if (threadIdx.x == S.consumers()) {
       ring.fill();
       device::release_next();
+    } else if (S.added_aside() && threadIdx.x >= S.first_adder()) {
+      if constexpr (S.added_aside()) {
+        for (int i = 0; i < steps.count; ++i) add_skinny<T, kIndex>(a, exchange, steps, i);
+      }
     }
     device::warp_sync();
   } else {
-    device::take_registers<232>();
+    device::take_registers<216>();
     Pass<T, kIndex>(a, steps, ring, exchange).run();
   }
   device::cluster_sync();  // nor leaves while another reads from it

@@ -36,11 +36,15 @@ struct Shape {
   constexpr bool sums() const { return R > 0; }
   constexpr bool skinny() const { return E > 0; }
   constexpr bool along_tokens() const { return sums(); }
+  // Whether warps that compute nothing add the skinny tiles of a step while the next ones come in.
+  constexpr bool added_aside() const { return arch == 90 && sums() && skinny(); }
   constexpr int columns() const { return kWide * blocks * groups; }
   constexpr int consumers() const { return kGroup * groups; }
-  // On Hopper one more group, of which one thread asks for copies and the others give their
-  // registers to those that compute.
+  // On Hopper one more group, of which one thread asks for copies, three warps add skinny tiles and
+  // all give registers to those that compute.
   constexpr int threads() const { return consumers() + (arch == 90 ? kGroup : 0); }
+  constexpr int first_adder() const { return added_aside() ? consumers() + 32 : 0; }
+  constexpr int adders() const { return added_aside() ? kGroup - 32 : consumers(); }
 
   // Bytes of shared memory, in this order: stages of [Z | L or F], resident F, skinny tiles,
   // barriers. Operands begin at boundaries of 1024 bytes, as the swizzle asks.
@@ -70,11 +74,9 @@ struct Shape {
 // clang-format off
 constexpr Shape SHAPES[] = {
     // kind, arch, R, E, groups, blocks, stages, buffers
-    {Kind::gradient, 90, 16, 16, 2, 2, 4, 2},
-    {Kind::gradient, 90, 16, 32, 2, 2, 4, 2},
+    {Kind::gradient, 90, 16, 16, 2, 2, 4, 3},
+    {Kind::gradient, 90, 16, 32, 2, 2, 4, 3},
     {Kind::gradient, 90, 32, 64, 2, 2, 3, 2},
-    {Kind::gradient, 90, 64, 96, 2, 1, 3, 2},
-    {Kind::gradient, 90, 160, 160, 2, 1, 2, 1},
     {Kind::gradient, 80, 16, 16, 2, 1, 3, 1},
     {Kind::gradient, 80, 16, 32, 2, 1, 3, 1},
     {Kind::gradient, 80, 32, 32, 2, 1, 3, 1},

@@ -83,14 +83,14 @@ __device__ void write_skinny(const PassArguments& a, int part, int e, int64_t to
 
 // This block's share of what its cluster wrote in step i: groups and blocks in their order.
 template <typename T, int kIndex, typename Exchange>
-__device__ void reduce_skinny(const PassArguments& a, const Exchange& exchange, const Place& at,
-                              int i, int64_t token) {
+__device__ void reduce_skinny(const PassArguments& a, const Exchange& exchange, int i,
+                              int64_t token) {
   constexpr Shape S = SHAPES[kIndex];
   constexpr int kQuads = kTokens / 4;
   const int share = (a.E * kQuads + exchange.blocks() - 1) / exchange.blocks();
   const int first = exchange.rank() * share, last = min(a.E * kQuads, first + share);
-  const int part = blockIdx.y / exchange.blocks();
-  for (int unit = first + at.thread; unit < last; unit += S.consumers()) {
+  const int part = blockIdx.y / exchange.blocks(), thread = threadIdx.x - S.first_adder();
+  for (int unit = first + thread; unit < last; unit += S.adders()) {
     const int e = unit / kQuads, quad = unit % kQuads;
     float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll 4  // loads from other blocks take long; several are under way

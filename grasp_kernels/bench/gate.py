@@ -73,7 +73,8 @@ class Gate:
         wide = self.subject.double().build(stock)
         exact = [_results(wide, x.double(), dy.double()) for x, dy in self.inputs]
         theirs = self._errors(self.subject.build(stock), exact)
-        return exact, {name: budget(error, self.dtype) for name, error in theirs.items()}
+        longest = max(size for found in exact for value in found.values() for size in value.shape)
+        return exact, {name: budget(error, self.dtype, longest) for name, error in theirs.items()}
 
     def _errors(self, layer: nn.Module, exact: list[_Found]) -> dict[str, float]:
         """Results by the names of `exact`, which has them in the same order."""

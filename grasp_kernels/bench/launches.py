@@ -23,7 +23,7 @@ from grasp_kernels.ops.lora_linear.triton import backward, forward
 from grasp_kernels.ops.lora_linear.triton.down import down
 from grasp_kernels.ops.lora_linear.triton.dropout import Dropout
 from grasp_kernels.ops.lora_linear.triton.gemm import extended_gemm
-from grasp_kernels.ops.lora_linear.triton.reduce import finish_factor, finish_skinny
+from grasp_kernels.ops.lora_linear.triton.reduce import finish_factor, finish_skinny, total
 from grasp_kernels.ops.lora_linear.triton.tokens import Slab, one_read, token_pass
 
 Results = tuple[Tensor, ...]
@@ -133,7 +133,8 @@ def _tokens_work(
             tma=key.tma,
         )
         sums = z.new_empty(C, R, dtype=torch.float32)
-        finish_factor(partial.sums, partial.shares, basis, 1.0, sums)
+        share = None if partial.shares is None else total(partial.shares)
+        finish_factor(partial.sums, share, basis, 1.0, sums)
         if partial.skinny is None:
             return (sums,)
         return sums, finish_skinny(partial.skinny, R, 1.0, z.dtype)

@@ -1,9 +1,10 @@
 """How the skinny columns join the base product: in the kernel, by `addmm`, or in padded operands.
 
-Adding rank-R columns to a finished result reads and writes it once more, which costs
-`2 F / (bandwidth · I)` of the product, about 367 / I on an H200, whatever T, J and R are. The
-extended kernel saves that and loses what it is slower than the library, so it pays where the inner
-width I is small: at 4096 it needs 90 % of the library's speed, at 8192 95 %, at 28672 98 %.
+Adding rank-R columns to a finished result reads and writes it once more, whatever T, J and R are;
+the extended kernel saves that and loses what it is slower than the library. On an H100, T = 8192,
+R = 16, in µs (library product alone, with addmm, extended): 4096→1024 93, 104, 102; 4096→4096 345,
+404, 364; 4096→14336 1198, 1437, 1252; 14336→4096 1172, 1230, 1191; 8192→28672 4702, 5199, 4747;
+28672→8192 4836, 4958, 4726. So it is taken wherever such a part multiplies.
 Where the layer's weight is padded (`padding`), the library's own product can carry them; that costs
 one write of the inner operand, `2 T I` bytes, instead of `4 T J`.
 Shapes: T tokens, I inner and J outer width of the product, R LoRA rank, Q write basis size.
@@ -22,9 +23,8 @@ from grasp_kernels.ops.lora_linear.triton.gemm import extended_gemm
 
 Path = Literal["extended", "addmm", "padded"]
 
-# Measured choices, (part, I, J) -> path, for two-byte elements at T = 8192. None is measured yet.
-MEASURED: dict[tuple[str, int, int], Path] = {}
-# Predicted: Triton's products with TMA reach 95 to 98 % of cuBLAS, so they win up to here.
+# Parts with the copy engine and less shared memory than a Hopper: predicted, not measured. Their
+# products reach 95 to 98 % of the library's, so they win up to here.
 WIDEST_EXTENDED = 4096
 
 
@@ -35,11 +35,9 @@ def choose(part: Part, itemsize: int, inner: int, outer: int, padded: bool) -> P
     """
     if itemsize == 4:  # no matrix instruction multiplies float32 exactly; the library's loops do
         return "padded" if padded else "addmm"
-    predicted: Path = "extended" if part.tma and inner <= WIDEST_EXTENDED else "addmm"
-    if predicted == "addmm" and padded and inner < 2 * outer:
-        predicted = "padded"
-    measured = MEASURED.get((part.name, inner, outer), predicted)
-    return predicted if measured == "padded" and not padded else measured
+    if part.tma and (part.shared_memory >= 227 << 10 or inner <= WIDEST_EXTENDED):
+        return "extended"
+    return "padded" if padded and inner < 2 * outer else "addmm"
 
 
 def product(

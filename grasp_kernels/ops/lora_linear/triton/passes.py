@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grasp_kernels.ops.lora_linear.triton.down import down as down_pass
 from grasp_kernels.ops.lora_linear.triton.dropout import Dropout
-from grasp_kernels.ops.lora_linear.triton.reduce import finish_factor, finish_skinny
+from grasp_kernels.ops.lora_linear.triton.reduce import finish_factor, finish_skinny, total
 from grasp_kernels.ops.lora_linear.triton.tokens import one_read as costs_less
 from grasp_kernels.ops.lora_linear.triton.tokens import slab_in_force, token_pass
 
@@ -45,7 +45,8 @@ def sums(
     if partial.skinny is not None:
         skinny = finish_skinny(partial.skinny, left.shape[0], scaling, z.dtype)
     keep = 1.0 if dropout is None else dropout.inverse_keep
-    finish_factor(partial.sums, partial.shares, basis, scaling * keep, out)
+    share = None if partial.shares is None else total(partial.shares)
+    finish_factor(partial.sums, share, basis, scaling * keep, out)
     return skinny
 
 

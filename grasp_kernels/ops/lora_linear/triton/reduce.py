@@ -19,7 +19,8 @@ from grasp_kernels.ops.gpu.launch import at_least_16, launch
 
 _TOKENS = 512
 _COLUMNS = 32
-_SHARES = {16: 32, 32: 16, 64: 4}  # added at once, by block of ranks: as many as spill nothing
+_TOTALS = 32  # of a program
+_AT_ONCE = 64  # shares
 # Loads in flight a thread: one after the other, each would wait for memory.
 _UNROLL = tl.constexpr(8)
 
@@ -67,13 +68,50 @@ def finish_skinny(parts: Tensor, n_scaled: int, scaling: float, dtype: torch.dty
 
 
 @triton.jit
-def _finish_factor_kernel(
-    parts, basis, shares, out, splits, n_shares, C, R, P, scaling,
-    stride_bc, stride_bp, stride_oc, stride_or,
-    BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr,
-    PROJECT: tl.constexpr,
+def _total_kernel(
+    shares, out, n_shares, size, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr
 ):  # fmt: skip
-    """`out[C, R] = s (I − V Vᵀ) Σ parts[split, C, R]`, with `Vᵀ Σ parts` from `shares[·, P, R]`."""
+    """`out[size] = Σ shares[·, size]`."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((AT_ONCE, BLOCK), tl.float32)
+    for first in range(0, n_shares, AT_ONCE):
+        i = first + tl.arange(0, AT_ONCE).to(tl.int64)
+        inside = (i[:, None] < n_shares) & (at[None, :] < size)
+        acc += tl.load(shares + i[:, None] * size + at[None, :], mask=inside, other=0.0)
+    tl.store(out + at, tl.sum(acc, axis=0), mask=at < size)
+
+
+def total(shares: Tensor) -> Tensor:
+    """`Σ shares [P, R]` of float32 `shares[programs, P, R]`.
+
+    A launch of its own: every program of the one that needs it would add them all again (966 µs
+    instead of a few, R = 64, 14336 columns, H100).
+    """
+    n_shares, P, R = shares.shape
+    out = shares.new_empty(P, R)
+    launch(
+        _total_kernel,
+        (triton.cdiv(P * R, _TOTALS),),
+        shares,
+        4,
+        1,
+        shares=shares,
+        out=out,
+        n_shares=n_shares,
+        size=P * R,
+        BLOCK=_TOTALS,
+        AT_ONCE=_AT_ONCE,
+    )
+    return out
+
+
+@triton.jit
+def _finish_factor_kernel(
+    parts, basis, share, out, splits, C, R, P, scaling,
+    stride_bc, stride_bp, stride_oc, stride_or,
+    BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, PROJECT: tl.constexpr,
+):  # fmt: skip
+    """`out[C, R] = s (I − V Vᵀ) Σ parts[split, C, R]`, with `share[P, R] = Vᵀ Σ parts`."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = (c[:, None] < C) & (r[None, :] < R)
@@ -87,31 +125,29 @@ def _finish_factor_kernel(
     if PROJECT:
         for p0 in range(0, P, BLOCK_P):
             p = p0 + tl.arange(0, BLOCK_P)
-            share = tl.zeros((BLOCK_P, BLOCK_R), tl.float32)
-            for first in range(0, n_shares, BLOCK_S):
-                i = first + tl.arange(0, BLOCK_S).to(tl.int64)
-                at = (i[:, None, None] * P + p[None, :, None]) * R + r[None, None, :]
-                there = (i[:, None, None] < n_shares) & (p[None, :, None] < P)
-                there &= r[None, None, :] < R
-                share += tl.sum(tl.load(shares + at, mask=there, other=0.0), axis=0)
+            own = tl.load(
+                share + p[:, None] * R + r[None, :],
+                mask=(p[:, None] < P) & (r[None, :] < R),
+                other=0.0,
+            )
             v = tl.load(
                 basis + c[:, None] * stride_bc + p[None, :] * stride_bp,
                 mask=(c[:, None] < C) & (p[None, :] < P),
                 other=0.0,
             )
-            acc = dot(-v, share, acc, False)
+            acc = dot(-v, own, acc, False)
     to = out + c[:, None] * stride_oc + r[None, :] * stride_or
     tl.store(to, rounded(acc * scaling, out.dtype.element_ty), mask=inside)
 
 
 def finish_factor(
-    sums: Tensor, shares: Tensor | None, basis: Tensor | None, scaling: float, out: Tensor
+    sums: Tensor, share: Tensor | None, basis: Tensor | None, scaling: float, out: Tensor
 ) -> None:
     """Write `s (I − V Vᵀ) Σ sums` into `out[C, R]`, any strides and dtype.
 
     Args:
         sums: float32 `[splits, C, R]`.
-        shares: float32 `[programs, P, R]`, whose sum is `Vᵀ Σ sums`; None without a basis.
+        share: float32 `[P, R]`, `Vᵀ Σ sums`; None without a basis.
         basis: `V[C, P]` float32, or None.
     """
     splits, C, R = sums.shape
@@ -125,10 +161,9 @@ def finish_factor(
         1,
         parts=sums,
         basis=basis,
-        shares=shares,
+        share=share,
         out=out,
         splits=splits,
-        n_shares=0 if shares is None else shares.shape[0],
         C=C,
         R=R,
         P=0 if basis is None else basis.shape[1],
@@ -140,6 +175,5 @@ def finish_factor(
         BLOCK_C=_COLUMNS,
         BLOCK_R=block_r,
         BLOCK_P=16,
-        BLOCK_S=_SHARES[block_r],
         PROJECT=basis is not None,
     )
