@@ -9,23 +9,12 @@ namespace grasp {
 namespace {
 
 constexpr int kMostInCluster = 8;  // that every part allows
-// In a gradient pass: more would have more to load from each other than their warps have under way.
-constexpr int kMostThatAdd = 4;
 // What a block does before its first tile and after its last, in tiles. Not measured yet.
 constexpr int64_t kStart = 2;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int arch_of(int major) { return major == 9 ? 90 : 80; }
-
-// The largest cluster that leaves at most one block in eight without a slab; one block where
-// nothing is added in clusters.
-int cluster_for(const Shape& shape, int64_t slabs) {
-  if (shape.arch != 90 || !shape.skinny()) return 1;
-  int cluster = kMostThatAdd;
-  while (cluster > 1 && 8 * (ceil_div(slabs, cluster) * cluster - slabs) > slabs) cluster /= 2;
-  return cluster;
-}
 
 // How many blocks share `tiles`, when `others` do so side by side and `active` run at once: the
 // longest chain of tiles on one multiprocessor is the time of the pass, and one partial result more
@@ -54,11 +43,11 @@ int64_t active_blocks(PassKernel kernel, const device::Grid& grid, int device) {
   return active;
 }
 
-Plan with_kernel(int index, bool is_bf16, int cluster) {
+Plan with_kernel(int index, bool is_bf16) {
   const Shape& shape = SHAPES[index];
   return {pass_kernel_of(index, is_bf16),
           index,
-          {cluster, cluster, cluster, shape.threads(), shape.shared_memory()},
+          {1, 1, 1, shape.threads(), shape.shared_memory()},
           0,
           1};
 }
@@ -84,8 +73,7 @@ int shape_for(Kind kind, int major, int R, int E) {
 int gradient_parts(int major, int64_t C, int R, int E) {
   const int index = shape_for(Kind::gradient, major, R, E);
   if (index < 0) return 0;
-  const int64_t slabs = ceil_div(C, SHAPES[index].columns());
-  return static_cast<int>(ceil_div(slabs, cluster_for(SHAPES[index], slabs)));
+  return static_cast<int>(ceil_div(C, SHAPES[index].columns()));
 }
 
 Plan plan_sums(Kind kind, const device::Properties& part, int64_t T, int64_t C, int R, int E,
@@ -93,14 +81,13 @@ Plan plan_sums(Kind kind, const device::Properties& part, int64_t T, int64_t C, 
   const int index = shape_for(kind, part.major, R, E);
   const Shape& shape = SHAPES[index];
   const int64_t slabs = ceil_div(C, shape.columns()), tiles = ceil_div(T, kTokens);
-  const int cluster = cluster_for(shape, slabs);
-  Plan plan = with_kernel(index, is_bf16, cluster);
-  plan.grid.y = ceil_div(slabs, cluster) * cluster;
+  Plan plan = with_kernel(index, is_bf16);
+  plan.grid.y = slabs;
   const int64_t active = active_blocks(plan.kernel, plan.grid, part.device);
   const int64_t splits = best_splits(plan.grid.y, tiles, active, std::min(tiles, active));
   plan.steps = static_cast<int>(ceil_div(tiles, splits));
   plan.grid.x = ceil_div(tiles, plan.steps);
-  plan.parts = static_cast<int>(plan.grid.y / cluster);
+  plan.parts = static_cast<int>(slabs);
   return plan;
 }
 
@@ -108,7 +95,7 @@ Plan plan_down(const device::Properties& part, int64_t T, int64_t C, int E, bool
   const int index = shape_for(Kind::down, part.major, 0, E);
   const Shape& shape = SHAPES[index];
   const int64_t blocks = ceil_div(T, kTokens), tiles = ceil_div(C, shape.columns());
-  Plan plan = with_kernel(index, is_bf16, 1);
+  Plan plan = with_kernel(index, is_bf16);
   const int64_t active = active_blocks(plan.kernel, plan.grid, part.device);
   // Fewer than four tiles would not fill the pipeline before they are over.
   int64_t splits = best_splits(blocks, tiles, active, std::min(tiles / 4, active));

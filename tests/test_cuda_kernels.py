@@ -112,7 +112,7 @@ def test_gradient_pass(
     options = {"factor": factor, "basis": V, "project": project, "scaling": 2.0}
     if operators().skinny_parts(major(part), C, R, E) == 0:
         most = 64 if major(part) == 9 else 32
-        assert most < E
+        assert most < E or R > 32
         with pytest.raises(RuntimeError, match=rf"gives {E} skinny rows in the same read; ask "):
             passes.sums(z, left, out, **options)
         return
@@ -212,7 +212,7 @@ def test_no_tokens(part: str) -> None:
 
 
 def test_one_read_where_it_moves_fewer_bytes() -> None:
-    """Parts of the skinny result are float32; a cluster of four slabs leaves one."""
+    """Parts of the skinny result are float32; one a slab of 512 columns on Hopper."""
 
     def one_read(major: int, C: int, R: int, E: int) -> bool:
         return passes._one_read(major, C, R, E)
@@ -222,7 +222,7 @@ def test_one_read_where_it_moves_fewer_bytes() -> None:
     assert one_read(8, 4096, 16, 20) and one_read(12, 28672, 16, 16)
     assert not one_read(8, 4096, 64, 68)
     parts = operators().skinny_parts
-    assert (parts(9, 2048, 16, 20), parts(9, 4096, 16, 20), parts(9, 14336, 16, 20)) == (2, 4, 14)
+    assert (parts(9, 2048, 16, 20), parts(9, 4096, 16, 20), parts(9, 14336, 16, 20)) == (4, 8, 28)
     assert (parts(8, 2048, 16, 20), parts(9, 2304, 16, 20), parts(9, 64, 100, 161)) == (16, 5, 0)
 
 

@@ -74,15 +74,15 @@ struct Shape {
 // clang-format off
 constexpr Shape SHAPES[] = {
     // kind, arch, R, E, groups, blocks, stages, buffers
-    {Kind::gradient, 90, 16, 16, 2, 2, 4, 3},
-    {Kind::gradient, 90, 16, 32, 2, 2, 4, 3},
+    {Kind::gradient, 90, 16, 16, 2, 4, 2, 2},
+    {Kind::gradient, 90, 16, 32, 2, 4, 2, 2},
     {Kind::gradient, 90, 32, 64, 2, 2, 3, 2},
     {Kind::gradient, 80, 16, 16, 2, 1, 3, 1},
     {Kind::gradient, 80, 16, 32, 2, 1, 3, 1},
     {Kind::gradient, 80, 32, 32, 2, 1, 3, 1},
     {Kind::input, 90, 16, 0, 2, 2, 4, 0},
     {Kind::input, 90, 32, 0, 2, 2, 4, 0},
-    {Kind::input, 90, 64, 0, 2, 2, 4, 0},
+    {Kind::input, 90, 64, 0, 2, 1, 6, 0},
     {Kind::input, 90, 128, 0, 2, 1, 4, 0},
     {Kind::input, 90, 160, 0, 2, 1, 4, 0},
     {Kind::input, 80, 16, 0, 2, 1, 4, 0},

@@ -33,7 +33,7 @@ unsupported = kernel_support
 
 _ROWS = 16
 _COLUMNS = 128  # at once
-_RANGE = 512  # of a program
+_RANGE = 256  # of a program
 _FIELDS = 17
 _POINTED = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _PARTS = tl.constexpr(8)  # loaded at once
