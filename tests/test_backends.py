@@ -92,7 +92,8 @@ def test_the_nearest_measured_shape_decides(table: Path) -> None:
     rows = [
         row(triton=1.0, aten=2.0),
         row(T=512, triton=3.0, aten=2.0),
-        row(K=14336, triton=2.0, aten=2.0),
+        row(K=14336, triton=2.0, aten=2.03),
+        row(N=14336, triton=2.0, aten=2.1, cuda=2.03),
         row(device="other", triton=9.0, aten=2.0),
     ]
     table.write_text(json.dumps({"rows": rows}))
@@ -103,7 +104,8 @@ def test_the_nearest_measured_shape_decides(table: Path) -> None:
     assert fastest("GPU", "bfloat16", 8192, 4096, 4096, 16, 4) == "triton"
     assert fastest("GPU", "bfloat16", 30000, 4096, 4096, 8, 0) == "triton"
     assert fastest("GPU", "bfloat16", 700, 4096, 4096, 16, 4) == "aten"
-    assert fastest("GPU", "bfloat16", 8192, 14336, 4096, 16, 4) == "aten"  # a tie
+    assert fastest("GPU", "bfloat16", 8192, 14336, 4096, 16, 4) == "aten"  # as good as a tie
+    assert fastest("GPU", "bfloat16", 8192, 4096, 14336, 16, 4) == "cuda"
     assert fastest("other", "bfloat16", 8192, 4096, 4096, 16, 4) == "aten"
     assert measured.fastest("new", "bfloat16", 8192, 4096, 4096, 16, 4) == measured.SAFE
     assert measured.fastest("GPU", "float32", 8192, 4096, 4096, 16, 4) == measured.SAFE
@@ -150,6 +152,21 @@ def test_on_a_cpu_nothing_is_looked_up() -> None:
     tensors = (*(inputs[n] for n in names), *(None,) * 5)
     assert measured.order(inputs["x"], Operands(*tensors, 1.0, 0.0, True, True)) == measured.SAFE
     assert not measured.prefers_kernels(torch.device("cpu"))
+
+
+def test_short_calls_are_the_library_s(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table.write_text(json.dumps({"rows": [row(triton=1.0, aten=2.0)]}))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: "GPU")
+
+    class OnGPU:
+        is_cuda, device, dtype = True, torch.device("cuda"), torch.bfloat16
+
+        def __init__(self, T: int) -> None:
+            self.shape = (T, 4096)
+
+    layer = operands(4096, 4096, 16)
+    assert measured.order(OnGPU(measured.LEAST_TOKENS), layer)[0] == "triton"  # type: ignore[arg-type]
+    assert measured.order(OnGPU(measured.LEAST_TOKENS - 1), layer) == measured.SAFE  # type: ignore[arg-type]
 
 
 def operands(K: int, N: int, R: int, P: int = 0, Q: int = 0) -> Operands:
@@ -201,14 +218,17 @@ def test_rows_of_the_benchmark_become_the_table(table: Path) -> None:
         benchmark_row("grasp-triton", None, K=14336),  # wrong: it was not timed
         benchmark_row("grasp-aten-projected", 5.0, N=1024, writes=False),
         benchmark_row("grasp-triton-projected", 4.0, N=1024, writes=False),
+        benchmark_row("grasp-aten-projected", 5.0, T=2048),
+        benchmark_row("grasp-triton-projected", 4.0, T=2048),  # Python would not keep up
         benchmark_row("grasp-triton", 0.1, device="AMD EPYC", capability=None),
         benchmark_row("grasp-auto", 0.1),
         benchmark_row("grasp-triton-padded-projected", 0.1),
     ]
-    assert adopt(rows, table) == 2
+    assert adopt(rows, table) == 3
     stored = json.loads(table.read_text())["rows"]
     expected = [row(T=1, triton=1, aten=2), row(triton=1.0, aten=2.0), row(triton=3.0, aten=1.5)]
-    expected[2]["Q"] = 0
+    expected.append(row(N=1024, triton=4.0, aten=5.0))
+    expected[2]["Q"] = expected[3]["Q"] = 0
     assert sorted(stored, key=str) == sorted(expected, key=str)
     assert measured.fastest("GPU", "bfloat16", 8192, 4096, 4096, 16, 4)[0] == "triton"
     assert measured.fastest("GPU", "bfloat16", 8192, 4096, 4096, 16, 0)[0] == "aten"

@@ -6,10 +6,10 @@
 //
 // A block owns a slab of columns and runs down a range of tokens, its sum over tokens in registers;
 // or, in a down pass, it owns 64 tokens and runs along the columns, the skinny result in registers.
-// Groups of 128 threads own columns of the tile and depend on each other nowhere in the loop. The
-// blocks that share tokens, side by side along y, form clusters on Hopper and add their skinny
-// tiles there, so that one partial result in eight reaches memory. Shapes: T tokens, C columns of
-// Z, R LoRA rank, Q basis size, E rows of the skinny result.
+// Groups of 128 threads own columns of the tile and depend on each other nowhere in the loop; on
+// Hopper warps of their own add the skinny tiles of the groups and write them. Blocks of a down
+// pass that share tokens, side by side along y, form clusters there and add their tiles. Shapes: T
+// tokens, C columns of Z, R LoRA rank, Q basis size, E rows of the skinny result.
 
 #pragma once
 
@@ -81,13 +81,17 @@ __device__ void add_skinny(const PassArguments& a, const Exchange& exchange,
   exchange.arrive_drained(i);
 }
 
+template <int kIndex>
+using Sm90Exchange = std::conditional_t<SHAPES[kIndex].added_aside(), ExchangeAside<kIndex>,
+                                        ExchangeInCluster<kIndex>>;
+
 template <typename T, int kIndex>
 struct Pass {
   static constexpr Shape S = SHAPES[kIndex];
   static constexpr int kSkinnyBlocks = S.skinny() ? S.E / 8 : 2;  // 2: an array that nothing uses
   static constexpr int kSumBlocks = S.sums() ? S.R / 8 : 2;
   using Ring = std::conditional_t<S.arch == 90, RingSm90<kIndex>, RingSm80<kIndex>>;
-  using Exchange = std::conditional_t<S.arch == 90, ExchangeSm90<kIndex>, ExchangeSm80<kIndex>>;
+  using Exchange = std::conditional_t<S.arch == 90, Sm90Exchange<kIndex>, ExchangeSm80<kIndex>>;
   using Products = std::conditional_t<S.arch == 90, ProductsSm90<T>, ProductsSm80<T>>;
 
   const PassArguments& a;
@@ -219,7 +223,7 @@ __device__ void run_sm90(const PassArguments& a) {
   constexpr Shape S = SHAPES[kIndex];
   const Steps<kIndex> steps(a);
   RingSm90<kIndex> ring(a, steps);
-  ExchangeSm90<kIndex> exchange(a.cluster);
+  Sm90Exchange<kIndex> exchange(a.cluster);
   if (threadIdx.x == 0) {
     ring.init();
     exchange.init();

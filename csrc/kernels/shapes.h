@@ -61,7 +61,9 @@ struct Shape {
   constexpr int barrier_offset() const {
     return skinny_offset() + buffers * skinny_floats() * static_cast<int>(sizeof(float));
   }
-  constexpr int n_barriers() const { return arch == 90 ? 2 * stages + 2 * buffers : 0; }
+  constexpr int n_barriers() const {
+    return arch == 90 ? 2 * stages + (added_aside() ? 2 * buffers : buffers) : 0;
+  }
   constexpr int shared_memory() const { return barrier_offset() + 8 * n_barriers(); }
 };
 

@@ -30,7 +30,7 @@ def adopt(rows: Iterable[Row], table: str | PathLike[str] = measured.TABLE) -> i
     if not found:
         raise ValueError(
             "no row compares a kernel with aten on a GPU; measure with `grasp-kernels bench "
-            "--providers all` on a machine with one."
+            f"--providers all --tokens {2 * measured.LEAST_TOKENS}` on a machine with one."
         )
     with open(table, encoding="utf-8") as text:
         kept = {_key(entry): entry for entry in json.load(text)["rows"]}
@@ -52,9 +52,10 @@ def _entries(rows: Iterable[Row]) -> list[dict[str, Any]]:
             continue
         if row["provider"] not in (f"grasp-{backend}", f"grasp-{backend}-projected"):
             continue  # another form of the backend, such as padded weights
-        if row["projects"] and not row["writes"]:
-            continue  # readers have no basis: the row of the provider without projection again
-        entry = {**{name: row[name] for name in _SIZES}, "Q": row["Q"] if row["projects"] else 0}
+        if row["T"] < measured.LEAST_TOKENS:
+            continue  # nobody asks for it
+        projected = row["projects"] and row["writes"]  # readers have no basis
+        entry = {**{name: row[name] for name in _SIZES}, "Q": row["Q"] if projected else 0}
         entry = found.setdefault(_key(entry), {**entry, "milliseconds": {}})
         entry["milliseconds"][backend] = median
     return [entry for entry in found.values() if "aten" in entry["milliseconds"]]
