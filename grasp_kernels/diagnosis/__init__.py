@@ -1,4 +1,4 @@
-"""Is an adapter contaminated? An adapter and its base model -> what it learned unasked, with reasons.
+"""Is an adapter contaminated? Base model and adapter -> what it learned unasked, with reasons.
 
 pair        base model and adapter, which one forward pass switches on or off
 directions  the weights (identification) and what neutral prompts show -> directions of the stream

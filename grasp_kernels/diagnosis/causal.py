@@ -6,8 +6,8 @@ token of the adapter, after every block, the component along `v` that it has in 
 `h ← h − v vᵀ (h − h_base)`, which takes out what was learned along `v` and nothing else. Both are
 done with random directions of the same length too; without them no number means anything.
 
-Shapes: `B` sequences of a batch, `T` tokens, `M` positions, `V` vocabulary, `L` blocks, `D` residual
-width, `J` candidates (the direction and random ones).
+Shapes: `B` sequences of a batch, `T` tokens, `M` positions, `V` vocabulary, `L` blocks, `D`
+residual width, `J` candidates (the direction and random ones).
 """
 
 from __future__ import annotations
@@ -83,14 +83,6 @@ def removal(pair: Pair, batches: Sequence[Batch], vectors: Tensor) -> list[float
     return [1 - left / with_adapter if with_adapter else 0.0 for left in without]
 
 
-def steered(
-    pair: Pair, batch: Batch, layer: int, vector: Tensor, length: float
-) -> Tensor:
-    """Log probabilities `[M, V]` of the base model with `length · vector[D]` added after a block."""
-    edits: dict[int, Edit] = {layer: lambda h: h + length * vector.to(h)}
-    return pair.log_probs(batch.sequences, batch.positions, adapter=False, edits=edits)
-
-
 def steering(
     pair: Pair,
     batches: Sequence[Batch],
@@ -106,7 +98,8 @@ def steering(
         base = pair.log_probs(batch.sequences, batch.positions, adapter=False)
         for dose, values in totals.items():
             for j, vector in enumerate(vectors):
-                moved = steered(pair, batch, layer, vector, dose * length)
+                edits = {layer: _adder(dose * length * vector)}
+                moved = pair.log_probs(batch.sequences, batch.positions, adapter=False, edits=edits)
                 values[j] += score(batch, base, moved) * len(batch.positions) / count
     return totals
 
@@ -159,6 +152,10 @@ def against_random(values: Sequence[float]) -> dict[str, Any]:
         "z": (value - mean(others)) / spread if spread else None,
         "p": (1 + sum(other >= value for other in others)) / (1 + len(others)),
     }
+
+
+def _adder(step: Tensor) -> Edit:
+    return lambda stream: stream + step.to(stream)
 
 
 def _keeper(kept: dict[int, Tensor], layer: int, vectors: Tensor) -> Edit:

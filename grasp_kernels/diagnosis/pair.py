@@ -92,7 +92,9 @@ def open_pair(
     Raises:
         ValueError, TypeError: no adapter or two, a merged one, an adapter of another model.
     """
-    loaded = model if isinstance(model, nn.Module) else load_model(find_checkpoint(str(model)), dtype)
+    loaded: Any = (
+        model if isinstance(model, nn.Module) else load_model(find_checkpoint(str(model)), dtype)
+    )
     inside = hasattr(loaded, "disable_adapter") and hasattr(loaded, "peft_config")
     if inside == (adapter is not None):
         raise ValueError(
