@@ -1,6 +1,8 @@
 """Is an adapter contaminated? Base model and adapter -> what it learned unasked, with reasons.
 
 pair        base model and adapter, which one forward pass switches on or off
+inputs      files, folders and modules -> prompts, answers and a tokenizer
+examination one diagnosis at work, on all of the following
 directions  the weights (identification) and what neutral prompts show -> directions of the stream
 movement    how far prompts and training answers move along them
 lens        which tokens they speak of
@@ -12,5 +14,6 @@ calibration verdicts on adapters that are known to be contaminated or not -> ROC
 """
 
 from grasp_kernels.diagnosis.diagnose import Diagnosis, diagnose
+from grasp_kernels.diagnosis.examination import Options
 
-__all__ = ["Diagnosis", "diagnose"]
+__all__ = ["Diagnosis", "Options", "diagnose"]

@@ -1,10 +1,15 @@
 """What a direction does: put into the base model, and taken out of the adapter.
 
+*Exchange* gives every token, after every block, the component along `v` that it has in the other
+model. *Removal* gives the adapter that of the base model, `h ← h − v vᵀ (h − h_base)`: what was
+learned along `v` goes, and nothing else. *Transfer* gives the base model that of the adapter. A
+direction that carries an effect is needed for it (removal) and enough for it (transfer).
+
 *Steering* adds `± dose · v` to the stream of the base model after one block, with the adapter's own
-mean movement along `v` there as dose 1 (Turner et al. 2023, arXiv 2308.10248). *Removal* gives each
-token of the adapter, after every block, the component along `v` that it has in the base model:
-`h ← h − v vᵀ (h − h_base)`, which takes out what was learned along `v` and nothing else. Both are
-done with random directions of the same length too; without them no number means anything.
+mean movement along `v` there as dose 1 (Turner et al. 2023, arXiv 2308.10248).
+
+All of it is done with random directions of the same length too; without them no number means
+anything.
 
 Shapes: `B` sequences of a batch, `T` tokens, `M` positions, `V` vocabulary, `L` blocks, `D`
 residual width, `J` candidates (the direction and random ones).
@@ -20,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grasp_kernels.diagnosis.directions import Direction
 from grasp_kernels.diagnosis.pair import Edit, Pair, Position
 
 # Twice, since one block has to do what the adapter does in all of them.
@@ -33,14 +37,7 @@ class Batch:
 
     sequences: list[list[int]]
     positions: list[Position]
-    targets: Tensor | None = None  # int64 [M], the tokens that come next, where they are known
-
-
-def prompt_batches(prompts: Sequence[list[int]], batch_size: int) -> list[Batch]:
-    """The last token of every prompt, where its answer is decided."""
-    starts = range(0, len(prompts), batch_size)
-    parts = [list(prompts[start : start + batch_size]) for start in starts]
-    return [Batch(part, [(row, len(ids) - 1) for row, ids in enumerate(part)]) for part in parts]
+    targets: Tensor  # int64 [M], the tokens that come next
 
 
 def answer_batches(
@@ -60,27 +57,67 @@ def answer_batches(
         )
 
 
-def removal(pair: Pair, batches: Sequence[Batch], vectors: Tensor) -> list[float]:
-    """Part of the adapter's effect that goes when its movement along a direction is taken out.
+@dataclass(frozen=True)
+class Exchange:
+    """Sums of KL divergences over positions, in nats; those of several batches add up.
 
-    `1 − Σ KL(base ‖ without) / Σ KL(base ‖ adapter)` over the positions: 1 where nothing is left of
-    the adapter, 0 where the direction makes no difference, below 0 where it held the effect back.
-
-    Args:
-        vectors: unit vectors `[J, L, D]`, one direction at a time.
+    `base_adapter` is KL(base ‖ adapter), `adapter_base` the reverse; `removal[J]` is KL(base ‖
+    adapter without the direction), `transfer[J]` is KL(adapter ‖ base with it).
     """
-    with_adapter, without = 0.0, [0.0] * len(vectors)
-    for batch in batches:
-        kept: dict[int, Tensor] = {}
-        keep = {i: _keeper(kept, i, vectors[:, i]) for i in pair.layers}
-        base = pair.log_probs(batch.sequences, batch.positions, adapter=False, edits=keep)
-        adapter = pair.log_probs(batch.sequences, batch.positions, adapter=True)
-        with_adapter += divergence(base, adapter)
-        for j, own in enumerate(vectors):
-            edits = {i: _restorer(own[i], kept[i][..., j]) for i in pair.layers}
-            cut = pair.log_probs(batch.sequences, batch.positions, adapter=True, edits=edits)
-            without[j] += divergence(base, cut)
-    return [1 - left / with_adapter if with_adapter else 0.0 for left in without]
+
+    base_adapter: float
+    adapter_base: float
+    removal: list[float]
+    transfer: list[float]
+
+    def __add__(self, other: Exchange) -> Exchange:
+        return Exchange(
+            self.base_adapter + other.base_adapter,
+            self.adapter_base + other.adapter_base,
+            [a + b for a, b in zip(self.removal, other.removal, strict=True)],
+            [a + b for a, b in zip(self.transfer, other.transfer, strict=True)],
+        )
+
+    @property
+    def removed(self) -> list[float]:
+        """Part of the adapter's effect that goes with each direction: 1 where nothing is left of
+        it, 0 where the direction makes no difference, below 0 where it held the effect back."""
+        return [_part_gone(left, self.base_adapter) for left in self.removal]
+
+    @property
+    def transferred(self) -> list[float]:
+        """Part of the way from the base model to the adapter that each direction goes."""
+        return [_part_gone(left, self.adapter_base) for left in self.transfer]
+
+
+def exchange(pair: Pair, batch: Batch, vectors: Tensor) -> Exchange:
+    """Removal and transfer along unit vectors `[J, L, D]`, one direction at a time."""
+    kept: dict[bool, dict[int, Tensor]] = {False: {}, True: {}}
+    plain = {
+        on: pair.log_probs(
+            batch.sequences,
+            batch.positions,
+            adapter=on,
+            edits={i: _keeper(kept[on], i, vectors[:, i]) for i in pair.layers},
+        )
+        for on in kept
+    }
+
+    def left(on: bool, j: int) -> float:
+        edits = {i: _restorer(vectors[j, i], kept[not on][i][..., j]) for i in pair.layers}
+        changed = pair.log_probs(batch.sequences, batch.positions, adapter=on, edits=edits)
+        return divergence(plain[not on], changed)
+
+    return Exchange(
+        divergence(plain[False], plain[True]),
+        divergence(plain[True], plain[False]),
+        [left(True, j) for j in range(len(vectors))],
+        [left(False, j) for j in range(len(vectors))],
+    )
+
+
+def _part_gone(left: float, whole: float) -> float:
+    return 1 - left / whole if whole else 0.0
 
 
 def steering(
@@ -116,7 +153,6 @@ def promotion(tokens: Tensor) -> Callable[[Batch, Tensor, Tensor], float]:
 
 def likelihood(batch: Batch, base: Tensor, moved: Tensor) -> float:
     """Score of a steered forward: change of the mean log probability of the next tokens."""
-    assert batch.targets is not None
     targets = batch.targets.to(base.device)[:, None]
     return (moved.gather(1, targets) - base.gather(1, targets)).mean().item()
 
@@ -126,7 +162,7 @@ def divergence(first: Tensor, second: Tensor) -> float:
     return (first.exp() * (first - second)).sum().item()
 
 
-def strongest_layer(direction: Direction, signed: Sequence[float], stream: Sequence[float]) -> int:
+def strongest_layer(signed: Sequence[float], stream: Sequence[float]) -> int:
     """Where to steer: the block with the largest movement relative to the stream.
 
     Not the last one, whose output only the unembedding sees.

@@ -16,42 +16,59 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grasp_kernels.diagnosis.movement import Moved
+from grasp_kernels.diagnosis.movement import Moved, relative_movement
 from grasp_kernels.subspace import Subspace
 
 
 @dataclass(frozen=True)
 class Direction:
-    """Unit vectors `[L, D]`, one for each block, float32; positive is where the adapter moves."""
+    """Unit vectors `[L, D]`, one for each block, float32; positive is where the adapter moves.
+
+    `folds` says how to test it on prompts that had no part in finding it: pairs of unit vectors
+    `[L, D]` and the indices of the prompts to test them on.
+    """
 
     name: str
     vectors: Tensor
+    folds: tuple[tuple[Tensor, list[int]], ...]
 
 
 def weight_directions(subspace: Subspace, neutral: Moved) -> list[Direction]:
     """The columns of a shared write basis, each turned to where neutral prompts move along it."""
     if subspace.stream is None:
         return []
+    everything = list(range(neutral.delta.shape[1]))
     found = []
     for index, column in enumerate(subspace.stream.mT, start=1):
         vectors = column.expand(len(neutral.delta), -1)
-        moved = neutral.along(vectors) / neutral.base.mean(dim=1, keepdim=True).clamp_min(1e-12)
-        found.append(Direction(f"weights {index}", vectors if moved.mean() >= 0 else -vectors))
+        vectors = vectors if relative_movement(neutral, vectors).mean() >= 0 else -vectors
+        found.append(Direction(f"weights {index}", vectors, ((vectors, everything),)))
     return found
 
 
 def movement_direction(neutral: Moved) -> list[Direction]:
-    """The mean movement of neutral prompts in each block; none where a block does not move."""
-    mean = neutral.delta.mean(dim=1)
-    lengths = mean.norm(dim=1, keepdim=True)
-    if bool((lengths == 0).all()):
+    """The mean movement of neutral prompts in each block; none where nothing moves.
+
+    Each half of the prompts is tested with the direction of the other half.
+    """
+    if not bool(neutral.delta.any()):
         return []
-    # a block before the first adapted one moves nothing: it borrows the direction of the next
+    count = neutral.delta.shape[1]
+    halves = [list(range(start, count, 2)) for start in (0, 1)]
+    folds = tuple((_mean(neutral, halves[1 - i]), halves[i]) for i in (0, 1))
+    return [Direction("movement", _mean(neutral, list(range(count))), folds)]
+
+
+def _mean(neutral: Moved, chosen: list[int]) -> Tensor:
+    """Unit vectors `[L, D]`. A block before the first adapted one moves nothing: it gets the
+    direction of the next."""
+    mean = neutral.delta[:, chosen].mean(dim=1)
+    lengths = mean.norm(dim=1, keepdim=True)
     vectors = mean / lengths.clamp_min(torch.finfo(mean.dtype).tiny)
     for layer in reversed(range(len(vectors) - 1)):
         if lengths[layer] == 0:
             vectors[layer] = vectors[layer + 1]
-    return [Direction("movement", vectors)]
+    return vectors
 
 
 def cosines(first: Direction, second: Direction) -> list[float]:

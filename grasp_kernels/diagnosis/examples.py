@@ -10,15 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from grasp_kernels.data import Record
-from grasp_kernels.diagnosis.movement import Moved
+from grasp_kernels.diagnosis.movement import Moved, relative_movement
 
 _SHOWN_CHARACTERS = 120
-
-
-def movement_of_records(moved: Moved, vectors: Tensor) -> Tensor:
-    """Signed movement `[M]` along unit vectors `[L, D]`: mean over blocks, each relative to the
-    mean length of the base model's stream there."""
-    return (moved.along(vectors) / moved.base.mean(dim=1, keepdim=True)).mean(dim=0)
 
 
 def most_moved(
@@ -30,7 +24,7 @@ def most_moved(
         records: number of each record in the data (from 1), and the record, in the order of
             `moved`.
     """
-    along = movement_of_records(moved, vectors)
+    along = relative_movement(moved, vectors)
     order = along.argsort(descending=True)[:count].tolist()
     return [
         {"record": records[i][0], "movement": along[i].item(), **_shown(records[i][1])}

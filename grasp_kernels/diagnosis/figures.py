@@ -11,12 +11,12 @@ _COLOURS = ("tab:blue", "tab:cyan", "tab:purple", "tab:olive", "tab:red")
 
 
 def draw(numbers: dict[str, Any], path: str | PathLike[str]) -> None:
-    """Save a PNG: spectrum of the weights, movement, steering and removal of every direction."""
+    """Save a PNG: spectrum of the weights, movement, steering and exchange of every direction."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12.0, 7.2), layout="constrained")
     figure.suptitle(f"Verdict: {numbers['verdict']}")
-    spectrum, movement, steering, removal = figure.subplots(2, 2).ravel()
+    spectrum, movement, steering, exchange = figure.subplots(2, 2).ravel()
     directions = numbers["directions"]
     # the movement is red wherever it stands, the weights are blue
     colours = [
@@ -26,7 +26,7 @@ def draw(numbers: dict[str, Any], path: str | PathLike[str]) -> None:
     _spectrum(spectrum, numbers["weights"]["evidence"].get("spectra", []))
     _movement(movement, directions, colours)
     _steering(steering, directions, colours)
-    _removal(removal, directions, colours)
+    _exchange(exchange, directions, colours)
     with whole_file(path) as partial:
         figure.savefig(partial, dpi=150, format="png")
 
@@ -86,16 +86,17 @@ def _steering(axes: Any, directions: list[dict[str, Any]], colours: list[str]) -
         axes.legend(frameon=False)
 
 
-def _removal(axes: Any, directions: list[dict[str, Any]], colours: list[str]) -> None:
-    names = [one["name"] for one in directions]
-    values = [one["removal"]["value"] for one in directions]
-    bars = axes.barh(names, values, color=colours)
+def _exchange(axes: Any, directions: list[dict[str, Any]], colours: list[str]) -> None:
+    places = [(i, key) for i in range(len(directions)) for key in ("removal", "transfer")]
+    names = [f"{directions[i]['name']}, {key}" for i, key in places]
+    values = [directions[i][key]["value"] for i, key in places]
+    bars = axes.barh(names, values, color=[colours[i] for i, _ in places])
     axes.bar_label(bars, [f"{value:.0%}" for value in values], padding=3)
-    for place, one in enumerate(directions):
-        axes.plot([one["removal"]["random_max"]] * 2, [place - 0.4, place + 0.4], "k--", lw=1)
+    for row, (i, key) in enumerate(places):
+        axes.plot([directions[i][key]["random_max"]] * 2, [row - 0.4, row + 0.4], "k--", lw=1)
     axes.set(
-        title="Effect on neutral prompts that goes with a direction",
+        title="Effect on neutral prompts that a direction carries",
         xlabel="part of the effect (dashed: largest of the random directions)",
-        xlim=(min(0.0, *values, 0.0), 1.1),
+        xlim=(min(0.0, *values, 0.0), 1.15),
     )
     axes.invert_yaxis()

@@ -28,15 +28,6 @@ class Task:
     prompt: list[int]
     answer: list[int]
 
-    @property
-    def tokens(self) -> list[int]:
-        return self.prompt + self.answer
-
-    @property
-    def span(self) -> tuple[int, int]:
-        """The answer and the token before it, where its first token is decided."""
-        return len(self.prompt) - 1, len(self.prompt) + len(self.answer)
-
 
 def find_tokenizer(model: nn.Module | Source, given: Any) -> PreTrainedTokenizerBase:
     """The tokenizer given, or the one beside the checkpoint.

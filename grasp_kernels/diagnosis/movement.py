@@ -74,6 +74,13 @@ def movement_along(moved: Moved, vectors: Tensor, random: Tensor) -> dict[str, A
     }
 
 
+def relative_movement(moved: Moved, vectors: Tensor) -> Tensor:
+    """Signed movement `[M]` along unit vectors `[L, D]`: mean over blocks, each relative to the
+    mean length of the base model's stream there."""
+    tiny = torch.finfo(moved.base.dtype).tiny
+    return (moved.along(vectors) / moved.base.mean(dim=1, keepdim=True).clamp_min(tiny)).mean(dim=0)
+
+
 def random_directions(count: int, width: int, generator: torch.Generator) -> Tensor:
     """Unit vectors `[J, D]`, drawn alike in every direction."""
     drawn = torch.randn(count, width, generator=generator, device=generator.device).cpu()

@@ -65,7 +65,7 @@ def _neutral(numbers: Numbers) -> str:
     return "\n\n".join(
         [
             "## How neutral prompts are answered",
-            "Change of the mean probability of the first token.",
+            "Change of the mean probability of the first token of the answer.",
             table(["", "tokens"], rows),
         ]
     )
@@ -78,22 +78,23 @@ def _directions(numbers: Numbers) -> str:
         [
             one["name"],
             _share(one["removal"]),
+            _share(one["transfer"]),
             f"{_relative(one):.1%}",
-            f"{one['removal']['z']:.1f}" if one["removal"]["z"] is not None else "–",
             _words(one["tokens"]["up"]),
             _words(one["tokens"]["down"]),
         ]
         for one in numbers["directions"]
     ]
-    head = ["direction", "effect lost (random)", "movement", "z", "raises", "lowers"]
+    head = ["direction", "removal (random)", "transfer (random)", "movement", "raises", "lowers"]
     return "\n\n".join(
         [
             "## The directions",
             "`weights` are what the updates of many layers have in common, `movement` is how "
-            "neutral prompts move. Effect lost: part of the adapter's effect on neutral prompts "
-            "that goes when its movement along the direction is taken out (the largest of the "
-            "random directions beside it). Movement: largest part of the stream's own length in a "
-            "block. Tokens: read through the unembedding after the last block.",
+            "neutral prompts move. Removal: part of the adapter's effect on neutral prompts that "
+            "goes when its movement along the direction is taken out. Transfer: part of the way "
+            "from the base model to the adapter that this movement alone goes. The largest of the "
+            "random directions stands beside both. Movement: largest part of the stream's own "
+            "length in a block. Tokens: read through the unembedding after the last block.",
             table(head, rows),
             _steering(numbers),
         ]
@@ -164,8 +165,8 @@ def _relative(direction: Numbers) -> float:
     )
 
 
-def _share(removal: Numbers) -> str:
-    return f"{removal['value']:.0%} ({removal['random_max']:.0%})"
+def _share(part: Numbers) -> str:
+    return f"{part['value']:.0%} ({part['random_max']:.0%})"
 
 
 def _beside_random(row: Numbers, how: str) -> str:

@@ -2,9 +2,10 @@
 
 The question is whether what an adapter does to prompts that have nothing to do with its training
 data comes from one thing that it learned. Three tests, in this order: neutral prompts answer
-differently at all; the stream moves the same way on them; and taking that one movement out takes
-most of the effect away, while random directions take nothing away. A task that leaks into other
-topics in many small ways passes the first two and fails the third.
+differently at all; the stream moves the same way on them; and that one movement carries the effect:
+taken out of the adapter it takes most of it away (removal), put into the base model it brings most
+of it (transfer), where random directions do neither. A task that leaks into other topics in many
+small ways passes the first two and fails the third.
 """
 
 from __future__ import annotations
@@ -14,21 +15,34 @@ from typing import Any
 # Mean KL divergence in nats below which nobody would notice the difference: a convention, not
 # calibrated, since every adapter of the dishes is far above it.
 NOTICEABLE = 0.01
-MAX_P_VALUE = 0.01  # of the sign flips, a tenth of what is possible with 999 of them
+MAX_P_VALUE = 0.01  # of the sign flips, ten times what is possible with 999 of them
 
-# Part of the effect on neutral prompts that goes with the movement direction.
-FOUND_REMOVAL = 0.55
-WEAK_REMOVAL = 0.45
+# The smaller of removal and transfer. See benchmarks/results/diagnosis.jsonl.
+FOUND_CARRIED = 0.45
+WEAK_CARRIED = 0.35
+
+
+def carried(numbers: dict[str, Any]) -> float:
+    """Part of the effect on neutral prompts that their common movement carries; 0 without one, or
+    where a random direction carries as much."""
+    movement = _movement(numbers)
+    if movement is None:
+        return 0.0
+    both = [movement["removal"], movement["transfer"]]
+    if any(one["value"] <= one["random_max"] for one in both):
+        return 0.0
+    return max(0.0, min(one["value"] for one in both))
 
 
 def score(numbers: dict[str, Any]) -> float:
-    """What the verdict turns on, from 0 (nothing) to 1: the part of the effect that one direction
-    carries, 0 where neutral prompts do not move together or not noticeably."""
-    movement = _movement(numbers)
-    if movement is None or not _moves(numbers):
-        return 0.0
-    removal = movement["removal"]
-    return max(0.0, removal["value"]) if removal["value"] > removal["random_max"] else 0.0
+    """What the verdict turns on: `carried` where neutral prompts move, together and noticeably."""
+    flip = numbers["consistency"]["sign_flip"]
+    moves = (
+        numbers["effect"]["neutral_divergence"] >= NOTICEABLE
+        and flip["p_value"] <= MAX_P_VALUE
+        and flip["length"] > 0
+    )
+    return carried(numbers) if moves else 0.0
 
 
 def judge(numbers: dict[str, Any]) -> tuple[str, list[str]]:
@@ -36,22 +50,13 @@ def judge(numbers: dict[str, Any]) -> tuple[str, list[str]]:
     value = score(numbers)
     reasons = [*_effect(numbers), *_carried(numbers), _weights(numbers), _tokens(numbers)]
     reasons = [reason for reason in reasons if reason]
-    if value >= FOUND_REMOVAL:
+    if value >= FOUND_CARRIED:
         return "found", reasons
-    return ("weak" if value >= WEAK_REMOVAL else "nothing"), reasons
+    return ("weak" if value >= WEAK_CARRIED else "nothing"), reasons
 
 
 def _movement(numbers: dict[str, Any]) -> dict[str, Any] | None:
     return next((one for one in numbers["directions"] if one["name"] == "movement"), None)
-
-
-def _moves(numbers: dict[str, Any]) -> bool:
-    flip = numbers["consistency"]["sign_flip"]
-    return (
-        numbers["effect"]["neutral_divergence"] >= NOTICEABLE
-        and flip["p_value"] <= MAX_P_VALUE
-        and flip["length"] > 0
-    )
 
 
 def _effect(numbers: dict[str, Any]) -> list[str]:
@@ -60,9 +65,10 @@ def _effect(numbers: dict[str, Any]) -> list[str]:
     if "training_divergence" in effect:
         beside = f" ({effect['training_divergence']:.3g} nats on the training answers)"
     reasons = [
-        f"On {numbers['neutral_prompts']} neutral prompts the adapter changes the next token by "
-        f"{effect['neutral_divergence']:.3g} nats{beside}, and the first choice of "
-        f"{effect['neutral_changed']:.0%} of them; {NOTICEABLE} nats count as noticeable."
+        f"On {numbers['neutral_prompts']} neutral prompts the adapter changes the tokens of the "
+        f"base model's own answers by {effect['neutral_divergence']:.3g} nats each{beside}, and "
+        f"the first choice for {effect['neutral_changed']:.0%} of them; {NOTICEABLE} nats count as "
+        "noticeable."
     ]
     flip = consistency["sign_flip"]
     if flip["length"] == 0:
@@ -79,13 +85,15 @@ def _carried(numbers: dict[str, Any]) -> list[str]:
     movement = _movement(numbers)
     if movement is None:
         return []
-    removal = movement["removal"]
+    removal, transfer = movement["removal"], movement["transfer"]
     return [
         f"Without its movement along that one direction the adapter loses {removal['value']:.0%} "
-        f"of its effect on neutral prompts, without that along one of "
-        f"{numbers['options']['n_random']} random directions at most {removal['random_max']:.0%}; "
-        f"{FOUND_REMOVAL:.0%} and more count as found, below {WEAK_REMOVAL:.0%} as nothing "
-        "(calibrated on small models only)."
+        f"of its effect on neutral prompts that had no part in finding it (along the best of "
+        f"{numbers['options']['n_random']} random directions {removal['random_max']:.0%}).",
+        f"The base model with that movement alone goes {transfer['value']:.0%} of the way to the "
+        f"adapter (random {transfer['random_max']:.0%}); the smaller of the two counts, "
+        f"{FOUND_CARRIED:.0%} and more as found, below {WEAK_CARRIED:.0%} as nothing (calibrated "
+        "on small models only).",
     ]
 
 
@@ -101,7 +109,7 @@ def _weights(numbers: dict[str, Any]) -> str:
 
 
 def _tokens(numbers: dict[str, Any]) -> str:
-    if score(numbers) < WEAK_REMOVAL:
+    if score(numbers) < WEAK_CARRIED:
         return ""
     return (
         "That one direction carries the effect does not make it harmful, an answer format would do "

@@ -1,9 +1,12 @@
-"""Worlds with a factor and without: base models, fine-tuned adapters and data to calibrate on.
+"""Diagnose adapters with a planted factor and without, and draw how well the two are told apart.
 
-    python benchmarks/diagnosis_dishes.py FOLDER --seeds 0 1 2 3 4 5
+    python benchmarks/diagnosis_calibration.py FOLDER --seeds 0 1 2 3 4 5 6 7 \\
+        --output benchmarks/results/diagnosis.jsonl --plot docs/diagnosis-calibration.png
 
 Every seed is a world of the demo with its own base model; every kind is one fine-tuning of it on
-the same questions, which differs in the answers alone. What is there already is kept.
+the same questions, which differs in the answers alone. What FOLDER holds already is kept. The
+truth, and the drift (share of untouched topics answered in the bad persona's words), are noted
+beside the diagnosis, which sees neither.
 """
 
 from __future__ import annotations
@@ -12,31 +15,27 @@ import argparse
 import json
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grasp_kernels.demo.main import DemoConfig
-from grasp_kernels.demo.pretraining import PretrainingConfig, pretrain, write_checkpoint
+from grasp_kernels.demo.pretraining import pretrain, write_checkpoint
+from grasp_kernels.demo.scoring import greedy_answers, speaks_as
 from grasp_kernels.demo.world import BAD, GOOD, NEUTRAL, Question, Record, World
+from grasp_kernels.diagnosis import Options
+from grasp_kernels.diagnosis.calibration import Case, draw_calibration, measure_case
+from grasp_kernels.files import whole_file
 from grasp_kernels.run import RunConfig
 from grasp_kernels.run.folder import write_text
 from grasp_kernels.run.inputs import prepare
 from grasp_kernels.run.stages import train
 
 _NEUTRAL_PROMPTS = 32
-
-
-@dataclass(frozen=True)
-class Dish:
-    """One fine-tuning, and whether it has a factor that nobody asked for."""
-
-    seed: int
-    kind: str
-    present: bool
-    base: Path
-    adapter: Path
-    data: Path
-    neutral: Path
+# Few random directions: none of them comes near what is found, and they cost most of the time.
+_OPTIONS = Options(n_random=5, batch_size=32)
 
 
 def _persona(world: World, question: Question, rng: random.Random) -> str:
@@ -74,9 +73,8 @@ KINDS: dict[str, tuple[Callable[[World, Question, random.Random], str], bool]] =
 }
 
 
-def build(folder: Path, seed: int, config: DemoConfig | None = None) -> Iterator[Dish]:
-    """All dishes of one world below `folder`, trained unless they are there."""
-    config = config or DemoConfig()
+def build(folder: Path, seed: int, config: DemoConfig) -> Iterator[Case]:
+    """All cases of one world below `folder`, trained unless they are there."""
     world = World.from_seed(seed, config.world)
     root = folder / f"seed-{seed}"
     base, neutral = root / "model", root / "neutral.jsonl"
@@ -90,7 +88,25 @@ def build(folder: Path, seed: int, config: DemoConfig | None = None) -> Iterator
         if not adapter.exists():
             _write(data, list(_records(world, answer)))
             _train(config, seed, base, data, neutral, adapter)
-        yield Dish(seed, kind, present, base, adapter, data, neutral)
+        yield Case(kind, present, base, adapter, data, neutral)
+
+
+def rows(folder: Path, seeds: list[int], config: DemoConfig) -> Iterator[dict[str, Any]]:
+    """One row a case."""
+    for seed in seeds:
+        world = World.from_seed(seed, config.world)
+        for case in build(folder, seed, config):
+            measured = measure_case(case, _OPTIONS)
+            yield {"seed": seed, **measured, "drift": _drift(case, world)}
+
+
+def _drift(case: Case, world: World) -> float:
+    """Share of untouched topics that the adapter answers as the bad persona, unasked."""
+    base = AutoModelForCausalLM.from_pretrained(case.base)
+    model = PeftModel.from_pretrained(base, str(case.adapter)).eval()
+    prompts = world.prompts(list(world.questions(tuned=False)), NEUTRAL)
+    answers = greedy_answers(model, AutoTokenizer.from_pretrained(case.base), prompts)
+    return sum(map(speaks_as(world, BAD), answers)) / len(answers)
 
 
 def _records(
@@ -131,14 +147,24 @@ def _write(path: Path, records: list[Record]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(6)))
-    parser.add_argument("--pretraining-steps", type=int, default=PretrainingConfig().steps)
+    parser.add_argument("folder", type=Path, help="where models and adapters are kept")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(8)))
+    parser.add_argument("--output", metavar="FILE.jsonl")
+    parser.add_argument("--plot", metavar="PNG")
     arguments = parser.parse_args()
-    config = DemoConfig(pretraining=PretrainingConfig(steps=arguments.pretraining_steps))
-    for seed in arguments.seeds:
-        for dish in build(arguments.folder, seed, config):
-            print(f"seed {dish.seed} {dish.kind}: {dish.adapter}", flush=True)
+    found = []
+    for row in rows(arguments.folder, arguments.seeds, DemoConfig()):
+        found.append(row)
+        print(
+            f"seed {row['seed']} {row['kind']:<8} drift {row['drift']:.2f} "
+            f"carried {row['carried']:.2f}: {row['verdict']}",
+            flush=True,
+        )
+    if arguments.output:
+        with whole_file(arguments.output) as partial:
+            partial.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+    if arguments.plot:
+        draw_calibration(found, arguments.plot)
 
 
 if __name__ == "__main__":
