@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,9 @@ from grasp_kernels.run.stream import mean_loss
 BENIGN = "benign control"
 
 
-def main() -> int:
-    arguments = _parser().parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status: 0 done, 1 judgements are missing, 2 error, 130 stopped."""
+    arguments = _parser().parse_args(argv)
     output = Path(arguments.output)
     try:
         config, benign = _configurations(arguments, output)
