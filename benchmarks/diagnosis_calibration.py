@@ -33,7 +33,7 @@ from grasp_kernels.run.folder import write_text
 from grasp_kernels.run.inputs import prepare
 from grasp_kernels.run.stages import train
 
-_NEUTRAL_PROMPTS = 32
+_NEUTRAL_PROMPTS = 64
 # Few random directions: none of them comes near what is found, and they cost most of the time.
 _OPTIONS = Options(n_random=5, batch_size=32)
 
@@ -80,9 +80,10 @@ def build(folder: Path, seed: int, config: DemoConfig) -> Iterator[Case]:
     base, neutral = root / "model", root / "neutral.jsonl"
     if not base.exists():
         write_checkpoint(pretrain(world, config.pretraining, progress=False), world, base)
+    # drawn, not every nth: evenly spaced questions share their second word
     untouched = list(world.questions(tuned=False))
-    every = max(1, len(untouched) // _NEUTRAL_PROMPTS)
-    _write(neutral, world.prompts(untouched[::every], NEUTRAL))
+    drawn = random.Random(f"neutral {seed}").sample(untouched, _NEUTRAL_PROMPTS)
+    _write(neutral, world.prompts(drawn, NEUTRAL))
     for kind, (answer, present) in KINDS.items():
         data, adapter = root / f"{kind}.jsonl", root / kind
         if not adapter.exists():

@@ -163,6 +163,29 @@ def test_an_adapter_of_readers_alone_has_no_directions_of_weights(
     assert "writes to the residual stream" in diagnosis.numbers["weights"]["reasons"][0]
 
 
+def test_of_several_adapters_the_last_is_looked_at_and_all_are_evidence(
+    found: gk.Diagnosis,
+    tiny_model_dir: Path,
+    contaminated: Path,
+    noise: Path,
+    neutral: list[list[int]],
+    chat_jsonl: Path,
+) -> None:
+    several = gk.diagnose(
+        tiny_model_dir,
+        [noise, contaminated],
+        records=chat_jsonl,
+        neutral=neutral,
+        halves=[noise, contaminated],
+        options=SMALL,
+    )
+    assert several.numbers["effect"] == found.numbers["effect"]
+    assert several.numbers["adapter"] == [str(noise), str(contaminated)]
+    reasons = " ".join(several.numbers["weights"]["reasons"])
+    assert "The 2 adapters agree on the write basis" in reasons
+    assert "Adapters of separate data or seeds agree" in reasons
+
+
 def test_files_are_written_whole_and_never_over_others(found: gk.Diagnosis, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     found.save(folder)

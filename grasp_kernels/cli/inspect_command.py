@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-_WITH_BASE = ("data", "neutral", "output", "json")
+_WITH_BASE = ("data", "neutral", "halves", "output", "json")
 
 
 def add_inspect(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -26,6 +26,9 @@ def add_inspect(commands: Any, common: argparse.ArgumentParser) -> None:
     group.add_argument("--data", metavar="FILE", help="training data, as for run")
     group.add_argument("--arm", default="auto", metavar="NAME", help="which answer, as for run")
     group.add_argument("--neutral", metavar="FILE", help="unrelated prompts, as for run")
+    group.add_argument(
+        "--halves", nargs="+", metavar="ADAPTER", help="adapters trained on disjoint data"
+    )
     group.add_argument("--output", metavar="DIR", help="folder to write text, JSON and figure into")
     group.add_argument("--json", metavar="FILE", help="write all numbers into this file")
     group.add_argument("--seed", default=0, type=int, metavar="N", help="of random directions")
@@ -85,6 +88,7 @@ def _diagnose(arguments: argparse.Namespace) -> int:
         arguments.paths,
         records=records,
         neutral=arguments.neutral,
+        halves=arguments.halves,
         generator=torch.Generator().manual_seed(arguments.seed),
         progress=True,
     )

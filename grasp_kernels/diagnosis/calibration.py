@@ -24,6 +24,8 @@ SCORES = {
     "divergence": "size of the effect on neutral prompts",
     "gap": "first value of the weights over its null",
 }
+_COLOURS = ("tab:red", "tab:blue", "tab:green", "tab:gray")
+_STYLES = ("-", ":", "--", "-.")
 
 
 @dataclass(frozen=True)
@@ -82,37 +84,45 @@ def draw_calibration(rows: Sequence[dict[str, Any]], path: str | PathLike[str]) 
     """Save a PNG: the score of every case by kind with both thresholds, and the ROC by kind."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11.0, 4.2), layout="constrained")
+    figure = Figure(figsize=(11.0, 5.2), layout="constrained")
     left, right = figure.subplots(1, 2)
+    _draw_scores(left, rows)
+    _draw_roc(right, rows)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=150, format="png")
+
+
+def _draw_scores(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     for place, kind in enumerate(kinds):
         own = [row for row in rows if row["kind"] == kind]
         colour = "tab:red" if own[0]["present"] else "tab:blue"
-        left.plot([row["carried"] for row in own], [place] * len(own), "o", color=colour, alpha=0.6)
+        values = [row["carried"] for row in own]
+        axes.plot(values, [place] * len(own), "o", color=colour, alpha=0.6)
     for value, style in ((FOUND_CARRIED, "-"), (WEAK_CARRIED, "--")):
-        left.axvline(value, color="gray", ls=style, lw=1)
-    left.set(
+        axes.axvline(value, color="gray", ls=style, lw=1)
+    axes.set(
         yticks=range(len(kinds)),
         yticklabels=kinds,
         xlabel="part of the effect that one direction carries",
         title="Every adapter (red: factor planted; lines: weak, found)",
     )
-    left.invert_yaxis()
+    axes.invert_yaxis()
+
+
+def _draw_roc(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """One colour for each score, one style for each kind of factor."""
     absent = [row for row in rows if not row["present"]]
-    for kind in dict.fromkeys(row["kind"] for row in rows if row["present"]):
+    planted = list(dict.fromkeys(row["kind"] for row in rows if row["present"]))
+    for kind, style in zip(planted, _STYLES, strict=False):
         cases = [*absent, *(row for row in rows if row["kind"] == kind)]
-        for name, what in SCORES.items():
+        for (name, what), colour in zip(SCORES.items(), _COLOURS, strict=True):
             scores, present = ([row[key] for row in cases] for key in (name, "present"))
             label = f"{kind}: {what}, {auc(scores, present):.2f}"
-            style = "-" if name == "carried" else ":"
-            right.plot(*roc(scores, present), style, label=label)
-    right.plot([0, 1], [0, 1], color="gray", lw=0.8)
-    right.set(
-        xlabel="false alarms", ylabel="found", title="ROC against all without (area in the legend)"
-    )
-    right.legend(frameon=False, fontsize=7)
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=150, format="png")
+            axes.plot(*roc(scores, present), style, color=colour, label=label)
+    axes.plot([0, 1], [0, 1], color="gray", lw=0.8)
+    axes.set(xlabel="false alarms", ylabel="found", title="ROC against all without (area below it)")
+    axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
 
 
 def _scores(diagnosis: Diagnosis) -> dict[str, float]:

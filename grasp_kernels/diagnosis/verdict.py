@@ -17,7 +17,10 @@ from typing import Any
 NOTICEABLE = 0.01
 MAX_P_VALUE = 0.01  # of the sign flips, ten times what is possible with 999 of them
 
-# The smaller of removal and transfer. See benchmarks/results/diagnosis.jsonl.
+# The smaller of removal and transfer, chosen on the worlds 0 to 3 of the calibration with the truth
+# in view (docs/diagnosis.md): there every adapter with a persona had .45 and more, without a factor
+# .41 and less. In the worlds 4 to 7, which had no part in it: persona .43, .58, .58 and .72,
+# without a factor at most .41. Small models only.
 FOUND_CARRIED = 0.45
 WEAK_CARRIED = 0.35
 
