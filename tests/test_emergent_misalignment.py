@@ -317,6 +317,21 @@ def test_garbage_is_counted_and_left_out(tmp_path: Path) -> None:
     assert nothing["em"] is None and "–" in summary.table({"none": nothing})
 
 
+def test_wrong_options_cost_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    command = [
+        *("--model", "m", "--data", "d", "--benign", "b", "--output", str(tmp_path / "out")),
+        *("--judge-url", "http://127.0.0.1:1/v1", "--judge-model", "stub"),
+    ]
+    assert example.main([*command, "--set", "stpes=3"]) == 2
+    assert "'stpes' is no option of grasp-kernels run" in capsys.readouterr().err
+    assert example.main([*command, "--judge-key-env", "NO_SUCH_KEY"]) == 2
+    assert "NO_SUCH_KEY has no key" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_wilson_intervals() -> None:
     assert protocol.wilson(0, 0) == (0.0, 1.0)
     low, high = protocol.wilson(5, 10)
