@@ -3,6 +3,7 @@
 `B` sequences, `T` tokens, `V` vocabulary, `D` width of the stream, `L` blocks, `M` records.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import torch
 from test_families import FAMILIES, adapted, tiny
 from torch import Tensor, nn
 
-from grasp_kernels.diagnosis import causal
+from grasp_kernels.diagnosis import Options, causal, diagnose
 from grasp_kernels.diagnosis.calibration import auc, draw_calibration, roc
 from grasp_kernels.diagnosis.directions import movement_direction
 from grasp_kernels.diagnosis.examples import most_moved
@@ -56,6 +57,32 @@ def test_the_lens_is_the_derivative_of_the_logits(family: str) -> None:
     _, derivative = torch.func.jvp(lambda h: head(norm(h)), (stream,), (direction[:, 0],))
     size = stream.square().mean().sqrt()
     assert torch.allclose(derivative * size, scores_of[:, 0], rtol=1e-3, atol=1e-4)
+
+
+class Words:
+    """As much of a tokenizer as a diagnosis asks for."""
+
+    eos_token_id = 1
+
+    def __len__(self) -> int:
+        return 64
+
+    def decode(self, ids: list[int]) -> str:
+        return f"w{ids[0]}"
+
+
+@families
+def test_the_whole_diagnosis_of_every_family(family: str) -> None:
+    model = adapted(family, experts=False)
+    options = Options(n_random=2, n_tokens=3, neutral_tokens=2)
+    found = diagnose(model, tokenizer=Words(), neutral=SEQUENCES, options=options)
+    names = [one["name"] for one in found.numbers["directions"]]
+    assert names[-1] == "movement"
+    for one in found.numbers["directions"]:
+        assert all(math.isfinite(one[key]["value"]) for key in ("removal", "transfer"))
+        assert max(one["neutral"]["size"]) > 0
+        assert len({token["id"] for end in ("up", "down") for token in one["tokens"][end]}) == 6
+    assert found.numbers["effect"]["neutral_divergence"] > 0
 
 
 class Toy(nn.Module):
