@@ -143,7 +143,7 @@ def _identify(
     sites: SiteRules | None,
     generator: torch.Generator,
 ) -> Subspace:
-    """The shared write subspace of the weights; empty, with the reason, where no writer is adapted."""
+    """The shared write subspace of the weights; empty where no writer is adapted."""
     source: Any = adapters if adapters else model
     known: dict[str, Any] = {"sites": sites, "base_model": model if adapters else None}
     examined = load_adapter(adapters[-1] if adapters else model, **known)
