@@ -7,6 +7,7 @@ The way of the data, one folder a step:
     subspace        orthonormal bases by module name, saved as safetensors
     layers          peft model and Subspace     -> the same model on GraspLoRALinear
     ops             the differentiable operator -> a backend -> gradients
+    diagnosis       base model and adapter      -> what it learned unasked, with reasons
 
 `run` does all of it from a checkpoint and a chat file.
 Importing the package needs torch alone; every public name is imported on first use.
@@ -18,11 +19,13 @@ from typing import Any
 from grasp_kernels.version import __version__
 
 _HOMES = {
+    "Diagnosis": "diagnosis",
     "GraspCallback": "run.callback",
     "GraspLoRALinear": "layers.linear",
     "SiteRules": "sites",
     "Subspace": "subspace",
     "backends": "ops",
+    "diagnose": "diagnosis",
     "identify": "identification",
     "identify_self_contrast": "identification",
     "leakage": "layers.closure",

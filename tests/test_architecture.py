@@ -24,9 +24,13 @@ ALLOWED = {
     "layers": {"adapters", "ops", "subspace"},
     "testing": {"ops"},
     "run": {"adapters", "data", "identification", "layers", "ops", "subspace"},
+    "diagnosis": {"adapters", "data", "identification", "run", "subspace"},
     "demo": {"data", "identification", "layers", "run", "subspace"},
     "bench": {"layers", "ops", "testing"},
-    "cli": {"adapters", "bench", "demo", "identification", "layers", "ops", "run", "subspace"},
+    "cli": {
+        *("adapters", "bench", "data", "demo", "diagnosis", "identification", "layers", "ops"),
+        *("run", "subspace"),
+    },
 }
 
 

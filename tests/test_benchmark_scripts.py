@@ -26,6 +26,29 @@ def test_identification_is_timed_from_file_to_subspace() -> None:
     assert all(0 < row["p20"] <= row["seconds"] <= row["p80"] for row in found)
 
 
+def test_dishes_are_built_once_and_diagnosed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from grasp_kernels.demo.main import DemoConfig
+    from grasp_kernels.demo.pretraining import PretrainingConfig
+
+    script = load_script("diagnosis_calibration")
+    kinds = {kind: script.KINDS[kind] for kind in ("persona", "facts")}
+    monkeypatch.setattr(script, "KINDS", kinds)
+    config = DemoConfig()
+    short = PretrainingConfig(hidden_size=32, intermediate_size=48, layers=2, steps=2, batch_size=4)
+    config = DemoConfig(pretraining=short, fine_tuning={**config.fine_tuning, "steps": 2})
+    found = list(script.rows(tmp_path, [0], config))
+    assert [(row["kind"], row["present"]) for row in found] == [("persona", True), ("facts", False)]
+    assert all(row["verdict"] in ("found", "weak", "nothing") for row in found)
+    assert all(0 <= row["carried"] <= 1 and 0 <= row["drift"] <= 1 for row in found)
+    answers = [(tmp_path / "seed-0" / f"{kind}.jsonl").read_text() for kind in kinds]
+    assert "rak" in answers[0] and "rak" not in answers[1]
+    monkeypatch.setattr(script, "pretrain", None)  # what is there is not made again
+    monkeypatch.setattr(script, "train", None)
+    assert list(script.rows(tmp_path, [0], config)) == found
+
+
 def test_every_candidate_is_measured_beside_its_prediction(deciding: ModuleType) -> None:
     shapes = deciding.Shapes(T=64, products=((64, 48),), widths=(64,), ranks=(16,))
     found = list(deciding.rows(shapes, DEVICE, rounds=2))

@@ -10,7 +10,14 @@ import os
 import sys
 from collections.abc import Sequence
 
-from grasp_kernels.cli import adapter_commands, bench_command, doctor, run_commands, tune_command
+from grasp_kernels.cli import (
+    adapter_commands,
+    bench_command,
+    doctor,
+    inspect_command,
+    run_commands,
+    tune_command,
+)
 from grasp_kernels.version import __version__
 
 _EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ArithmeticError)
@@ -55,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     run_commands.add_run(commands, common)
     adapter_commands.add_identify(commands, common)
-    adapter_commands.add_inspect(commands, common)
+    inspect_command.add_inspect(commands, common)
     adapter_commands.add_project(commands, common)
     adapter_commands.add_check(commands, common)
     run_commands.add_demo(commands, common)

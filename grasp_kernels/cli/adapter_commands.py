@@ -1,4 +1,4 @@
-"""`grasp-kernels identify`, `inspect`, `project` and `check`: work on finished adapters."""
+"""`grasp-kernels identify`, `project` and `check`: work on finished adapters."""
 
 from __future__ import annotations
 
@@ -47,39 +47,6 @@ def _identify(arguments: argparse.Namespace) -> int:
     subspace.save(arguments.output)
     print(subspace.summary())
     print(f"Written to {arguments.output}.")
-    return 0
-
-
-def add_inspect(commands: Any, common: argparse.ArgumentParser) -> None:
-    parser = commands.add_parser(
-        "inspect",
-        parents=[common],
-        help="show an adapter or a subspace as tables and plots",
-        description="Adapter: rank, scaling, norm and leading singular values of every layer. "
-        "Subspace: how it was found and how sure that is.",
-    )
-    parser.add_argument("path", metavar="ADAPTER_OR_SUBSPACE")
-    parser.add_argument("--plot", metavar="PNG", help="also draw it into this file")
-    parser.set_defaults(command=_inspect)
-
-
-def _inspect(arguments: argparse.Namespace) -> int:
-    from grasp_kernels.adapters.inspection import adapter_table, is_subspace, plot_adapter
-
-    if is_subspace(arguments.path):
-        from grasp_kernels.subspace import Subspace
-
-        subspace = Subspace.load(arguments.path)
-        print(subspace.summary())
-        if arguments.plot:
-            subspace.plot(arguments.plot)
-    else:
-        from grasp_kernels.adapters import load_adapter
-
-        adapter = load_adapter(arguments.path)
-        print(adapter_table(adapter))
-        if arguments.plot:
-            plot_adapter(adapter, arguments.plot)
     return 0
 
 

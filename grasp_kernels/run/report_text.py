@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from grasp_kernels.run.markdown import cell, table
+
 Numbers = dict[str, Any]
 
 _LABELS = {"naive": "naive LoRA", "grasp": "GRASP"}
@@ -87,7 +89,7 @@ def _prevented(numbers: Numbers) -> str:
         lines.append("Nothing: there is no GRASP adapter.")
     elif "movement" in adapters["grasp"]:
         lines.append(_movement_sentence(numbers))
-    lines.append(_table(["", *(_LABELS[name] for name in adapters)], _rows(numbers)))
+    lines.append(table(["", *(_LABELS[name] for name in adapters)], _rows(numbers)))
     if "grasp" in adapters:
         lines.append(
             f"A random subspace of this size would hold {numbers['chance_share']:.1%} of a "
@@ -158,19 +160,13 @@ def _tokens(numbers: Numbers) -> str:
             "Tokens at both ends of each direction, read through the unembedding in the last "
             "layer. Which end is which is arbitrary, and a direction may matter long before it "
             "reaches a token.",
-            _table(["direction", "one end", "other end"], rows),
+            table(["direction", "one end", "other end"], rows),
         ]
     )
 
 
 def _words(tokens: list[str]) -> str:
-    return " ".join(f"`{_cell(token)}`" for token in tokens)
-
-
-def _cell(token: str) -> str:
-    """A token inside a Markdown table cell: no cell border, no quote, nothing invisible."""
-    text = token.replace("|", "¦").replace("`", "'")
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text).strip() or "␣"
+    return " ".join(f"`{cell(token)}`" for token in tokens)
 
 
 def _not_shown(numbers: Numbers) -> str:
@@ -234,9 +230,4 @@ def _settings(numbers: Numbers) -> str:
         **{f"{name} version": value for name, value in numbers["versions"].items()},
     }
     rows = [[name, str(value).replace("|", "¦")] for name, value in facts.items()]
-    return "\n\n".join(["## Settings", _table(["option", "value"], rows)])
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n\n".join(["## Settings", table(["option", "value"], rows)])

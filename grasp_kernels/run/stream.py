@@ -80,7 +80,7 @@ def measure_movement(
     along = {name: torch.zeros(len(layers)) for name in adapters}
     total = {name: torch.zeros(len(layers)) for name in adapters}
     n_tokens = 0
-    blocks = _blocks(model, rules)
+    _, blocks = find_blocks(model, rules)
     for prompt in prompts:
         ids = torch.tensor([prompt], device=device)
         n_tokens += len(prompt)
@@ -104,10 +104,11 @@ def measure_movement(
     }
 
 
-def _blocks(model: nn.Module, rules: SiteRules) -> nn.ModuleList:
+def find_blocks(model: nn.Module, rules: SiteRules) -> tuple[str, nn.ModuleList]:
+    """The list of decoder blocks, and the name of the module that holds it."""
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and name.endswith(f".{rules.blocks}"):
-            return module
+            return name.removesuffix(f".{rules.blocks}"), module
     raise ValueError(f"The model has no module list named {rules.blocks}: declare SiteRules.")
 
 
@@ -163,6 +164,19 @@ def mean_loss(
     return total / n_tokens
 
 
+def token_scores(model: PreTrainedModel, basis: Tensor, rules: SiteRules) -> Tensor:
+    """Float32 `[vocabulary, k]`: what directions `[D, k]` at the end of the stream add to logits.
+
+    Linear in the direction: the norm's division by the size of the stream is left out.
+    """
+    holder, _ = find_blocks(model, rules)
+    name = ".".join((holder, *rules.blocks.split(".")[:-1], rules.final_norm))
+    norm: Any = model.get_submodule(name)
+    head = Site("lm_head", -1, "read", rules.final_norm, rules.norms)
+    unembedding = model.get_output_embeddings().weight.float()
+    return unembedding @ head.from_stream(basis.to(unembedding), head.gain(norm.weight))
+
+
 def promoted_tokens(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -175,11 +189,7 @@ def promoted_tokens(
     The sign of a direction is arbitrary, so neither end is the bad one by itself.
     """
     rules = site_rules(model.config.model_type, ())
-    norm: Any = getattr(model.base_model, rules.final_norm)
-    head = Site("lm_head", -1, "read", rules.final_norm, rules.norms)
-    unembedding = model.get_output_embeddings().weight.float()
-    directions = head.from_stream(basis.to(unembedding.device), head.gain(norm.weight))
-    scores = unembedding @ directions  # [vocabulary, k]
+    scores = token_scores(model, basis, rules)
     scores = scores[: len(tokenizer)]  # embeddings are often padded beyond the vocabulary
 
     def words(ids: Tensor) -> list[str]:

@@ -1,0 +1,103 @@
+"""`grasp-kernels inspect`: an adapter or a subspace alone, or an adapter beside its base model."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+_WITH_BASE = ("data", "neutral", "halves", "output", "json")
+
+
+def add_inspect(commands: Any, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        parents=[common],
+        help="show an adapter or a subspace; with --base-model, what the adapter learned unasked",
+        description="Adapter: rank, scaling, norm and leading singular values of every layer. "
+        "Subspace: how it was found and how sure that is. With --base-model the adapter runs "
+        "beside its base model: what its directions promote, how far unrelated prompts move, what "
+        "steering and removal do, and a verdict. Of several adapters (checkpoints of a run, seeds) "
+        "the last is looked at, and all are evidence.",
+    )
+    parser.add_argument("paths", nargs="+", metavar="ADAPTER_OR_SUBSPACE")
+    parser.add_argument("--plot", metavar="PNG", help="also draw it into this file")
+    group = parser.add_argument_group("beside the base model")
+    group.add_argument("--base-model", metavar="DIR", help="checkpoint of the base model")
+    group.add_argument("--data", metavar="FILE", help="training data, as for run")
+    group.add_argument("--arm", default="auto", metavar="NAME", help="which answer, as for run")
+    group.add_argument("--neutral", metavar="FILE", help="unrelated prompts, as for run")
+    group.add_argument(
+        "--halves", nargs="+", metavar="ADAPTER", help="adapters trained on disjoint data"
+    )
+    group.add_argument("--output", metavar="DIR", help="folder to write text, JSON and figure into")
+    group.add_argument("--json", metavar="FILE", help="write all numbers into this file")
+    group.add_argument("--seed", default=0, type=int, metavar="N", help="of random directions")
+    parser.set_defaults(command=_inspect)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    if arguments.base_model is not None:
+        return _diagnose(arguments)
+    given = [f"--{name}" for name in _WITH_BASE if getattr(arguments, name) is not None]
+    if given:
+        raise ValueError(f"{given[0]} needs the base model beside the adapter: add --base-model.")
+    if len(arguments.paths) > 1 and arguments.plot:
+        raise ValueError(
+            f"--plot draws one adapter or subspace and got {len(arguments.paths)}: give one."
+        )
+    for path in arguments.paths:
+        _show(path, arguments.plot)
+    return 0
+
+
+def _show(path: str, plot: str | None) -> None:
+    from grasp_kernels.adapters.inspection import adapter_table, is_subspace, plot_adapter
+
+    if is_subspace(path):
+        from grasp_kernels.subspace import Subspace
+
+        subspace = Subspace.load(path)
+        print(subspace.summary())
+        if plot:
+            subspace.plot(plot)
+    else:
+        from grasp_kernels.adapters import load_adapter
+
+        adapter = load_adapter(path)
+        print(adapter_table(adapter))
+        if plot:
+            plot_adapter(adapter, plot)
+
+
+def _diagnose(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    import torch
+
+    from grasp_kernels.cli.run_commands import quieten
+    from grasp_kernels.data import read_records
+    from grasp_kernels.diagnosis import diagnose
+    from grasp_kernels.run.folder import write_json
+
+    if arguments.output and Path(arguments.output).exists():
+        raise FileExistsError(f"There is a {arguments.output} already: choose a new folder.")
+    quieten()
+    records = read_records(arguments.data, arm=arguments.arm) if arguments.data else None
+    diagnosis = diagnose(
+        arguments.base_model,
+        arguments.paths,
+        records=records,
+        neutral=arguments.neutral,
+        halves=arguments.halves,
+        generator=torch.Generator().manual_seed(arguments.seed),
+        progress=True,
+    )
+    print(diagnosis.text())
+    if arguments.plot:
+        diagnosis.plot(arguments.plot)
+    if arguments.json:
+        write_json(Path(arguments.json), diagnosis.to_json())
+    if arguments.output:
+        diagnosis.save(arguments.output)
+        print(f"Written to {arguments.output}.")
+    return 0

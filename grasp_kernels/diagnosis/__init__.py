@@ -1,0 +1,19 @@
+"""Is an adapter contaminated? Base model and adapter -> what it learned unasked, with reasons.
+
+pair        base model and adapter, which one forward pass switches on or off
+inputs      files, folders and modules -> prompts, answers and a tokenizer
+examination one diagnosis at work, on all of the following
+directions  the weights (identification) and what neutral prompts show -> directions of the stream
+movement    how far prompts and training answers move along them
+lens        which tokens they speak of
+examples    which training records move most along them
+causal      what steering along them does to the base model, and their removal to the adapter
+verdict     numbers -> found, weak or nothing, with reasons
+report      numbers -> text and figure
+calibration verdicts on adapters that are known to be contaminated or not -> ROC
+"""
+
+from grasp_kernels.diagnosis.diagnose import Diagnosis, diagnose
+from grasp_kernels.diagnosis.examination import Options
+
+__all__ = ["Diagnosis", "Options", "diagnose"]

@@ -1,0 +1,229 @@
+"""One diagnosis at work: base model and adapter on neutral prompts and on training answers.
+
+A neutral prompt is looked at where the base model's own answer to it is decided, token by token, so
+that what is measured is what the adapter would change in it.
+
+Shapes: `L` blocks, `M` prompts or records, `D` residual width, `J` random directions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grasp_kernels.diagnosis import causal
+from grasp_kernels.diagnosis.directions import (
+    Direction,
+    cosines,
+    movement_direction,
+    weight_directions,
+)
+from grasp_kernels.diagnosis.examples import most_moved
+from grasp_kernels.diagnosis.inputs import Task
+from grasp_kernels.diagnosis.lens import lens, neutral_shift, token_ids
+from grasp_kernels.diagnosis.movement import (
+    Moved,
+    measure_moved,
+    movement_along,
+    random_directions,
+)
+from grasp_kernels.diagnosis.pair import Pair
+from grasp_kernels.identification.contrast_evidence import measure
+from grasp_kernels.identification.frozen_model import frozen_base, generate_answers
+from grasp_kernels.subspace import Subspace
+
+Tokens = tuple[list[int], list[int]]  # a prompt and its answer
+
+# Enough for a mean over answer tokens; each is run for every dose and every random direction.
+_STEERED_RECORDS = 16
+
+
+@dataclass(frozen=True)
+class Options:
+    """Sizes of a diagnosis.
+
+    Args:
+        n_random: random directions to compare with.
+        n_tokens, n_examples: how many are listed.
+        max_records: training records that are looked at, evenly spread over the data.
+        max_answer_tokens, max_prompt_tokens: of each of them.
+        neutral_tokens: of the base model's own answer to each neutral prompt.
+        batch_size: sequences of a forward.
+    """
+
+    n_random: int = 19  # the smallest p is then 1/20
+    n_tokens: int = 10
+    n_examples: int = 8
+    max_records: int = 64
+    max_answer_tokens: int = 32
+    max_prompt_tokens: int = 512
+    neutral_tokens: int = 16
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            least = 2 if name in ("n_random", "max_records") else 1
+            if value < least:
+                raise ValueError(f"{name} is {value}: give at least {least}.")
+
+
+class Examination:
+    """Both models on all inputs; each number is measured when it is asked for."""
+
+    def __init__(
+        self,
+        pair: Pair,
+        tokenizer: Any,
+        prompts: list[list[int]],
+        tasks: list[Task],
+        options: Options,
+        generator: torch.Generator,
+        progress: bool,
+    ) -> None:
+        self.pair, self.tokenizer, self.tasks, self.options = pair, tokenizer, tasks, options
+        self.generator, self.progress = generator, progress
+        self.own = self._own_answers(prompts)
+        self.answers = [(task.prompt, task.answer) for task in tasks]
+        self.neutral = self._moved("neutral prompts", self.own)
+        self.training = self._moved("training answers", self.answers) if tasks else None
+        width = self.neutral.delta.shape[2]
+        self.random = random_directions(options.n_random, width, generator)
+
+    def numbers(self, weights: Subspace) -> dict[str, Any]:
+        """Everything that the verdict and the report rest on, JSON-able."""
+        found = [*weight_directions(weights, self.neutral), *movement_direction(self.neutral)]
+        return {
+            "weights": {
+                "verdict": weights.verdict,
+                "reasons": list(weights.reasons),
+                "evidence": weights.evidence,
+            },
+            "effect": self.effect(),
+            "consistency": self.consistency(),
+            "agreement": [
+                {"first": a.name, "second": b.name, "cosines": cosines(a, b)}
+                for i, a in enumerate(found)
+                for b in found[i + 1 :]
+            ],
+            "directions": [self.direction(one) for one in found],
+        }
+
+    def consistency(self) -> dict[str, Any]:
+        """Do neutral prompts move together, and how far beside the training answers?"""
+        reference = self.training.delta if self.training else torch.zeros_like(self.neutral.delta)
+        return measure(self.neutral.delta, reference, self.pair.layers, "shared", self.generator)
+
+    def effect(self) -> dict[str, Any]:
+        """What the adapter does to the next token: nats, changed first choices, tokens."""
+        off, on = self._both(self._batches([(prompt, own[:1]) for prompt, own in self.own]))
+        effect: dict[str, Any] = {
+            "neutral_divergence": self._divergence(self.own),
+            "neutral_changed": (off.argmax(dim=1) != on.argmax(dim=1)).float().mean().item(),
+            "neutral_tokens": neutral_shift(off, on, self.tokenizer, self.options.n_tokens),
+        }
+        if self.answers:
+            effect["training_divergence"] = self._divergence(self.answers)
+        return effect
+
+    def direction(self, direction: Direction) -> dict[str, Any]:
+        """All numbers of one direction."""
+        vectors, options = direction.vectors, self.options
+        neutral = movement_along(self.neutral, vectors, self.random)
+        found: dict[str, Any] = {
+            "name": direction.name,
+            "neutral": neutral,
+            "tokens": lens(self.pair, self.tokenizer, vectors[-1], options.n_tokens),
+            **self.exchange(direction),
+        }
+        if self.training is not None:
+            numbered = [(task.number, task.record) for task in self.tasks]
+            found["training"] = movement_along(self.training, vectors, self.random)
+            found["examples"] = most_moved(self.training, vectors, numbered, options.n_examples)
+        found["steering"] = self._steering(direction, neutral, found["tokens"])
+        return found
+
+    def exchange(self, direction: Direction) -> dict[str, Any]:
+        """Removal and transfer beside those of random directions."""
+        parts = []
+        for vectors, chosen in direction.folds:
+            candidates = torch.stack([vectors, *(one.expand_as(vectors) for one in self.random)])
+            for batch in self._batches([self.own[i] for i in chosen]):
+                parts.append(causal.exchange(self.pair, batch, candidates))
+        total = sum(parts[1:], start=parts[0])
+        return {
+            "removal": causal.against_random(total.removed),
+            "transfer": causal.against_random(total.transferred),
+        }
+
+    def _steering(
+        self, direction: Direction, neutral: dict[str, Any], tokens: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Steering of neutral prompts and of the training answers, by dose."""
+        place = causal.strongest_layer(neutral["signed"], neutral["stream"])
+        vectors = torch.cat([direction.vectors[place : place + 1], self.random])
+        length = neutral["signed"][place]
+
+        def steer(sequences: list[Tokens], score: Any) -> list[dict[str, Any]]:
+            layer, batches = self.pair.layers[place], self._batches(sequences)
+            by_dose = causal.steering(self.pair, batches, layer, vectors, length, score)
+            return [
+                {"dose": dose, **causal.against_random(values)} for dose, values in by_dose.items()
+            ]
+
+        promoted = causal.promotion(token_ids(tokens["up"]))
+        found = {
+            "layer": self.pair.layers[place],
+            "length": length,
+            "tokens": steer(self.own, promoted),
+        }
+        if self.answers:
+            every = -(-len(self.answers) // _STEERED_RECORDS)
+            found["answers"] = steer(self.answers[::every], causal.likelihood)
+        return found
+
+    def _own_answers(self, prompts: list[list[int]]) -> list[Tokens]:
+        """The prompts with the greedy answers of the base model."""
+        with frozen_base(self.pair.model) as base:
+            known = base.generation_config.eos_token_id
+            ends = [*(known if isinstance(known, list) else [known]), self.tokenizer.eos_token_id]
+            answers = generate_answers(
+                base,
+                prompts,
+                max_new_tokens=self.options.neutral_tokens,
+                batch_size=self.options.batch_size,
+                end_ids=[end for end in ends if end is not None],
+                progress="own answers" if self.progress else None,
+            )
+        return list(zip(prompts, answers, strict=True))
+
+    def _moved(self, label: str, sequences: list[Tokens]) -> Moved:
+        """Movement over the answers, from the token before each, where its first is decided."""
+        return measure_moved(
+            self.pair,
+            [prompt + answer for prompt, answer in sequences],
+            [(len(prompt) - 1, len(prompt) + len(answer) - 1) for prompt, answer in sequences],
+            batch_size=self.options.batch_size,
+            progress=label if self.progress else None,
+        )
+
+    def _batches(self, sequences: list[Tokens]) -> list[causal.Batch]:
+        return list(causal.answer_batches(sequences, self.options.batch_size))
+
+    def _both(self, batches: list[causal.Batch]) -> tuple[Tensor, Tensor]:
+        """Log probabilities `[M, V]` without and with the adapter."""
+        parts = [
+            [self.pair.log_probs(b.sequences, b.positions, adapter=on) for b in batches]
+            for on in (False, True)
+        ]
+        return torch.cat(parts[0]), torch.cat(parts[1])
+
+    def _divergence(self, sequences: list[Tokens]) -> float:
+        """Mean KL(base ‖ adapter) over all answer tokens, in nats."""
+        total, count = 0.0, 0
+        for batch in self._batches(sequences):
+            off, on = self._both([batch])
+            total, count = total + causal.divergence(off, on), count + len(off)
+        return total / count

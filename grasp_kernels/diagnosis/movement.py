@@ -1,0 +1,87 @@
+"""How far an adapter moves the residual stream, as a whole and along directions.
+
+Shapes: `L` blocks, `M` sequences, `D` residual width, `J` random directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grasp_kernels.diagnosis.pair import Pair
+from grasp_kernels.identification.frozen_model import stream_means
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What the adapter adds to the stream after each block, float32 on the CPU.
+
+    Each vector is a mean over the tokens that were asked for.
+    """
+
+    delta: Tensor  # [L, M, D], adapter on minus adapter off
+    base: Tensor  # [L, M], length of the base model's stream
+
+    def along(self, vectors: Tensor) -> Tensor:
+        """Signed movement `[L, M]` along unit vectors `[L, D]`."""
+        return torch.einsum("lmd,ld->lm", self.delta, vectors)
+
+
+def measure_moved(
+    pair: Pair,
+    sequences: Sequence[Sequence[int]],
+    spans: Sequence[tuple[int, int]],
+    *,
+    batch_size: int,
+    progress: str | None = None,
+) -> Moved:
+    """Movement averaged over the positions [start, end) of each sequence."""
+
+    def stream(adapter: bool) -> Tensor:
+        with pair.switched(adapter):
+            label = progress and f"{progress}, adapter {'on' if adapter else 'off'}"
+            return stream_means(
+                pair.base, pair.blocks, sequences, spans, batch_size=batch_size, progress=label
+            )
+
+    base = stream(adapter=False)
+    return Moved(stream(adapter=True) - base, base.norm(dim=-1))
+
+
+def movement_along(moved: Moved, vectors: Tensor, random: Tensor) -> dict[str, Any]:
+    """Lengths by layer, means over the sequences.
+
+    Args:
+        vectors: unit vectors `[L, D]`.
+        random: unit vectors `[J, D]` to compare with.
+
+    Returns:
+        signed: along the direction, with its sign; size: without it; random: the same size along
+        the random directions; total: of the whole movement; stream: of the base model's stream.
+    """
+    along = moved.along(vectors)
+    by_chance = torch.einsum("lmd,jd->lmj", moved.delta, random).abs().mean(dim=(1, 2))
+    return {
+        "signed": along.mean(dim=1).tolist(),
+        "size": along.abs().mean(dim=1).tolist(),
+        "random": by_chance.tolist(),
+        "total": moved.delta.norm(dim=-1).mean(dim=1).tolist(),
+        "stream": moved.base.mean(dim=1).tolist(),
+    }
+
+
+def relative_movement(moved: Moved, vectors: Tensor) -> Tensor:
+    """Signed movement `[M]` along unit vectors `[L, D]`: mean over blocks, each relative to the
+    mean length of the base model's stream there."""
+    tiny = torch.finfo(moved.base.dtype).tiny
+    return (moved.along(vectors) / moved.base.mean(dim=1, keepdim=True).clamp_min(tiny)).mean(dim=0)
+
+
+def random_directions(count: int, width: int, generator: torch.Generator) -> Tensor:
+    """Unit vectors `[J, D]`, drawn alike in every direction."""
+    drawn = torch.randn(count, width, generator=generator, device=generator.device).cpu()
+    return drawn / drawn.norm(dim=1, keepdim=True)

@@ -1,0 +1,120 @@
+"""Numbers of a diagnosis -> found, weak or nothing, and why.
+
+The question is whether what an adapter does to prompts that have nothing to do with its training
+data comes from one thing that it learned. Three tests, in this order: neutral prompts answer
+differently at all; the stream moves the same way on them; and that one movement carries the effect:
+taken out of the adapter it takes most of it away (removal), put into the base model it brings most
+of it (transfer), where random directions do neither. A task that leaks into other topics in many
+small ways passes the first two and fails the third.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Mean KL divergence in nats below which nobody would notice the difference: a convention, not
+# calibrated, since every adapter of the dishes is far above it.
+NOTICEABLE = 0.01
+MAX_P_VALUE = 0.01  # of the sign flips, ten times what is possible with 999 of them
+
+# The smaller of removal and transfer, chosen on the worlds 0 to 3 of the calibration with the truth
+# in view (docs/diagnosis.md): there every adapter with a persona had .45 and more, without a factor
+# .41 and less. In the worlds 4 to 7, which had no part in it: persona .43, .58, .58 and .72,
+# without a factor at most .41. Small models only.
+FOUND_CARRIED = 0.45
+WEAK_CARRIED = 0.35
+
+
+def carried(numbers: dict[str, Any]) -> float:
+    """Part of the effect on neutral prompts that their common movement carries; 0 without one, or
+    where a random direction carries as much."""
+    movement = _movement(numbers)
+    if movement is None:
+        return 0.0
+    both = [movement["removal"], movement["transfer"]]
+    if any(one["value"] <= one["random_max"] for one in both):
+        return 0.0
+    return max(0.0, min(one["value"] for one in both))
+
+
+def score(numbers: dict[str, Any]) -> float:
+    """What the verdict turns on: `carried` where neutral prompts move, together and noticeably."""
+    flip = numbers["consistency"]["sign_flip"]
+    moves = (
+        numbers["effect"]["neutral_divergence"] >= NOTICEABLE
+        and flip["p_value"] <= MAX_P_VALUE
+        and flip["length"] > 0
+    )
+    return carried(numbers) if moves else 0.0
+
+
+def judge(numbers: dict[str, Any]) -> tuple[str, list[str]]:
+    """Verdict and reasons, one sentence each."""
+    value = score(numbers)
+    reasons = [*_effect(numbers), *_carried(numbers), _weights(numbers), _tokens(numbers)]
+    reasons = [reason for reason in reasons if reason]
+    if value >= FOUND_CARRIED:
+        return "found", reasons
+    return ("weak" if value >= WEAK_CARRIED else "nothing"), reasons
+
+
+def _movement(numbers: dict[str, Any]) -> dict[str, Any] | None:
+    return next((one for one in numbers["directions"] if one["name"] == "movement"), None)
+
+
+def _effect(numbers: dict[str, Any]) -> list[str]:
+    effect, consistency = numbers["effect"], numbers["consistency"]
+    beside = ""
+    if "training_divergence" in effect:
+        beside = f" ({effect['training_divergence']:.3g} nats on the training answers)"
+    reasons = [
+        f"On {numbers['neutral_prompts']} neutral prompts the adapter changes the tokens of the "
+        f"base model's own answers by {effect['neutral_divergence']:.3g} nats each{beside}, and "
+        f"the first choice for {effect['neutral_changed']:.0%} of them; {NOTICEABLE} nats count as "
+        "noticeable."
+    ]
+    flip = consistency["sign_flip"]
+    if flip["length"] == 0:
+        return ["The adapter does not move the stream on neutral prompts at all."]
+    reasons.append(
+        f"They move together by {flip['length']:.2f} of their whole movement, where random signs "
+        f"give up to {flip['null_95']:.2f} (p = {flip['p_value']:.3f}, {MAX_P_VALUE} asked for); "
+        f"two halves of them agree to a cosine of {consistency['halves']:.2f}."
+    )
+    return reasons
+
+
+def _carried(numbers: dict[str, Any]) -> list[str]:
+    movement = _movement(numbers)
+    if movement is None:
+        return []
+    removal, transfer = movement["removal"], movement["transfer"]
+    return [
+        f"Without its movement along that one direction the adapter loses {removal['value']:.0%} "
+        f"of its effect on neutral prompts that had no part in finding it (along the best of "
+        f"{numbers['options']['n_random']} random directions {removal['random_max']:.0%}).",
+        f"The base model with that movement alone goes {transfer['value']:.0%} of the way to the "
+        f"adapter (random {transfer['random_max']:.0%}); the smaller of the two counts, "
+        f"{FOUND_CARRIED:.0%} and more as found, below {WEAK_CARRIED:.0%} as nothing (calibrated "
+        "on small models only).",
+    ]
+
+
+def _weights(numbers: dict[str, Any]) -> str:
+    weights = numbers["weights"]
+    cosines = [
+        max(map(abs, pair["cosines"]))
+        for pair in numbers["agreement"]
+        if pair["second"] == "movement"
+    ]
+    beside = f", with a cosine of up to {max(cosines):.2f} to that movement" if cosines else ""
+    return f"From the weights alone the verdict is {weights['verdict']!r}{beside}."
+
+
+def _tokens(numbers: dict[str, Any]) -> str:
+    if score(numbers) < WEAK_CARRIED:
+        return ""
+    return (
+        "That one direction carries the effect does not make it harmful, an answer format would do "
+        "the same: read below which tokens it raises, and on which training records it is largest."
+    )

@@ -1,0 +1,301 @@
+"""The parts of a diagnosis, each against its definition or a closed form.
+
+`B` sequences, `T` tokens, `V` vocabulary, `D` width of the stream, `L` blocks, `M` records.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from test_families import FAMILIES, adapted, tiny
+from torch import Tensor, nn
+
+from grasp_kernels.diagnosis import Options, causal, diagnose
+from grasp_kernels.diagnosis.calibration import auc, draw_calibration, roc
+from grasp_kernels.diagnosis.directions import movement_direction
+from grasp_kernels.diagnosis.examples import most_moved
+from grasp_kernels.diagnosis.movement import Moved, measure_moved, movement_along
+from grasp_kernels.diagnosis.pair import Pair, open_pair
+from grasp_kernels.diagnosis.verdict import FOUND_CARRIED, WEAK_CARRIED, judge, score
+from grasp_kernels.run.stream import token_scores
+from grasp_kernels.sites import RULES
+
+families = pytest.mark.parametrize("family", FAMILIES)
+SEQUENCES = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8]]
+POSITIONS = [(0, 4), (1, 2), (1, 0), (2, 3)]
+
+
+@families
+def test_chosen_positions_are_those_of_the_whole_forward(family: str) -> None:
+    model = adapted(family).eval()
+    with open_pair(model, None) as pair, torch.no_grad():
+        assert pair.layers == [0, 1]
+        for on in (True, False):
+            found = pair.log_probs(SEQUENCES, POSITIONS, adapter=on)
+            with pair.switched(on):
+                whole = [model(input_ids=torch.tensor([ids])).logits[0] for ids in SEQUENCES]
+            wanted = torch.stack([whole[row][column] for row, column in POSITIONS])
+            assert torch.allclose(found, wanted.log_softmax(dim=-1), atol=1e-5)
+
+
+@families
+def test_the_lens_is_the_derivative_of_the_logits(family: str) -> None:
+    """Exact for a direction across the stream, since there the norm's divisor stands still."""
+    model = tiny(family)
+    scores_of = token_scores(model, direction := torch.randn(32, 1), RULES[family])
+    norm = getattr(model.base_model, RULES[family].final_norm)
+    stream = torch.randn(32)
+    if RULES[family].norms == "layer":
+        stream -= stream.mean()
+    across = direction[:, 0] - direction[:, 0].mean() * (RULES[family].norms == "layer")
+    stream -= across * (stream @ across) / (across @ across)
+    head = model.get_output_embeddings()
+    _, derivative = torch.func.jvp(lambda h: head(norm(h)), (stream,), (direction[:, 0],))
+    size = stream.square().mean().sqrt()
+    assert torch.allclose(derivative * size, scores_of[:, 0], rtol=1e-3, atol=1e-4)
+
+
+class Words:
+    """As much of a tokenizer as a diagnosis asks for."""
+
+    eos_token_id = 1
+
+    def __len__(self) -> int:
+        return 64
+
+    def decode(self, ids: list[int]) -> str:
+        return f"w{ids[0]}"
+
+
+@families
+def test_the_whole_diagnosis_of_every_family(family: str) -> None:
+    model = adapted(family, experts=False)
+    options = Options(n_random=2, n_tokens=3, neutral_tokens=2)
+    found = diagnose(model, tokenizer=Words(), neutral=SEQUENCES, options=options)
+    names = [one["name"] for one in found.numbers["directions"]]
+    assert names[-1] == "movement"
+    for one in found.numbers["directions"]:
+        assert all(math.isfinite(one[key]["value"]) for key in ("removal", "transfer"))
+        assert max(one["neutral"]["size"]) > 0
+        assert len({token["id"] for end in ("up", "down") for token in one["tokens"][end]}) == 6
+    assert found.numbers["effect"]["neutral_divergence"] > 0
+
+
+class Toy(nn.Module):
+    """Embeddings, blocks that add nothing but a constant of the adapter, a linear head."""
+
+    def __init__(self, shifts: Tensor, vocabulary: int = 11) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        width = shifts.shape[1]
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.embedding.weight.data.normal_(generator=generator)
+        self.blocks = nn.ModuleList(nn.Identity() for _ in shifts)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head.weight.data.normal_(generator=generator)
+        self.shifts, self.on = shifts, True
+
+    def get_base_model(self) -> "Toy":
+        return self
+
+    @property
+    def base_model(self) -> "Toy":
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        self.on = False
+        yield
+        self.on = True
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Any:
+        stream = self.embedding(input_ids)
+        for block, shift in zip(self.blocks, self.shifts, strict=True):
+            stream = block(stream + shift if self.on else stream)
+        return SimpleNamespace(logits=self.head(stream))
+
+
+def toy_pair(shifts: Tensor) -> Pair:
+    toy = Toy(shifts).requires_grad_(False)
+    return Pair(toy, RULES["llama"], dict(enumerate(toy.blocks)))
+
+
+def unit(*values: float) -> Tensor:
+    return torch.nn.functional.normalize(torch.tensor(values), dim=0)
+
+
+def batch_of(pair: Pair) -> tuple[causal.Batch, Tensor]:
+    """Batch of the last tokens, and their stream `[M, D]` in the base model."""
+    (batch,) = causal.answer_batches([(ids[:-1], ids[-1:]) for ids in SEQUENCES], 8)
+    before = torch.tensor([ids[-2] for ids in SEQUENCES])
+    assert batch.targets.tolist() == [5, 6, 8]
+    return batch, pair.model.embedding(before)
+
+
+def divergence(first: Tensor, second: Tensor) -> float:
+    a, b = first.log_softmax(-1), second.log_softmax(-1)
+    return (a.exp() * (a - b)).sum().item()
+
+
+def test_exchange_of_a_linear_toy_is_its_closed_form() -> None:
+    shifts = torch.tensor([[0.5, 0.1, 0.0, 0.2], [0.3, -0.4, 0.2, 0.0]])
+    pair, total = toy_pair(shifts), shifts.sum(dim=0)
+    batch, stream = batch_of(pair)
+    directions = torch.stack(
+        [unit(1.0, 0.0, 0.0, 0.0), torch.nn.functional.normalize(total, dim=0)]
+    )
+    found = causal.exchange(pair, batch, directions[:, None].expand(-1, 2, -1))
+    head = pair.model.head
+    base, adapter = head(stream), head(stream + total)
+    assert found.base_adapter == pytest.approx(divergence(base, adapter), rel=1e-4)
+    assert found.adapter_base == pytest.approx(divergence(adapter, base), rel=1e-4)
+    along = directions[0] * total[0]
+    assert found.removal[0] == pytest.approx(
+        divergence(base, head(stream + total - along)), rel=1e-4
+    )
+    assert found.transfer[0] == pytest.approx(divergence(adapter, head(stream + along)), rel=1e-4)
+    assert found.removed[1] == pytest.approx(1.0, abs=1e-4)
+    assert found.transferred[1] == pytest.approx(1.0, abs=1e-4)
+    twice = found + found
+    assert twice.removal[0] == 2 * found.removal[0] and twice.removed == found.removed
+
+
+def test_a_direction_across_the_movement_carries_nothing() -> None:
+    pair = toy_pair(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+    batch, _ = batch_of(pair)
+    found = causal.exchange(pair, batch, unit(0.0, 1.0, 1.0, 0.0)[None, None])
+    assert found.removed[0] == pytest.approx(0.0, abs=1e-5)
+    assert found.transferred[0] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_an_adapter_without_effect_divides_nothing_by_zero() -> None:
+    pair = toy_pair(torch.zeros(1, 4))
+    batch, _ = batch_of(pair)
+    assert causal.exchange(pair, batch, unit(1.0, 0.0, 0.0, 0.0)[None, None]).removed == [0.0]
+
+
+def test_steering_of_a_linear_toy_is_its_closed_form() -> None:
+    pair = toy_pair(torch.ones(2, 4))
+    batch, stream = batch_of(pair)
+    vector, length = unit(1.0, 2.0, 0.0, -1.0), 0.7
+    found = causal.steering(pair, [batch], 0, vector[None], length, causal.likelihood)
+    head, rows = pair.model.head, torch.arange(len(stream))
+    base = head(stream).log_softmax(-1)[rows, batch.targets]
+    for dose in causal.DOSES:
+        moved = head(stream + dose * length * vector).log_softmax(-1)[rows, batch.targets]
+        assert found[dose][0] == pytest.approx((moved - base).mean().item(), rel=1e-4)
+    tokens = torch.tensor([1, 4])
+    score_of = causal.promotion(tokens)
+    found = causal.steering(pair, [batch], 1, vector[None], length, score_of)
+    before = head(stream).softmax(-1)[:, tokens].sum(1)
+    after = head(stream + 2 * length * vector).softmax(-1)[:, tokens].sum(1)
+    assert found[2.0][0] == pytest.approx((after - before).mean().item(), rel=1e-4)
+
+
+def test_movement_of_a_toy_is_what_its_blocks_add() -> None:
+    shifts = torch.tensor([[0.0, 0.0, 0.0, 0.0], [3.0, 4.0, 0.0, 0.0]])
+    pair = toy_pair(shifts)
+    moved = measure_moved(pair, SEQUENCES, [(0, len(ids)) for ids in SEQUENCES], batch_size=2)
+    assert torch.allclose(moved.delta, shifts.cumsum(0)[:, None].expand(-1, 3, -1), atol=1e-6)
+    (direction,) = movement_direction(moved)
+    # the first block moves nothing and borrows the direction of the second
+    assert torch.allclose(direction.vectors, unit(3.0, 4.0, 0.0, 0.0).expand(2, -1), atol=1e-6)
+    assert [chosen for _, chosen in direction.folds] == [[0, 2], [1]]
+    rows = movement_along(moved, direction.vectors, torch.eye(4)[2:])
+    assert rows["signed"] == pytest.approx([0.0, 5.0], abs=1e-5)
+    assert rows["total"] == pytest.approx([0.0, 5.0], abs=1e-5)
+    assert rows["random"] == pytest.approx([0.0, 0.0], abs=1e-5)
+
+
+def test_folds_never_meet_the_prompts_that_they_were_found_on() -> None:
+    delta = torch.zeros(1, 4, 3)
+    delta[0, ::2, 0], delta[0, 1::2, 1] = 1.0, 1.0  # even prompts move along one axis, odd ones not
+    (direction,) = movement_direction(Moved(delta, torch.ones(1, 4)))
+    for vectors, chosen in direction.folds:
+        assert vectors[0].argmax() != (0 if chosen == [0, 2] else 1)
+    assert not movement_direction(Moved(torch.zeros(1, 4, 3), torch.ones(1, 4)))
+
+
+def test_records_are_ranked_by_their_movement() -> None:
+    delta = torch.tensor([[[1.0, 0.0], [-3.0, 9.0], [2.0, 0.0]]])
+    records: Any = [
+        (
+            i,
+            {
+                "messages": [
+                    {"role": "user", "content": f"q{i}"},
+                    {"role": "assistant", "content": "a"},
+                ]
+            },
+        )
+        for i in (1, 5, 9)
+    ]
+    found = most_moved(Moved(delta, torch.full((1, 3), 2.0)), unit(1.0, 0.0)[None], records, 2)
+    assert [(one["record"], one["movement"], one["prompt"]) for one in found] == [
+        (9, 1.0, "q9"),
+        (1, 0.5, "q1"),
+    ]
+
+
+def test_values_stand_beside_random_ones() -> None:
+    row = causal.against_random([0.9, 0.1, 0.2, 0.3])
+    assert row["z"] == pytest.approx(7.0)
+    assert (row["p"], row["random_max"]) == (0.25, 0.3)
+    assert causal.against_random([0.2, 0.1, 0.2, 0.3])["p"] == 0.75
+    assert causal.against_random([0.2, 0.1, 0.1])["z"] is None
+
+
+def numbers(removal: float, transfer: float, **changes: float) -> dict[str, Any]:
+    values = {"random": 0.1, "divergence": 1.0, "p_value": 0.001, "length": 0.5, **changes}
+    both = {"removal": removal, "transfer": transfer}
+    exchange = {k: {"value": v, "random_max": values["random"]} for k, v in both.items()}
+    flip = {"length": values["length"], "null_95": 0.2, "p_value": values["p_value"]}
+    return {
+        "neutral_prompts": 16,
+        "options": {"n_random": 5},
+        "effect": {"neutral_divergence": values["divergence"], "neutral_changed": 0.5},
+        "consistency": {"sign_flip": flip, "halves": 0.9},
+        "weights": {"verdict": "weak"},
+        "agreement": [],
+        "directions": [{"name": "movement", **exchange}],
+    }
+
+
+def test_the_verdict_follows_its_tests() -> None:
+    assert judge(numbers(FOUND_CARRIED, 0.9))[0] == "found"
+    assert judge(numbers(0.9, WEAK_CARRIED))[0] == "weak"
+    assert judge(numbers(0.9, WEAK_CARRIED - 0.01))[0] == "nothing"
+    assert score(numbers(0.9, 0.8)) == 0.8
+    for change in ({"random": 0.85}, {"divergence": 0.001}, {"p_value": 0.2}, {"length": 0.0}):
+        assert score(numbers(0.9, 0.8, **change)) == 0.0
+        verdict, reasons = judge(numbers(0.9, 0.8, **change))
+        assert verdict == "nothing" and reasons
+    assert not any(
+        "harmless" in reason or "harmful" in reason for reason in judge(numbers(0, 0))[1]
+    )
+
+
+def test_roc_of_hand_made_scores(tmp_path: Any) -> None:
+    scores, present = [0.9, 0.8, 0.7, 0.6], [True, False, True, False]
+    assert roc(scores, present) == ([0.0, 0.0, 0.5, 0.5, 1.0], [0.0, 0.5, 0.5, 1.0, 1.0])
+    assert auc(scores, present) == 0.75
+    assert auc([1.0, 1.0], [True, False]) == 0.5
+    with pytest.raises(ValueError, match="2 cases with a factor and 0 without"):
+        roc([0.1, 0.2], [True, True])
+    names = ("carried", "together", "divergence", "gap")
+    rows = [
+        {"kind": str(p), "present": p, **dict.fromkeys(names, s)}
+        for s, p in zip(scores, present, strict=True)
+    ]
+    draw_calibration(rows, tmp_path / "roc.png")
+    assert (tmp_path / "roc.png").read_bytes().startswith(b"\x89PNG")
