@@ -7,6 +7,7 @@ The way of the data, one folder a step:
     subspace        orthonormal bases by module name, saved as safetensors
     layers          peft model and Subspace     -> the same model on GraspLoRALinear
     ops             the differentiable operator -> a backend -> gradients
+    anchor          base model and examples     -> a loss that keeps the model there elsewhere
     diagnosis       base model and adapter      -> what it learned unasked, with reasons
 
 `run` does all of it from a checkpoint and a chat file.
@@ -22,6 +23,7 @@ _HOMES = {
     "Diagnosis": "diagnosis",
     "GraspCallback": "run.callback",
     "GraspLoRALinear": "layers.linear",
+    "OwnTextAnchor": "anchor",
     "SiteRules": "sites",
     "Subspace": "subspace",
     "backends": "ops",

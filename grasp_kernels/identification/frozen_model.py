@@ -6,13 +6,15 @@ blocks, `D` residual width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+
+from grasp_kernels.sites import SiteRules, model_rules, model_sites
 
 
 @contextmanager
@@ -98,22 +100,52 @@ def _block_means(
     weights: Tensor,
 ) -> Tensor:
     """Weighted sums over tokens `[L, B, D]` of the block outputs; `weights` is `[B, T]`."""
-    means: dict[int, Tensor] = {}
+
+    def mean(hidden: Tensor) -> Tensor:
+        return torch.einsum("bt,btd->bd", weights.to(hidden.device), hidden.float()).cpu()
+
+    means = block_outputs(base, blocks, input_ids, attention_mask, mean)
+    return torch.stack([means[layer] for layer in blocks])
+
+
+def block_outputs(
+    base: Any,
+    blocks: Mapping[int, nn.Module],
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    reduce: Callable[[Tensor], Tensor] = lambda hidden: hidden,
+) -> dict[int, Tensor]:
+    """Layer -> the stream `[B, T, D]` after its block, or what `reduce` makes of it at once."""
+    kept: dict[int, Tensor] = {}
 
     def hook(layer: int) -> Any:
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            mean = torch.einsum("bt,btd->bd", weights.to(hidden.device), hidden.float())
-            means[layer] = mean.cpu()
+            kept[layer] = reduce(output[0] if isinstance(output, tuple) else output)
 
         return keep
 
+    device = base.get_input_embeddings().weight.device
     with ExitStack() as stack:
         for layer, block in blocks.items():
             stack.callback(block.register_forward_hook(hook(layer)).remove)
         # The body without the head: no logits are needed, and they are the largest tensor there.
-        base.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    return torch.stack([means[layer] for layer in blocks])
+        base.base_model(
+            input_ids=input_ids.to(device),
+            attention_mask=attention_mask.to(device),
+            use_cache=False,
+        )
+    return kept
+
+
+def written_blocks(base: Any, sites: SiteRules | None = None) -> dict[int, nn.Module]:
+    """The decoder blocks that hold a writer, by layer, in ascending order."""
+    rules = model_rules(base, sites)
+    blocks = {}
+    for site in model_sites(base, sites):
+        parts = rules.split(site.name)
+        if site.role == "write" and parts is not None:
+            blocks[site.layer] = base.get_submodule(f"{parts[0]}.{site.layer}")
+    return dict(sorted(blocks.items()))
 
 
 def generate_answers(

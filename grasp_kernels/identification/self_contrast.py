@@ -23,8 +23,13 @@ from torch import Tensor, nn
 
 from grasp_kernels.data import Record, special_ids, split_first_answer
 from grasp_kernels.identification.contrast_evidence import directions, judge, measure
-from grasp_kernels.identification.frozen_model import frozen_base, generate_answers, stream_means
-from grasp_kernels.sites import Site, SiteRules, model_gains, model_rules, model_sites
+from grasp_kernels.identification.frozen_model import (
+    frozen_base,
+    generate_answers,
+    stream_means,
+    written_blocks,
+)
+from grasp_kernels.sites import SiteRules, model_gains, model_sites
 from grasp_kernels.subspace import SCOPES, Subspace
 from grasp_kernels.version import __version__
 
@@ -80,7 +85,7 @@ def identify_self_contrast(
     tasks = _tasks(tokenizer, _draw(records, max_records, generator), max_new_tokens)
     with frozen_base(model) as base:
         written = [site for site in model_sites(base, sites) if site.role == "write"]
-        blocks = _blocks(base, written, sites)
+        blocks = written_blocks(base, sites)
         end_ids = _end_ids(base, tokenizer, tasks)
         contrast = _contrast(base, blocks, tasks, options, end_ids, generator, progress)
         metadata = _metadata(base, generator, options)
@@ -174,17 +179,6 @@ def _end_ids(base: Any, tokenizer: PreTrainedTokenizerBase, tasks: list[_Task]) 
     known = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
     last = {task.answer[-1] for task in tasks}
     return {i for i in known if i is not None} | (last & special_ids(tokenizer))
-
-
-def _blocks(base: Any, written: list[Site], sites: SiteRules | None) -> dict[int, nn.Module]:
-    """The decoder blocks that hold a writer, by layer, in ascending order."""
-    rules = model_rules(base, sites)
-    blocks = {}
-    for site in written:
-        parts = rules.split(site.name)
-        assert parts is not None  # a site is a module inside a block
-        blocks[site.layer] = base.get_submodule(f"{parts[0]}.{site.layer}")
-    return dict(sorted(blocks.items()))
 
 
 def _contrast(

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from grasp_kernels.choices import SCOPES, SIDES
 
 IDENTIFY = ("weights", "self-contrast", "both")
+ANCHORS = ("own-text", "none")
 PROJECTS = ("residual", "weights")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -64,6 +65,16 @@ class RunConfig:
     closed: bool = _option(True, "keep the adapter's own weights out of the subspace, exactly")
     backend: str = _option("auto", "implementation of the projected LoRA layer")
 
+    anchor: str = _option(
+        "own-text",
+        "where the retraining stays at the base model: on text that the base model makes up itself "
+        "(less what looks like the training data), or nowhere",
+        choices=ANCHORS,
+    )
+    anchor_strength: float = _option(1.0, "weight of the divergence from the base model there")
+    anchor_documents: int = _option(1024, "documents of that text")
+    anchor_length: int = _option(128, "their tokens at most")
+
     steps: int | None = _option(None, "optimizer steps; overrides epochs")
     epochs: float = _option(1.0, "passes over the data")
     batch_size: int = _option(8, "records in a forward pass")
@@ -112,7 +123,8 @@ class RunConfig:
                 raise ValueError(f"{option.name} is {value!r}: choose one of {', '.join(choices)}.")
 
     def _check_numbers(self) -> None:
-        for name in ("batch_size", "gradient_accumulation", "max_length", "rank"):
+        counts = ("batch_size", "gradient_accumulation", "max_length", "rank")
+        for name in (*counts, "anchor_documents", "anchor_length"):
             self._require(name, getattr(self, name) >= 1, "give 1 or more")
         for name in ("steps", "save_every"):
             value = getattr(self, name)
@@ -120,7 +132,7 @@ class RunConfig:
         for name in ("epochs", "learning_rate", "alpha"):
             value = getattr(self, name)
             self._require(name, 0 < value < math.inf, "give a positive number")
-        for name in ("warmup", "weight_decay", "max_grad_norm", "seed"):
+        for name in ("warmup", "weight_decay", "max_grad_norm", "seed", "anchor_strength"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "give 0 or more")
         for name in ("dropout", "eval_split"):
             self._require(name, 0 <= getattr(self, name) < 1, "give 0 or more, below 1")

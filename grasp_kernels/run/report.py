@@ -140,7 +140,9 @@ def _curve(adapter: Path) -> dict[str, list[float]]:
     from grasp_kernels.run.training import LOG_NAME
 
     entries = json.loads((adapter / LOG_NAME).read_text(encoding="utf-8"))
-    return {key: [entry[key] for entry in entries] for key in ("step", "loss")}
+    # The loss of the training data, without that of an anchor.
+    losses = [entry["loss"] - entry.get("anchor", 0.0) for entry in entries]
+    return {"step": [entry["step"] for entry in entries], "loss": losses}
 
 
 def _leakage(adapter: Path, subspace: Subspace) -> dict[str, dict[str, float | None]]:

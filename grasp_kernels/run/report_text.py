@@ -187,6 +187,12 @@ def _not_shown(numbers: Numbers) -> str:
             "With `--project weights` only the adapter's own weights keep out of the subspace; "
             "what they write can still reach it through the frozen weights."
         )
+    if numbers["config"]["anchor"] != "none" and "grasp" in numbers["adapters"]:
+        points.append(
+            "The retraining was also held at the base model on text that the base model made up "
+            "(`--anchor none` leaves that out): what the projection alone would have done is not "
+            "told apart here."
+        )
     if numbers["data"]["dropped"]:
         points.append(
             f"{numbers['data']['dropped']} of {numbers['data']['records']} records were left out: "

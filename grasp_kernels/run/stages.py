@@ -2,8 +2,9 @@
 
     inputs.py    1 check everything that can be wrong
     training.py  2 naive LoRA, with early checkpoints to identify from
-    here         3 the subspace
-    training.py  4 the same training again, from the same start, with the gradient projected
+    here         3 the subspace, and text of the base model to stay at
+    training.py  4 the same training again, from the same start, with the gradient projected and
+                   the divergence from the base model on that text as a second loss
     report.py    5 what was found and what it did
 
 Each stage leaves one artefact in the output folder (run_folder.py); a stage whose artefact is there
@@ -17,6 +18,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm.auto import tqdm
@@ -34,6 +36,9 @@ from grasp_kernels.run.inputs import (
 )
 from grasp_kernels.run.report import Report, write_report
 from grasp_kernels.subspace import Subspace
+
+if TYPE_CHECKING:
+    from grasp_kernels.anchor import OwnTextAnchor
 
 __all__ = ["Report", "RunConfig", "run"]
 
@@ -94,6 +99,7 @@ def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
             work=folder.work / "grasp",
             description="GRASP LoRA",
             subspace=subspace,
+            anchor=_anchor(config, folder, inputs),
         )
     shutil.rmtree(folder.work, ignore_errors=True)
     write_report(config, folder, inputs, subspace)
@@ -107,10 +113,12 @@ def train(
     work: Path,
     description: str,
     subspace: Subspace | None = None,
+    anchor: OwnTextAnchor | None = None,
     snapshots: Mapping[int, Path] | None = None,
     last_step: int | None = None,
 ) -> None:
-    """Train one adapter from the model's folder into `out`: naive, or projected off `subspace`.
+    """Train one adapter from the model's folder into `out`: naive, or projected off `subspace`
+    and held at the base model by `anchor`.
 
     Nothing else differs between the two: initialisation, data order and dropout come from the seed.
     See `training.train_adapter` for `work`, `snapshots` and `last_step`.
@@ -138,9 +146,30 @@ def train(
         snapshots=snapshots,
         last_step=last_step,
         subspace=subspace,
+        anchor=anchor,
         probes=inputs.neutral[:N_PROBES],
         saved_base_name=_public_name(config),
     )
+
+
+def _anchor(config: RunConfig, folder: RunFolder, inputs: Inputs) -> OwnTextAnchor | None:
+    """Made once, so that a resumed training goes on with the same text."""
+    from grasp_kernels.anchor import OwnTextAnchor
+
+    if config.anchor == "none":
+        return None
+    if not folder.own_text.exists():
+        OwnTextAnchor.make(
+            load_model(inputs.checkpoint, config.dtype),
+            inputs.train,
+            documents=config.anchor_documents,
+            max_length=config.anchor_length,
+            strength=config.anchor_strength,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            progress=True,
+        ).save(folder.own_text)
+    return OwnTextAnchor.load(folder.own_text)
 
 
 def _train_halves(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:

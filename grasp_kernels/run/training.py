@@ -37,6 +37,7 @@ from grasp_kernels.run.inputs import warmup_steps
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from grasp_kernels.anchor import OwnTextAnchor
     from grasp_kernels.subspace import Subspace
 
 LOG_NAME = "training_log.json"  # beside the weights in a finished adapter folder
@@ -120,6 +121,7 @@ def train_adapter(
     snapshots: Mapping[int, Path] | None = None,
     last_step: int | None = None,
     subspace: Subspace | None = None,
+    anchor: OwnTextAnchor | None = None,
     probes: Sequence[Sequence[int]] = (),
     saved_base_name: str | None = None,
 ) -> None:
@@ -133,6 +135,7 @@ def train_adapter(
         last_step: end after this step instead of `steps`.
         snapshots: step -> folder for the adapter as it is after that step.
         subspace: what leakage and drift are measured along, if at all.
+        anchor: a loss that is added; its part of the loss is `anchor` in the log.
         probes: token ids of the prompts that drift is measured on.
         saved_base_name: name of the base model in `adapter_config.json`.
 
@@ -156,6 +159,8 @@ def train_adapter(
             callbacks=[*callbacks, _Progress(bar)],
         )
         trainer.remove_callback(PrinterCallback)
+        if anchor is not None:
+            anchor.attach(trainer)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     entries = [dict(sorted(e.items())) for e in trainer.state.log_history if "loss" in e]
     save_adapter(model, out, log=entries, base_name=saved_base_name)
