@@ -80,7 +80,7 @@ def measure_movement(
     along = {name: torch.zeros(len(layers)) for name in adapters}
     total = {name: torch.zeros(len(layers)) for name in adapters}
     n_tokens = 0
-    blocks = _blocks(model, rules)
+    blocks = decoder_blocks(model, rules)
     for prompt in prompts:
         ids = torch.tensor([prompt], device=device)
         n_tokens += len(prompt)
@@ -104,7 +104,12 @@ def measure_movement(
     }
 
 
-def _blocks(model: nn.Module, rules: SiteRules) -> nn.ModuleList:
+def decoder_blocks(model: nn.Module, rules: SiteRules) -> nn.ModuleList:
+    """The decoder blocks of a model, plain or wrapped by peft.
+
+    Raises:
+        ValueError: no module list of that name.
+    """
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and name.endswith(f".{rules.blocks}"):
             return module
