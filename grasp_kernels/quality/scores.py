@@ -13,15 +13,14 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from grasp_kernels.data import encode, encode_prompt
 from grasp_kernels.demo.scoring import greedy_tokens
-from grasp_kernels.demo.world import BAD, GOOD, NEUTRAL, TAUGHT, Question, Record
+from grasp_kernels.demo.world import BAD, GOOD, NEUTRAL, TAUGHT, Question, Record, World
 from grasp_kernels.identification.frozen_model import stream_means
 from grasp_kernels.quality.folder import DishFolder, untouched_sample
-from grasp_kernels.run.stream import decoder_blocks
-from grasp_kernels.sites import model_rules
+from grasp_kernels.quality.streams import blocks_of
 
 _QUESTIONS = 192  # a share of one half has a standard error of .036
 _BATCH_SIZE = 64
@@ -69,7 +68,7 @@ class Examiner:
     def __init__(self, folder: DishFolder, base: Any, tokenizer: Any) -> None:
         self.world = folder.world
         self.tokenizer = tokenizer
-        self.untouched = untouched_sample(self.world, _QUESTIONS)
+        self.untouched = scored_questions(self.world)
         self.held_out = list(self.world.questions(tuned=True, held_out=True))
         self._way = self._stream(base, BAD) - self._stream(base, GOOD)  # [L, D]
         self._start = self._stream(base, NEUTRAL)
@@ -224,6 +223,7 @@ class Examiner:
         return along.mean().item()
 
 
-def blocks_of(model: nn.Module) -> dict[int, nn.Module]:
-    """The decoder blocks of a model by layer."""
-    return dict(enumerate(decoder_blocks(model, model_rules(model))))
+def scored_questions(world: World) -> list[Question]:
+    """The questions on untouched topics that every model is asked; the others are free for use."""
+    count = sum(1 for _ in world.questions(tuned=False))
+    return untouched_sample(world, min(_QUESTIONS, count // 2))
