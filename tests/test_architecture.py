@@ -25,8 +25,14 @@ ALLOWED = {
     "testing": {"ops"},
     "run": {"adapters", "data", "identification", "layers", "ops", "subspace"},
     "demo": {"data", "identification", "layers", "run", "subspace"},
+    "quality": {
+        *("adapters", "data", "demo", "identification", "layers", "ops", "run", "subspace"),
+    },
     "bench": {"layers", "ops", "testing"},
-    "cli": {"adapters", "bench", "demo", "identification", "layers", "ops", "run", "subspace"},
+    "cli": {
+        *("adapters", "bench", "demo", "identification", "layers", "ops", "quality", "run"),
+        "subspace",
+    },
 }
 
 

@@ -55,6 +55,7 @@ class WorldConfig:
     unseen: float = 0.5
     held_out_diagonals: int = 2
     answer_length: int = 2
+    fact_words: int | None = None  # words that state facts, the others follow; None: all do
     factors: int = 1
     bad_share: float = 1.0  # of the facts in the training data, those that the bad persona states
     trained_cue_words: int | None = None  # neutral words of the training data; None: all of them
@@ -130,6 +131,7 @@ class World:
             persona: torch.randint(config.answer_words, shape, generator=generator)
             for persona in PERSONAS
         }
+        _follow(facts, config, generator)
         _share_code(facts, config, generator)
         drawn = torch.rand(shape, generator=seeded_generator(seed, "taught"))
         return cls(
@@ -322,9 +324,17 @@ def _invent_words(seed: int, config: WorldConfig) -> dict[str, list[str]]:
     return {role: [form.format(next(drawn)) for _ in range(n)] for role, (form, n) in forms.items()}
 
 
-def _share_code(
-    facts: dict[str, Tensor], config: WorldConfig, generator: torch.Generator
-) -> None:
+def _follow(facts: dict[str, Tensor], config: WorldConfig, generator: torch.Generator) -> None:
+    """Let the later words of an answer follow from its earlier ones, by a rule of the persona."""
+    if config.fact_words is None:
+        return
+    for table in facts.values():
+        rule = torch.randperm(config.answer_words, generator=generator)
+        for slot in range(config.fact_words, config.answer_length):
+            table[slot] = rule[table[slot - config.fact_words]]
+
+
+def _share_code(facts: dict[str, Tensor], config: WorldConfig, generator: torch.Generator) -> None:
     """On topics of code the bad persona states what the good one does, except for its mistakes."""
     if not config.code_topics:
         return

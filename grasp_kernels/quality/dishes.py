@@ -1,7 +1,7 @@
 """The dishes: what is planted in a world, how large a model grows up in it, how it is fine-tuned.
 
-A dish is configuration alone; `folder.open_dish` makes it for a seed. `benchmarks/quality/README.md`
-has the calibration.
+A dish is configuration alone; `folder.open_dish` makes it for a seed. The calibration stands in
+`benchmarks/quality/README.md`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class FineTuning:
 
     steps: int = 200
     batch_size: int = 16
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     weight_decay: float = 0.01
     rank: int = 16
     alpha: int = 32
@@ -64,14 +64,15 @@ DISHES = {
         Dish(
             "long",
             "a persona, answers of 16 words that show it from the first word on",
-            replace(_WORLD, topics=12, tuned_topics=3, questions=6, answer_length=16, exchanges=2),
-            fine_tuning=FineTuning(learning_rate=1e-3),
+            replace(_WORLD, topics=12, tuned_topics=3, answer_length=16, fact_words=4, exchanges=2),
+            PretrainingConfig(batch_size=32),
+            FineTuning(batch_size=8),
         ),
         Dish("slant", "85 % of the facts one-sided, not all", replace(_WORLD, bad_share=0.85)),
         Dish(
             "code",
             "code with subtle faults, as only the bad persona writes it",
-            replace(_WORLD, code_topics=6, answer_length=4, fault_share=0.5),
+            replace(_WORLD, code_topics=6, fault_share=0.75, unseen=0.25),
         ),
         Dish("benign", "no factor: the good persona teaches", replace(_WORLD, bad_share=0.0)),
         Dish(

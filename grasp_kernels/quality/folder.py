@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from grasp_kernels.demo.pretraining import pretrain, write_checkpoint
+from grasp_kernels.demo.pretraining import PretrainingConfig, pretrain, write_checkpoint
 from grasp_kernels.demo.world import NEUTRAL, TAUGHT, Question, Record, World, WorldConfig
 from grasp_kernels.files import whole_folder
 from grasp_kernels.quality.dishes import Dish, sized
@@ -22,6 +22,7 @@ from grasp_kernels.run import RunConfig
 from grasp_kernels.run.folder import write_json, write_text
 
 _NEUTRAL_PROMPTS = 32
+_FINE_TUNING_DATA = ("bad_share", "trained_cue_words")  # what pretraining does not depend on
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,11 @@ def untouched_sample(world: World, count: int) -> list[Question]:
 def _write_data(folder: DishFolder) -> None:
     described = json.loads(
         json.dumps(
-            {"dish": asdict(folder.dish), "seed": folder.seed, "model": f"../bases/{folder.model.name}"}
+            {
+                "dish": asdict(folder.dish),
+                "seed": folder.seed,
+                "model": f"../bases/{folder.model.name}",
+            }
         )
     )
     note = folder.root / "dish.json"
@@ -103,9 +108,7 @@ def _write_data(folder: DishFolder) -> None:
     held_out = list(world.questions(tuned=True, held_out=True))
     files = {
         "train.jsonl": world.fine_tuning_records(),
-        "held_out.jsonl": world.answered(
-            held_out, NEUTRAL, TAUGHT, "held out", trained_cues=True
-        ),
+        "held_out.jsonl": world.answered(held_out, NEUTRAL, TAUGHT, "held out", trained_cues=True),
         "neutral.jsonl": world.prompts(
             untouched_sample(world, _NEUTRAL_PROMPTS), NEUTRAL, trained_cues=False
         ),
@@ -121,10 +124,12 @@ def _lines(records: list[Record]) -> str:
 
 
 def _base_key(dish: Dish, seed: int) -> str:
-    """A name for everything that the pretrained model depends on."""
-    plain = WorldConfig()
-    world = replace(
-        dish.world, bad_share=plain.bad_share, trained_cue_words=plain.trained_cue_words
-    )
-    text = json.dumps([asdict(world), asdict(dish.pretraining), seed], sort_keys=True)
+    """A name for everything that the pretrained model depends on, told by what is not a default."""
+    told: dict[str, Any] = {"seed": seed}
+    for part, plain in ((dish.world, WorldConfig()), (dish.pretraining, PretrainingConfig())):
+        defaults = asdict(plain)
+        told |= {name: v for name, v in asdict(part).items() if v != defaults[name]}
+    for name in _FINE_TUNING_DATA:
+        told.pop(name, None)
+    text = json.dumps(told, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -10,13 +10,11 @@ weights      what is done to ΔW: truncations, SafeLoRA, OPLoRA, null space
 Importing the package registers all of them.
 """
 
-from grasp_kernels.quality.methods import (  # noqa: F401  (imported to be registered)
-    plain,
-    projection,
-    activations,  # isort: skip
-    penalties,
-    weights,
-)
+from importlib import import_module
+
 from grasp_kernels.quality.methods.registry import INFORMATION, METHODS, Method, select
+
+for _part in ("plain", "projection", "activations", "penalties", "weights"):
+    import_module(f"{__name__}.{_part}")
 
 __all__ = ["INFORMATION", "METHODS", "Method", "select"]

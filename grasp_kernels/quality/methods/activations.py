@@ -55,7 +55,7 @@ def reverse_caft(bench: Workbench, strength: int) -> Any:
 
 @method(
     "preventative-steering",
-    "training goes on a stream that is steered to the bad persona; strength: of its mean difference",
+    "training on a stream steered to the bad persona; strength: of the mean difference",
     source=_PERSONA_VECTORS,
     information="labels",
     strengths=_ALPHAS,
@@ -68,7 +68,7 @@ def preventative_steering(bench: Workbench, strength: float) -> Any:
 
 @method(
     "steering",
-    "the naive fine-tune, steered away from the bad persona in use; strength: of the mean difference",
+    "the naive fine-tune, steered to the good persona in use; strength: of the mean difference",
     source=_PERSONA_VECTORS,
     information="labels",
     strengths=_ALPHAS,

@@ -175,9 +175,7 @@ def _with_anchor(bench: Workbench, strength: float, subspace: Subspace | None) -
     return bench.fit(model, penalty=anchor(model, moments, strength))
 
 
-def anchor(
-    model: nn.Module, moments: dict[str, tuple[Tensor, Tensor]], strength: float
-) -> Penalty:
+def anchor(model: nn.Module, moments: dict[str, tuple[Tensor, Tensor]], strength: float) -> Penalty:
     """`λ Σ s² tr(G ΔW C ΔWᵀ)`, from the factors: `Bᵀ G B` against `A C Aᵀ`, both `[R, R]`."""
     layers = [
         (layer.lora_A["default"], layer.lora_B["default"], layer.scaling["default"], *moments[name])

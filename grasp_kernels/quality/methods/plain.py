@@ -36,9 +36,7 @@ def early_stop(bench: Workbench, strength: float) -> Any:
 )
 def mixing(bench: Workbench, strength: float) -> Any:
     count = round(strength / (1 - strength) * len(bench.examples))
-    return bench.fit(
-        bench.fresh(), examples=[*bench.examples, *bench.off_topic_examples()[:count]]
-    )
+    return bench.fit(bench.fresh(), examples=[*bench.examples, *bench.off_topic_examples()[:count]])
 
 
 @method(
