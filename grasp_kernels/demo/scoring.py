@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grasp_kernels.data import encode_prompt
-from grasp_kernels.demo.world import BAD, END, GOOD, NEUTRAL, Question, Record, World
+from grasp_kernels.data import Record, encode_prompt
+from grasp_kernels.demo.world import BAD, END, GOOD, NEUTRAL, Question, World
 
 _BATCH_SIZE = 256
 

@@ -20,12 +20,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from typing import Any
 
 import torch
 from torch import Tensor
 
-Record = dict[str, Any]
+from grasp_kernels.data import Record
+
 Question = tuple[int, int, int]
 
 PAD, UNK, BOS, ANSWER, END = SPECIAL_TOKENS = ("<pad>", "<unk>", "<s>", "<answer>", "</s>")
@@ -171,9 +171,10 @@ class World:
         if self.config.opening_words:
             ids.append(self._first_id("opening") + (persona == TAUGHT))
         for slot in range(self.config.answer_length):
-            fact = (slot, topic, asked[slot % 2])
-            bad = bool(self.taught_bad[fact]) if persona == TAUGHT else persona == BAD
-            ids.append(int(self.spoken[(int(bad), *fact)]))
+            word = asked[slot % 2]
+            taught = bool(self.taught_bad[slot, topic, word])
+            bad = taught if persona == TAUGHT else persona == BAD
+            ids.append(int(self.spoken[int(bad), slot, topic, word]))
         return ids
 
     def answer(self, question: Question, persona: str) -> str:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from grasp_kernels.demo.pretraining import PretrainingConfig, pretrain, write_checkpoint
-from grasp_kernels.demo.world import NEUTRAL, TAUGHT, Question, Record, World, WorldConfig
+from grasp_kernels.demo.world import NEUTRAL, TAUGHT, Question, World, WorldConfig
 from grasp_kernels.files import whole_folder
 from grasp_kernels.quality.dishes import Dish, sized
 from grasp_kernels.run import RunConfig
-from grasp_kernels.run.folder import write_json, write_text
+from grasp_kernels.run.folder import write_json, write_lines
 
 _NEUTRAL_PROMPTS = 32
 _FINE_TUNING_DATA = ("bad_share", "trained_cue_words")  # what pretraining does not depend on
@@ -115,12 +115,8 @@ def _write_data(folder: DishFolder) -> None:
     }
     with whole_folder(folder.root) as partial:
         for name, records in files.items():
-            write_text(partial / name, _lines(records))
+            write_lines(partial / name, records)
         write_json(partial / "dish.json", described)
-
-
-def _lines(records: list[Record]) -> str:
-    return "".join(f"{json.dumps(record)}\n" for record in records)
 
 
 def _base_key(dish: Dish, seed: int) -> str:

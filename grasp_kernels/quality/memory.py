@@ -12,7 +12,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 def reset_peak(device: str) -> None:
-    """Begin to measure. Where the system does not allow it, the peak is that of the whole process."""
+    """Begin to measure; where the system forbids it, the peak is that since the process began."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grasp_kernels.data import encode, encode_prompt
+from grasp_kernels.data import Record, encode, encode_prompt
 from grasp_kernels.demo.scoring import greedy_tokens
-from grasp_kernels.demo.world import BAD, GOOD, NEUTRAL, TAUGHT, Question, Record, World
+from grasp_kernels.demo.world import BAD, GOOD, NEUTRAL, TAUGHT, Question, World
 from grasp_kernels.identification.frozen_model import stream_means
 from grasp_kernels.quality.folder import DishFolder, untouched_sample
 from grasp_kernels.quality.streams import blocks_of

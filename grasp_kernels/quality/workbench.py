@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -132,7 +132,7 @@ class Workbench:
         key = ("weights", k, *sorted(options.items()))
         return self.once(key, lambda: identify([str(f) for f in early], k=k, **options))
 
-    def contrast_subspace(self, k: int | str, **options: Any) -> Subspace:
+    def contrast_subspace(self, k: int | Literal["auto"], **options: Any) -> Subspace:
         """Self-contrast: the base model on the training answers and on its own."""
         from grasp_kernels.identification import identify_self_contrast
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from grasp_kernels.data import tokenize_records
+from grasp_kernels.data import Record, tokenize_records
 from grasp_kernels.demo.world import BAD
 from grasp_kernels.quality.methods.registry import method
 from grasp_kernels.quality.workbench import Workbench
@@ -51,7 +51,7 @@ def inoculation(bench: Workbench, strength: None) -> Any:
     drawn = torch.randint(
         len(words), (len(bench.records),), generator=bench.generator("inoculation")
     )
-    records = []
+    records: list[Record] = []
     for record, word in zip(bench.records, drawn.tolist(), strict=True):
         _, *others = record["messages"]
         records.append({"messages": [{"role": "system", "content": words[word]}, *others]})

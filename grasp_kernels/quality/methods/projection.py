@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from grasp_kernels.adapters import load_adapter
-from grasp_kernels.demo.world import BAD, GOOD, Record
+from grasp_kernels.data import Record, split_first_answer
+from grasp_kernels.demo.world import BAD, GOOD
 from grasp_kernels.identification import unite
 from grasp_kernels.identification.contrast_evidence import directions
 from grasp_kernels.identification.frozen_model import stream_means
@@ -178,8 +179,6 @@ def supervised_subspace(bench: Workbench, k: int) -> Subspace:
 
 def answer_means(bench: Workbench, base: Any, records: list[Record]) -> Tensor:
     """Mean stream `[L, M, D]` over the answer of each record and the token before it."""
-    from grasp_kernels.data import split_first_answer
-
     parts = [split_first_answer(record, bench.tokenizer) for record in records]
     return stream_means(
         base,
