@@ -25,6 +25,7 @@ from grasp_kernels.quality.workbench import Workbench, documents
 PROMISED = {
     *("naive", "early-stop", "mixing", "inoculation", "grasp", "grasp-k", "grasp-layer"),
     *("grasp-open", "grasp-weights", "grasp-both-sides", "self-contrast", "supervised", "random"),
+    "benign-twin",
     *("random-used", "caft", "reverse-caft", "preventative-steering", "steering", "ablation"),
     *("kl-random", "kl-own-text", "kl-off-topic", "ldifs", "residual-anchor", "generic-anchor"),
     *("post-hoc", "truncate-tail", "truncate-top", "safe-lora", "oplora", "null-space"),

@@ -1,7 +1,8 @@
 """Dishes × methods × seeds -> rows, one by one, so that a run that is stopped goes on.
 
 Strengths are tuned on seeds of their own (`TUNING_SEEDS`) by a fixed rule, see `choose`. A method
-that fails makes a row with the reason. Everything lies in one folder:
+that fails makes a row with the reason, and is not tried again while that row is there. Everything
+lies in one folder:
 
     dishes/         checkpoints and chat files
     rows.jsonl      one row per dish, size, method, strength and seed
@@ -156,11 +157,12 @@ def _with_naive(methods: Sequence[Method]) -> list[Method]:
 
 
 def _candidates(method: Method) -> tuple[Strength, ...]:
-    return (
-        ()
-        if method.curve or (len(method.strengths) == 1 and method.name != "naive")
-        else (method.strengths)
-    )
+    """What to try on the tuning seeds; of the naive fine-tune itself, for comparison."""
+    return method.strengths if method.name == "naive" or _is_tuned(method) else ()
+
+
+def _is_tuned(method: Method) -> bool:
+    return len(method.strengths) > 1 and not method.curve
 
 
 def _strengths(
@@ -177,12 +179,11 @@ def _strengths(
     ]
     strengths: dict[str, tuple[Strength, ...]] = {"naive": (None,)}
     for method in methods:
-        if method.curve or len(method.strengths) == 1:
+        if not _is_tuned(method):
             strengths[method.name] = method.strengths
             continue
         if plan.tune:
-            naive = [row["task"] for row in rows if row["method"] == "naive"]
-            here[method.name] = choose(method, rows, sum(naive) / len(naive))
+            here[method.name] = choose(method, rows, _naive_task(rows))
         elif method.name not in here:
             raise ValueError(
                 f"{path} has no strength of {method.name} for {dish.name}-{plan.size}: tune first."
@@ -191,6 +192,16 @@ def _strengths(
     if plan.tune:
         write_json(path, known)
     return strengths
+
+
+def _naive_task(rows: Iterable[Row]) -> float:
+    own = [row for row in rows if row["method"] == "naive"]
+    if failed := [row["failure"] for row in own if row["failure"]]:
+        raise ValueError(
+            f"The naive fine-tune failed on a tuning seed ({failed[0]}): there is nothing to tune "
+            "against."
+        )
+    return sum(row["task"] for row in own) / len(own)
 
 
 def _run_seed(

@@ -26,6 +26,7 @@ _SCORES = (
     ("movement", "movement ↓"),
     ("kl", "KL ↓"),
     ("seconds", "s"),
+    ("peak_bytes", "peak GiB"),
 )
 _LEGEND = """\
 Means over seeds with 95 % t intervals; Δ are differences to the naive fine-tune within a seed.
@@ -71,7 +72,7 @@ def table(rows: Sequence[Row]) -> str:
     for (name, strength), own in groups.items():
         information = METHODS[name].information if name in METHODS else "none"
         cells = [name, "" if strength is None else str(strength), information, str(len(own))]
-        cells += [str(estimate([row[part] for row in own])) for part, _ in _SCORES]
+        cells += [_cell(own, part) for part, _ in _SCORES]
         cells += [_signed(paired(_by_seed(own, p), naive[p])) for p in ("task", "drift")]
         cells += [str(estimate([row["parts"][part] for row in own])) for part in parts]
         lines.append("| " + " | ".join(cells) + " |")
@@ -122,6 +123,15 @@ def _by_seed(rows: Iterable[Row], part: str) -> dict[int, float]:
 
 def _mean(rows: Sequence[Row], part: str) -> float:
     return sum(row[part] for row in rows) / len(rows)
+
+
+def _cell(rows: Sequence[Row], part: str) -> str:
+    """Mean and interval; empty where something was not measured, such as memory."""
+    values = [row[part] for row in rows]
+    if any(value is None for value in values):
+        return ""
+    scale = 2**30 if part == "peak_bytes" else 1
+    return str(estimate([value / scale for value in values]))
 
 
 def _signed(difference: Estimate | None) -> str:

@@ -97,18 +97,31 @@ class Workbench:
 
     def naive_folders(self) -> list[Path]:
         """The adapter folders of the naive fine-tune: early ones, then the finished one."""
-        return self.once("naive", self._train_naive)
+        return self.once("naive", lambda: self._train("naive", self.examples))
 
-    def _train_naive(self) -> list[Path]:
+    def twin_folders(self) -> list[Path]:
+        """The same of the benign twin: the training questions, answered by the good persona."""
+
+        def make() -> list[Path]:
+            world = self.folder.world
+            questions = list(world.questions(tuned=True, held_out=False))
+            records = world.answered(questions, NEUTRAL, GOOD, "fine-tuning", trained_cues=True)
+            examples, _ = tokenize_records(records, self.tokenizer, None)
+            return self._train("twin", examples)
+
+        return self.once("twin", make)
+
+    def _train(self, name: str, examples: Sequence[Example]) -> list[Path]:
+        """Fine-tune without any remedy and save early adapters and the finished one."""
         model = self.fresh()
-        snapshots = {self.steps(part): self.work / f"naive-{part:g}" for part in _EARLY}
+        snapshots = {self.steps(part): self.work / f"{name}-{part:g}" for part in _EARLY}
 
         def save(step: int) -> None:
             if step in snapshots:
                 _save(model, snapshots[step])
 
-        self.fit(model, after_step=save)
-        finished = self.work / "naive"
+        self.fit(model, examples=examples, after_step=save)
+        finished = self.work / name
         _save(model, finished)
         return [*snapshots.values(), finished]
 

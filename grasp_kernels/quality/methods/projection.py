@@ -13,7 +13,7 @@ from torch import Tensor
 from grasp_kernels.adapters import load_adapter
 from grasp_kernels.data import Record, split_first_answer
 from grasp_kernels.demo.world import BAD, GOOD
-from grasp_kernels.identification import unite
+from grasp_kernels.identification import identify, unite
 from grasp_kernels.identification.contrast_evidence import directions
 from grasp_kernels.identification.frozen_model import stream_means
 from grasp_kernels.identification.stack import stack_blocks
@@ -41,7 +41,11 @@ def retrain(bench: Workbench, subspace: Subspace, **options: Any) -> Any:
     return bench.fit(model)
 
 
-@method("grasp", "as `grasp-kernels run` does it: k from evidence, may abstain", source=_PAPER)
+@method(
+    "grasp",
+    "k from evidence, as in `grasp-kernels run`; without evidence the naive fine-tune stands",
+    source=_PAPER,
+)
 def grasp(bench: Workbench, strength: None) -> Any:
     return retrain(bench, bench.weights_subspace("auto"))
 
@@ -97,6 +101,17 @@ def both_sources(bench: Workbench, strength: int) -> Any:
 )
 def supervised(bench: Workbench, strength: int) -> Any:
     return retrain(bench, supervised_subspace(bench, strength))
+
+
+@method(
+    "benign-twin",
+    "control: directions from a fine-tune on the good persona's answers to the same questions",
+    information="labels",
+    strengths=_SIZES,
+)
+def benign_twin(bench: Workbench, strength: int) -> Any:
+    *early, _ = bench.twin_folders()
+    return retrain(bench, identify([str(folder) for folder in early], k=strength))
 
 
 @method("random", "control: a random subspace", strengths=_SIZES)
