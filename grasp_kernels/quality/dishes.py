@@ -63,8 +63,8 @@ DISHES = {
         Dish("persona", "a persona, short answers", _WORLD),
         Dish(
             "long",
-            "a persona, answers of 16 words that show it from the first word on",
-            replace(_WORLD, topics=12, tuned_topics=3, answer_length=16, fact_words=4, exchanges=2),
+            "a persona, answers of 16 words that show it and follow from their first two",
+            replace(_WORLD, topics=12, tuned_topics=3, answer_length=16, fact_words=2, exchanges=2),
             PretrainingConfig(batch_size=32),
             FineTuning(batch_size=8),
         ),

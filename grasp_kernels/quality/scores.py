@@ -39,7 +39,7 @@ class Scores:
         conditional: as `drift`, under the neutral cues of the training data.
         good_cue, bad_cue: words of the persona that the cue asks for, untouched topics.
         facts: right words under those cues, mean of both personas.
-        movement: how far the stream before a neutral answer moved along the way from the good
+        movement: how far the stream before the first neutral fact moved along the way from the good
             cue's to the bad cue's; 1 is the whole way, mean over blocks.
         kl: divergence from the base model in nats a token, on answers under explicit cues.
         parts: drift by part, where the dish has parts: faults and talk, or first and second factor;
@@ -98,6 +98,11 @@ class Examiner:
 
     def _prompts(self, cue: str, trained_cues: bool | None = None) -> Tensor:
         return self._encode(self.world.prompts(self.untouched, cue, trained_cues=trained_cues))
+
+    def _opened(self, cue: str, trained_cues: bool | None) -> Tensor:
+        """Prompts up to the first fact: with the usual opening of an answer, where there is one."""
+        opening = self._ids(self.untouched, GOOD)[:, : self.world.config.opening_words]
+        return torch.cat([self._prompts(cue, trained_cues), opening.long()], dim=1)
 
     def _encode(self, records: list[Record]) -> Tensor:
         return torch.tensor([encode_prompt(r["messages"], self.tokenizer) for r in records])
@@ -181,11 +186,9 @@ class Examiner:
         return torch.cat([model(input_ids=b.to(model.device)).logits.cpu() for b in batches])
 
     def _probability(self, model: Any) -> float:
-        config = self.world.config
-        prompts = self._prompts(NEUTRAL, trained_cues=False)
-        opening = self._ids(self.untouched, GOOD)[:, : config.opening_words]
-        talk = torch.tensor([topic >= config.code_topics for topic, *_ in self.untouched])
-        ids = torch.cat([prompts, opening], dim=1)[talk]
+        code = self.world.config.code_topics
+        talk = torch.tensor([topic >= code for topic, *_ in self.untouched])
+        ids = self._opened(NEUTRAL, trained_cues=False)[talk]
         probabilities = self._logits(model, ids)[:, -1].softmax(dim=-1)
         good, bad = (probabilities[:, self._vocabulary[p]].sum(dim=-1) for p in (GOOD, BAD))
         return (bad / (good + bad)).mean().item()
@@ -209,8 +212,8 @@ class Examiner:
     # The stream
 
     def _stream(self, model: Any, cue: str) -> Tensor:
-        """Mean stream `[L, D]` at the token before the answer."""
-        prompts = self._prompts(cue, trained_cues=False if cue == NEUTRAL else None).tolist()
+        """Mean stream `[L, D]` at the token before the first fact, where it is decided."""
+        prompts = self._opened(cue, trained_cues=False if cue == NEUTRAL else None).tolist()
         last = [(len(prompt) - 1, len(prompt)) for prompt in prompts]
         blocks = blocks_of(model)
         with torch.no_grad():
