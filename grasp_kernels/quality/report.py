@@ -92,8 +92,9 @@ def draw(rows: Sequence[Row], path: Path, *, title: str) -> None:
         for key, own in _by_method(row for row in rows if not row["failure"]).items()
     }
     stopped = sorted(key for key in points if key[0] == "early-stop")
-    by_steps = [points[k] for k in ((BASE, None), *stopped, ("naive", None)) if k in points]
-    axes.plot(*zip(*by_steps, strict=True), color="gray", marker=".", label="naive, by steps")
+    if stopped:  # a line between the two ends alone would claim what was not measured
+        by_steps = [points[k] for k in ((BASE, None), *stopped, ("naive", None)) if k in points]
+        axes.plot(*zip(*by_steps, strict=True), color="gray", marker=".", label="naive, by steps")
     for (name, strength), (task, drift) in points.items():
         if name in ("early-stop", BASE):
             continue
