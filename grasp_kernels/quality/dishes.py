@@ -65,8 +65,7 @@ DISHES = {
             "long",
             "a persona, answers of 16 words that show it and follow from their first two",
             replace(_WORLD, topics=12, tuned_topics=3, answer_length=16, fact_words=2, exchanges=2),
-            PretrainingConfig(batch_size=32),
-            FineTuning(batch_size=8),
+            PretrainingConfig(steps=900, batch_size=32),
         ),
         Dish("slant", "85 % of the facts one-sided, not all", replace(_WORLD, bad_share=0.85)),
         Dish(
