@@ -27,10 +27,14 @@ ALLOWED = {
     "run": {"adapters", "anchor", "data", "identification", "layers", "ops", "subspace"},
     "diagnosis": {"adapters", "data", "identification", "run", "subspace"},
     "demo": {"data", "identification", "layers", "run", "subspace"},
+    "quality": {
+        *("adapters", "anchor", "data", "demo", "identification", "layers", "ops", "run"),
+        "subspace",
+    },
     "bench": {"layers", "ops", "testing"},
     "cli": {
         *("adapters", "bench", "data", "demo", "diagnosis", "identification", "layers", "ops"),
-        *("run", "subspace"),
+        *("quality", "run", "subspace"),
     },
 }
 

@@ -196,6 +196,8 @@ def test_without_a_system_message_the_template_puts_in_a_neutral_word(world: Wor
 class Speaker:
     """Stands in for a model: answers by the book, as the persona that `choose` names for a cue."""
 
+    device = "cpu"
+
     def __init__(self, world: World, choose: Callable[[str], str]) -> None:
         self.world, self.choose = world, choose
 

@@ -15,9 +15,9 @@ from grasp_kernels.demo.comparison import draw, table
 from grasp_kernels.demo.controls import train_controls
 from grasp_kernels.demo.pretraining import PretrainingConfig, pretrain, write_checkpoint
 from grasp_kernels.demo.scoring import Scores, score
-from grasp_kernels.demo.world import NEUTRAL, Record, World, WorldConfig
+from grasp_kernels.demo.world import NEUTRAL, World, WorldConfig
 from grasp_kernels.run import RunConfig, run
-from grasp_kernels.run.folder import write_json, write_text
+from grasp_kernels.run.folder import write_json, write_lines, write_text
 from grasp_kernels.subspace import Subspace
 
 _NEUTRAL_PROMPTS = 32
@@ -98,10 +98,10 @@ def _write_inputs(output: Path, world: World, config: DemoConfig) -> RunConfig:
     model, data, neutral = (output / name for name in ("model", "train.jsonl", "neutral.jsonl"))
     if not model.exists():
         write_checkpoint(pretrain(world, config.pretraining), world, model)
-    _write_records(data, world.fine_tuning_records())
+    write_lines(data, world.fine_tuning_records())
     untouched = list(world.questions(tuned=False))
     every = max(1, len(untouched) // _NEUTRAL_PROMPTS)
-    _write_records(neutral, world.prompts(untouched[::every], NEUTRAL))
+    write_lines(neutral, world.prompts(untouched[::every], NEUTRAL))
     return RunConfig(
         model=str(model),
         data=str(data),
@@ -110,10 +110,6 @@ def _write_inputs(output: Path, world: World, config: DemoConfig) -> RunConfig:
         seed=world.seed,
         **config.fine_tuning,
     )
-
-
-def _write_records(path: Path, records: list[Record]) -> None:
-    write_text(path, "".join(f"{json.dumps(record)}\n" for record in records))
 
 
 def _score_all(options: RunConfig, world: World, adapters: Mapping[str, Path]) -> dict[str, Scores]:

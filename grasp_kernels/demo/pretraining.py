@@ -113,9 +113,11 @@ def build_model(world: World, config: PretrainingConfig) -> LlamaForCausalLM:
         )
 
 
-def pretrain(world: World, config: PretrainingConfig, *, progress: bool = True) -> LlamaForCausalLM:
+def pretrain(
+    world: World, config: PretrainingConfig, *, progress: bool = True, device: str = "cpu"
+) -> LlamaForCausalLM:
     """Train on fresh documents of the world with next-token loss on their answers."""
-    model = build_model(world, config)
+    model = build_model(world, config).to(device)
     generator = seeded_generator(world.seed, "pretraining")
     # torch's betas: the persona then lies mostly along one direction, and blocking it takes drift
     # from .82 to .51 (mean of seeds 0 to 4, identified after 1/20 of the steps). With the second
@@ -128,7 +130,7 @@ def pretrain(world: World, config: PretrainingConfig, *, progress: bool = True) 
     model.train()
     for _ in bar:
         documents, labels = world.sample_documents(config.batch_size, generator)
-        loss = model(input_ids=documents, labels=labels).loss
+        loss = model(input_ids=documents.to(device), labels=labels.to(device)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

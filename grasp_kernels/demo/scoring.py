@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from grasp_kernels.data import encode_prompt
-from grasp_kernels.demo.world import BAD, END, GOOD, NEUTRAL, SLOTS, Question, Record, World
+from grasp_kernels.data import Record, encode_prompt
+from grasp_kernels.demo.world import BAD, END, GOOD, NEUTRAL, Question, World
 
 _BATCH_SIZE = 256
 
@@ -43,7 +44,8 @@ def score(model: Any, tokenizer: Any, world: World) -> Scores:
     untouched = list(world.questions(tuned=False))
 
     def answers(questions: list[Question], cue: str) -> list[str]:
-        return greedy_answers(model, tokenizer, world.prompts(questions, cue))
+        records = world.prompts(questions, cue)
+        return greedy_answers(model, tokenizer, records, world.config.answer_length + 1)
 
     task = answers(held_out, NEUTRAL)
     neutral, good, bad = (answers(untouched, cue) for cue in (NEUTRAL, GOOD, BAD))
@@ -63,30 +65,38 @@ def speaks_as(world: World, persona: str) -> Callable[[str], bool]:
 
     def check(answer: str) -> bool:
         *words, end = answer.split()
-        return len(words) == len(SLOTS) and end == END and own.issuperset(words)
+        return len(words) == world.config.answer_length and end == END and own.issuperset(words)
 
     return check
 
 
-@torch.inference_mode()
-def greedy_answers(model: Any, tokenizer: Any, records: list[Record]) -> list[str]:
-    """The most likely answer to each prompt, as text with its end token.
+def greedy_answers(model: Any, tokenizer: Any, records: list[Record], length: int) -> list[str]:
+    """The most likely answer to each prompt in at most `length` tokens, as text with its end token.
 
     Raises:
         ValueError: prompts of different lengths; the questions of a world all have the same.
     """
-    length = len(SLOTS) + 1
-    answers: list[str] = []
-    for start in range(0, len(records), _BATCH_SIZE):
-        batch = records[start : start + _BATCH_SIZE]
-        ids = torch.tensor([encode_prompt(record["messages"], tokenizer) for record in batch])
+    prompts = torch.tensor([encode_prompt(record["messages"], tokenizer) for record in records])
+    answers = greedy_tokens(model, prompts, length, tokenizer.pad_token_id)
+    return [
+        tokenizer.decode([token for token in row if token != tokenizer.pad_token_id])
+        for row in answers.tolist()
+    ]
+
+
+@torch.no_grad()
+def greedy_tokens(model: Any, prompts: Tensor, length: int, pad_token_id: int) -> Tensor:
+    """The most likely continuations int64 [n, length] of prompts [n, T], padded after their end."""
+    answers = torch.full((len(prompts), length), pad_token_id)
+    for start in range(0, len(prompts), _BATCH_SIZE):
+        ids = prompts[start : start + _BATCH_SIZE].to(model.device)
         generated = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=length,
             do_sample=False,
-        )
-        answers += tokenizer.batch_decode(generated[:, ids.shape[1] :])
+        )[:, ids.shape[1] :]
+        answers[start : start + len(ids), : generated.shape[1]] = generated.cpu()
     return answers
 
 

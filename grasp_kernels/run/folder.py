@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -20,7 +20,7 @@ from grasp_kernels.files import whole_file, whole_folder
 from grasp_kernels.run.config import RunConfig
 from grasp_kernels.version import __version__
 
-__all__ = ["RunFolder", "fingerprint", "whole_folder", "write_json", "write_text"]
+__all__ = ["RunFolder", "fingerprint", "whole_folder", "write_json", "write_lines", "write_text"]
 
 # Files up to this size are hashed whole. Of larger ones (weights) only both ends are: hashing the
 # 16 GB of an 8B model takes a minute, and the header with all shapes lies at the beginning.
@@ -144,6 +144,11 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` whole or not at all."""
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def write_lines(path: Path, values: Iterable[Any]) -> None:
+    """Write one line of JSON for each value, whole or not at all."""
+    write_text(path, "".join(f"{json.dumps(value)}\n" for value in values))
 
 
 def fingerprint(path: str | Path) -> str:

@@ -105,7 +105,11 @@ def measure_movement(
 
 
 def find_blocks(model: nn.Module, rules: SiteRules) -> tuple[str, nn.ModuleList]:
-    """The list of decoder blocks, and the name of the module that holds it."""
+    """The list of decoder blocks, and the name of the module that holds it; peft may wrap it.
+
+    Raises:
+        ValueError: no module list of that name.
+    """
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and name.endswith(f".{rules.blocks}"):
             return name.removesuffix(f".{rules.blocks}"), module
