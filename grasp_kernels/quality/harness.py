@@ -31,7 +31,7 @@ from grasp_kernels.run.folder import write_json
 from grasp_kernels.version import __version__
 
 TUNING_SEEDS = (100, 101)
-TASK_TOLERANCE = 0.02  # of the naive task score; less is no loss that two seeds can show
+TASK_TOLERANCE = 0.01  # of the naive task score; less is no loss that two seeds can show
 BASE = "base"  # the pretrained model, as a method of its own in the rows
 
 Row = dict[str, Any]

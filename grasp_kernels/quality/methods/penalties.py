@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from grasp_kernels.anchor import OwnTextAnchor
 from grasp_kernels.data import Example
 from grasp_kernels.layers.replacement import replace_lora_layers
 from grasp_kernels.quality.fitting import Batch, Penalty
@@ -24,6 +26,7 @@ from grasp_kernels.sites import base_name, model_rules
 from grasp_kernels.subspace import Subspace
 
 _KL = "Kaczér et al. 2025, arXiv 2508.06249 (KL to the base model, there on the training data)"
+_GRASP = "Gilligan-Lee et al. 2026, arXiv 2605.27676"
 _KL_STRENGTHS = (0.1, 0.3, 1.0, 3.0)
 _ANCHOR_STRENGTHS = (1.0, 3.0, 10.0, 30.0)
 _STREAM_STRENGTHS = (0.1, 1.0, 10.0)
@@ -47,6 +50,36 @@ def kl_random(bench: Workbench, strength: float) -> Any:
 )
 def kl_own_text(bench: Workbench, strength: float) -> Any:
     return _with_divergence(bench, bench.own_examples(), strength)
+
+
+@method(
+    "own-text",
+    "as `kl-own-text`, on more of it and less what looks like the training data, as in "
+    "`grasp-kernels run`, but nothing projected",
+    strengths=_KL_STRENGTHS,
+)
+def own_text(bench: Workbench, strength: float) -> Any:
+    return _with_own_text(bench, strength, None)
+
+
+@method(
+    "grasp+own-text",
+    "GRASP with k = 1 and `own-text`: what `grasp-kernels run` does",
+    source="projection: " + _GRASP,
+    strengths=_KL_STRENGTHS,
+)
+def grasp_own_text(bench: Workbench, strength: float) -> Any:
+    return _with_own_text(bench, strength, bench.weights_subspace(1))
+
+
+@method(
+    "self-contrast+own-text",
+    "self-contrast with k = 1 and `own-text`",
+    source="projection: " + _GRASP,
+    strengths=_KL_STRENGTHS,
+)
+def contrast_own_text(bench: Workbench, strength: float) -> Any:
+    return _with_own_text(bench, strength, bench.contrast_subspace(1))
 
 
 @method(
@@ -112,6 +145,27 @@ def _with_divergence(bench: Workbench, examples: Sequence[Example], strength: fl
     return bench.fit(model, penalty=divergence(bench, documents(examples, bench.device), strength))
 
 
+def _with_own_text(bench: Workbench, strength: float, subspace: Subspace | None) -> Any:
+    made = bench.once(
+        "own-text anchor",
+        lambda: OwnTextAnchor.make(
+            bench.base(), bench.examples, batch_size=bench.config.batch_size, seed=bench.seed
+        ),
+    )
+    anchor = OwnTextAnchor(
+        made.documents,
+        made.counted,
+        strength=strength,
+        batch_size=made.batch_size,
+        seed=made.seed,
+    )
+    model = bench.fresh()
+    if subspace is not None and not subspace.is_empty:
+        replace_lora_layers(model, subspace)
+    steps = count()
+    return bench.fit(model, penalty=lambda model, _batch: anchor.loss(model, next(steps)))
+
+
 def divergence(bench: Workbench, ids: Tensor, strength: float) -> Penalty:
     """`λ KL(base ‖ model)` in nats a token, on as many documents in each step as the batch has.
 
@@ -122,8 +176,8 @@ def divergence(bench: Workbench, ids: Tensor, strength: float) -> Penalty:
     generator = bench.generator("divergence")
 
     def penalty(model: nn.Module, batch: Batch) -> Tensor:
-        count = len(batch["input_ids"])
-        chosen = torch.randint(len(ids), (count,), generator=generator).to(ids.device)
+        size = len(batch["input_ids"])
+        chosen = torch.randint(len(ids), (size,), generator=generator).to(ids.device)
         now = model(input_ids=ids[chosen]).logits.log_softmax(dim=-1)
         return strength * (base[chosen].exp() * (base[chosen] - now)).sum(dim=-1).mean()
 
