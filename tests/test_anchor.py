@@ -245,8 +245,7 @@ def test_bad_options_are_named(model: PeftModel) -> None:
 
 def test_a_run_is_anchored_unless_told_otherwise(finished: RunConfig) -> None:
     report = run(finished)
-    assert (report.output / "own-text.safetensors").is_file()
-    found = gk.OwnTextAnchor.load(report.output / "own-text.safetensors")
+    found = gk.OwnTextAnchor.load(report.own_text)
     assert found.documents.shape[0] == finished.anchor_documents
     assert int(found.documents.max()) < len(WORDS) + 5
     text = report.text.read_text(encoding="utf-8")
@@ -257,5 +256,5 @@ def test_a_run_without_it(run_config: RunConfig) -> None:
     from dataclasses import replace
 
     report = run(replace(run_config, anchor="none", steps=3))
-    assert not (report.output / "own-text.safetensors").exists()
+    assert not report.own_text.exists()
     assert "held at the base model" not in report.text.read_text(encoding="utf-8")

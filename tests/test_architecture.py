@@ -26,7 +26,7 @@ ALLOWED = {
     "testing": {"ops"},
     "run": {"adapters", "anchor", "data", "identification", "layers", "ops", "subspace"},
     "diagnosis": {"adapters", "data", "identification", "run", "subspace"},
-    "demo": {"data", "identification", "layers", "run", "subspace"},
+    "demo": {"anchor", "data", "identification", "layers", "run", "subspace"},
     "quality": {
         *("adapters", "anchor", "data", "demo", "identification", "layers", "ops", "run"),
         "subspace",

@@ -53,13 +53,15 @@ def test_every_model_is_scored_and_the_inputs_are_left_for_a_run_by_hand(
     assert {name: Scores(**row) for name, row in written.items()} == scores
 
 
-def test_grasp_and_its_random_control_come_together(
+def test_grasp_and_its_controls_come_together(
     finished: tuple[Path, dict[str, Scores]],
 ) -> None:
     output, scores = finished
     found = (output / "run" / "grasp").exists()
-    assert ("GRASP" in scores) == ("random subspace" in scores) == found
-    assert (output / "controls" / "random-subspace").exists() == found
+    assert ("GRASP" in scores) == found
+    for name in ("projection alone", "anchor alone", "random subspace"):
+        assert (name in scores) == found
+        assert (output / "controls" / name.replace(" ", "-")).exists() == found
 
 
 def test_the_same_command_again_trains_nothing(

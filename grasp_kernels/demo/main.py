@@ -31,7 +31,9 @@ class DemoConfig:
     size needs a higher learning rate and more steps than a large one.
     """
 
-    world: WorldConfig = field(default_factory=WorldConfig)
+    # A tenth of the documents teaches questions too, so that the model can make up a user's turn,
+    # as any instruction-tuned model can.
+    world: WorldConfig = field(default_factory=lambda: WorldConfig(whole_labels=0.1))
     pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
     fine_tuning: Mapping[str, Any] = field(
         default_factory=lambda: {
@@ -54,8 +56,8 @@ def run_demo(
     output), `controls/`, `scores.json`, `table.md` and `figure.png`.
 
     Returns:
-        Scores by model: base, naive LoRA, GRASP (if the run found a subspace), and two controls,
-        the same retraining with a random subspace of equal size and with self-contrast.
+        Scores by model: base, naive LoRA, and if the run found a subspace GRASP and its controls,
+        the same retraining with the projection or the anchor alone, or with a random subspace.
 
     Raises:
         ValueError: the folder holds another demo.
@@ -70,7 +72,8 @@ def run_demo(
     adapters = {"naive LoRA": report.naive}
     if report.grasp is not None:
         adapters["GRASP"] = report.grasp
-    adapters |= train_controls(options, Subspace.load(report.subspace), output / "controls")
+    found = Subspace.load(report.subspace)
+    adapters |= train_controls(options, found, report.own_text, output / "controls")
     scores = _score_all(options, world, adapters)
     text = table(scores)
     write_json(output / "scores.json", {name: asdict(row) for name, row in scores.items()})

@@ -56,6 +56,11 @@ class Report:
         return self.output / "subspace.safetensors"
 
     @property
+    def own_text(self) -> Path:
+        """What the retraining was anchored on, where it was."""
+        return self.output / "own-text.safetensors"
+
+    @property
     def text(self) -> Path:
         return self.output / "report.md"
 
