@@ -167,6 +167,8 @@ def test_short_calls_are_the_library_s(table: Path, monkeypatch: pytest.MonkeyPa
     layer = operands(4096, 4096, 16)
     assert measured.order(OnGPU(measured.LEAST_TOKENS), layer)[0] == "triton"  # type: ignore[arg-type]
     assert measured.order(OnGPU(measured.LEAST_TOKENS - 1), layer) == measured.SAFE  # type: ignore[arg-type]
+    narrow = operands(4096, 1024, 16)
+    assert measured.order(OnGPU(measured.LEAST_TOKENS), narrow) == measured.SAFE  # type: ignore[arg-type]
 
 
 def operands(K: int, N: int, R: int, P: int = 0, Q: int = 0) -> Operands:

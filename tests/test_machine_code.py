@@ -56,7 +56,7 @@ def is_made_here(code: Counter[str]) -> bool:
 @pytest.mark.parametrize("name", PASSES)
 def test_products_and_copies_are_those_of_the_part(name: str, arch: str) -> None:
     made = [code for (a, _), code in kernels(name).items() if a == arch and is_made_here(code)]
-    shapes = {"gradient": (3, 5), "input": (5, 5), "down": (5, 5)}[name][arch == HOPPER]
+    shapes = {"gradient": (3, 3), "input": (5, 5), "down": (5, 5)}[name][arch == HOPPER]
     assert len(made) == 2 * shapes  # bfloat16 and float16
     intended = INTENDED[HOPPER if arch == HOPPER else "sm_80"]
     others = (INTENDED["sm_80"] | INTENDED[HOPPER]) - intended - {"SYNCS"}

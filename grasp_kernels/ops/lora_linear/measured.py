@@ -27,6 +27,9 @@ _SIZES = ("T", "K", "N", "R", "Q")
 # Python: a decoder layer of Llama-3.1-8B takes 6.3 ms with `aten`, 7.2 with `cuda` and 9.8 with
 # `triton` at T = 2048 on an H200, and 20.2, 19.9 and 19.8 at 8192.
 LEAST_TOKENS = 4096
+# The same for narrow layers: `T K N` of a square layer of 4096 with 4096 tokens. Predicted from
+# Python's time a layer, which does not depend on its width; narrow models were not measured.
+_LEAST_WORK = 1 << 36
 # Times this close to the fastest count as equal; then what costs Python least is taken.
 _TIE = 1.02
 _LAUNCHES = {"cuda": 0, "aten": 1}
@@ -34,10 +37,11 @@ _LAUNCHES = {"cuda": 0, "aten": 1}
 
 def order(x: Tensor, op: Operands) -> tuple[str, ...]:
     """Backends for `x[T, K]` and a layer, the fastest first."""
-    T = x.shape[0]
-    if not x.is_cuda or op.weight is None or T < LEAST_TOKENS:
-        return SAFE  # rows were measured with the base product
-    N, K = op.weight.shape
+    if not x.is_cuda or op.weight is None:  # rows were measured with the base product
+        return SAFE
+    (N, K), T = op.weight.shape, x.shape[0]
+    if T < LEAST_TOKENS or T * K * N < _LEAST_WORK:
+        return SAFE
     Q = 0 if op.write_basis is None else op.write_basis.shape[1]
     device = torch.cuda.get_device_name(x.device)
     return fastest(device, str(x.dtype).removeprefix("torch."), T, K, N, op.lora_A.shape[0], Q)
