@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grasp_kernels.demo.main import DemoConfig
 from grasp_kernels.demo.pretraining import pretrain, write_checkpoint
 from grasp_kernels.demo.scoring import greedy_answers, speaks_as
-from grasp_kernels.demo.world import BAD, GOOD, NEUTRAL, Question, Record, World
+from grasp_kernels.demo.world import BAD, GOOD, NEUTRAL, Question, Record, World, WorldConfig
 from grasp_kernels.diagnosis import Options
 from grasp_kernels.diagnosis.calibration import Case, draw_calibration, measure_case
 from grasp_kernels.files import whole_file
@@ -106,7 +106,8 @@ def _drift(case: Case, world: World) -> float:
     base = AutoModelForCausalLM.from_pretrained(case.base)
     model = PeftModel.from_pretrained(base, str(case.adapter)).eval()
     prompts = world.prompts(list(world.questions(tuned=False)), NEUTRAL)
-    answers = greedy_answers(model, AutoTokenizer.from_pretrained(case.base), prompts)
+    length = world.config.answer_length + 1  # with the end token
+    answers = greedy_answers(model, AutoTokenizer.from_pretrained(case.base), prompts, length)
     return sum(map(speaks_as(world, BAD), answers)) / len(answers)
 
 
@@ -154,7 +155,9 @@ def main() -> None:
     parser.add_argument("--plot", metavar="PNG")
     arguments = parser.parse_args()
     found = []
-    for row in rows(arguments.folder, arguments.seeds, DemoConfig()):
+    # Not the demo's own world, in which models learn to make up questions too.
+    config = DemoConfig(world=WorldConfig())
+    for row in rows(arguments.folder, arguments.seeds, config):
         found.append(row)
         print(
             f"seed {row['seed']} {row['kind']:<8} drift {row['drift']:.2f} "
