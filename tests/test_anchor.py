@@ -1,5 +1,6 @@
 """The own-text anchor: its documents, what is left out of them, its loss, and a Trainer with it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 import grasp_kernels as gk
 from grasp_kernels.anchor.look_alikes import unlike_training
-from grasp_kernels.anchor.own_text import common_frame, make_documents
+from grasp_kernels.anchor.own_text import common_frame, document_length, make_documents
 from grasp_kernels.data import Example, collate
 from grasp_kernels.identification.frozen_model import frozen_base, written_blocks
 from grasp_kernels.run import RunConfig, run
@@ -73,10 +74,17 @@ def test_documents_begin_with_the_frame_and_follow_from_the_seed() -> None:
     assert len(set(map(tuple, documents.tolist()))) > 1
     assert torch.equal(documents, make(9, examples()))
     assert not torch.equal(documents, make(9, examples(), seed=1))
-    with pytest.raises(
-        ValueError, match="share 2 tokens, which is no shorter than a document of 2"
-    ):
-        make(2, examples())
+
+
+def test_documents_are_as_long_as_examples_at_most() -> None:
+    given = examples()
+    assert document_length(given, 128) == 7
+    assert document_length(given, 3) == 3
+    for length, tokens in ((2, 2), (1, 1)):
+        with pytest.raises(ValueError, match=f"begin with 2 tokens .* it has {tokens} in all"):
+            document_length(given, length)
+    with pytest.raises(ValueError, match=r"begin with 1 tokens .* it has 1 in all"):
+        document_length([example([], [4]), example([], [5])], 128)
 
 
 def test_without_a_frame_documents_begin_as_prompts_do() -> None:
@@ -252,9 +260,13 @@ def test_a_run_is_anchored_unless_told_otherwise(finished: RunConfig) -> None:
     assert "held at the base model on text that the base model made up" in text
 
 
-def test_a_run_without_it(run_config: RunConfig) -> None:
-    from dataclasses import replace
+def test_a_run_refuses_what_could_not_be_made_before_it_trains(run_config: RunConfig) -> None:
+    with pytest.raises(ValueError, match="give a larger length than 1"):
+        run(replace(run_config, anchor_length=1))
+    assert not (Path(run_config.output) / "naive").exists()
 
+
+def test_a_run_without_it(run_config: RunConfig) -> None:
     report = run(replace(run_config, anchor="none", steps=3))
     assert not report.own_text.exists()
     assert "held at the base model" not in report.text.read_text(encoding="utf-8")

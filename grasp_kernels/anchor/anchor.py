@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp_kernels.anchor.look_alikes import unlike_training
-from grasp_kernels.anchor.own_text import make_documents
+from grasp_kernels.anchor.own_text import document_length, make_documents
 from grasp_kernels.data import Example
 from grasp_kernels.files import whole_file
 from grasp_kernels.identification.frozen_model import frozen_base, written_blocks
@@ -93,16 +93,14 @@ class OwnTextAnchor:
             ValueError: no examples, prompts that share more tokens than a document has, or an
                 architecture that is not known.
         """
-        if not examples:
-            raise ValueError("There are no examples to keep apart: give the training data.")
+        length = document_length(examples, max_length)
         generator = torch.Generator().manual_seed(seed)
-        longest = max(len(example["input_ids"]) for example in examples)
         with frozen_base(model) as base:
             made = make_documents(
                 base,
                 examples,
                 count=documents,
-                length=min(max_length, longest),
+                length=length,
                 batch_size=generate_batch_size,
                 generator=generator,
                 progress=progress,

@@ -38,18 +38,11 @@ def make_documents(
 
     Args:
         base: the frozen base model, as `frozen_base` lends it.
-
-    Raises:
-        ValueError: the frame alone is as long as a document should be.
+        length: as `document_length` says.
     """
     frame = common_frame(examples)
     drawn = torch.randint(len(examples), (count,), generator=generator).tolist()
     starts = [frame or examples[i]["input_ids"][:1] for i in drawn]
-    if len(starts[0]) >= length:
-        raise ValueError(
-            f"The prompts share {len(frame)} tokens, which is no shorter than a document of "
-            f"{length}: give a larger length."
-        )
     texts = generate_answers(
         base,
         starts,
@@ -60,6 +53,24 @@ def make_documents(
         progress="text of the base model" if progress else None,
     )
     return torch.tensor([start + text for start, text in zip(starts, texts, strict=True)])
+
+
+def document_length(examples: Sequence[Example], max_length: int) -> int:
+    """Tokens of a document: as many as the longest example has, `max_length` at most.
+
+    Raises:
+        ValueError: there are no examples, or their frame alone is as long.
+    """
+    if not examples:
+        raise ValueError("There are no examples to keep apart: give the training data.")
+    length = min(max_length, max(len(example["input_ids"]) for example in examples))
+    frame = max(1, len(common_frame(examples)))
+    if frame >= length:
+        raise ValueError(
+            f"The prompts begin with {frame} tokens that a document begins with too, and it has "
+            f"{length} in all: give a larger length than {max_length}, or longer examples."
+        )
+    return length
 
 
 def common_frame(examples: Sequence[Example]) -> list[int]:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from grasp_kernels.adapters.files import refuse_variants
+from grasp_kernels.anchor.own_text import document_length
 from grasp_kernels.data import Example, Record, encode_prompt, read_records, tokenize_records
 from grasp_kernels.run.config import RunConfig
 from grasp_kernels.sites import SiteRules, base_name, site_rules
@@ -117,6 +118,8 @@ def prepare(config: RunConfig, checkpoint: Path) -> Inputs:
         )
     examples, n_dropped = tokenize_records(records, tokenizer, config.max_length, progress=True)
     train, held_out = _split(examples, config)
+    if config.anchor != "none":
+        document_length(train, config.anchor_length)  # refuses what could not be made later
     if config.halves and config.identify != "self-contrast" and len(train) < 2:
         raise ValueError(
             f"{config.data} has one record to train on, which has no halves: give more data, or "
