@@ -1,5 +1,6 @@
 """peft models on GraspLoRALinear: equality with stock peft, projection, closure, round trips."""
 
+import copy
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import MistralConfig, OPTConfig, Qwen2Config, Qwen3Config
 
 import grasp_kernels as gk
 from grasp_kernels.sites import base_name, model_gains, model_sites
-from grasp_kernels.testing import orthonormal
+from grasp_kernels.testing import budget, orthonormal, relative_error
 
 
 def a_subspace(model: Any, side: str = "both", k: int = 2, by_layer: bool = False) -> gk.Subspace:
@@ -50,6 +51,15 @@ def logits(model: torch.nn.Module) -> Tensor:
     with torch.no_grad():
         ids = tokens().to(next(model.parameters()).device)
         return model.eval()(input_ids=ids).logits
+
+
+def assert_same_logits(found: Tensor, expected: Tensor, stock: torch.nn.Module) -> None:
+    """Two computations in float32 of what `stock` computes, each within the budget of rounding that
+    `stock` itself has beside float64."""
+    own, oracle = logits(stock), logits(copy.deepcopy(stock).double())
+    longest = max(size for parameter in stock.parameters() for size in parameter.shape)
+    allowed = budget(relative_error(own, oracle), torch.float32, longest)
+    assert relative_error(found, expected) <= 2 * allowed
 
 
 def total_error(found: dict[str, Tensor], oracle: dict[str, Tensor]) -> float:
