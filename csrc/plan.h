@@ -15,7 +15,7 @@ struct Plan {
   int index;  // of the shape
   device::Grid grid;
   int steps;  // tiles of a block
-  int parts;  // of the skinny result, one a cluster; 1: it is finished
+  int parts;  // of the skinny result, one a slab or a cluster; 1: it is finished
 
   const Shape& shape() const { return SHAPES[index]; }
   int64_t splits() const { return grid.x; }  // of the tokens, in a sum over them

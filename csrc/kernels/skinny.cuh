@@ -1,5 +1,5 @@
 // The skinny result: tiles [E, 64 tokens] of the groups and blocks that share its tokens, added in
-// a fixed order and written once a cluster.
+// a fixed order and written once, by the block or by its cluster.
 
 #pragma once
 

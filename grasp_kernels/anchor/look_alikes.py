@@ -52,15 +52,16 @@ def unlike_training(
         blocks: its decoder blocks by layer.
     """
     sketch = _sketch(blocks, base.config.hidden_size, generator)
-    own = [
-        _features(base, blocks, sketch, ids, torch.ones_like(ids))
-        for ids in documents.split(batch_size)
-    ]
-    at = torch.cat(own).flatten(0, 1)
-    chosen = torch.randperm(len(at), generator=generator)[:_MOST]
+    own = torch.cat(
+        [
+            _features(base, blocks, sketch, ids, torch.ones_like(ids))
+            for ids in documents.split(batch_size)
+        ]
+    )
+    chosen = torch.randperm(documents.numel(), generator=generator)[:_MOST]
     training = list(_training_features(base, blocks, sketch, examples, batch_size, generator))
-    classifier = _fit(torch.cat(training)[:_MOST], at[chosen])
-    return torch.cat([f @ classifier.weight < classifier.threshold for f in own])
+    classifier = _fit(torch.cat(training)[:_MOST], own.flatten(0, 1)[chosen])
+    return own @ classifier.weight < classifier.threshold
 
 
 def _sketch(

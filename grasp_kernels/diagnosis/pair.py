@@ -9,7 +9,7 @@ vocabulary, `D` residual width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from os import PathLike
@@ -18,13 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grasp_kernels.identification.frozen_model import measuring
+from grasp_kernels.identification.frozen_model import Edit, measuring, output_hook, pad
 from grasp_kernels.run.inputs import find_checkpoint, load_model
 from grasp_kernels.run.stream import find_blocks
 from grasp_kernels.sites import SiteRules, model_rules
 
-# Sees a block's output [B, T, D]; what it returns takes its place, None leaves it as it is.
-Edit = Callable[[Tensor], Tensor | None]
 Position = tuple[int, int]  # (sequence of the batch, token)
 
 
@@ -58,7 +56,7 @@ class Pair:
         edits: Mapping[int, Edit] | None = None,
     ) -> Tensor:
         """Float32 `[M, V]`: log probabilities of the next token at the chosen positions."""
-        ids, mask = _padded(sequences, self.base.get_input_embeddings().weight.device)
+        ids, mask = pad(self.base, sequences, "right")
         rows, columns = (torch.tensor(index) for index in zip(*positions, strict=True))
 
         def choose(_head: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -69,7 +67,7 @@ class Pair:
             stack.enter_context(self.switched(adapter))
             stack.callback(head.register_forward_pre_hook(choose).remove)
             for layer, edit in (edits or {}).items():
-                hook = _editing(edit)
+                hook = output_hook(edit)
                 stack.callback(self.blocks[layer].register_forward_hook(hook).remove)
             logits = self.base(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return logits.float().log_softmax(dim=-1)
@@ -145,22 +143,3 @@ def _check(model: Any) -> None:
             f"The adapter {active[0]!r} is merged into the base weights, so that it cannot be "
             "switched off: call model.unmerge_adapter() first."
         )
-
-
-def _editing(edit: Edit) -> Any:
-    def hook(_block: nn.Module, _inputs: Any, output: Any) -> Any:
-        stream = output[0] if isinstance(output, tuple) else output
-        changed = edit(stream)
-        if changed is None:
-            return None
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-    return hook
-
-
-def _padded(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, int64 `[B, T]`, padded on the right."""
-    rows = [torch.tensor(list(sequence), device=device) for sequence in sequences]
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    return ids, mask

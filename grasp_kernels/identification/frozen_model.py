@@ -16,6 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from grasp_kernels.sites import SiteRules, model_rules, model_sites
 
+# Sees a block's output [B, T, D]; what it returns takes its place, None leaves it as it is.
+Edit = Callable[[Tensor], Tensor | None]
+
 
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
@@ -82,7 +85,7 @@ def stream_means(
     """
     rows: dict[int, Tensor] = {}
     for batch in _batches(sequences, batch_size, progress):
-        input_ids, attention_mask = _pad(base, [sequences[i] for i in batch], "right")
+        input_ids, attention_mask = pad(base, [sequences[i] for i in batch], "right")
         weights = torch.zeros(input_ids.shape, device=input_ids.device)
         for row, i in enumerate(batch):
             start, end = spans[i]
@@ -116,18 +119,8 @@ def block_outputs(
     reduce: Callable[[Tensor], Tensor] = lambda hidden: hidden,
 ) -> dict[int, Tensor]:
     """Layer -> the stream `[B, T, D]` after its block, or what `reduce` makes of it at once."""
-    kept: dict[int, Tensor] = {}
-
-    def hook(layer: int) -> Any:
-        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            kept[layer] = reduce(output[0] if isinstance(output, tuple) else output)
-
-        return keep
-
     device = base.get_input_embeddings().weight.device
-    with ExitStack() as stack:
-        for layer, block in blocks.items():
-            stack.callback(block.register_forward_hook(hook(layer)).remove)
+    with kept_outputs(blocks, reduce) as kept:
         # The body without the head: no logits are needed, and they are the largest tensor there.
         base.base_model(
             input_ids=input_ids.to(device),
@@ -135,6 +128,38 @@ def block_outputs(
             use_cache=False,
         )
     return kept
+
+
+@contextmanager
+def kept_outputs(
+    blocks: Mapping[int, nn.Module], reduce: Callable[[Tensor], Tensor] = lambda hidden: hidden
+) -> Iterator[dict[int, Tensor]]:
+    """Layer -> the stream `[B, T, D]` after its block in the last forward pass, or what `reduce`
+    made of it; filled inside the block of the context."""
+    kept: dict[int, Tensor] = {}
+
+    def keeper(layer: int) -> Edit:
+        def keep(hidden: Tensor) -> None:
+            kept[layer] = reduce(hidden)
+
+        return keep
+
+    with ExitStack() as stack:
+        for layer, block in blocks.items():
+            stack.callback(block.register_forward_hook(output_hook(keeper(layer))).remove)
+        yield kept
+
+
+def output_hook(edit: Edit) -> Any:
+    """A forward hook of a decoder block that shows its stream to `edit` and takes what it says."""
+
+    def hook(_block: nn.Module, _inputs: Any, output: Any) -> Any:
+        changed = edit(output[0] if isinstance(output, tuple) else output)
+        if changed is None or not isinstance(output, tuple):
+            return changed
+        return changed, *output[1:]
+
+    return hook
 
 
 def written_blocks(base: Any, sites: SiteRules | None = None) -> dict[int, nn.Module]:
@@ -180,7 +205,7 @@ def generate_answers(
     noise = [] if generator is None else [_GumbelNoise(generator)]
     answers: dict[int, list[int]] = {}
     for batch in _batches(prompts, batch_size, progress):
-        input_ids, attention_mask = _pad(base, [prompts[i] for i in batch], "left")
+        input_ids, attention_mask = pad(base, [prompts[i] for i in batch], "left")
         output = base.generate(
             input_ids=input_ids, attention_mask=attention_mask, logits_processor=noise
         )
@@ -217,7 +242,7 @@ def _batches(
         yield order[start : start + batch_size]
 
 
-def _pad(base: Any, rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
+def pad(base: Any, rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, int64 `[B, T]`, on the device of the embeddings."""
     ids = [torch.tensor(list(row), dtype=torch.long) for row in rows]
     ones = [torch.ones_like(row) for row in ids]

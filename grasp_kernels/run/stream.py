@@ -5,8 +5,7 @@ Shapes: `T` tokens of a prompt, `D` residual width, `k` directions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from grasp_kernels.data import Example, collate
 from grasp_kernels.identification import span
+from grasp_kernels.identification.frozen_model import kept_outputs
 from grasp_kernels.sites import Site, site_rules
 
 if TYPE_CHECKING:
@@ -122,29 +122,10 @@ def _stream_after(
     model: nn.Module, blocks: nn.ModuleList, layers: Sequence[int], ids: Tensor
 ) -> list[Tensor]:
     """Float32 stream `[T, D]` after each of the given blocks."""
-    kept: dict[int, Tensor] = {}
-    with _kept_outputs(blocks, layers, kept):
+    chosen = {layer: blocks[layer] for layer in layers}
+    with kept_outputs(chosen, lambda stream: stream[0].float()) as kept:
         model(input_ids=ids, use_cache=False)
     return [kept[layer] for layer in layers]
-
-
-@contextmanager
-def _kept_outputs(
-    blocks: nn.ModuleList, layers: Sequence[int], kept: dict[int, Tensor]
-) -> Iterator[None]:
-    def keeper(layer: int) -> Any:
-        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            stream = output[0] if isinstance(output, tuple) else output
-            kept[layer] = stream[0].float()
-
-        return keep
-
-    hooks = [blocks[layer].register_forward_hook(keeper(layer)) for layer in layers]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @torch.inference_mode()

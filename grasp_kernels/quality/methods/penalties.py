@@ -152,18 +152,19 @@ def _with_own_text(bench: Workbench, strength: float, subspace: Subspace | None)
             bench.base(), bench.examples, batch_size=bench.config.batch_size, seed=bench.seed
         ),
     )
-    anchor = OwnTextAnchor(
-        made.documents,
-        made.counted,
-        strength=strength,
-        batch_size=made.batch_size,
-        seed=made.seed,
+    steps = count()
+    return bench.fit(
+        _projected(bench, subspace),
+        penalty=lambda model, _batch: strength * made.loss(model, next(steps)),
     )
+
+
+def _projected(bench: Workbench, subspace: Subspace | None) -> Any:
+    """A fresh adapter, under a subspace where there is one."""
     model = bench.fresh()
     if subspace is not None and not subspace.is_empty:
         replace_lora_layers(model, subspace)
-    steps = count()
-    return bench.fit(model, penalty=lambda model, _batch: anchor.loss(model, next(steps)))
+    return model
 
 
 def divergence(bench: Workbench, ids: Tensor, strength: float) -> Penalty:
@@ -222,10 +223,8 @@ def stream_penalty(
 
 
 def _with_anchor(bench: Workbench, strength: float, subspace: Subspace | None) -> Any:
-    model = bench.fresh()
     moments = generic_moments(bench)
-    if subspace is not None and not subspace.is_empty:
-        replace_lora_layers(model, subspace)
+    model = _projected(bench, subspace)
     return bench.fit(model, penalty=anchor(model, moments, strength))
 
 
