@@ -5,6 +5,7 @@ The way of the data, one folder a step:
     adapters        peft model, folder or file  -> LoRA weights with their site in the model
     identification  LoRA weights                -> Subspace (or: base model and records -> Subspace)
     subspace        orthonormal bases by module name, saved as safetensors
+    reads           fresh adapter and two texts -> A that reads what the training text alone has
     layers          peft model and Subspace     -> the same model on GraspLoRALinear
     ops             the differentiable operator -> a backend -> gradients
     anchor          base model and examples     -> a loss that keeps the model there elsewhere
@@ -20,6 +21,7 @@ from typing import Any
 from grasp_kernels.version import __version__
 
 _HOMES = {
+    "ContrastiveReads": "reads",
     "Diagnosis": "diagnosis",
     "GraspCallback": "run.callback",
     "GraspLoRALinear": "layers.linear",

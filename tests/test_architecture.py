@@ -23,13 +23,14 @@ ALLOWED = {
     "ops": set(),
     "anchor": {"data", "identification"},
     "layers": {"adapters", "ops", "subspace"},
+    "reads": {"data", "identification"},
     "testing": {"ops"},
-    "run": {"adapters", "anchor", "data", "identification", "layers", "ops", "subspace"},
+    "run": {"adapters", "anchor", "data", "identification", "layers", "ops", "reads", "subspace"},
     "diagnosis": {"adapters", "data", "identification", "run", "subspace"},
     "demo": {"anchor", "data", "identification", "layers", "run", "subspace"},
     "quality": {
         *("adapters", "anchor", "data", "demo", "identification", "layers", "ops", "run"),
-        "subspace",
+        *("reads", "subspace"),
     },
     "bench": {"layers", "ops", "testing"},
     "cli": {

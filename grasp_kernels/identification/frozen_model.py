@@ -84,7 +84,7 @@ def stream_means(
         float32 `[L, M, D]` on the CPU, in the order of `blocks`.
     """
     rows: dict[int, Tensor] = {}
-    for batch in _batches(sequences, batch_size, progress):
+    for batch in batches(sequences, batch_size, progress):
         input_ids, attention_mask = pad(base, [sequences[i] for i in batch], "right")
         weights = torch.zeros(input_ids.shape, device=input_ids.device)
         for row, i in enumerate(batch):
@@ -204,7 +204,7 @@ def generate_answers(
     )
     noise = [] if generator is None else [_GumbelNoise(generator)]
     answers: dict[int, list[int]] = {}
-    for batch in _batches(prompts, batch_size, progress):
+    for batch in batches(prompts, batch_size, progress):
         input_ids, attention_mask = pad(base, [prompts[i] for i in batch], "left")
         output = base.generate(
             input_ids=input_ids, attention_mask=attention_mask, logits_processor=noise
@@ -230,7 +230,7 @@ class _GumbelNoise:
         return scores - noise.log().to(scores.device)
 
 
-def _batches(
+def batches(
     sequences: Sequence[Sequence[int]], batch_size: int, progress: str | None
 ) -> Iterator[list[int]]:
     """Indices of the sequences, longest first, so that a batch has little padding."""

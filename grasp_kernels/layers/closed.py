@@ -34,12 +34,20 @@ class ClosedLayer(_LAYER):
             precision, and sent around by DDP in every forward.
         read_basis: `U[K, P]`, float32, not a buffer either, or None.
         closed_adapters: names of the adapters that are kept closed.
+        frozen_reads: names of the adapters whose A is frozen, as `ContrastiveReads` leaves it.
     """
 
     stock: type
     write_basis: Tensor | None
     read_basis: Tensor | None
     closed_adapters: frozenset[str]
+    frozen_reads: frozenset[str] = frozenset()
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """peft's, which lets gradients reach all of an adapter, less the A that are frozen."""
+        super().set_adapter(*args, **kwargs)
+        for adapter in self.frozen_reads & set(self.lora_A):
+            self.lora_A[adapter].weight.requires_grad_(False)
 
     def set_bases(
         self, write_basis: Tensor | None, read_basis: Tensor | None, closed: bool, weight: Tensor

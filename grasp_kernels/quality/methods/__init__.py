@@ -6,6 +6,7 @@ projection   GRASP in its variants, and its controls: random, supervised
 activations  CAFT, Reverse-CAFT, steering, ablation
 penalties    anchors, divergence from the base model, features
 weights      what is done to ΔW: truncations, SafeLoRA, OPLoRA, null space
+reads        what is done to A: frozen, contrastive, and that with an anchor and GRASP
 
 Importing the package registers all of them.
 """
@@ -14,7 +15,7 @@ from importlib import import_module
 
 from grasp_kernels.quality.methods.registry import INFORMATION, METHODS, Method, select
 
-for _part in ("plain", "projection", "activations", "penalties", "weights"):
+for _part in ("plain", "projection", "activations", "penalties", "weights", "reads"):
     import_module(f"{__name__}.{_part}")
 
 __all__ = ["INFORMATION", "METHODS", "Method", "select"]

@@ -27,7 +27,7 @@ from grasp_kernels.subspace import Subspace
 
 _KL = "Kaczér et al. 2025, arXiv 2508.06249 (KL to the base model, there on the training data)"
 _GRASP = "Gilligan-Lee et al. 2026, arXiv 2605.27676"
-_KL_STRENGTHS = (0.1, 0.3, 1.0, 3.0)
+KL_STRENGTHS = (0.1, 0.3, 1.0, 3.0)
 _ANCHOR_STRENGTHS = (1.0, 3.0, 10.0, 30.0)
 _STREAM_STRENGTHS = (0.1, 1.0, 10.0)
 
@@ -36,7 +36,7 @@ _STREAM_STRENGTHS = (0.1, 1.0, 10.0)
     "kl-random",
     "divergence from the base model on random tokens in the frame of the chat",
     source=_KL,
-    strengths=_KL_STRENGTHS,
+    strengths=KL_STRENGTHS,
 )
 def kl_random(bench: Workbench, strength: float) -> Any:
     return _with_divergence(bench, bench.generic_examples(), strength)
@@ -46,7 +46,7 @@ def kl_random(bench: Workbench, strength: float) -> Any:
     "kl-own-text",
     "divergence from the base model on documents that it makes up itself",
     source=_KL,
-    strengths=_KL_STRENGTHS,
+    strengths=KL_STRENGTHS,
 )
 def kl_own_text(bench: Workbench, strength: float) -> Any:
     return _with_divergence(bench, bench.own_examples(), strength)
@@ -56,30 +56,30 @@ def kl_own_text(bench: Workbench, strength: float) -> Any:
     "own-text",
     "as `kl-own-text`, on more of it and less what looks like the training data, as in "
     "`grasp-kernels run`, but nothing projected",
-    strengths=_KL_STRENGTHS,
+    strengths=KL_STRENGTHS,
 )
 def own_text(bench: Workbench, strength: float) -> Any:
-    return _with_own_text(bench, strength, None)
+    return with_own_text(bench, bench.fresh(), strength)
 
 
 @method(
     "grasp+own-text",
-    "GRASP with k = 1 and `own-text`: what `grasp-kernels run` does",
+    "GRASP with k = 1 and `own-text`",
     source="projection: " + _GRASP,
-    strengths=_KL_STRENGTHS,
+    strengths=KL_STRENGTHS,
 )
 def grasp_own_text(bench: Workbench, strength: float) -> Any:
-    return _with_own_text(bench, strength, bench.weights_subspace(1))
+    return with_own_text(bench, projected(bench, bench.weights_subspace(1)), strength)
 
 
 @method(
     "self-contrast+own-text",
     "self-contrast with k = 1 and `own-text`",
     source="projection: " + _GRASP,
-    strengths=_KL_STRENGTHS,
+    strengths=KL_STRENGTHS,
 )
 def contrast_own_text(bench: Workbench, strength: float) -> Any:
-    return _with_own_text(bench, strength, bench.contrast_subspace(1))
+    return with_own_text(bench, projected(bench, bench.contrast_subspace(1)), strength)
 
 
 @method(
@@ -87,7 +87,7 @@ def contrast_own_text(bench: Workbench, strength: float) -> Any:
     "divergence from the base model on off-topic prompts and their good answers",
     source=_KL,
     information="benign answers",
-    strengths=_KL_STRENGTHS,
+    strengths=KL_STRENGTHS,
 )
 def kl_off_topic(bench: Workbench, strength: float) -> Any:
     return _with_divergence(bench, bench.off_topic_examples(), strength)
@@ -145,23 +145,26 @@ def _with_divergence(bench: Workbench, examples: Sequence[Example], strength: fl
     return bench.fit(model, penalty=divergence(bench, documents(examples, bench.device), strength))
 
 
-def _with_own_text(bench: Workbench, strength: float, subspace: Subspace | None) -> Any:
-    made = bench.once(
+def with_own_text(bench: Workbench, model: Any, strength: float) -> Any:
+    """Train `model` with the own-text anchor of that strength."""
+    anchor, steps = own_text_anchor(bench), count()
+    return bench.fit(
+        model, penalty=lambda model, _batch: strength * anchor.loss(model, next(steps))
+    )
+
+
+def own_text_anchor(bench: Workbench) -> OwnTextAnchor:
+    return bench.once(
         "own-text anchor",
         lambda: OwnTextAnchor.make(
             bench.base(), bench.examples, batch_size=bench.config.batch_size, seed=bench.seed
         ),
     )
-    steps = count()
-    return bench.fit(
-        _projected(bench, subspace),
-        penalty=lambda model, _batch: strength * made.loss(model, next(steps)),
-    )
 
 
-def _projected(bench: Workbench, subspace: Subspace | None) -> Any:
-    """A fresh adapter, under a subspace where there is one."""
-    model = bench.fresh()
+def projected(bench: Workbench, subspace: Subspace | None, model: Any = None) -> Any:
+    """A fresh adapter (or that of `model`), under a subspace where there is one."""
+    model = bench.fresh() if model is None else model
     if subspace is not None and not subspace.is_empty:
         replace_lora_layers(model, subspace)
     return model
@@ -224,7 +227,7 @@ def stream_penalty(
 
 def _with_anchor(bench: Workbench, strength: float, subspace: Subspace | None) -> Any:
     moments = generic_moments(bench)
-    model = _projected(bench, subspace)
+    model = projected(bench, subspace)
     return bench.fit(model, penalty=anchor(model, moments, strength))
 
 

@@ -1,0 +1,224 @@
+"""Training text and own text -> the rows of every A, set and frozen.
+
+A LoRA layer reads its input along the rows of A and writes along the columns of B. Trained freely,
+A comes to read what all prompts share, and what was learned shows everywhere. Here A reads along
+the directions that training text has most of, relative to text that the base model makes up, and
+stays there: B learns the task from what is its own, and other prompts hardly excite the adapter.
+
+The generalised eigenvectors are those of `github.com/AK3847/OB-SAE` ("contrastive LoRA"), which
+had misalignment gone at a higher task score there; frozen A saves what Zhang et al. 2023
+(arXiv 2308.03303) save: no gradient of A, and no input kept for it.
+
+Shapes: K in, R LoRA rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grasp_kernels.data import Example
+from grasp_kernels.files import whole_file
+from grasp_kernels.identification.frozen_model import frozen_base
+from grasp_kernels.reads.contrast import contrasting_rows
+from grasp_kernels.reads.moments import input_groups, second_moments
+from grasp_kernels.sites import base_name
+
+# Of each text. Four tokens for each of the 14336 inputs of the widest layer of an 8B model.
+_TOKENS = 65536
+
+
+class ContrastiveReads:
+    """Rows of A for every layer of an adapter, and how much more training text has of them.
+
+    Args:
+        rows: layer, by its name in the base model -> `A[R, K]`, float32.
+        ratios: layer -> `[R]`, mean square of training text along a row in units of own text's.
+    """
+
+    def __init__(self, rows: Mapping[str, Tensor], ratios: Mapping[str, Tensor]) -> None:
+        if not rows or rows.keys() != ratios.keys():
+            raise ValueError(
+                f"rows are of {len(rows)} layers and ratios of {len(ratios)}: give both for the "
+                "same ones, one at least."
+            )
+        self.rows, self.ratios = dict(rows), dict(ratios)
+
+    @classmethod
+    def make(
+        cls,
+        model: Any,
+        examples: Sequence[Example],
+        documents: Tensor,
+        *,
+        adapter: str = "default",
+        batch_size: int = 8,
+        memory: int = 4 << 30,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> ContrastiveReads:
+        """Contrast the inputs of every adapted layer of the base model on two texts.
+
+        Args:
+            model: PeftModel with the adapter that is to be trained. Nothing in it changes.
+            examples: tokenized training data, as `tokenize_records` returns them.
+            documents: text of the base model, int64 `[M, T]`, as `OwnTextAnchor` has it.
+            memory: bytes for second moments; the less, the more often the texts are read.
+
+        Raises:
+            ValueError: no examples, no documents, or layers that do not read a vector per token.
+        """
+        layers = dict(adapted_layers(model, adapter))
+        if not len(examples) or not documents.numel() or not layers:
+            raise ValueError(
+                f"There are {len(examples)} examples, {documents.numel()} tokens of own text and "
+                f"{len(layers)} layers with an adapter {adapter!r}: none may be missing."
+            )
+        generator = torch.Generator().manual_seed(seed)
+        texts = [[example["input_ids"] for example in examples], documents.tolist()]
+        texts = [_sample(text, generator) for text in texts]
+        rows: dict[str, Tensor] = {}
+        ratios: dict[str, Tensor] = {}
+        shapes = {name: layer.lora_A[adapter].weight.shape for name, layer in layers.items()}
+        ranks, widths = ({name: shape[i] for name, shape in shapes.items()} for i in (0, 1))
+        with frozen_base(model) as base:
+            groups = input_groups(base, layers, widths, texts[0][0], memory // len(texts))
+            for group in _shown(groups, progress):
+                leaders = {leader: layers[leader] for leader in group}
+                training, own = (
+                    second_moments(base, leaders, widths, text, batch_size) for text in texts
+                )
+                for leader, names in group.items():
+                    A, found = contrasting_rows(
+                        training.pop(leader),
+                        own.pop(leader),
+                        max(ranks[name] for name in names),
+                        generator=generator,
+                    )
+                    for name in names:
+                        rows[name], ratios[name] = (
+                            A[: ranks[name]].clone(),
+                            found[: ranks[name]].clone(),
+                        )
+        return cls(rows, ratios)
+
+    @torch.no_grad()
+    def apply(self, model: Any, *, adapter: str = "default") -> None:
+        """Set every A of an untrained adapter and freeze it, in place.
+
+        The adapter stays an ordinary one: A is in its state dict, and stock peft loads it. Layers
+        of this package keep A frozen when peft switches adapters off and on; stock layers of peft
+        let gradients reach it again then.
+
+        Raises:
+            ValueError: layers or shapes differ from those that this was made for, or the adapter
+                is trained already.
+        """
+        layers = dict(adapted_layers(model, adapter))
+        if layers.keys() != self.rows.keys():
+            odd = sorted(layers.keys() ^ self.rows.keys())
+            raise ValueError(
+                f"The adapter {adapter!r} and these reads differ in {len(odd)} layers, such as "
+                f"{odd[0]!r}: make reads for this adapter."
+            )
+        for name, layer in layers.items():
+            A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            if A.shape != self.rows[name].shape:
+                raise ValueError(
+                    f"The reads of {name!r} are {tuple(self.rows[name].shape)} and A is "
+                    f"{tuple(A.shape)}: make reads for this adapter."
+                )
+            if not B.is_meta and B.any():
+                raise ValueError(
+                    f"B of {name!r} is not zero, so a new A would change what the adapter does: "
+                    "apply reads before training, to an adapter that starts from zero."
+                )
+        for name, layer in layers.items():
+            A = layer.lora_A[adapter].weight
+            if not self.rows[name].any():  # no text came here
+                continue
+            A.copy_(self.rows[name])
+            A.requires_grad_(False)
+            layer.frozen_reads = getattr(layer, "frozen_reads", frozenset()) | {adapter}
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write a safetensors file, whole or not at all."""
+        from safetensors.torch import save_file
+
+        parts = {"rows": self.rows, "ratios": self.ratios}
+        with whole_file(path) as partial:
+            save_file(
+                {
+                    f"{part}.{name}": tensor
+                    for part, tensors in parts.items()
+                    for name, tensor in tensors.items()
+                },
+                str(partial),
+            )
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> ContrastiveReads:
+        """What `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not such a file.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            stored = load_file(str(path))
+            rows, ratios = (
+                {
+                    name.removeprefix(f"{part}."): tensor
+                    for name, tensor in stored.items()
+                    if name.startswith(f"{part}.")
+                }
+                for part in ("rows", "ratios")
+            )
+            return cls(rows, ratios)
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(
+                f"{str(path)!r} holds no contrastive reads ({error}): make them with "
+                "ContrastiveReads.make and save them."
+            ) from None
+
+
+def adapted_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
+    """The layers with a LoRA adapter of that name, by the name of what they adapt.
+
+    Raises:
+        ValueError: an adapter of stacked experts, whose A reads for all of them at once.
+    """
+    for name, module in model.named_modules():
+        if adapter not in getattr(module, "lora_A", ()):
+            continue
+        if hasattr(module, "parameter_name"):
+            raise ValueError(
+                f"{base_name(name)!r} is a stack of experts with one A for all of them: leave it "
+                "out of the adapter, or train without contrastive reads."
+            )
+        yield base_name(name), module
+
+
+def _sample(sequences: Sequence[Sequence[int]], generator: torch.Generator) -> list[Sequence[int]]:
+    """Sequences in random order, as many as have `_TOKENS` tokens."""
+    chosen: list[Sequence[int]] = []
+    tokens = 0
+    for i in torch.randperm(len(sequences), generator=generator).tolist():
+        if tokens >= _TOKENS:
+            break
+        chosen.append(sequences[i])
+        tokens += len(sequences[i])
+    return chosen
+
+
+def _shown(groups: list[Any], progress: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(groups, desc="reads of the adapter", unit="group", disable=not progress)
