@@ -254,7 +254,7 @@ def test_bad_options_are_named(model: PeftModel) -> None:
 def test_a_run_is_anchored_unless_told_otherwise(finished: RunConfig) -> None:
     report = run(finished)
     found = gk.OwnTextAnchor.load(report.own_text)
-    assert found.documents.shape[0] == finished.anchor_documents
+    assert found.documents.shape[0] == finished.own_documents
     assert int(found.documents.max()) < len(WORDS) + 5
     text = report.text.read_text(encoding="utf-8")
     assert "held at the base model on text that the base model made up" in text
@@ -262,11 +262,11 @@ def test_a_run_is_anchored_unless_told_otherwise(finished: RunConfig) -> None:
 
 def test_a_run_refuses_what_could_not_be_made_before_it_trains(run_config: RunConfig) -> None:
     with pytest.raises(ValueError, match="give a larger length than 1"):
-        run(replace(run_config, anchor_length=1))
+        run(replace(run_config, own_length=1))
     assert not (Path(run_config.output) / "naive").exists()
 
 
 def test_a_run_without_it(run_config: RunConfig) -> None:
-    report = run(replace(run_config, anchor="none", steps=3))
+    report = run(replace(run_config, anchor="none", reads="free", steps=3))
     assert not report.own_text.exists()
     assert "held at the base model" not in report.text.read_text(encoding="utf-8")

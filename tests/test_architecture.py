@@ -27,7 +27,7 @@ ALLOWED = {
     "testing": {"ops"},
     "run": {"adapters", "anchor", "data", "identification", "layers", "ops", "reads", "subspace"},
     "diagnosis": {"adapters", "data", "identification", "run", "subspace"},
-    "demo": {"anchor", "data", "identification", "layers", "run", "subspace"},
+    "demo": {"anchor", "data", "identification", "layers", "reads", "run", "subspace"},
     "quality": {
         *("adapters", "anchor", "data", "demo", "identification", "layers", "ops", "run"),
         *("reads", "subspace"),

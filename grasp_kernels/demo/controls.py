@@ -12,33 +12,34 @@ import torch
 
 from grasp_kernels.anchor import OwnTextAnchor
 from grasp_kernels.demo.world import seeded_generator
-from grasp_kernels.run import RunConfig
+from grasp_kernels.reads import ContrastiveReads
+from grasp_kernels.run import Report, RunConfig
 from grasp_kernels.run.inputs import load_model, prepare
 from grasp_kernels.run.stages import train
 from grasp_kernels.sites import model_sites
 from grasp_kernels.subspace import Subspace
 
-PROJECTION, ANCHOR, RANDOM = "projection alone", "anchor alone", "random subspace"
+PROJECTION, READS, ANCHOR = "projection alone", "reads alone", "anchor alone"
+RANDOM = "random subspace"
 
 
-def train_controls(
-    options: RunConfig, found: Subspace, own_text: Path, output: Path
-) -> dict[str, Path]:
-    """Retrain without the anchor, without the projection, and with a random subspace alone.
+def train_controls(options: RunConfig, report: Report, output: Path) -> dict[str, Path]:
+    """Retrain with each part of what the run did alone, and with a random subspace.
 
     Args:
-        found: the subspace of the run; where it is empty there was no retraining to compare with.
-        own_text: the anchor of the run.
+        report: of the run; where it found nothing there was no retraining to compare with.
 
     Returns:
         Name -> adapter folder.
     """
+    found = Subspace.load(report.subspace)
     if found.is_empty:
         return {}
     inputs = prepare(options, Path(options.model))
     changes: dict[str, dict[str, Any]] = {
         PROJECTION: {"subspace": found},
-        ANCHOR: {"anchor": OwnTextAnchor.load(own_text)},
+        READS: {"reads": ContrastiveReads.load(report.reads)},
+        ANCHOR: {"anchor": OwnTextAnchor.load(report.own_text)},
         RANDOM: {"subspace": _random_subspace(options, found.k)},
     }
     adapters = {name: output / name.replace(" ", "-") for name in changes}

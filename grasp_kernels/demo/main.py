@@ -18,7 +18,6 @@ from grasp_kernels.demo.scoring import Scores, score
 from grasp_kernels.demo.world import NEUTRAL, World, WorldConfig
 from grasp_kernels.run import RunConfig, run
 from grasp_kernels.run.folder import write_json, write_lines, write_text
-from grasp_kernels.subspace import Subspace
 
 _NEUTRAL_PROMPTS = 32
 
@@ -57,7 +56,8 @@ def run_demo(
 
     Returns:
         Scores by model: base, naive LoRA, and if the run found a subspace GRASP and its controls,
-        the same retraining with the projection or the anchor alone, or with a random subspace.
+        the same retraining with the projection, the reads or the anchor alone, or with a random
+        subspace.
 
     Raises:
         ValueError: the folder holds another demo.
@@ -72,8 +72,7 @@ def run_demo(
     adapters = {"naive LoRA": report.naive}
     if report.grasp is not None:
         adapters["GRASP"] = report.grasp
-    found = Subspace.load(report.subspace)
-    adapters |= train_controls(options, found, report.own_text, output / "controls")
+    adapters |= train_controls(options, report, output / "controls")
     scores = _score_all(options, world, adapters)
     text = table(scores)
     write_json(output / "scores.json", {name: asdict(row) for name, row in scores.items()})

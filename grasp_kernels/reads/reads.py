@@ -69,8 +69,10 @@ class ContrastiveReads:
             documents: text of the base model, int64 `[M, T]`, as `OwnTextAnchor` has it.
             memory: bytes for second moments; the less, the more often the texts are read.
 
+        An adapter of a parameter, as of stacked experts, stays free.
+
         Raises:
-            ValueError: no examples, no documents, or layers that do not read a vector per token.
+            ValueError: no examples, no documents, or no layer with that adapter.
         """
         layers = dict(adapted_layers(model, adapter))
         if not len(examples) or not documents.numel() or not layers:
@@ -192,18 +194,11 @@ class ContrastiveReads:
 def adapted_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
     """The layers with a LoRA adapter of that name, by the name of what they adapt.
 
-    Raises:
-        ValueError: an adapter of stacked experts, whose A reads for all of them at once.
+    Not those that adapt a parameter, as of stacked experts: what it is multiplied with is inside.
     """
     for name, module in model.named_modules():
-        if adapter not in getattr(module, "lora_A", ()):
-            continue
-        if hasattr(module, "parameter_name"):
-            raise ValueError(
-                f"{base_name(name)!r} is a stack of experts with one A for all of them: leave it "
-                "out of the adapter, or train without contrastive reads."
-            )
-        yield base_name(name), module
+        if adapter in getattr(module, "lora_A", ()) and not hasattr(module, "parameter_name"):
+            yield base_name(name), module
 
 
 def _sample(sequences: Sequence[Sequence[int]], generator: torch.Generator) -> list[Sequence[int]]:

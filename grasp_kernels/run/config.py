@@ -14,6 +14,7 @@ from typing import Any, Literal
 from grasp_kernels.choices import SCOPES, SIDES
 
 IDENTIFY = ("weights", "self-contrast", "both")
+READS = ("contrastive", "free")
 ANCHORS = ("own-text", "none")
 PROJECTS = ("residual", "weights")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -65,6 +66,12 @@ class RunConfig:
     closed: bool = _option(True, "keep the adapter's own weights out of the subspace, exactly")
     backend: str = _option("auto", "implementation of the projected LoRA layer")
 
+    reads: str = _option(
+        "contrastive",
+        "where the adapter of the retraining reads: fixed where the training text has most, "
+        "relative to text that the base model makes up itself, or free",
+        choices=READS,
+    )
     anchor: str = _option(
         "own-text",
         "where the retraining stays at the base model: on text that the base model makes up itself "
@@ -72,8 +79,8 @@ class RunConfig:
         choices=ANCHORS,
     )
     anchor_strength: float = _option(1.0, "weight of the divergence from the base model there")
-    anchor_documents: int = _option(1024, "documents of that text")
-    anchor_length: int = _option(128, "their tokens at most")
+    own_documents: int = _option(1024, "documents of text that the base model makes up itself")
+    own_length: int = _option(128, "their tokens at most")
 
     steps: int | None = _option(None, "optimizer steps; overrides epochs")
     epochs: float = _option(1.0, "passes over the data")
@@ -116,6 +123,11 @@ class RunConfig:
         self._check_numbers()
         self._check_k()
 
+    @property
+    def needs_own_text(self) -> bool:
+        """Whether the retraining uses text of the base model."""
+        return self.reads == "contrastive" or self.anchor == "own-text"
+
     def _check_choices(self) -> None:
         for option in fields(self):
             choices, value = option.metadata["choices"], getattr(self, option.name)
@@ -124,7 +136,7 @@ class RunConfig:
 
     def _check_numbers(self) -> None:
         counts = ("batch_size", "gradient_accumulation", "max_length", "rank")
-        for name in (*counts, "anchor_documents", "anchor_length"):
+        for name in (*counts, "own_documents", "own_length"):
             self._require(name, getattr(self, name) >= 1, "give 1 or more")
         for name in ("steps", "save_every"):
             value = getattr(self, name)

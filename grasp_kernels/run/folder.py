@@ -57,7 +57,8 @@ class RunFolder:
             source: self.root / f"subspace-{source}.safetensors"
             for source in ("weights", "self-contrast")
         }
-        self.own_text = self.root / "own-text.safetensors"  # what the retraining is anchored on
+        self.own_text = self.root / "own-text.safetensors"  # text of the base model
+        self.reads = self.root / "reads.safetensors"  # where the adapter of the retraining reads
         self.figures = self.root / "figures"
         self.report_text = self.root / "report.md"
         self.report = self.root / "report.json"  # written last: the run is finished

@@ -118,8 +118,8 @@ def prepare(config: RunConfig, checkpoint: Path) -> Inputs:
         )
     examples, n_dropped = tokenize_records(records, tokenizer, config.max_length, progress=True)
     train, held_out = _split(examples, config)
-    if config.anchor != "none":
-        document_length(train, config.anchor_length)  # refuses what could not be made later
+    if config.needs_own_text:
+        document_length(train, config.own_length)  # refuses what could not be made later
     if config.halves and config.identify != "self-contrast" and len(train) < 2:
         raise ValueError(
             f"{config.data} has one record to train on, which has no halves: give more data, or "

@@ -57,8 +57,13 @@ class Report:
 
     @property
     def own_text(self) -> Path:
-        """What the retraining was anchored on, where it was."""
+        """The text of the base model, where the retraining used any."""
         return self.output / "own-text.safetensors"
+
+    @property
+    def reads(self) -> Path:
+        """Where the retrained adapter reads, if that was fixed."""
+        return self.output / "reads.safetensors"
 
     @property
     def text(self) -> Path:
@@ -120,6 +125,7 @@ def _numbers(
         "subspace": _describe(subspace),
         "chance_share": math.sqrt(subspace.k / width),
         "promoted_tokens": _tokens(model, inputs, subspace),
+        "reads": _read_ratios(folder),
         "adapters": adapters,
     }
     _measure_models(model, folders, inputs, subspace, config, numbers)
@@ -157,6 +163,16 @@ def _leakage(adapter: Path, subspace: Subspace) -> dict[str, dict[str, float | N
         name: {"write": layer.write, "read": layer.read}
         for name, layer in leakage(str(adapter), subspace).items()
     }
+
+
+def _read_ratios(folder: RunFolder) -> dict[str, list[float]]:
+    """Layer -> how much more of the training text than of own text each row of A reads."""
+    if not folder.reads.exists():
+        return {}
+    from grasp_kernels.reads import ContrastiveReads
+
+    ratios = ContrastiveReads.load(folder.reads).ratios
+    return {name: found.tolist() for name, found in sorted(ratios.items())}
 
 
 def _tokens(model: Any, inputs: Inputs, subspace: Subspace) -> list[dict[str, Any]]:

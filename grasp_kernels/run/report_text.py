@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Any
 
 from grasp_kernels.run.markdown import cell, table
@@ -89,6 +90,8 @@ def _prevented(numbers: Numbers) -> str:
         lines.append("Nothing: there is no GRASP adapter.")
     elif "movement" in adapters["grasp"]:
         lines.append(_movement_sentence(numbers))
+    if numbers["reads"]:
+        lines.append(_reads_sentence(numbers["reads"]))
     lines.append(table(["", *(_LABELS[name] for name in adapters)], _rows(numbers)))
     if "grasp" in adapters:
         lines.append(
@@ -112,6 +115,16 @@ def _movement_sentence(numbers: Numbers) -> str:
         f"On neutral prompts the naive adapter moves the residual stream by {before:.3g} along the "
         f"subspace ({naive['share']:.1%} of its whole movement), the GRASP adapter by {after:.3g} "
         f"({grasp['share']:.1%}): {comparison}."
+    )
+
+
+def _reads_sentence(reads: dict[str, list[float]]) -> str:
+    ratios = [ratio for found in reads.values() for ratio in found]
+    return (
+        f"The GRASP adapter reads along {len(ratios)} fixed directions in {len(reads)} layers, "
+        f"where training text has {median(ratios):.3g} times the mean square of text that the base "
+        f"model makes up (median; {min(ratios):.3g} to {max(ratios):.3g}). About 1 would mean that "
+        "the two texts cannot be told apart, and that the adapter acts on other prompts as well."
     )
 
 
@@ -187,11 +200,22 @@ def _not_shown(numbers: Numbers) -> str:
             "With `--project weights` only the adapter's own weights keep out of the subspace; "
             "what they write can still reach it through the frozen weights."
         )
-    if numbers["config"]["anchor"] != "none" and "grasp" in numbers["adapters"]:
+    beside = [
+        text
+        for option, off, text in (
+            ("reads", "free", "read along fixed directions alone (`--reads free` leaves that out)"),
+            (
+                "anchor",
+                "none",
+                "was held at the base model on text that the base model made up (`--anchor none`)",
+            ),
+        )
+        if numbers["config"][option] != off
+    ]
+    if beside and "grasp" in numbers["adapters"]:
         points.append(
-            "The retraining was also held at the base model on text that the base model made up "
-            "(`--anchor none` leaves that out): what the projection alone would have done is not "
-            "told apart here."
+            f"The retraining also {' and '.join(beside)}: what the projection alone would do is "
+            "not told apart here."
         )
     if numbers["data"]["dropped"]:
         points.append(

@@ -2,9 +2,9 @@
 
     inputs.py    1 check everything that can be wrong
     training.py  2 naive LoRA, with early checkpoints to identify from
-    here         3 the subspace, and text of the base model to stay at
-    training.py  4 the same training again, from the same start, with the gradient projected and
-                   the divergence from the base model on that text as a second loss
+    here         3 the subspace; text of the base model, and where the adapter may read
+    training.py  4 the same training again, from the same start but for A, with the gradient
+                   projected and the divergence from the base model on that text as a second loss
     report.py    5 what was found and what it did
 
 Each stage leaves one artefact in the output folder (run_folder.py); a stage whose artefact is there
@@ -39,6 +39,7 @@ from grasp_kernels.subspace import Subspace
 
 if TYPE_CHECKING:
     from grasp_kernels.anchor import OwnTextAnchor
+    from grasp_kernels.reads import ContrastiveReads
 
 __all__ = ["Report", "RunConfig", "run"]
 
@@ -92,6 +93,7 @@ def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
         _identify(config, folder, inputs).save(folder.subspace)
     subspace = Subspace.load(folder.subspace)
     if not subspace.is_empty and not folder.grasp.exists():
+        own_text = _own_text(config, folder, inputs) if config.needs_own_text else None
         train(
             config,
             inputs,
@@ -99,7 +101,8 @@ def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
             work=folder.work / "grasp",
             description="GRASP LoRA",
             subspace=subspace,
-            anchor=_anchor(config, folder, inputs),
+            reads=_reads(config, folder, inputs, own_text),
+            anchor=own_text if config.anchor == "own-text" else None,
         )
     shutil.rmtree(folder.work, ignore_errors=True)
     write_report(config, folder, inputs, subspace)
@@ -113,12 +116,13 @@ def train(
     work: Path,
     description: str,
     subspace: Subspace | None = None,
+    reads: ContrastiveReads | None = None,
     anchor: OwnTextAnchor | None = None,
     snapshots: Mapping[int, Path] | None = None,
     last_step: int | None = None,
 ) -> None:
-    """Train one adapter from the model's folder into `out`: naive, or projected off `subspace`
-    and held at the base model by `anchor`.
+    """Train one adapter from the model's folder into `out`: naive, or projected off `subspace`,
+    reading along `reads` alone and held at the base model by `anchor`.
 
     Nothing else differs between the two: initialisation, data order and dropout come from the seed.
     See `training.train_adapter` for `work`, `snapshots` and `last_step`.
@@ -130,6 +134,8 @@ def train(
     model = attach_lora(load_model(inputs.checkpoint, config.dtype), config, str(inputs.checkpoint))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if reads is not None:
+        reads.apply(model)
     if subspace is not None:
         replace_lora_layers(
             model, subspace, project=config.project, closed=config.closed, backend=config.backend
@@ -152,24 +158,44 @@ def train(
     )
 
 
-def _anchor(config: RunConfig, folder: RunFolder, inputs: Inputs) -> OwnTextAnchor | None:
+def _own_text(config: RunConfig, folder: RunFolder, inputs: Inputs) -> OwnTextAnchor:
     """Made once, so that a resumed training goes on with the same text."""
     from grasp_kernels.anchor import OwnTextAnchor
 
-    if config.anchor == "none":
-        return None
     if not folder.own_text.exists():
         OwnTextAnchor.make(
             load_model(inputs.checkpoint, config.dtype),
             inputs.train,
-            documents=config.anchor_documents,
-            max_length=config.anchor_length,
+            documents=config.own_documents,
+            max_length=config.own_length,
             strength=config.anchor_strength,
             batch_size=config.batch_size,
             seed=config.seed,
             progress=True,
         ).save(folder.own_text)
     return OwnTextAnchor.load(folder.own_text)
+
+
+def _reads(
+    config: RunConfig, folder: RunFolder, inputs: Inputs, own_text: OwnTextAnchor | None
+) -> ContrastiveReads | None:
+    """Made once, as the text is."""
+    from grasp_kernels.reads import ContrastiveReads
+
+    if config.reads == "free" or own_text is None:
+        return None
+    if not folder.reads.exists():
+        ContrastiveReads.make(
+            attach_lora(
+                load_model(inputs.checkpoint, config.dtype), config, str(inputs.checkpoint)
+            ),
+            inputs.train,
+            own_text.documents,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            progress=True,
+        ).save(folder.reads)
+    return ContrastiveReads.load(folder.reads)
 
 
 def _train_halves(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
