@@ -243,6 +243,7 @@ def _widths(x: Tensor, weight: Tensor | None, base: Tensor | None) -> tuple[int,
 _LIBRARY = torch.library.Library("grasp_kernels", "FRAGMENT")
 _N_TENSORS = 12  # of Operands: weight to dropout_seed
 _WRITE_BASIS = 5  # its place among them
+_WEIGHT, _LORA_A = 2, 4  # their places among the inputs: x, base, then Operands
 _RESIDUAL = 2  # its place behind them
 _CLOSED_A = 4  # its place behind lora_B
 _BASE = 6  # its place in Needs
@@ -349,11 +350,18 @@ def _below_autograd(registered: Any, run: Any, *inputs: Any) -> tuple[Tensor, ..
         return registered(*inputs)
 
 
+def _stand_in(dy: Tensor, lora_A: Tensor) -> Tensor:
+    """Shape, dtype and device of `X[..., K]` where its values are not needed: one element."""
+    return dy.new_empty(()).expand(*dy.shape[:-1], lora_A.shape[1])
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, base: Any, *operands: Any) -> tuple[Tensor, ...]:
         y, *saved = _below_autograd(_forward, _run_forward, x, base, *operands)
-        ctx.save_for_backward(x, *saved, *operands[:_N_TENSORS])
+        # X is kept for dW and dA alone: an adapter whose A is frozen holds no activation but S.
+        kept = x if ctx.needs_input_grad[_WEIGHT] or ctx.needs_input_grad[_LORA_A] else None
+        ctx.save_for_backward(kept, *saved, *operands[:_N_TENSORS])
         ctx.options = operands[_N_TENSORS:]
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)
@@ -365,6 +373,7 @@ class _LoraLinear(torch.autograd.Function):
         if dy is None:
             return (None,) * (2 + _N_TENSORS + n_options)
         x, S, A, B, *tensors = ctx.saved_tensors
+        x = _stand_in(dy, tensors[_LORA_A - 2]) if x is None else x
         needs_x, needs_base, *needs = ctx.needs_input_grad[:7]
         projects = ctx.options[_RESIDUAL] and tensors[_WRITE_BASIS] is not None
         needs = [needs_x, *needs, needs_base and projects]

@@ -134,7 +134,7 @@ def _through_adapter(
             dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
         if dx is not None and right.shape[0] > R:
             dx.addmm_(skinny[R:].mT, right[R:])
-        dA = _through_dropout(dx, dS, x, A, op)
+        dA = _through_dropout(dx, dS, x, A, op, needs)
     else:
         if dx is not None:
             dx.addmm_(skinny.mT, right)
@@ -146,15 +146,20 @@ def _through_adapter(
     return dx, dA
 
 
-def _through_dropout(dx: Tensor | None, dS: Tensor, x: Tensor, A: Tensor, op: Operands) -> Tensor:
+def _through_dropout(
+    dx: Tensor | None, dS: Tensor, x: Tensor, A: Tensor, op: Operands, needs: Needs
+) -> Tensor | None:
     """`dA = dSᵀ X̃ [R, K]` from `dSᵀ[R, T]`, and `dX += mask ⊙ dS A°`, with one mask for both."""
     assert op.dropout_seed is not None
-    dA = torch.zeros_like(A, dtype=torch.promote_types(A.dtype, torch.float32))
+    dA = None
+    if needs.lora_A:
+        dA = torch.zeros_like(A, dtype=torch.promote_types(A.dtype, torch.float32))
     for block, mask in masks(x, op.dropout_seed, op.dropout_p):
         dS_block = dS[:, block]
         if dx is not None:
             dx[block].addcmul_(dS_block.mT @ A, mask)
-        dA += dS_block @ mask.mul_(x[block])
+        if dA is not None:
+            dA += dS_block @ mask.mul_(x[block])
     return dA
 
 

@@ -78,7 +78,6 @@ def backward(dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs) ->
     if op.residual:
         dy = project_rows(dy, op.write_basis).to(x.dtype)
     dS = op.scaling * (dy @ B)
-    x_dropped = dropout(x, op.dropout_seed, op.dropout_p)
 
     dx = dropout(dS @ A, op.dropout_seed, op.dropout_p) if needs.x else None
     if dx is not None and op.weight is not None:
@@ -87,6 +86,7 @@ def backward(dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs) ->
     dbias = dy.sum(0) if needs.bias else None
     dA = dB = db = None
     if needs.lora_A:
+        x_dropped = dropout(x, op.dropout_seed, op.dropout_p)
         dA = project_rows(dS.mT @ x_dropped, op.read_basis).to(op.lora_A.dtype)
     if needs.lora_B:
         dB = project_columns(op.scaling * (dy.mT @ S.mT), op.write_basis).to(op.lora_B.dtype)
