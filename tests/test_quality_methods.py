@@ -28,6 +28,8 @@ PROMISED = {
     "benign-twin",
     *("random-used", "caft", "reverse-caft", "preventative-steering", "steering", "ablation"),
     *("kl-random", "kl-own-text", "kl-off-topic", "ldifs", "residual-anchor", "generic-anchor"),
+    *("frozen-A", "contrastive", "contrastive+own-text", "grasp+contrastive"),
+    "grasp+contrastive+own-text",
     *("post-hoc", "truncate-tail", "truncate-top", "safe-lora", "oplora", "null-space"),
 }
 
@@ -443,3 +445,34 @@ def test_time_that_was_spent_for_several_methods_counts_for_each(tmp_path: Path)
     whole = bench.borrowed_seconds
     bench.naive_folders()
     assert 0 < bench.borrowed_seconds - whole < whole  # the naive fine-tune is a part of it
+
+
+# Reads
+
+
+def test_frozen_a_stays_as_it_was_drawn(bench: Workbench) -> None:
+    drawn = dict(weights.lora_layers(bench.fresh()))
+    for name, layer in weights.lora_layers(METHODS["frozen-A"].build(bench, None)):
+        B, A = weights.factors(layer)
+        assert torch.equal(A, weights.factors(drawn[name])[1])
+        assert B.any()
+
+
+@pytest.mark.parametrize("name", ["contrastive", "contrastive+own-text", "grasp+contrastive"])
+def test_contrastive_reads_stay_while_training(bench: Workbench, name: str) -> None:
+    """And they read more of the training data than of the model's own text, unlike a drawn A."""
+    model = METHODS[name].build(bench, METHODS[name].strengths[0])
+    wanted = gk.ContrastiveReads.make(
+        bench.fresh(),
+        bench.examples,
+        penalties.own_text_anchor(bench).documents,
+        batch_size=64,
+        seed=bench.seed,
+    )
+    drawn = dict(weights.lora_layers(bench.fresh()))
+    for layer_name, layer in weights.lora_layers(model):
+        B, A = weights.factors(layer)
+        assert torch.equal(A, wanted.rows[layer_name])
+        assert not torch.equal(A, weights.factors(drawn[layer_name])[1])
+        assert B.any()
+        assert wanted.ratios[layer_name][0] > 1
