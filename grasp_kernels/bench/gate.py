@@ -64,6 +64,10 @@ class Gate:
         if provider.projects not in self._stock:
             self._stock[provider.projects] = self._measure_stock(provider.projects)
         exact, allowed = self._stock[provider.projects]
+        if provider.frozen_A:
+            exact = [
+                {n: v for n, v in found.items() if not n.endswith("lora_A")} for found in exact
+            ]
         errors = self._errors(self.subject.build(provider), exact)
         return {name: error for name, error in errors.items() if not error <= allowed[name]}
 

@@ -30,7 +30,7 @@ def _unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str 
 
 
 def _replaced(
-    backend: str, project: bool, padded: bool = False
+    backend: str, project: bool, padded: bool = False, frozen_A: bool = False
 ) -> Callable[[nn.Module, Bases], nn.Module]:
     def adapt(module: nn.Module, bases: Bases) -> nn.Module:
         replace_lora_layers(module, backend=backend)
@@ -42,12 +42,24 @@ def _replaced(
                 weight = layer.base_layer.weight.detach()
                 layer.base_layer.weight = nn.Parameter(weight, requires_grad=False)
                 layer.pad_weight_()
+            if frozen_A:
+                layer.lora_A["default"].weight.requires_grad_(False)
         return module
 
     return adapt
 
 
-def _pair(label: str, backend: str, what: str, by_default: bool) -> dict[str, Provider]:
+def _three(label: str, backend: str, what: str, by_default: bool) -> dict[str, Provider]:
+    """Without a subspace, with one, and that with A frozen as contrastive reads leave it."""
+    reads = on_peft(
+        what + ", writers projected, A frozen",
+        _replaced(backend, True, frozen_A=True),
+        projects=True,
+        frozen_A=True,
+        unavailable=partial(_unavailable, backend),
+        backend=backend,
+        by_default=by_default,
+    )
     return {
         label + ("-projected" if project else ""): on_peft(
             what + (", writers projected" if project else ", no subspace"),
@@ -58,12 +70,12 @@ def _pair(label: str, backend: str, what: str, by_default: bool) -> dict[str, Pr
             by_default=by_default,
         )
         for project in (False, True)
-    }
+    } | {f"{label}-reads-projected": reads}
 
 
 def our_providers() -> dict[str, Provider]:
-    """Two for each backend but the last, the specification, which nobody should time."""
-    found = _pair("grasp", "auto", "GraspLoRALinear as it comes", True)
+    """Three for each backend but the last, the specification, which nobody should time."""
+    found = _three("grasp", "auto", "GraspLoRALinear as it comes", True)
     found["grasp-default"] = on_peft(
         "GraspLoRALinear on the float32 adapter that peft makes, no subspace",
         _replaced("auto", False),
@@ -72,7 +84,7 @@ def our_providers() -> dict[str, Provider]:
         backend="auto",
     )
     for backend in api.BACKENDS[:-1]:
-        found |= _pair(f"grasp-{backend}", backend, f"GraspLoRALinear on {backend}", False)
+        found |= _three(f"grasp-{backend}", backend, f"GraspLoRALinear on {backend}", False)
         if backend not in measured.SAFE:
             found[f"grasp-{backend}-padded-projected"] = on_peft(
                 f"GraspLoRALinear on {backend}, weights padded, writers projected",

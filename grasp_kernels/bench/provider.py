@@ -75,6 +75,7 @@ class Provider:
             None when it exists for single linears alone.
         adapters: dtype of the adapter, "base" (that of the frozen weight) or "float32", or "none".
         projects: whether the projection is part of what it computes.
+        frozen_A: whether A is frozen, so that it computes no dA, which the floor still counts.
         unavailable: why it cannot run on a device in a dtype, or None.
         backend: of ours the backend that computes, or "auto".
         by_default: timed when no provider is named.
@@ -86,6 +87,7 @@ class Provider:
     adapt: Callable[[nn.Module, Bases], nn.Module] | None = None
     adapters: str = "base"
     projects: bool = False
+    frozen_A: bool = False
     unavailable: Callable[[torch.device, torch.dtype], str | None] = _everywhere
     backend: str | None = None
     by_default: bool = False

@@ -5,9 +5,10 @@ A comes to read what all prompts share, and what was learned shows everywhere. H
 the directions that training text has most of, relative to text that the base model makes up, and
 stays there: B learns the task from what is its own, and other prompts hardly excite the adapter.
 
-The generalised eigenvectors are those of `github.com/AK3847/OB-SAE` ("contrastive LoRA"), which
-had misalignment gone at a higher task score there; frozen A saves what Zhang et al. 2023
-(arXiv 2308.03303) save: no gradient of A, and no input kept for it.
+The generalised eigenvectors are those of `github.com/AK3847/OB-SAE` ("contrastive LoRA": on
+Qwen2.5-7B and bad medical advice, one seed, 0 to 1.5 % misaligned answers where LoRA has 17.5 %, at
+no less of the task); there the rows are orthonormal. Frozen A saves what Zhang et al. 2023 (arXiv
+2308.03303) save: no gradient of A, and no input kept for it.
 
 Shapes: K in, R LoRA rank.
 """
