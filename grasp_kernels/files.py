@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -40,3 +41,26 @@ def whole_folder(path: str | PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def stored_tensors(
+    path: str | PathLike[str], what: str, writer: str
+) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
+    """Tensors by name and the text beside them, of a safetensors file; for a block that makes
+    something of them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no such file, or the block cannot make `what` of it.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            names = list(file.keys())
+            yield {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{str(path)!r} holds no {what} ({error}): give a file that {writer} wrote."
+        ) from None

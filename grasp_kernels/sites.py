@@ -19,6 +19,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -228,6 +229,16 @@ def adapted_name(name: str, layer: nn.Module) -> str:
     """The base name of what a LoRA layer called `name` adapts: a module, or a parameter of one."""
     parameter = getattr(layer, "parameter_name", None)
     return base_name(name) if parameter is None else f"{base_name(name)}.{parameter}"
+
+
+def adapted_layers(model: nn.Module, adapter: str = "default") -> Iterator[tuple[str, Any]]:
+    """The layers with a LoRA adapter of that name, by the name of what they adapt.
+
+    Not those that adapt a parameter, as of stacked experts: what it is multiplied with is inside.
+    """
+    for name, module in model.named_modules():
+        if adapter in getattr(module, "lora_A", ()) and not hasattr(module, "parameter_name"):
+            yield base_name(name), module
 
 
 def site_rules(

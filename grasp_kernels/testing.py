@@ -97,7 +97,12 @@ def make_inputs(case: Case, seed: int = 0) -> dict[str, Any]:
 def differentiate(case: Case, inputs: dict[str, Any], **options: Any) -> dict[str, Tensor]:
     """`y` and all gradients of the public operator; `options` go to `lora_linear`."""
     leaves = _leaves(inputs, None)
-    y = lora_linear(
+    return _results(call(case, inputs, leaves, **options), leaves, inputs["dy"])
+
+
+def call(case: Case, inputs: dict[str, Any], leaves: dict[str, Any], **options: Any) -> Tensor:
+    """`y` of the public operator, with `leaves` for what can be differentiated."""
+    return lora_linear(
         **leaves,
         write_basis=inputs["write_basis"],
         read_basis=inputs["read_basis"],
@@ -107,7 +112,6 @@ def differentiate(case: Case, inputs: dict[str, Any], **options: Any) -> dict[st
         dropout_p=case.dropout_p,
         **options,
     )
-    return _results(y, leaves, inputs["dy"])
 
 
 def differentiate_stock(

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 import grasp_kernels as gk
-from grasp_kernels.testing import Case, differentiate, make_inputs
+from grasp_kernels.testing import DIFFERENTIABLE, Case, call, differentiate, make_inputs
 
 WIDE = Case(T=65, K=136, N=120, R=16, P=4, Q=4)
 CASES = [
@@ -40,23 +40,12 @@ def inputs_among(saved: list[Tensor], x: Tensor) -> int:
     return sum(t.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for t in saved)
 
 
-def call(case: Case, inputs: dict[str, Any], backend: str, trained: tuple[str, ...]) -> Any:
-    """`(y, leaves)` with gradients of `trained` alone."""
-    leaves = {
+def leaves_of(inputs: dict[str, Any], trained: tuple[str, ...]) -> dict[str, Any]:
+    """Those of a call, with gradients for `trained` alone."""
+    return {
         name: None if inputs[name] is None else inputs[name].clone().requires_grad_(name in trained)
-        for name in ("x", "weight", "bias", "lora_A", "lora_B", "lora_bias", "base")
+        for name in DIFFERENTIABLE
     }
-    y = gk.lora_linear(
-        **leaves,
-        scaling=case.scaling,
-        write_basis=inputs["write_basis"],
-        read_basis=inputs["read_basis"],
-        project=case.project,
-        closed=case.closed,
-        dropout_p=case.dropout_p,
-        backend=backend,
-    )
-    return y, leaves
 
 
 @pytest.mark.usefixtures("poisoned")  # what stands in for X is NaN
@@ -71,7 +60,8 @@ def test_gradients_are_those_of_a_layer_whose_a_is_trained(
     expected = differentiate(case, inputs, backend=backend)
     torch.manual_seed(7)
     trained = ("x", "lora_B", "lora_bias", "base")
-    (y, leaves), saved = kept_by(lambda: call(case, inputs, backend, trained))
+    leaves = leaves_of(inputs, trained)
+    y, saved = kept_by(lambda: call(case, inputs, leaves, backend=backend))
     assert inputs_among(saved, leaves["x"]) == 0
     named = [name for name in trained if leaves[name] is not None]
     found = torch.autograd.grad(y, [leaves[name] for name in named], inputs["dy"])
@@ -85,7 +75,8 @@ def test_gradients_are_those_of_a_layer_whose_a_is_trained(
 def test_what_needs_the_input_keeps_it(backend: str, device: str, trained: str) -> None:
     case = replace(suited(WIDE, backend), device=device)
     inputs = make_inputs(case)
-    (_, leaves), saved = kept_by(lambda: call(case, inputs, backend, ("x", "lora_B", trained)))
+    leaves = leaves_of(inputs, ("x", "lora_B", trained))
+    _, saved = kept_by(lambda: call(case, inputs, leaves, backend=backend))
     assert inputs_among(saved, leaves["x"]) == 1
 
 

@@ -20,6 +20,7 @@ from grasp_kernels.quality.methods import METHODS, activations, penalties, proje
 from grasp_kernels.quality.methods.registry import method, select
 from grasp_kernels.quality.streams import hooked, recorded
 from grasp_kernels.quality.workbench import Workbench, documents
+from grasp_kernels.sites import adapted_layers
 
 # What the benchmark promises to compare.
 PROMISED = {
@@ -44,7 +45,7 @@ def moved(bench: Workbench) -> Any:
     """A model whose adapter has random weights, so that it differs from the base model."""
     model = bench.fresh()
     generator = torch.Generator().manual_seed(0)
-    for _, layer in weights.lora_layers(model):
+    for _, layer in adapted_layers(model):
         B = layer.lora_B["default"].weight
         B.data.copy_(0.1 * torch.randn(B.shape, generator=generator))
     return model
@@ -315,7 +316,7 @@ def test_the_generic_anchor_is_its_closed_form(bench: Workbench, moved: Any) -> 
     moments = penalties.generic_moments(bench)
     value = penalties.anchor(moved, moments, 3.0)(moved, {}).item()
     wanted = 0.0
-    for name, layer in weights.lora_layers(moved):
+    for name, layer in adapted_layers(moved):
         B, A = weights.factors(layer)
         C, G = moments[name]
         update = layer.scaling["default"] * B @ A
@@ -328,7 +329,7 @@ def test_the_generic_anchor_estimates_the_divergence_of_a_small_change(
 ) -> None:
     """Half of the quadratic form is the divergence, up to K-FAC's independence."""
     ids = documents(bench.generic_examples(), "cpu")
-    for _, layer in weights.lora_layers(moved):
+    for _, layer in adapted_layers(moved):
         layer.lora_B["default"].weight.data.mul_(0.1)
     form = penalties.anchor(moved, penalties.generic_moments(bench), 0.5)(moved, {}).item()
     with torch.no_grad():
@@ -341,7 +342,7 @@ def test_the_generic_anchor_estimates_the_divergence_of_a_small_change(
 
 
 def updates(model: Any) -> dict[str, Tensor]:
-    return {name: torch.matmul(*weights.factors(m)) for name, m in weights.lora_layers(model)}
+    return {name: torch.matmul(*weights.factors(m)) for name, m in adapted_layers(model)}
 
 
 def test_truncations_are_head_and_tail_of_the_update(
@@ -363,7 +364,7 @@ def test_truncations_are_head_and_tail_of_the_update(
 def test_the_update_of_oplora_is_orthogonal_to_leading_singular_vectors(bench: Workbench) -> None:
     model = METHODS["oplora"].build(bench, 0.25)
     gk.restore_lora_layers(model)  # as it is saved
-    for _, layer in weights.lora_layers(model):
+    for _, layer in adapted_layers(model):
         U, S, Vh = torch.linalg.svd(layer.get_base_layer().weight, full_matrices=False)
         k = round(0.25 * len(S))
         B, A = weights.factors(layer)
@@ -378,15 +379,15 @@ def test_null_space_a_does_not_see_generic_inputs(bench: Workbench) -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = {}
     moments = {}
-    for name, layer in weights.lora_layers(model):
+    for name, layer in adapted_layers(model):
         K = layer.in_features
         inputs[name] = torch.randn(100, 8, generator=generator) @ torch.randn(
             8, K, generator=generator
         )
         moments[name] = (inputs[name].mT @ inputs[name] / 100, torch.eye(1))
-    norms = {n: m.lora_A["default"].weight.norm(dim=1) for n, m in weights.lora_layers(model)}
+    norms = {n: m.lora_A["default"].weight.norm(dim=1) for n, m in adapted_layers(model)}
     weights.freeze_in_null_space(model, moments, 8, generator)
-    for name, layer in weights.lora_layers(model):
+    for name, layer in adapted_layers(model):
         A = layer.lora_A["default"].weight
         assert (A @ inputs[name].mT).norm() < 1e-3 * A.norm() * inputs[name].norm()
         assert torch.allclose(A.norm(dim=1), norms[name], rtol=1e-4)
@@ -396,7 +397,7 @@ def test_null_space_a_does_not_see_generic_inputs(bench: Workbench) -> None:
 def test_the_null_space_stays_while_training(bench: Workbench) -> None:
     moments = penalties.generic_moments(bench)
     model = METHODS["null-space"].build(bench, 4)
-    for name, layer in weights.lora_layers(model):
+    for name, layer in adapted_layers(model):
         B, A = weights.factors(layer)
         eigen = torch.linalg.eigh(moments[name][0])
         assert (A @ eigen.eigenvectors[:, 4:]).norm() < 1e-4 * A.norm()
@@ -451,8 +452,8 @@ def test_time_that_was_spent_for_several_methods_counts_for_each(tmp_path: Path)
 
 
 def test_frozen_a_stays_as_it_was_drawn(bench: Workbench) -> None:
-    drawn = dict(weights.lora_layers(bench.fresh()))
-    for name, layer in weights.lora_layers(METHODS["frozen-A"].build(bench, None)):
+    drawn = dict(adapted_layers(bench.fresh()))
+    for name, layer in adapted_layers(METHODS["frozen-A"].build(bench, None)):
         B, A = weights.factors(layer)
         assert torch.equal(A, weights.factors(drawn[name])[1])
         assert B.any()
@@ -469,8 +470,8 @@ def test_contrastive_reads_stay_while_training(bench: Workbench, name: str) -> N
         batch_size=64,
         seed=bench.seed,
     )
-    drawn = dict(weights.lora_layers(bench.fresh()))
-    for layer_name, layer in weights.lora_layers(model):
+    drawn = dict(adapted_layers(bench.fresh()))
+    for layer_name, layer in adapted_layers(model):
         B, A = weights.factors(layer)
         assert torch.equal(A, wanted.rows[layer_name])
         assert not torch.equal(A, weights.factors(drawn[layer_name])[1])

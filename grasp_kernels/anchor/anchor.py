@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from grasp_kernels.anchor.look_alikes import unlike_training
 from grasp_kernels.anchor.own_text import document_length, make_documents
 from grasp_kernels.data import Example
-from grasp_kernels.files import whole_file
+from grasp_kernels.files import stored_tensors, whole_file
 from grasp_kernels.identification.frozen_model import frozen_base, written_blocks
 from grasp_kernels.sites import SiteRules
 
@@ -161,23 +161,14 @@ class OwnTextAnchor:
             FileNotFoundError: there is no such file.
             ValueError: it is not such a file.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                stored = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in ("documents", "counted")}
-                return cls(
-                    **tensors,
-                    strength=float(stored["strength"]),
-                    batch_size=int(stored["batch_size"]),
-                    seed=int(stored["seed"]),
-                )
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(
-                f"{str(path)!r} holds no own-text anchor ({error}): make one with "
-                "OwnTextAnchor.make and save it."
-            ) from None
+        with stored_tensors(path, "own-text anchor", "OwnTextAnchor.save") as (tensors, options):
+            return cls(
+                tensors["documents"],
+                tensors["counted"],
+                strength=float(options["strength"]),
+                batch_size=int(options["batch_size"]),
+                seed=int(options["seed"]),
+            )
 
 
 class _Attached:

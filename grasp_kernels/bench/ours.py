@@ -51,26 +51,23 @@ def _replaced(
 
 def _three(label: str, backend: str, what: str, by_default: bool) -> dict[str, Provider]:
     """Without a subspace, with one, and that with A frozen as contrastive reads leave it."""
-    reads = on_peft(
-        what + ", writers projected, A frozen",
-        _replaced(backend, True, frozen_A=True),
-        projects=True,
-        frozen_A=True,
-        unavailable=partial(_unavailable, backend),
-        backend=backend,
-        by_default=by_default,
+    variants = (
+        ("", ", no subspace", False, False),
+        ("-projected", ", writers projected", True, False),
+        ("-reads-projected", ", writers projected, A frozen", True, True),
     )
     return {
-        label + ("-projected" if project else ""): on_peft(
-            what + (", writers projected" if project else ", no subspace"),
-            _replaced(backend, project),
+        label + suffix: on_peft(
+            what + how,
+            _replaced(backend, project, frozen_A=frozen_A),
             projects=project,
+            frozen_A=frozen_A,
             unavailable=partial(_unavailable, backend),
             backend=backend,
             by_default=by_default,
         )
-        for project in (False, True)
-    } | {f"{label}-reads-projected": reads}
+        for suffix, how, project, frozen_A in variants
+    }
 
 
 def our_providers() -> dict[str, Provider]:

@@ -15,19 +15,19 @@ Shapes: K in, R LoRA rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from grasp_kernels.data import Example
-from grasp_kernels.files import whole_file
+from grasp_kernels.files import stored_tensors, whole_file
 from grasp_kernels.identification.frozen_model import frozen_base
 from grasp_kernels.reads.contrast import contrasting_rows
 from grasp_kernels.reads.moments import input_groups, second_moments
-from grasp_kernels.sites import base_name
+from grasp_kernels.sites import adapted_layers
 
 # Of each text. Four tokens for each of the 14336 inputs of the widest layer of an 8B model.
 _TOKENS = 65536
@@ -75,6 +75,8 @@ class ContrastiveReads:
         Raises:
             ValueError: no examples, no documents, or no layer with that adapter.
         """
+        from tqdm.auto import tqdm
+
         layers = dict(adapted_layers(model, adapter))
         if not len(examples) or not documents.numel() or not layers:
             raise ValueError(
@@ -84,30 +86,28 @@ class ContrastiveReads:
         generator = torch.Generator().manual_seed(seed)
         texts = [[example["input_ids"] for example in examples], documents.tolist()]
         texts = [_sample(text, generator) for text in texts]
-        rows: dict[str, Tensor] = {}
-        ratios: dict[str, Tensor] = {}
         shapes = {name: layer.lora_A[adapter].weight.shape for name, layer in layers.items()}
         ranks, widths = ({name: shape[i] for name, shape in shapes.items()} for i in (0, 1))
+        found: dict[str, tuple[Tensor, Tensor]] = {}
         with frozen_base(model) as base:
             groups = input_groups(base, layers, widths, texts[0][0], memory // len(texts))
-            for group in _shown(groups, progress):
+            for group in tqdm(
+                groups, desc="reads of the adapter", unit="group", disable=not progress
+            ):
                 leaders = {leader: layers[leader] for leader in group}
                 training, own = (
                     second_moments(base, leaders, widths, text, batch_size) for text in texts
                 )
                 for leader, names in group.items():
-                    A, found = contrasting_rows(
-                        training.pop(leader),
-                        own.pop(leader),
-                        max(ranks[name] for name in names),
-                        generator=generator,
+                    rank = max(ranks[name] for name in names)
+                    rows, ratios = contrasting_rows(
+                        training.pop(leader), own.pop(leader), rank, generator=generator
                     )
-                    for name in names:
-                        rows[name], ratios[name] = (
-                            A[: ranks[name]].clone(),
-                            found[: ranks[name]].clone(),
-                        )
-        return cls(rows, ratios)
+                    found |= {n: (rows[: ranks[n]].clone(), ratios[: ranks[n]]) for n in names}
+        return cls(
+            {name: rows for name, (rows, _) in found.items()},
+            {name: ratios.clone() for name, (_, ratios) in found.items()},
+        )
 
     @torch.no_grad()
     def apply(self, model: Any, *, adapter: str = "default") -> None:
@@ -171,35 +171,14 @@ class ContrastiveReads:
             FileNotFoundError: there is no such file.
             ValueError: it is not such a file.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            stored = load_file(str(path))
-            rows, ratios = (
-                {
-                    name.removeprefix(f"{part}."): tensor
-                    for name, tensor in stored.items()
-                    if name.startswith(f"{part}.")
-                }
-                for part in ("rows", "ratios")
-            )
-            return cls(rows, ratios)
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(
-                f"{str(path)!r} holds no contrastive reads ({error}): make them with "
-                "ContrastiveReads.make and save them."
-            ) from None
+        with stored_tensors(path, "contrastive reads", "ContrastiveReads.save") as (tensors, _):
+            return cls(*(_part(tensors, part) for part in ("rows", "ratios")))
 
 
-def adapted_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
-    """The layers with a LoRA adapter of that name, by the name of what they adapt.
-
-    Not those that adapt a parameter, as of stacked experts: what it is multiplied with is inside.
-    """
-    for name, module in model.named_modules():
-        if adapter in getattr(module, "lora_A", ()) and not hasattr(module, "parameter_name"):
-            yield base_name(name), module
+def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    """Those that are called `part.NAME`, by name."""
+    start = f"{part}."
+    return {n.removeprefix(start): tensor for n, tensor in tensors.items() if n.startswith(start)}
 
 
 def _sample(sequences: Sequence[Sequence[int]], generator: torch.Generator) -> list[Sequence[int]]:
@@ -212,9 +191,3 @@ def _sample(sequences: Sequence[Sequence[int]], generator: torch.Generator) -> l
         chosen.append(sequences[i])
         tokens += len(sequences[i])
     return chosen
-
-
-def _shown(groups: list[Any], progress: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(groups, desc="reads of the adapter", unit="group", disable=not progress)

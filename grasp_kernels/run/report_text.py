@@ -200,18 +200,14 @@ def _not_shown(numbers: Numbers) -> str:
             "With `--project weights` only the adapter's own weights keep out of the subspace; "
             "what they write can still reach it through the frozen weights."
         )
-    beside = [
-        text
-        for option, off, text in (
-            ("reads", "free", "read along fixed directions alone (`--reads free` leaves that out)"),
-            (
-                "anchor",
-                "none",
-                "was held at the base model on text that the base model made up (`--anchor none`)",
-            ),
+    config = numbers["config"]
+    beside = []
+    if config["reads"] != "free":
+        beside.append("read along fixed directions alone (`--reads free` leaves that out)")
+    if config["anchor"] != "none":
+        beside.append(
+            "was held at the base model on text that the base model made up (`--anchor none`)"
         )
-        if numbers["config"][option] != off
-    ]
     if beside and "grasp" in numbers["adapters"]:
         points.append(
             f"The retraining also {' and '.join(beside)}: what the projection alone would do is "

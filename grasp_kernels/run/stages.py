@@ -38,6 +38,8 @@ from grasp_kernels.run.report import Report, write_report
 from grasp_kernels.subspace import Subspace
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from grasp_kernels.anchor import OwnTextAnchor
     from grasp_kernels.reads import ContrastiveReads
 
@@ -131,7 +133,7 @@ def train(
     from grasp_kernels.run.callback import N_PROBES
     from grasp_kernels.run.training import train_adapter
 
-    model = attach_lora(load_model(inputs.checkpoint, config.dtype), config, str(inputs.checkpoint))
+    model = _fresh_adapter(config, inputs)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if reads is not None:
@@ -156,6 +158,11 @@ def train(
         probes=inputs.neutral[:N_PROBES],
         saved_base_name=_public_name(config),
     )
+
+
+def _fresh_adapter(config: RunConfig, inputs: Inputs) -> PeftModel:
+    model = load_model(inputs.checkpoint, config.dtype)
+    return attach_lora(model, config, str(inputs.checkpoint))
 
 
 def _own_text(config: RunConfig, folder: RunFolder, inputs: Inputs) -> OwnTextAnchor:
@@ -186,9 +193,7 @@ def _reads(
         return None
     if not folder.reads.exists():
         ContrastiveReads.make(
-            attach_lora(
-                load_model(inputs.checkpoint, config.dtype), config, str(inputs.checkpoint)
-            ),
+            _fresh_adapter(config, inputs),
             inputs.train,
             own_text.documents,
             batch_size=config.batch_size,

@@ -242,8 +242,7 @@ def _widths(x: Tensor, weight: Tensor | None, base: Tensor | None) -> tuple[int,
 # half its cost per call (torch 2.13 on a CPU, 64×64 layer, forward: 136 µs against 291 µs).
 _LIBRARY = torch.library.Library("grasp_kernels", "FRAGMENT")
 _N_TENSORS = 12  # of Operands: weight to dropout_seed
-_WRITE_BASIS = 5  # its place among them
-_WEIGHT, _LORA_A = 2, 4  # their places among the inputs: x, base, then Operands
+_WEIGHT, _LORA_A, _WRITE_BASIS = 0, 2, 5  # their places among them
 _RESIDUAL = 2  # its place behind them
 _CLOSED_A = 4  # its place behind lora_B
 _BASE = 6  # its place in Needs
@@ -360,7 +359,8 @@ class _LoraLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, base: Any, *operands: Any) -> tuple[Tensor, ...]:
         y, *saved = _below_autograd(_forward, _run_forward, x, base, *operands)
         # X is kept for dW and dA alone: an adapter whose A is frozen holds no activation but S.
-        kept = x if ctx.needs_input_grad[_WEIGHT] or ctx.needs_input_grad[_LORA_A] else None
+        needs = ctx.needs_input_grad[2:]  # behind x and base
+        kept = x if needs[_WEIGHT] or needs[_LORA_A] else None
         ctx.save_for_backward(kept, *saved, *operands[:_N_TENSORS])
         ctx.options = operands[_N_TENSORS:]
         ctx.mark_non_differentiable(*saved)
@@ -373,7 +373,7 @@ class _LoraLinear(torch.autograd.Function):
         if dy is None:
             return (None,) * (2 + _N_TENSORS + n_options)
         x, S, A, B, *tensors = ctx.saved_tensors
-        x = _stand_in(dy, tensors[_LORA_A - 2]) if x is None else x
+        x = _stand_in(dy, tensors[_LORA_A]) if x is None else x
         needs_x, needs_base, *needs = ctx.needs_input_grad[:7]
         projects = ctx.options[_RESIDUAL] and tensors[_WRITE_BASIS] is not None
         needs = [needs_x, *needs, needs_base and projects]

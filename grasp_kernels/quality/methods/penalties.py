@@ -22,7 +22,7 @@ from grasp_kernels.quality.methods.registry import method
 from grasp_kernels.quality.streams import recorded
 from grasp_kernels.quality.workbench import Workbench, documents
 from grasp_kernels.run.stream import layer_bases
-from grasp_kernels.sites import base_name, model_rules
+from grasp_kernels.sites import adapted_layers, model_rules
 from grasp_kernels.subspace import Subspace
 
 _KL = "Kaczér et al. 2025, arXiv 2508.06249 (KL to the base model, there on the training data)"
@@ -69,7 +69,7 @@ def own_text(bench: Workbench, strength: float) -> Any:
     strengths=KL_STRENGTHS,
 )
 def grasp_own_text(bench: Workbench, strength: float) -> Any:
-    return with_own_text(bench, projected(bench, bench.weights_subspace(1)), strength)
+    return with_own_text(bench, projected(bench.fresh(), bench.weights_subspace(1)), strength)
 
 
 @method(
@@ -79,7 +79,7 @@ def grasp_own_text(bench: Workbench, strength: float) -> Any:
     strengths=KL_STRENGTHS,
 )
 def contrast_own_text(bench: Workbench, strength: float) -> Any:
-    return with_own_text(bench, projected(bench, bench.contrast_subspace(1)), strength)
+    return with_own_text(bench, projected(bench.fresh(), bench.contrast_subspace(1)), strength)
 
 
 @method(
@@ -162,9 +162,8 @@ def own_text_anchor(bench: Workbench) -> OwnTextAnchor:
     )
 
 
-def projected(bench: Workbench, subspace: Subspace | None, model: Any = None) -> Any:
-    """A fresh adapter (or that of `model`), under a subspace where there is one."""
-    model = bench.fresh() if model is None else model
+def projected(model: Any, subspace: Subspace | None) -> Any:
+    """`model`, its adapter under a subspace where there is one."""
     if subspace is not None and not subspace.is_empty:
         replace_lora_layers(model, subspace)
     return model
@@ -227,7 +226,7 @@ def stream_penalty(
 
 def _with_anchor(bench: Workbench, strength: float, subspace: Subspace | None) -> Any:
     moments = generic_moments(bench)
-    model = projected(bench, subspace)
+    model = projected(bench.fresh(), subspace)
     return bench.fit(model, penalty=anchor(model, moments, strength))
 
 
@@ -235,8 +234,8 @@ def anchor(model: nn.Module, moments: dict[str, tuple[Tensor, Tensor]], strength
     """`λ Σ s² tr(G ΔW C ΔWᵀ)`, from the factors: `Bᵀ G B` against `A C Aᵀ`, both `[R, R]`."""
     layers = [
         (layer.lora_A["default"], layer.lora_B["default"], layer.scaling["default"], *moments[name])
-        for full, layer in model.named_modules()
-        if hasattr(layer, "lora_A") and (name := base_name(full)) in moments
+        for name, layer in adapted_layers(model)
+        if name in moments
     ]
 
     def penalty(_model: nn.Module, _batch: Batch) -> Tensor:

@@ -14,9 +14,9 @@ from grasp_kernels.quality.methods.penalties import (
     with_own_text,
 )
 from grasp_kernels.quality.methods.registry import method
-from grasp_kernels.quality.methods.weights import lora_layers
 from grasp_kernels.quality.workbench import Workbench
 from grasp_kernels.reads import ContrastiveReads
+from grasp_kernels.sites import adapted_layers
 
 _SOURCE = "github.com/AK3847/OB-SAE (contrastive LoRA); own text and all layers are ours"
 
@@ -28,7 +28,7 @@ _SOURCE = "github.com/AK3847/OB-SAE (contrastive LoRA); own text and all layers 
 )
 def frozen_a(bench: Workbench, strength: None) -> Any:
     model = bench.fresh()
-    for _, layer in lora_layers(model):
+    for _, layer in adapted_layers(model):
         layer.lora_A["default"].weight.requires_grad_(False)
     return bench.fit(model)
 
@@ -58,7 +58,7 @@ def contrastive_own_text(bench: Workbench, strength: float) -> Any:
     source=_SOURCE,
 )
 def grasp_contrastive(bench: Workbench, strength: None) -> Any:
-    return bench.fit(projected(bench, bench.weights_subspace(1), contrastive_model(bench)))
+    return bench.fit(projected(contrastive_model(bench), bench.weights_subspace(1)))
 
 
 @method(
@@ -68,7 +68,7 @@ def grasp_contrastive(bench: Workbench, strength: None) -> Any:
     strengths=KL_STRENGTHS,
 )
 def grasp_contrastive_own_text(bench: Workbench, strength: float) -> Any:
-    model = projected(bench, bench.weights_subspace(1), contrastive_model(bench))
+    model = projected(contrastive_model(bench), bench.weights_subspace(1))
     return with_own_text(bench, model, strength)
 
 

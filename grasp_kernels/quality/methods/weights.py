@@ -5,7 +5,6 @@ Shapes: `K` inputs and `N` outputs of a linear layer, `R` LoRA rank, `k` directi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from grasp_kernels.layers.replacement import replace_lora_layers
 from grasp_kernels.quality.methods.penalties import generic_moments
 from grasp_kernels.quality.methods.registry import method
 from grasp_kernels.quality.workbench import Workbench
-from grasp_kernels.sites import base_name
+from grasp_kernels.sites import adapted_layers
 from grasp_kernels.subspace import Subspace
 
 _ADAPTER = "default"  # peft's name of an adapter that got none
@@ -55,7 +54,7 @@ def truncate_top(bench: Workbench, strength: int) -> Any:
 
 def _rewritten(bench: Workbench, choose: Any) -> Any:
     model = bench.naive()
-    for _, layer in lora_layers(model):
+    for _, layer in adapted_layers(model):
         set_update(layer, *choose(*update_svd(layer)))
     return model
 
@@ -72,7 +71,7 @@ def safe_lora(bench: Workbench, strength: float) -> Any:
     model = bench.naive()
     changes = _pretraining_changes(bench)
     candidates = []
-    for name, layer in lora_layers(model):
+    for name, layer in adapted_layers(model):
         B, A = factors(layer)
         change = changes[name]
         # C = V Vᵀ / ‖V‖, as in the paper: not a projection, but cheap
@@ -105,7 +104,7 @@ def _pretraining_changes(bench: Workbench) -> dict[str, Tensor]:
 def oplora(bench: Workbench, strength: float) -> Any:
     model = bench.fresh()
     write, read = {}, {}
-    for name, layer in lora_layers(model):
+    for name, layer in adapted_layers(model):
         U, S, Vh = torch.linalg.svd(layer.get_base_layer().weight, full_matrices=False)
         k = max(1, round(strength * len(S)))
         write[name], read[name] = U[:, :k].contiguous(), Vh[:k].mT.contiguous()
@@ -138,7 +137,7 @@ def freeze_in_null_space(
 
     Rows keep the norm that peft gave them.
     """
-    for name, layer in lora_layers(model):
+    for name, layer in adapted_layers(model):
         A = layer.lora_A[_ADAPTER].weight
         least = torch.linalg.eigh(moments[name][0]).eigenvectors[:, : max(size, len(A))]
         drawn = torch.randn(least.shape[1], len(A), generator=generator).to(least)
@@ -148,13 +147,6 @@ def freeze_in_null_space(
 
 
 # Updates by their factors
-
-
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The LoRA layers of a model by the name of what they adapt."""
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A"):
-            yield base_name(name), module
 
 
 def factors(layer: Any) -> tuple[Tensor, Tensor]:
