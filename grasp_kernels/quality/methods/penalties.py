@@ -28,15 +28,15 @@ from grasp_kernels.subspace import Subspace
 _KL = "Kaczér et al. 2025, arXiv 2508.06249 (KL to the base model, there on the training data)"
 _GRASP = "Gilligan-Lee et al. 2026, arXiv 2605.27676"
 KL_STRENGTHS = (0.1, 0.3, 1.0, 3.0)
-_ANCHOR_STRENGTHS = (1.0, 3.0, 10.0, 30.0)
-_STREAM_STRENGTHS = (0.1, 1.0, 10.0)
+_ANCHOR_STRENGTHS = (3.0, 10.0, 30.0, 100.0, 300.0)
+_STREAM_STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
 
 
 @method(
     "kl-random",
     "divergence from the base model on random tokens in the frame of the chat",
     source=_KL,
-    strengths=KL_STRENGTHS,
+    strengths=(0.3, 1.0, 3.0, 10.0, 30.0),
 )
 def kl_random(bench: Workbench, strength: float) -> Any:
     return _with_divergence(bench, bench.generic_examples(), strength)
@@ -46,7 +46,7 @@ def kl_random(bench: Workbench, strength: float) -> Any:
     "kl-own-text",
     "divergence from the base model on documents that it makes up itself",
     source=_KL,
-    strengths=KL_STRENGTHS,
+    strengths=(0.03, *KL_STRENGTHS),
 )
 def kl_own_text(bench: Workbench, strength: float) -> Any:
     return _with_divergence(bench, bench.own_examples(), strength)

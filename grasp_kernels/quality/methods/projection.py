@@ -28,6 +28,7 @@ from grasp_kernels.subspace import Subspace
 
 _PAPER = "Gilligan-Lee et al. 2026, arXiv 2605.27676; side, layers and k are ours"
 _SIZES = (1, 2, 4)
+_MORE_SIZES = (*_SIZES, 8)  # where four have been the best of three
 _USAGE_POWERS = tuple(p / 4 for p in range(17))
 _BATCH_SIZE = 64
 
@@ -50,7 +51,7 @@ def grasp(bench: Workbench, strength: None) -> Any:
     return retrain(bench, bench.weights_subspace("auto"))
 
 
-@method("grasp-k", "with a given number of directions", source=_PAPER, strengths=_SIZES)
+@method("grasp-k", "with a given number of directions", source=_PAPER, strengths=_MORE_SIZES)
 def grasp_k(bench: Workbench, strength: int) -> Any:
     return retrain(bench, bench.weights_subspace(strength))
 
@@ -72,7 +73,7 @@ def grasp_weights(bench: Workbench, strength: int) -> Any:
     return retrain(bench, bench.weights_subspace(strength), project="weights")
 
 
-@method("grasp-both-sides", "readers and writers", source=_PAPER, strengths=_SIZES)
+@method("grasp-both-sides", "readers and writers", source=_PAPER, strengths=_MORE_SIZES)
 def grasp_both_sides(bench: Workbench, strength: int) -> Any:
     return retrain(bench, bench.weights_subspace(strength, side="both"))
 

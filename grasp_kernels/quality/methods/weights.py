@@ -65,7 +65,7 @@ def _rewritten(bench: Workbench, choose: Any) -> Any:
     "part of the layers",
     source="Hsu et al. 2024, arXiv 2405.16833; there W_aligned − W_unaligned, here W_pretrained − "
     "W_initial, for these models have no unaligned version",
-    strengths=(0.25, 0.5, 1.0),
+    strengths=(0.125, 0.25, 0.5, 1.0),
 )
 def safe_lora(bench: Workbench, strength: float) -> Any:
     model = bench.naive()
@@ -99,7 +99,7 @@ def _pretraining_changes(bench: Workbench) -> dict[str, Tensor]:
     "oplora",
     "ΔW orthogonal to the leading singular vectors of W on both sides; strength: which part",
     source="Xiong and Xie 2025, arXiv 2510.13003",
-    strengths=(0.0625, 0.125, 0.25, 0.5),
+    strengths=(0.125, 0.25, 0.5, 0.75),
 )
 def oplora(bench: Workbench, strength: float) -> Any:
     model = bench.fresh()
@@ -119,7 +119,7 @@ def oplora(bench: Workbench, strength: float) -> Any:
     "null-space",
     "A frozen where generic inputs have least; strength: directions it is drawn from",
     source="Tang et al. 2025, arXiv 2503.02659 (frozen down-projection), on random tokens",
-    strengths=(64, 32, 16),
+    strengths=(96, 64, 32, 16),
 )
 def null_space(bench: Workbench, strength: int) -> Any:
     model = bench.fresh()
