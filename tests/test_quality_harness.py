@@ -15,6 +15,7 @@ from grasp_kernels.quality.harness import Ledger, Plan, choose, read_rows, run_p
 from grasp_kernels.quality.methods import METHODS
 from grasp_kernels.quality.report import table, write_report
 from grasp_kernels.quality.statistics import estimate, paired
+from grasp_kernels.quality.summary import summary
 
 GRASP = METHODS["grasp-k"]
 
@@ -67,19 +68,19 @@ def tuned(*scores: tuple[float, float]) -> list[Any]:
 
 
 def test_the_least_drift_at_no_loss_of_task_is_chosen() -> None:
-    assert choose(GRASP, tuned((0.95, 0.5), (0.94, 0.3), (0.7, 0.0)), 0.95) == 2
+    assert choose(GRASP, tuned((0.95, 0.5), (0.94, 0.3), (0.7, 0.0), (0.6, 0.0)), 0.95) == 2
 
 
 def test_without_a_strength_that_keeps_the_task_the_best_task_is_chosen() -> None:
-    assert choose(GRASP, tuned((0.8, 0.5), (0.9, 0.3), (0.7, 0.0)), 0.95) == 2
+    assert choose(GRASP, tuned((0.8, 0.5), (0.9, 0.3), (0.7, 0.0), (0.6, 0.0)), 0.95) == 2
 
 
 def test_of_equals_the_weaker_is_chosen() -> None:
-    assert choose(GRASP, tuned((0.95, 0.3), (0.95, 0.3), (0.95, 0.3)), 0.95) == 1
+    assert choose(GRASP, tuned(*[(0.95, 0.3)] * 4), 0.95) == 1
 
 
 def test_a_strength_that_failed_is_out() -> None:
-    rows = tuned((0.95, 0.5), (0.95, 0.3), (0.95, 0.1))
+    rows = tuned((0.95, 0.5), (0.95, 0.3), (0.95, 0.4), (0.95, 0.1))
     rows[-1]["failure"] = "FloatingPointError"
     assert choose(GRASP, rows, 0.95) == 2
     for one in rows:
@@ -221,6 +222,67 @@ def test_the_table_compares_within_seeds() -> None:
     assert cells["Δ drift"].startswith("-0.15 ±")
     assert cells["Δ task"].startswith("-0.05 ±")
     assert cells["talk"].startswith("0.30 ±")
+
+
+def test_a_strength_that_is_no_longer_chosen_is_not_reported(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "rows.jsonl")
+    for one in [
+        row("naive", None, 0, 1.0, 0.8),
+        row("grasp-k", 2, 0, 1.0, 0.5),
+        row("grasp-k", 8, 0, 1.0, 0.4),
+        row("early-stop", 0.8, 0, 1.0, 0.8),
+        row("early-stop", 0.2, 0, 0.8, 0.7),
+    ]:
+        ledger.add(one)
+    (tmp_path / "strengths.json").write_text('{"persona-tiny": {"grasp-k": 8}}')
+    text = write_report(tmp_path).read_text()
+    assert "| grasp-k | 8 |" in text
+    assert "| grasp-k | 2 |" not in text
+    assert "| early-stop | 0.8 |" in text
+    assert "| early-stop | 0.2 |" in text
+
+
+def summary_lines(rows: list[Any]) -> dict[str, dict[str, str]]:
+    """What a line of the summary is about -> its cells by their titles."""
+    header, _, *lines = summary({("persona", "tiny"): rows})[-1].splitlines()
+    titles, *table = ([cell.strip() for cell in line.split("|")] for line in (header, *lines))
+    return {cells[2]: dict(zip(titles, cells, strict=True)) for cells in table}
+
+
+def test_the_summary_compares_ours_with_the_best_of_the_others() -> None:
+    rows = [
+        *(row("naive", None, seed, 1.0, 0.8) for seed in (0, 1)),
+        *(row("ldifs", 10.0, seed, 0.995, 0.2 + 0.1 * seed) for seed in (0, 1)),
+        *(row("kl-random", 1.0, seed, 0.9, 0.0) for seed in (0, 1)),  # at the task's cost
+        *(row("mixing", 0.1, seed, 1.0, 0.1) for seed in (0, 1)),
+        *(row("grasp-k", 2, seed, 1.0, 0.6) for seed in (0, 1)),
+        *(row("supervised", 1, seed, 1.0, 0.7) for seed in (0, 1)),
+        *(row("run", None, seed, 1.0, 0.05) for seed in (0, 1)),
+        row("contrastive", None, 0, 1.0, 0.0),
+        row("oplora", 0.5, 0, 1.0, 0.0, failure="ValueError"),
+    ]
+    lines = summary_lines(rows)
+    assert {what: cells["method"] for what, cells in lines.items()} == {
+        "naive": "naive",
+        "best of the others": "ldifs 10.0",
+        "with more": "mixing 0.1",
+        "projection alone": "grasp-k 2",
+        "projection, labels": "supervised 1",
+        "**ours**": "run",
+    }
+    ours = lines["**ours**"]
+    assert (ours["seeds"], ours["drift ↓"], ours["× less drift"]) == ("2", "0.050", "16")
+    assert ours["Δ drift, best of the others"].startswith("-0.200 ±")
+    assert lines["best of the others"]["Δ task, naive"].startswith("-0.005")
+    assert lines["best of the others"]["Δ drift, best of the others"] == ""
+
+
+def test_without_drift_there_is_no_ratio_and_without_a_naive_row_no_summary() -> None:
+    rows = [row("naive", None, 0, 1.0, 0.01), row("run", None, 0, 1.0, 0.0)]
+    assert summary_lines(rows)["**ours**"]["× less drift"] == ""
+    assert summary_lines(rows[1:]) == {}
+    gone = [row("naive", None, 0, 1.0, 0.8), row("run", None, 0, 1.0, 0.0)]
+    assert summary_lines(gone)["**ours**"]["× less drift"] == "no drift"
 
 
 def test_a_report_without_reported_seeds_is_refused(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from grasp_kernels.quality.methods import METHODS, activations, penalties, proje
 from grasp_kernels.quality.methods.registry import method, select
 from grasp_kernels.quality.streams import hooked, recorded
 from grasp_kernels.quality.workbench import Workbench, documents
+from grasp_kernels.run.config import RunConfig
 from grasp_kernels.sites import adapted_layers
 
 # What the benchmark promises to compare.
@@ -30,7 +31,7 @@ PROMISED = {
     *("random-used", "caft", "reverse-caft", "preventative-steering", "steering", "ablation"),
     *("kl-random", "kl-own-text", "kl-off-topic", "ldifs", "residual-anchor", "generic-anchor"),
     *("frozen-A", "contrastive", "contrastive+own-text", "grasp+contrastive"),
-    "grasp+contrastive+own-text",
+    *("grasp+contrastive+own-text", "run"),
     *("post-hoc", "truncate-tail", "truncate-top", "safe-lora", "oplora", "null-space"),
 }
 
@@ -477,3 +478,13 @@ def test_contrastive_reads_stay_while_training(bench: Workbench, name: str) -> N
         assert not torch.equal(A, weights.factors(drawn[layer_name])[1])
         assert B.any()
         assert wanted.ratios[layer_name][0] > 1
+
+
+def test_run_is_what_the_command_does_as_it_comes(bench: Workbench) -> None:
+    default = RunConfig(model="", data="", output="").anchor_strength
+    all_three = METHODS["grasp+contrastive+own-text"].build(bench, default)
+    for (_, one), (_, other) in zip(
+        adapted_layers(METHODS["run"].build(bench, None)), adapted_layers(all_three), strict=True
+    ):
+        for factor, same in zip(weights.factors(one), weights.factors(other), strict=True):
+            assert torch.equal(factor, same)

@@ -15,10 +15,10 @@ import json
 import tempfile
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from grasp_kernels.quality.dishes import Dish, find_dish
 from grasp_kernels.quality.folder import open_dish
@@ -35,6 +35,7 @@ TASK_TOLERANCE = 0.01  # of the naive task score; less is no loss that two seeds
 BASE = "base"  # the pretrained model, as a method of its own in the rows
 
 Row = dict[str, Any]
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -126,10 +127,10 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def choose(method: Method, rows: Iterable[Row], naive_task: float) -> Strength:
-    """The strength with the least drift among those that keep the task, else that with most task.
+    """The `best` strength by its means over the tuning seeds.
 
-    Kept is what comes within `TASK_TOLERANCE` of the naive fine-tune; all are means over the tuning
-    seeds. A strength that failed in a seed is out. Of equals the weaker wins.
+    Kept is what comes within `TASK_TOLERANCE` of the naive fine-tune. A strength that failed in a
+    seed is out. Of equals the weaker wins.
 
     Raises:
         ValueError: no strength of the method has worked.
@@ -145,10 +146,21 @@ def choose(method: Method, rows: Iterable[Row], naive_task: float) -> Strength:
             f"No strength of {method.name} has worked on the tuning seeds: see the failures in the "
             "rows."
         )
-    kept = {s: drift for s, (task, drift) in means.items() if task >= naive_task - TASK_TOLERANCE}
+    return best(means, naive_task)
+
+
+def best(means: Mapping[Key, tuple[float, float]], naive_task: float) -> Key:
+    """The key of the least drift among those that keep the task, else that of the most task.
+
+    Args:
+        means: key -> task and drift. Of equals the first wins.
+    """
+    kept = {
+        key: drift for key, (task, drift) in means.items() if task >= naive_task - TASK_TOLERANCE
+    }
     if kept:
-        return min(kept, key=lambda strength: kept[strength])
-    return max(means, key=lambda strength: means[strength][0])
+        return min(kept, key=lambda key: kept[key])
+    return max(means, key=lambda key: means[key][0])
 
 
 def _with_naive(methods: Sequence[Method]) -> list[Method]:
@@ -158,11 +170,7 @@ def _with_naive(methods: Sequence[Method]) -> list[Method]:
 
 def _candidates(method: Method) -> tuple[Strength, ...]:
     """What to try on the tuning seeds; of the naive fine-tune itself, for comparison."""
-    return method.strengths if method.name == "naive" or _is_tuned(method) else ()
-
-
-def _is_tuned(method: Method) -> bool:
-    return len(method.strengths) > 1 and not method.curve
+    return method.strengths if method.name == "naive" or method.is_tuned else ()
 
 
 def _strengths(
@@ -170,7 +178,7 @@ def _strengths(
 ) -> dict[str, tuple[Strength, ...]]:
     """Method -> the strengths to report; chosen ones are kept in strengths.json."""
     path = output / "strengths.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = read_strengths(path)
     here = known.setdefault(f"{dish.name}-{plan.size}", {})
     rows = [
         row
@@ -179,7 +187,7 @@ def _strengths(
     ]
     strengths: dict[str, tuple[Strength, ...]] = {"naive": (None,)}
     for method in methods:
-        if not _is_tuned(method):
+        if not method.is_tuned:
             strengths[method.name] = method.strengths
             continue
         if plan.tune:
@@ -192,6 +200,11 @@ def _strengths(
     if plan.tune:
         write_json(path, known)
     return strengths
+
+
+def read_strengths(path: Path) -> dict[str, dict[str, Strength]]:
+    """Dish and size -> method -> the strength that was chosen; nothing where there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _naive_task(rows: Iterable[Row]) -> float:

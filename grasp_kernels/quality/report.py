@@ -1,18 +1,20 @@
 """Rows -> tables in Markdown and a figure for each dish. Measures nothing.
 
-Only reported seeds count: a row of a seed that strengths were tuned on is left out.
+Only reported seeds count, and only the chosen strengths: a row of a seed that strengths were tuned
+on is left out, and so is one of a strength that was reported before others were tried.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from grasp_kernels.quality.dishes import DISHES
-from grasp_kernels.quality.harness import BASE, TUNING_SEEDS, Row, read_rows
+from grasp_kernels.quality.harness import BASE, TUNING_SEEDS, Row, read_rows, read_strengths
 from grasp_kernels.quality.methods import INFORMATION, METHODS
 from grasp_kernels.quality.statistics import Estimate, estimate, paired
+from grasp_kernels.quality.summary import by_method, by_seed, summary
 from grasp_kernels.run.folder import write_text
 
 _SCORES = (
@@ -44,14 +46,17 @@ def write_report(output: str | Path) -> Path:
         FileNotFoundError: the folder has no rows.
     """
     output = Path(output)
-    rows = [r for r in read_rows(output / "rows.jsonl") if r["seed"] not in TUNING_SEEDS]
+    strengths = read_strengths(output / "strengths.json")
+    rows = [r for r in read_rows(output / "rows.jsonl") if _is_reported(r, strengths)]
     if not rows:
         raise ValueError(
             f"{output} has rows of tuning seeds alone: run the seeds that are to be reported."
         )
-    parts = ["# Quality benchmark", _LEGEND]
-    for dish, size in dict.fromkeys((row["dish"], row["size"]) for row in rows):
-        own = [row for row in rows if (row["dish"], row["size"]) == (dish, size)]
+    dishes: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        dishes.setdefault((row["dish"], row["size"]), []).append(row)
+    parts = ["# Quality benchmark", _LEGEND, "## In short", *summary(dishes)]
+    for (dish, size), own in dishes.items():
         figure = f"{dish}-{size}.png"
         draw(own, output / figure, title=f"{dish} ({size}): {DISHES[dish].what}")
         parts += [f"## {dish}, {size}: {DISHES[dish].what}", table(own), f"![]({figure})"]
@@ -61,10 +66,20 @@ def write_report(output: str | Path) -> Path:
     return path
 
 
+def _is_reported(row: Row, strengths: Mapping[str, Mapping[str, Any]]) -> bool:
+    method = METHODS.get(row["method"])
+    if row["seed"] in TUNING_SEEDS:
+        return False
+    if method is None or not method.is_tuned:
+        return True
+    chosen = strengths.get(f"{row['dish']}-{row['size']}", {})
+    return row["strength"] == chosen.get(method.name, row["strength"])
+
+
 def table(rows: Sequence[Row]) -> str:
     """The methods of one dish, one a line, with the paired differences of task and drift."""
-    groups = _by_method(row for row in rows if not row["failure"])
-    naive = {part: _by_seed(groups.get(("naive", None), []), part) for part in ("task", "drift")}
+    groups = by_method(row for row in rows if not row["failure"])
+    naive = {part: by_seed(groups.get(("naive", None), []), part) for part in ("task", "drift")}
     parts = sorted({part for row in rows for part in row.get("parts", {})})
     header = ["method", "strength", "information", "seeds", *(title for _, title in _SCORES)]
     header += ["Δ task", "Δ drift", *parts]
@@ -73,7 +88,7 @@ def table(rows: Sequence[Row]) -> str:
         information = METHODS[name].information if name in METHODS else "none"
         cells = [name, "" if strength is None else str(strength), information, str(len(own))]
         cells += [_cell(own, part) for part, _ in _SCORES]
-        cells += [_signed(paired(_by_seed(own, p), naive[p])) for p in ("task", "drift")]
+        cells += [_signed(paired(by_seed(own, p), naive[p])) for p in ("task", "drift")]
         cells += [str(estimate([row["parts"][part] for row in own])) for part in parts]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -89,7 +104,7 @@ def draw(rows: Sequence[Row], path: Path, *, title: str) -> None:
     axes = figure.subplots()
     points = {
         key: (_mean(own, "task"), _mean(own, "drift"))
-        for key, own in _by_method(row for row in rows if not row["failure"]).items()
+        for key, own in by_method(row for row in rows if not row["failure"]).items()
     }
     stopped = sorted(key for key in points if key[0] == "early-stop")
     if stopped:  # a line between the two ends alone would claim what was not measured
@@ -109,17 +124,6 @@ def draw(rows: Sequence[Row], path: Path, *, title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     with whole_file(path) as partial:
         figure.savefig(partial, dpi=150, format="png")
-
-
-def _by_method(rows: Iterable[Row]) -> dict[tuple[str, Any], list[Row]]:
-    groups: dict[tuple[str, Any], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["method"], row["strength"]), []).append(row)
-    return groups
-
-
-def _by_seed(rows: Iterable[Row], part: str) -> dict[int, float]:
-    return {row["seed"]: row[part] for row in rows}
 
 
 def _mean(rows: Sequence[Row], part: str) -> float:

@@ -13,9 +13,9 @@ Importing the package registers all of them.
 
 from importlib import import_module
 
-from grasp_kernels.quality.methods.registry import INFORMATION, METHODS, Method, select
+from grasp_kernels.quality.methods.registry import INFORMATION, METHODS, ORIGINS, Method, select
 
 for _part in ("plain", "projection", "activations", "penalties", "weights", "reads"):
     import_module(f"{__name__}.{_part}")
 
-__all__ = ["INFORMATION", "METHODS", "Method", "select"]
+__all__ = ["INFORMATION", "METHODS", "ORIGINS", "Method", "select"]

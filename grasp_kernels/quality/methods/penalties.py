@@ -57,6 +57,7 @@ def kl_own_text(bench: Workbench, strength: float) -> Any:
     "as `kl-own-text`, on more of it and less what looks like the training data, as in "
     "`grasp-kernels run`, but nothing projected",
     strengths=KL_STRENGTHS,
+    origin="ours",
 )
 def own_text(bench: Workbench, strength: float) -> Any:
     return with_own_text(bench, bench.fresh(), strength)
@@ -67,6 +68,7 @@ def own_text(bench: Workbench, strength: float) -> Any:
     "GRASP with k = 1 and `own-text`",
     source="projection: " + _GRASP,
     strengths=KL_STRENGTHS,
+    origin="ours",
 )
 def grasp_own_text(bench: Workbench, strength: float) -> Any:
     return with_own_text(bench, projected(bench.fresh(), bench.weights_subspace(1)), strength)
@@ -77,6 +79,7 @@ def grasp_own_text(bench: Workbench, strength: float) -> Any:
     "self-contrast with k = 1 and `own-text`",
     source="projection: " + _GRASP,
     strengths=KL_STRENGTHS,
+    origin="ours",
 )
 def contrast_own_text(bench: Workbench, strength: float) -> Any:
     return with_own_text(bench, projected(bench.fresh(), bench.contrast_subspace(1)), strength)
@@ -107,6 +110,7 @@ def ldifs(bench: Workbench, strength: float) -> Any:
     "residual-anchor",
     "the same along the directions that GRASP identifies, with k = 4",
     strengths=_STREAM_STRENGTHS,
+    origin="ours",
 )
 def residual_anchor(bench: Workbench, strength: float) -> Any:
     return _with_stream_penalty(bench, strength, bench.weights_subspace(4))
@@ -118,12 +122,18 @@ def residual_anchor(bench: Workbench, strength: float) -> Any:
     source="ours, after Kirkpatrick et al. 2017, arXiv 1612.00796, and Ritter et al. 2018, arXiv "
     "1805.07810",
     strengths=_ANCHOR_STRENGTHS,
+    origin="ours",
 )
 def generic_anchor(bench: Workbench, strength: float) -> Any:
     return _with_anchor(bench, strength, None)
 
 
-@method("grasp+anchor", "GRASP with k = 1, and the generic anchor", strengths=_ANCHOR_STRENGTHS)
+@method(
+    "grasp+anchor",
+    "GRASP with k = 1, and the generic anchor",
+    strengths=_ANCHOR_STRENGTHS,
+    origin="ours",
+)
 def grasp_anchor(bench: Workbench, strength: float) -> Any:
     return _with_anchor(bench, strength, bench.weights_subspace(1))
 
@@ -132,6 +142,7 @@ def grasp_anchor(bench: Workbench, strength: float) -> Any:
     "self-contrast+anchor",
     "self-contrast with k = 1, and the generic anchor",
     strengths=_ANCHOR_STRENGTHS,
+    origin="ours",
 )
 def contrast_anchor(bench: Workbench, strength: float) -> Any:
     return _with_anchor(bench, strength, bench.contrast_subspace(1))

@@ -46,49 +46,93 @@ def retrain(bench: Workbench, subspace: Subspace, **options: Any) -> Any:
     "grasp",
     "k from evidence, as in `grasp-kernels run`; without evidence the naive fine-tune stands",
     source=_PAPER,
+    origin="ours",
 )
 def grasp(bench: Workbench, strength: None) -> Any:
     return retrain(bench, bench.weights_subspace("auto"))
 
 
-@method("grasp-k", "with a given number of directions", source=_PAPER, strengths=_MORE_SIZES)
+@method(
+    "grasp-k",
+    "with a given number of directions",
+    source=_PAPER,
+    strengths=_MORE_SIZES,
+    origin="ours",
+)
 def grasp_k(bench: Workbench, strength: int) -> Any:
     return retrain(bench, bench.weights_subspace(strength))
 
 
-@method("grasp-layer", "with a basis for each layer", source=_PAPER, strengths=_SIZES)
+@method(
+    "grasp-layer",
+    "with a basis for each layer",
+    source=_PAPER,
+    strengths=_SIZES,
+    origin="ours",
+)
 def grasp_layer(bench: Workbench, strength: int) -> Any:
     return retrain(bench, bench.weights_subspace(strength, scope="layer"))
 
 
-@method("grasp-open", "gradient projected, adapter not closed", source=_PAPER, strengths=_SIZES)
+@method(
+    "grasp-open",
+    "gradient projected, adapter not closed",
+    source=_PAPER,
+    strengths=_SIZES,
+    origin="ours",
+)
 def grasp_open(bench: Workbench, strength: int) -> Any:
     return retrain(bench, bench.weights_subspace(strength), closed=False)
 
 
 @method(
-    "grasp-weights", "only the adapter's own gradients projected", source=_PAPER, strengths=_SIZES
+    "grasp-weights",
+    "only the adapter's own gradients projected",
+    source=_PAPER,
+    strengths=_SIZES,
+    origin="ours",
 )
 def grasp_weights(bench: Workbench, strength: int) -> Any:
     return retrain(bench, bench.weights_subspace(strength), project="weights")
 
 
-@method("grasp-both-sides", "readers and writers", source=_PAPER, strengths=_MORE_SIZES)
+@method(
+    "grasp-both-sides",
+    "readers and writers",
+    source=_PAPER,
+    strengths=_MORE_SIZES,
+    origin="ours",
+)
 def grasp_both_sides(bench: Workbench, strength: int) -> Any:
     return retrain(bench, bench.weights_subspace(strength, side="both"))
 
 
-@method("self-contrast", "GRASP with directions from self-contrast", strengths=_SIZES)
+@method(
+    "self-contrast",
+    "GRASP with directions from self-contrast",
+    strengths=_SIZES,
+    origin="ours",
+)
 def self_contrast(bench: Workbench, strength: int) -> Any:
     return retrain(bench, bench.contrast_subspace(strength))
 
 
-@method("self-contrast-stream", "the same, projected on the block outputs", strengths=_SIZES)
+@method(
+    "self-contrast-stream",
+    "the same, projected on the block outputs",
+    strengths=_SIZES,
+    origin="ours",
+)
 def self_contrast_stream(bench: Workbench, strength: int) -> Any:
     return retrain_stream(bench, bench.contrast_subspace(strength))
 
 
-@method("both-sources", "GRASP with weights and self-contrast together", strengths=_SIZES)
+@method(
+    "both-sources",
+    "GRASP with weights and self-contrast together",
+    strengths=_SIZES,
+    origin="ours",
+)
 def both_sources(bench: Workbench, strength: int) -> Any:
     united = unite(bench.weights_subspace(strength), bench.contrast_subspace(strength))
     return retrain(bench, united)
@@ -99,6 +143,7 @@ def both_sources(bench: Workbench, strength: int) -> Any:
     "upper bound: directions between the answers of both personas",
     information="labels",
     strengths=_SIZES,
+    origin="control",
 )
 def supervised(bench: Workbench, strength: int) -> Any:
     return retrain(bench, supervised_subspace(bench, strength))
@@ -109,13 +154,19 @@ def supervised(bench: Workbench, strength: int) -> Any:
     "control: directions from a fine-tune on the good persona's answers to the same questions",
     information="labels",
     strengths=_SIZES,
+    origin="control",
 )
 def benign_twin(bench: Workbench, strength: int) -> Any:
     *early, _ = bench.twin_folders()
     return retrain(bench, identify([str(folder) for folder in early], k=strength))
 
 
-@method("random", "control: a random subspace", strengths=_SIZES)
+@method(
+    "random",
+    "control: a random subspace",
+    strengths=_SIZES,
+    origin="control",
+)
 def random(bench: Workbench, strength: int) -> Any:
     sites = model_sites(bench.base())
     width = bench.base().config.hidden_size
@@ -127,6 +178,7 @@ def random(bench: Workbench, strength: int) -> Any:
     "random-used",
     "control: random directions that the naive adapter uses as much as those of GRASP",
     strengths=_SIZES,
+    origin="control",
 )
 def random_used(bench: Workbench, strength: int) -> Any:
     found = bench.weights_subspace(strength).stream

@@ -16,6 +16,7 @@ from grasp_kernels.quality.methods.penalties import (
 from grasp_kernels.quality.methods.registry import method
 from grasp_kernels.quality.workbench import Workbench
 from grasp_kernels.reads import ContrastiveReads
+from grasp_kernels.run.config import RunConfig
 from grasp_kernels.sites import adapted_layers
 
 _SOURCE = "github.com/AK3847/OB-SAE (contrastive LoRA); own text and all layers are ours"
@@ -37,6 +38,7 @@ def frozen_a(bench: Workbench, strength: None) -> Any:
     "contrastive",
     "A frozen where the training data have most relative to text that the base model makes up",
     source=_SOURCE,
+    origin="ours",
 )
 def contrastive(bench: Workbench, strength: None) -> Any:
     return bench.fit(contrastive_model(bench))
@@ -47,6 +49,7 @@ def contrastive(bench: Workbench, strength: None) -> Any:
     "`contrastive`, and the own-text anchor",
     source=_SOURCE,
     strengths=KL_STRENGTHS,
+    origin="ours",
 )
 def contrastive_own_text(bench: Workbench, strength: float) -> Any:
     return with_own_text(bench, contrastive_model(bench), strength)
@@ -56,6 +59,7 @@ def contrastive_own_text(bench: Workbench, strength: float) -> Any:
     "grasp+contrastive",
     "`contrastive`, and GRASP with k = 1",
     source=_SOURCE,
+    origin="ours",
 )
 def grasp_contrastive(bench: Workbench, strength: None) -> Any:
     return bench.fit(projected(contrastive_model(bench), bench.weights_subspace(1)))
@@ -63,13 +67,24 @@ def grasp_contrastive(bench: Workbench, strength: None) -> Any:
 
 @method(
     "grasp+contrastive+own-text",
-    "all three: what `grasp-kernels run` does",
+    "reads, projection and anchor: what `grasp-kernels run` does, with a strength tuned",
     source=_SOURCE,
     strengths=KL_STRENGTHS,
+    origin="ours",
 )
 def grasp_contrastive_own_text(bench: Workbench, strength: float) -> Any:
     model = projected(contrastive_model(bench), bench.weights_subspace(1))
     return with_own_text(bench, model, strength)
+
+
+@method(
+    "run",
+    "the same at the default strength: what `grasp-kernels run` does",
+    source=_SOURCE,
+    origin="ours",
+)
+def run(bench: Workbench, strength: None) -> Any:
+    return grasp_contrastive_own_text(bench, RunConfig.anchor_strength)
 
 
 def contrastive_model(bench: Workbench) -> Any:

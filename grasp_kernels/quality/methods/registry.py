@@ -14,6 +14,8 @@ from grasp_kernels.quality.workbench import Workbench
 
 # What a method sees besides base model and training data, from least to most.
 INFORMATION = ("none", "off-topic prompts", "benign answers", "labels")
+# GRASP in all its forms and what we put beside it, what others do, and what shows why it works.
+ORIGINS = ("ours", "others", "control")
 
 Strength = float | int | str | None
 Build = Callable[[Workbench, Any], Any]
@@ -27,6 +29,7 @@ class Method:
         what: one line.
         source: paper and arXiv id, or "ours".
         information: one of `INFORMATION`.
+        origin: one of `ORIGINS`.
         strengths: candidates, weakest first; (None,) where there is nothing to tune.
         curve: every strength is reported, none is chosen.
         fits: whether a dish has what the method needs.
@@ -36,10 +39,16 @@ class Method:
     what: str
     source: str
     information: str
+    origin: str
     strengths: tuple[Strength, ...]
     build: Build
     curve: bool
     fits: Callable[[Dish], bool]
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether one strength is chosen and reported."""
+        return len(self.strengths) > 1 and not self.curve
 
 
 METHODS: dict[str, Method] = {}
@@ -51,6 +60,7 @@ def method(
     *,
     source: str = "ours",
     information: str = "none",
+    origin: str = "others",
     strengths: tuple[Strength, ...] = (None,),
     curve: bool = False,
     fits: Callable[[Dish], bool] = lambda dish: True,
@@ -58,16 +68,18 @@ def method(
     """Register the decorated function as a method.
 
     Raises:
-        ValueError: the name is taken, or the information is of no known kind.
+        ValueError: the name is taken, or the information or the origin is of no known kind.
     """
-    if name in METHODS or information not in INFORMATION:
+    if name in METHODS or information not in INFORMATION or origin not in ORIGINS:
         raise ValueError(
-            f"The method {name!r} with information {information!r} cannot be registered: choose a "
-            f"new name and one of {', '.join(INFORMATION)}."
+            f"The method {name!r} with information {information!r} and origin {origin!r} cannot be "
+            f"registered: choose a new name, one of {', '.join(INFORMATION)} and one of "
+            f"{', '.join(ORIGINS)}."
         )
 
     def register(build: Build) -> Build:
-        METHODS[name] = Method(name, what, source, information, strengths, build, curve, fits)
+        about = (name, what, source, information, origin, strengths)
+        METHODS[name] = Method(*about, build, curve, fits)
         return build
 
     return register

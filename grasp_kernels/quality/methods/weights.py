@@ -26,6 +26,7 @@ _ADAPTER = "default"  # peft's name of an adapter that got none
     "post-hoc",
     "the naive adapter, projected without training again; strength: directions",
     strengths=(1, 2, 4),
+    origin="ours",
 )
 def post_hoc(bench: Workbench, strength: int) -> Any:
     out = bench.work / f"post-hoc-{strength}"
