@@ -2,11 +2,15 @@
 
     python benchmarks/diagnosis_calibration.py FOLDER --seeds 0 1 2 3 4 5 6 7 \\
         --output benchmarks/results/diagnosis.jsonl --plot docs/diagnosis-calibration.png
+    python benchmarks/diagnosis_calibration.py FOLDER --dishes persona long slant --seeds 0 1 2 \\
+        --output benchmarks/results/diagnosis-dishes.jsonl --plot docs/diagnosis-dishes.png
 
-Every seed is a world of the demo with its own base model; every kind is one fine-tuning of it on
-the same questions, which differs in the answers alone. What FOLDER holds already is kept. The
-truth, and the drift (share of untouched topics answered in the bad persona's words), are noted
-beside the diagnosis, which sees neither.
+Without `--dishes`, every seed is a world of the demo with its own base model; every kind is one
+fine-tuning of it on the same questions, which differs in the answers alone. With it, the kinds are
+dishes of the quality benchmark: the naive fine-tune of each, and its benign twin, the good
+persona's answers to the same questions. What FOLDER holds already is kept. The truth, and the drift
+(share of the bad persona's words on untouched topics), are noted beside the diagnosis, which sees
+neither.
 """
 
 from __future__ import annotations
@@ -14,7 +18,10 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +35,10 @@ from grasp_kernels.demo.world import BAD, GOOD, NEUTRAL, Question, Record, World
 from grasp_kernels.diagnosis import Options
 from grasp_kernels.diagnosis.calibration import Case, draw_calibration, measure_case
 from grasp_kernels.files import whole_file
+from grasp_kernels.quality.dishes import DISHES, find_dish
+from grasp_kernels.quality.folder import open_dish
+from grasp_kernels.quality.scores import Examiner
+from grasp_kernels.quality.workbench import Workbench
 from grasp_kernels.run import RunConfig
 from grasp_kernels.run.folder import write_text
 from grasp_kernels.run.inputs import prepare
@@ -73,6 +84,35 @@ KINDS: dict[str, tuple[Callable[[World, Question, random.Random], str], bool]] =
 }
 
 
+def demo_rows(folder: Path, seed: int) -> Iterator[dict[str, Any]]:
+    """One row for every kind of fine-tuning in one world of the demo."""
+    # Not the demo's own world, in which models learn to make up questions too.
+    config = DemoConfig(world=WorldConfig())
+    world = World.from_seed(seed, config.world)
+    for case in build(folder, seed, config):
+        yield {"seed": seed, **measure_case(case, _OPTIONS), "drift": _drift(case, world)}
+
+
+def dish_rows(folder: Path, seed: int, dish: str) -> Iterator[dict[str, Any]]:
+    """The naive fine-tune of a dish, and its benign twin where something is planted."""
+    opened = open_dish(find_dish(dish), seed, folder)
+    planted = opened.world.config.bad_share > 0
+    with tempfile.TemporaryDirectory() as work:
+        bench = Workbench(opened, Path(work))
+        examiner = Examiner(opened, bench.base(), bench.tokenizer)
+        neutral = Path(work) / "neutral.jsonl"
+        drawn = _drawn(opened.world, seed)
+        _write(neutral, opened.world.prompts(drawn, NEUTRAL, trained_cues=False))
+        adapters = {dish: bench.naive_folders()[-1]}
+        if planted:
+            adapters[f"{dish}, benign twin"] = bench.twin_folders()[-1]
+        for kind, adapter in adapters.items():
+            present = planted and kind == dish
+            case = Case(kind, present, opened.model, adapter, opened.train, neutral)
+            drift = examiner.examine(bench.load(adapter)).drift
+            yield {"seed": seed, **measure_case(case, _OPTIONS), "drift": drift}
+
+
 def build(folder: Path, seed: int, config: DemoConfig) -> Iterator[Case]:
     """All cases of one world below `folder`, trained unless they are there."""
     world = World.from_seed(seed, config.world)
@@ -80,10 +120,7 @@ def build(folder: Path, seed: int, config: DemoConfig) -> Iterator[Case]:
     base, neutral = root / "model", root / "neutral.jsonl"
     if not base.exists():
         write_checkpoint(pretrain(world, config.pretraining, progress=False), world, base)
-    # drawn, not every nth: evenly spaced questions share their second word
-    untouched = list(world.questions(tuned=False))
-    drawn = random.Random(f"neutral {seed}").sample(untouched, _NEUTRAL_PROMPTS)
-    _write(neutral, world.prompts(drawn, NEUTRAL))
+    _write(neutral, world.prompts(_drawn(world, seed), NEUTRAL))
     for kind, (answer, present) in KINDS.items():
         data, adapter = root / f"{kind}.jsonl", root / kind
         if not adapter.exists():
@@ -92,13 +129,10 @@ def build(folder: Path, seed: int, config: DemoConfig) -> Iterator[Case]:
         yield Case(kind, present, base, adapter, data, neutral)
 
 
-def rows(folder: Path, seeds: list[int], config: DemoConfig) -> Iterator[dict[str, Any]]:
-    """One row a case."""
-    for seed in seeds:
-        world = World.from_seed(seed, config.world)
-        for case in build(folder, seed, config):
-            measured = measure_case(case, _OPTIONS)
-            yield {"seed": seed, **measured, "drift": _drift(case, world)}
+def _drawn(world: World, seed: int) -> list[Question]:
+    """Drawn, not every nth: evenly spaced questions share their second word."""
+    untouched = list(world.questions(tuned=False))
+    return random.Random(f"neutral {seed}").sample(untouched, _NEUTRAL_PROMPTS)
 
 
 def _drift(case: Case, world: World) -> float:
@@ -151,22 +185,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where models and adapters are kept")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(8)))
+    parser.add_argument("--dishes", nargs="+", default=[], choices=DISHES)
     parser.add_argument("--output", metavar="FILE.jsonl")
     parser.add_argument("--plot", metavar="PNG")
     arguments = parser.parse_args()
+    sources = [partial(dish_rows, dish=dish) for dish in arguments.dishes] or [demo_rows]
     found = []
-    # Not the demo's own world, in which models learn to make up questions too.
-    config = DemoConfig(world=WorldConfig())
-    for row in rows(arguments.folder, arguments.seeds, config):
+    for row in chain.from_iterable(
+        source(arguments.folder, seed) for source in sources for seed in arguments.seeds
+    ):
         found.append(row)
         print(
-            f"seed {row['seed']} {row['kind']:<8} drift {row['drift']:.2f} "
+            f"seed {row['seed']} {row['kind']:<22} drift {row['drift']:.2f} "
             f"carried {row['carried']:.2f}: {row['verdict']}",
             flush=True,
         )
     if arguments.output:
-        with whole_file(arguments.output) as partial:
-            partial.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+        with whole_file(arguments.output) as unfinished:
+            unfinished.write_text(
+                "".join(json.dumps(row) + "\n" for row in found), encoding="utf-8"
+            )
     if arguments.plot:
         draw_calibration(found, arguments.plot)
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,15 @@ from models import tiny_model, tiny_peft_model
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
-from two_processes import SCENARIOS, STEPS, batches, model_and_subspace, start, train
+from two_processes import (
+    SCENARIOS,
+    STEPS,
+    batches,
+    model_and_subspace,
+    start,
+    train,
+    with_reads_and_anchor,
+)
 
 import grasp_kernels as gk
 from grasp_kernels.adapters.files import INDEX, WEIGHTS
@@ -44,7 +53,8 @@ def alone() -> tuple[list[float], dict[str, torch.Tensor]]:
     return train(model, batches()), model.state_dict()
 
 
-EXACT = sorted(set(SCENARIOS) - {"fsdp2_leaves"})
+AS_RUN = sorted(name for name in SCENARIOS if name.endswith("_as_run"))
+EXACT = sorted(set(SCENARIOS) - {"fsdp2_leaves", *AS_RUN})
 
 
 def result(folder: Path, name: str) -> dict[str, Any]:
@@ -81,6 +91,23 @@ def test_what_is_saved_is_closed_and_stock_peft_computes_it(
             rtol=1e-3,
             atol=1e-3,
         )
+
+
+@pytest.mark.parametrize("name", AS_RUN)
+def test_two_processes_retrain_as_run_does(spread: Path, name: str) -> None:
+    """With frozen reads, and an anchor that looks at the base model in the middle of a step."""
+    model, subspace, anchor = with_reads_and_anchor()
+    gk.replace_lora_layers(model, subspace)
+    expected = train(model, batches(), penalty=partial(anchor.loss, base=model))
+    found = result(spread, name)
+    assert found["losses"] == pytest.approx(expected, rel=1e-5)
+    assert found["leakage"] <= 1e-6
+    assert found["stock"] == ["adapters are disabled"]
+    assert found["free"] == []
+    saved = load_file(spread / name / WEIGHTS)
+    for key, value in model.state_dict().items():
+        if ".lora_A." in key:
+            torch.testing.assert_close(saved[key.replace(".default", "")], value, rtol=0, atol=1e-6)
 
 
 def test_layers_that_are_units_of_their_own_stay_with_peft(spread: Path) -> None:

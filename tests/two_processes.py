@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 import grasp_kernels as gk
 from grasp_kernels.layers import factors, projected
 from grasp_kernels.ops.closure import api as closure
-from grasp_kernels.sites import model_gains, model_sites
+from grasp_kernels.sites import adapted_layers, model_gains, model_sites
 from grasp_kernels.testing import orthonormal
 
 STEPS = 6
@@ -60,19 +60,40 @@ def model_and_subspace() -> tuple[Any, gk.Subspace]:
     return model, gk.Subspace.from_stream(directions, sites, gains=gains, side="both")
 
 
+def with_reads_and_anchor() -> tuple[Any, gk.Subspace, gk.OwnTextAnchor]:
+    """As `run` retrains: an adapter whose A reads along given rows, B from zero, and the anchor."""
+    model, subspace = model_and_subspace()
+    generator = torch.Generator().manual_seed(11)
+    rows = {}
+    for name, layer in adapted_layers(model):
+        A, B = (factor["default"].weight for factor in (layer.lora_A, layer.lora_B))
+        B.data.zero_()
+        rows[name] = torch.randn(A.shape, generator=generator)
+    gk.ContrastiveReads(rows, {name: row[:, 0].abs() for name, row in rows.items()}).apply(model)
+    documents = torch.randint(0, 64, (8, 9), generator=generator)
+    counted = torch.rand(documents.shape, generator=generator) < 0.8
+    return model, subspace, gk.OwnTextAnchor(documents, counted, batch_size=3)
+
+
 def train(
-    model: Any, ids: Tensor, sync: Callable[[], Any] | None = None, parts: int = 1
+    model: Any,
+    ids: Tensor,
+    sync: Callable[[], Any] | None = None,
+    parts: int = 1,
+    penalty: Callable[[Any, int], Tensor] | None = None,
 ) -> list[float]:
     """The losses of AdamW steps on `ids[steps, batch, length]`, each in so many parts."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
     losses = []
-    for batch in ids:
+    for step, batch in enumerate(ids):
         optimizer.zero_grad()
         total = 0.0
         for i, part in enumerate(batch.chunk(parts)):
             with sync() if sync is not None and i + 1 < parts else nullcontext():
                 loss = model(input_ids=part, labels=part).loss / parts
+                if penalty is not None:
+                    loss = loss + penalty(model, step)
                 loss.backward()
             total += loss.item()
         optimizer.step()
@@ -169,6 +190,19 @@ def _two_forwards_of_ddp(ids: Tensor, folder: Path) -> Any:
     return _observed(wrapped, [float(sum(halves))], folder, model.state_dict())
 
 
+def _as_run_retrains(
+    ids: Tensor, folder: Path, spread: Callable[[Any], Any] = DistributedDataParallel
+) -> Any:
+    """Frozen A, a second forward for the anchor, and in it one with the adapters off."""
+    model, subspace, anchor = with_reads_and_anchor()
+    _replaced(model, subspace)
+    wrapped = spread(model)
+    losses = train(wrapped, ids, penalty=partial(anchor.loss, base=model))
+    result = _observed(wrapped, losses, folder, _weights(wrapped))
+    free = [name for name, p in model.named_parameters() if p.requires_grad and "lora_A" in name]
+    return {**result, "free": free}
+
+
 def _accelerate(ids: Tensor, folder: Path) -> Any:
     from accelerate import Accelerator
 
@@ -223,8 +257,7 @@ def _fsdp2(
         report = _replaced(model, subspace)
         model = shard(model)
     losses = train(model, ids)
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    result = _observed(model, losses, folder, get_model_state_dict(model, options=options))
+    result = _observed(model, losses, folder, _weights(model))
     kinds = sorted({type(p).__name__ for p in model.parameters()})
     return {**result, "fallbacks": report.fallbacks, "parameters": kinds}
 
@@ -237,8 +270,7 @@ def _fsdp2_afterwards(ids: Tensor, folder: Path) -> Any:
     losses = train(model, ids[:2])
     checkpoint.save({"model": model.state_dict()}, checkpoint_id=folder / "pytorch_model_fsdp_0")
     identified = gk.identify(model, k=1, side="both")
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    result = _observed(model, losses, folder, get_model_state_dict(model, options=options))
+    result = _observed(model, losses, folder, _weights(model))
     padded = _refused(lambda: gk.replace_lora_layers(model, subspace, pad_weights=True))
     gk.restore_lora_layers(model)
     if dist.get_rank() == 0:
@@ -271,22 +303,38 @@ def _shard_leaves(model: Any) -> Any:
     return _shard(model)
 
 
-def _fsdp1(ids: Tensor, folder: Path) -> Any:
-    from torch.distributed.fsdp import FullStateDictConfig, StateDictType
-    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+def _wrap(model: Any) -> Any:
+    """As `accelerate` wraps under FSDP1."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-    model, subspace = model_and_subspace()
-    _replaced(model, subspace)
     blocks = ModuleWrapPolicy({type(model.get_base_model().model.layers[0])})
-    wrapped = FSDP(
+    return FullyShardedDataParallel(
         model, use_orig_params=True, auto_wrap_policy=blocks, device_id=torch.device("cpu")
     )
+
+
+def _weights(wrapped: Any) -> dict[str, Tensor]:
+    """Whole weights, of FSDP1 on rank 0 alone; without the wrapper's name before theirs."""
+    from torch.distributed.fsdp import FullStateDictConfig, StateDictType
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+    if isinstance(wrapped, FSDP):
+        whole = FullStateDictConfig(rank0_only=True)
+        with FSDP.state_dict_type(wrapped, StateDictType.FULL_STATE_DICT, whole):
+            return wrapped.state_dict()
+    if isinstance(wrapped, DistributedDataParallel):
+        return wrapped.module.state_dict()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(wrapped, options=options)
+
+
+def _fsdp1(ids: Tensor, folder: Path) -> Any:
+    model, subspace = model_and_subspace()
+    _replaced(model, subspace)
+    wrapped = _wrap(model)
     losses = train(wrapped, ids)
-    whole_on_rank_0 = FullStateDictConfig(rank0_only=True)
-    with FSDP.state_dict_type(wrapped, StateDictType.FULL_STATE_DICT, whole_on_rank_0):
-        weights = wrapped.state_dict()
-    result = _observed(wrapped, losses, folder, weights)
+    result = _observed(wrapped, losses, folder, _weights(wrapped))
     refused = {
         "replace": _refused(lambda: gk.replace_lora_layers(wrapped, subspace)),
         "restore": _refused(lambda: gk.restore_lora_layers(wrapped)),
@@ -312,6 +360,9 @@ SCENARIOS: dict[str, Callable[[Tensor, Path], Any]] = {
     "ddp_unused": partial(_ddp, find_unused_parameters=True),
     "ddp_two_forwards": _two_forwards_of_ddp,
     "accelerate": _accelerate,
+    "ddp_as_run": _as_run_retrains,
+    "fsdp2_as_run": partial(_as_run_retrains, spread=_shard),
+    "fsdp1_as_run": partial(_as_run_retrains, spread=_wrap),
     "fsdp2": _fsdp2,
     "fsdp2_replaced_later": partial(_fsdp2, replaced_later=True),
     "fsdp2_accelerate": partial(_fsdp2, shard=_sharded_by_accelerate),

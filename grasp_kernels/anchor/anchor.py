@@ -127,8 +127,8 @@ class OwnTextAnchor:
         chosen = torch.randint(len(self.documents), (self.batch_size,), generator=draw)
         device = base.get_input_embeddings().weight.device
         ids, counted = self.documents[chosen].to(device), self.counted[chosen].to(device)
-        with frozen_base(base) as frozen:
-            wanted = frozen(input_ids=ids, use_cache=False).logits[counted]
+        with frozen_base(base):  # through the wrapper, without which FSDP gathers no weights
+            wanted = model(input_ids=ids, use_cache=False).logits[counted]
         found = model(input_ids=ids, use_cache=False).logits[counted]
         wanted, found = (rows.float().log_softmax(dim=-1) for rows in (wanted, found))  # [n, V]
         divergence = (wanted.exp() * (wanted - found)).sum(dim=-1)
@@ -199,11 +199,12 @@ class _Attached:
         return (loss + term, outputs) if return_outputs else loss + term
 
     def _draw(self) -> int:
-        """A number of its own for every forward pass of the training, the same after a resume."""
-        steps = self.trainer.state.global_step
+        """A number of its own for every forward pass of every process, the same after a resume."""
+        args, steps = self.trainer.args, self.trainer.state.global_step
         self.draws = self.draws + 1 if steps == self.step else 0
         self.step = steps
-        return steps * self.trainer.args.gradient_accumulation_steps + self.draws
+        passes = steps * args.gradient_accumulation_steps + self.draws
+        return passes * args.world_size + args.process_index
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
         if "loss" in logs and self.terms:
