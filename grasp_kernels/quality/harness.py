@@ -149,15 +149,19 @@ def choose(method: Method, rows: Iterable[Row], naive_task: float) -> Strength:
     return best(means, naive_task)
 
 
-def best(means: Mapping[Key, tuple[float, float]], naive_task: float) -> Key:
+def best(
+    means: Mapping[Key, tuple[float, float]],
+    naive_task: float,
+    tolerance: float = TASK_TOLERANCE,
+) -> Key:
     """The key of the least drift among those that keep the task, else that of the most task.
 
     Args:
         means: key -> task and drift. Of equals the first wins.
+        tolerance: what the task may lack of the naive fine-tune's.
     """
-    kept = {
-        key: drift for key, (task, drift) in means.items() if task >= naive_task - TASK_TOLERANCE
-    }
+    least = naive_task - tolerance
+    kept = {key: drift for key, (task, drift) in means.items() if task >= least}
     if kept:
         return min(kept, key=lambda key: kept[key])
     return max(means, key=lambda key: means[key][0])

@@ -14,6 +14,9 @@ from grasp_kernels.quality.methods import METHODS, Method
 from grasp_kernels.quality.statistics import estimate, paired
 
 OURS = "run"
+# Twice what strengths are tuned with: with 0.01, KL on own text would be out on `slant` by .004, and
+# the best of what remains has twenty times its drift.
+_TOLERANCE = 0.02
 _SOME_DRIFT = 0.05  # naive; with less there is nothing that a method could have taken away
 _SCORES = (
     ("task", "task ↑"),
@@ -24,7 +27,7 @@ _SCORES = (
 )
 _LEGEND = """\
 What `grasp-kernels run` does, beside the best of what others do: the least drift among methods
-whose task is at most 0.01 below the naive fine-tune's, chosen on the very seeds that are reported.
+whose task is at most 0.02 below the naive fine-tune's, chosen on the very seeds that are reported.
 "With more" also sees benign answers to other prompts. The projection alone is GRASP as published;
 with directions from labels it is the upper bound of what projecting directions can do. Means over
 seeds; Δ are differences within seeds, with 95 % t intervals."""
@@ -85,7 +88,7 @@ def _best(groups: Groups, belongs: Callable[[Method], bool]) -> _Key | None:
         compared = [_difference(rows, groups["naive", None], part) for part in ("task", "drift")]
         if compared[0] is not None and compared[1] is not None:
             differences[key] = (compared[0].mean, compared[1].mean)
-    return best(differences, 0.0) if differences else None
+    return best(differences, 0.0, _TOLERANCE) if differences else None
 
 
 def _cells(what: str, key: _Key, groups: Groups, others: _Key | None) -> list[str]:
