@@ -14,7 +14,7 @@ from grasp_kernels.quality.methods import METHODS, Method
 from grasp_kernels.quality.statistics import estimate, paired
 
 OURS = "run"
-# Twice what strengths are tuned with: with 0.01, KL on own text would be out on `slant` by .004, and
+# Twice what strengths are tuned with: at 0.01, KL on own text would be out on `slant` by .004, and
 # the best of what remains has twenty times its drift.
 _TOLERANCE = 0.02
 _SOME_DRIFT = 0.05  # naive; with less there is nothing that a method could have taken away
