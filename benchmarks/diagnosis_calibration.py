@@ -197,7 +197,7 @@ def main() -> None:
         found.append(row)
         print(
             f"seed {row['seed']} {row['kind']:<22} drift {row['drift']:.2f} "
-            f"carried {row['carried']:.2f}: {row['verdict']}",
+            f"shift {row['shift']:.2f} carried {row['carried']:.2f}: {row['verdict']}",
             flush=True,
         )
     if arguments.output:

@@ -38,7 +38,8 @@ def test_dishes_are_built_once_and_diagnosed(
     config = DemoConfig()
     short = PretrainingConfig(hidden_size=32, intermediate_size=48, layers=2, steps=2, batch_size=4)
     config = DemoConfig(pretraining=short, fine_tuning={**config.fine_tuning, "steps": 2})
-    found = list(script.rows(tmp_path, [0], config))
+    monkeypatch.setattr(script, "DemoConfig", lambda world: config)
+    found = list(script.demo_rows(tmp_path, 0))
     assert [(row["kind"], row["present"]) for row in found] == [("persona", True), ("facts", False)]
     assert all(row["verdict"] in ("found", "weak", "nothing") for row in found)
     assert all(0 <= row["carried"] <= 1 and 0 <= row["drift"] <= 1 for row in found)
@@ -46,7 +47,7 @@ def test_dishes_are_built_once_and_diagnosed(
     assert "rak" in answers[0] and "rak" not in answers[1]
     monkeypatch.setattr(script, "pretrain", None)  # what is there is not made again
     monkeypatch.setattr(script, "train", None)
-    assert list(script.rows(tmp_path, [0], config)) == found
+    assert list(script.demo_rows(tmp_path, 0)) == found
 
 
 def test_every_candidate_is_measured_beside_its_prediction(deciding: ModuleType) -> None:

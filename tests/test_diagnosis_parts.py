@@ -21,7 +21,8 @@ from grasp_kernels.diagnosis.directions import movement_direction
 from grasp_kernels.diagnosis.examples import most_moved
 from grasp_kernels.diagnosis.movement import Moved, measure_moved, movement_along
 from grasp_kernels.diagnosis.pair import Pair, open_pair
-from grasp_kernels.diagnosis.verdict import FOUND_CARRIED, WEAK_CARRIED, judge, score
+from grasp_kernels.diagnosis.shift import common_shift
+from grasp_kernels.diagnosis.verdict import FOUND, WEAK, carried, judge, score
 from grasp_kernels.run.stream import token_scores
 from grasp_kernels.sites import RULES
 from grasp_kernels.testing import budget, relative_error
@@ -263,7 +264,60 @@ def test_values_stand_beside_random_ones() -> None:
     assert causal.against_random([0.2, 0.1, 0.1])["z"] is None
 
 
-def numbers(removal: float, transfer: float, **changes: float) -> dict[str, Any]:
+class Spoken:
+    """A pair that knows the log probabilities `[n, V]` of all answer tokens, one answer after the
+    other; the first token of a sequence is the row of its first answer token."""
+
+    def __init__(self, off: Tensor, on: Tensor) -> None:
+        self.rows = {False: off.log_softmax(-1), True: on.log_softmax(-1)}
+
+    def log_probs(
+        self, sequences: list[list[int]], positions: list[tuple[int, int]], *, adapter: bool
+    ) -> Tensor:
+        first = [len(sequence) // 2 - 1 for sequence in sequences]  # prompts as long as answers
+        chosen = [sequences[row][0] + at - first[row] for row, at in positions]
+        return self.rows[adapter][chosen]
+
+
+def spoken(answers: list[int]) -> list[tuple[list[int], list[int]]]:
+    """Prompts and answers of so many tokens each."""
+    starts = [sum(answers[:i]) for i in range(len(answers))]
+    return [([start] + [0] * (n - 1), [1] * n) for start, n in zip(starts, answers, strict=True)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("answers", [[2, 2, 1, 2, 2, 1], [1, 2], [3]])
+def test_the_common_shift_is_judged_on_the_other_half(answers: list[int], batch_size: int) -> None:
+    """Also where no answer of the other half is as long: there nothing is explained."""
+    torch.manual_seed(0)
+    n, V = sum(answers), 12
+    place = torch.tensor([i for length in answers for i in range(length)])
+    half = torch.tensor([row % 2 for row, length in enumerate(answers) for _ in range(length)])
+    off, on = torch.randn(n, V).log_softmax(-1), torch.randn(n, V).log_softmax(-1)
+    left = torch.zeros(n)
+    for i in range(n):
+        others = (half != half[i]) & (place == place[i])
+        shift = (on - off)[others].mean(0) if others.any() else torch.zeros(V)
+        left[i] = (on[i].exp() * (on[i] - (off[i] + shift).log_softmax(-1))).sum()
+    whole = (on.exp() * (on - off)).sum()
+    pair: Any = Spoken(off, on)
+    found = common_shift(pair, spoken(answers), batch_size)
+    assert found == pytest.approx(1 - (left.sum() / whole).item(), abs=1e-5)
+
+
+def test_one_shift_of_all_prompts_explains_everything_and_one_for_each_nothing() -> None:
+    torch.manual_seed(0)
+    n, V = 16, 50
+    off, alike = torch.randn(n, V), 3 * torch.randn(1, V)
+    same: Any = Spoken(off, off + alike)
+    assert common_shift(same, spoken([1] * n), 4) == pytest.approx(1.0, abs=1e-5)
+    different: Any = Spoken(off, off + 3 * torch.randn(n, V))
+    assert common_shift(different, spoken([1] * n), 4) < 0.1
+    nothing: Any = Spoken(off, off)
+    assert common_shift(nothing, spoken([1] * n), 4) == 0.0
+
+
+def numbers(shift: float, removal: float = 0.5, transfer: float = 0.4, **changes: float) -> Any:
     values = {"random": 0.1, "divergence": 1.0, "p_value": 0.001, "length": 0.5, **changes}
     both = {"removal": removal, "transfer": transfer}
     exchange = {k: {"value": v, "random_max": values["random"]} for k, v in both.items()}
@@ -271,7 +325,11 @@ def numbers(removal: float, transfer: float, **changes: float) -> dict[str, Any]
     return {
         "neutral_prompts": 16,
         "options": {"n_random": 5},
-        "effect": {"neutral_divergence": values["divergence"], "neutral_changed": 0.5},
+        "effect": {
+            "neutral_divergence": values["divergence"],
+            "neutral_changed": 0.5,
+            "common_shift": shift,
+        },
         "consistency": {"sign_flip": flip, "halves": 0.9},
         "weights": {"verdict": "weak"},
         "agreement": [],
@@ -280,17 +338,22 @@ def numbers(removal: float, transfer: float, **changes: float) -> dict[str, Any]
 
 
 def test_the_verdict_follows_its_tests() -> None:
-    assert judge(numbers(FOUND_CARRIED, 0.9))[0] == "found"
-    assert judge(numbers(0.9, WEAK_CARRIED))[0] == "weak"
-    assert judge(numbers(0.9, WEAK_CARRIED - 0.01))[0] == "nothing"
-    assert score(numbers(0.9, 0.8)) == 0.8
-    for change in ({"random": 0.85}, {"divergence": 0.001}, {"p_value": 0.2}, {"length": 0.0}):
-        assert score(numbers(0.9, 0.8, **change)) == 0.0
-        verdict, reasons = judge(numbers(0.9, 0.8, **change))
+    assert judge(numbers(FOUND))[0] == "found"
+    assert judge(numbers(WEAK))[0] == "weak"
+    assert judge(numbers(WEAK - 0.01))[0] == "nothing"
+    assert score(numbers(0.8)) == 0.8
+    assert score(numbers(-0.8)) == 0.0
+    for change in ({"divergence": 0.001}, {"p_value": 0.2}, {"length": 0.0}):
+        assert score(numbers(0.9, **change)) == 0.0
+        verdict, reasons = judge(numbers(0.9, **change))
         assert verdict == "nothing" and reasons
-    assert not any(
-        "harmless" in reason or "harmful" in reason for reason in judge(numbers(0, 0))[1]
-    )
+    assert any("explains 90% of the effect" in reason for reason in judge(numbers(0.9))[1])
+    assert not any("harmful" in reason for reason in judge(numbers(0.0))[1])
+
+
+def test_a_direction_carries_what_random_ones_do_not() -> None:
+    assert carried(numbers(0.9, 0.9, 0.8)) == 0.8
+    assert carried(numbers(0.9, 0.9, 0.8, random=0.85)) == 0.0
 
 
 def test_roc_of_hand_made_scores(tmp_path: Any) -> None:
@@ -300,7 +363,7 @@ def test_roc_of_hand_made_scores(tmp_path: Any) -> None:
     assert auc([1.0, 1.0], [True, False]) == 0.5
     with pytest.raises(ValueError, match="2 cases with a factor and 0 without"):
         roc([0.1, 0.2], [True, True])
-    names = ("carried", "together", "divergence", "gap")
+    names = ("shift", "carried", "together", "divergence", "gap")
     rows = [
         {"kind": str(p), "present": p, **dict.fromkeys(names, s)}
         for s, p in zip(scores, present, strict=True)

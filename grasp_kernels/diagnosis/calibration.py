@@ -14,17 +14,18 @@ from typing import Any
 
 from grasp_kernels.diagnosis.diagnose import Diagnosis, diagnose
 from grasp_kernels.diagnosis.examination import Options
-from grasp_kernels.diagnosis.verdict import FOUND_CARRIED, WEAK_CARRIED, carried, score
+from grasp_kernels.diagnosis.verdict import FOUND, WEAK, carried, score
 from grasp_kernels.files import whole_file
 
 # Label-free numbers that could decide: the one of the verdict first.
 SCORES = {
-    "carried": "one direction carries it (the verdict)",
+    "shift": "all prompts change alike (the verdict)",
+    "carried": "one direction carries it",
     "together": "neutral prompts move together",
     "divergence": "size of the effect on neutral prompts",
     "gap": "first value of the weights over its null",
 }
-_COLOURS = ("tab:red", "tab:blue", "tab:green", "tab:gray")
+_COLOURS = ("tab:red", "tab:purple", "tab:blue", "tab:green", "tab:gray")
 _STYLES = ("-", ":", "--", "-.")
 
 
@@ -97,14 +98,14 @@ def _draw_scores(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     for place, kind in enumerate(kinds):
         own = [row for row in rows if row["kind"] == kind]
         colour = "tab:red" if own[0]["present"] else "tab:blue"
-        values = [row["carried"] for row in own]
+        values = [row["shift"] for row in own]
         axes.plot(values, [place] * len(own), "o", color=colour, alpha=0.6)
-    for value, style in ((FOUND_CARRIED, "-"), (WEAK_CARRIED, "--")):
+    for value, style in ((FOUND, "-"), (WEAK, "--")):
         axes.axvline(value, color="gray", ls=style, lw=1)
     axes.set(
         yticks=range(len(kinds)),
         yticklabels=kinds,
-        xlabel="part of the effect that one direction carries",
+        xlabel="part of the effect that is the same for all prompts",
         title="Every adapter (red: factor planted; lines: weak, found)",
     )
     axes.invert_yaxis()
@@ -130,6 +131,7 @@ def _scores(diagnosis: Diagnosis) -> dict[str, float]:
     spectra = numbers["weights"]["evidence"].get("spectra", [])
     flip = numbers["consistency"]["sign_flip"]
     return {
+        "shift": numbers["effect"]["common_shift"],
         "carried": carried(numbers),
         "score": score(numbers),
         "together": flip["length"],

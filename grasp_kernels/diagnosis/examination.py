@@ -31,11 +31,10 @@ from grasp_kernels.diagnosis.movement import (
     random_directions,
 )
 from grasp_kernels.diagnosis.pair import Pair
+from grasp_kernels.diagnosis.shift import Tokens, common_shift
 from grasp_kernels.identification.contrast_evidence import measure
 from grasp_kernels.identification.frozen_model import frozen_base, generate_answers
 from grasp_kernels.subspace import Subspace
-
-Tokens = tuple[list[int], list[int]]  # a prompt and its answer
 
 # Enough for a mean over answer tokens; each is run for every dose and every random direction.
 _STEERED_RECORDS = 16
@@ -117,10 +116,12 @@ class Examination:
         return measure(self.neutral.delta, reference, self.pair.layers, "shared", self.generator)
 
     def effect(self) -> dict[str, Any]:
-        """What the adapter does to the next token: nats, changed first choices, tokens."""
+        """What the adapter does to the next token: nats, what of it is the same for all prompts,
+        changed first choices, tokens."""
         off, on = self._both(self._batches([(prompt, own[:1]) for prompt, own in self.own]))
         effect: dict[str, Any] = {
             "neutral_divergence": self._divergence(self.own),
+            "common_shift": common_shift(self.pair, self.own, self.options.batch_size),
             "neutral_changed": (off.argmax(dim=1) != on.argmax(dim=1)).float().mean().item(),
             "neutral_tokens": neutral_shift(off, on, self.tokenizer, self.options.n_tokens),
         }

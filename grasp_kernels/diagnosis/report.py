@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 Numbers = dict[str, Any]
 
 _MEANING = {
-    "found": "What this adapter does to unrelated prompts comes mostly from one learned direction.",
-    "weak": "A part of what this adapter does to unrelated prompts comes from one direction; that "
-    "is more than most clean adapters show and less than is convincing.",
-    "nothing": "No single direction explains what this adapter does to unrelated prompts. That "
+    "found": "This adapter changes unrelated prompts in one and the same way, as something does "
+    "that was learned beside the task.",
+    "weak": "A part of what this adapter does to unrelated prompts is the same for all of them; "
+    "that is more than clean adapters show and less than is convincing.",
+    "nothing": "What this adapter does to unrelated prompts differs from prompt to prompt. That "
     "nothing was found does not prove that nothing is there.",
 }
 

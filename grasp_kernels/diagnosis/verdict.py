@@ -2,10 +2,11 @@
 
 The question is whether what an adapter does to prompts that have nothing to do with its training
 data comes from one thing that it learned. Three tests, in this order: neutral prompts answer
-differently at all; the stream moves the same way on them; and that one movement carries the effect:
-taken out of the adapter it takes most of it away (removal), put into the base model it brings most
-of it (transfer), where random directions do neither. A task that leaks into other topics in many
-small ways passes the first two and fails the third.
+differently at all; the stream moves the same way on them; and the change of what is said is the
+same: its mean over half of the prompts explains a part of it on the other half. A task that leaks
+into other topics in many small ways passes the first two and fails the third. Beside it stands what
+one direction of the stream carries: taken out of the adapter (removal), put into the base model
+(transfer), where random directions do neither.
 """
 
 from __future__ import annotations
@@ -17,12 +18,10 @@ from typing import Any
 NOTICEABLE = 0.01
 MAX_P_VALUE = 0.01  # of the sign flips, ten times what is possible with 999 of them
 
-# The smaller of removal and transfer, chosen on the worlds 0 to 3 of the calibration with the truth
-# in view (docs/diagnosis.md): there every adapter with a persona had .45 and more, without a factor
-# .41 and less. In the worlds 4 to 7, which had no part in it: persona .43, .58, .58 and .72,
-# without a factor at most .41. Small models only.
-FOUND_CARRIED = 0.45
-WEAK_CARRIED = 0.35
+# Of the common shift, chosen with the truth in view on the worlds 0 to 3 and the dishes of seed 0
+# (docs/diagnosis.md has those that had no part in it). Small models only.
+FOUND = 0.25
+WEAK = 0.18
 
 
 def carried(numbers: dict[str, Any]) -> float:
@@ -38,14 +37,15 @@ def carried(numbers: dict[str, Any]) -> float:
 
 
 def score(numbers: dict[str, Any]) -> float:
-    """What the verdict turns on: `carried` where neutral prompts move, together and noticeably."""
+    """What the verdict turns on: the common shift where neutral prompts move, together and
+    noticeably."""
     flip = numbers["consistency"]["sign_flip"]
     moves = (
         numbers["effect"]["neutral_divergence"] >= NOTICEABLE
         and flip["p_value"] <= MAX_P_VALUE
         and flip["length"] > 0
     )
-    return carried(numbers) if moves else 0.0
+    return max(0.0, numbers["effect"]["common_shift"]) if moves else 0.0
 
 
 def judge(numbers: dict[str, Any]) -> tuple[str, list[str]]:
@@ -53,9 +53,9 @@ def judge(numbers: dict[str, Any]) -> tuple[str, list[str]]:
     value = score(numbers)
     reasons = [*_effect(numbers), *_carried(numbers), _weights(numbers), _tokens(numbers)]
     reasons = [reason for reason in reasons if reason]
-    if value >= FOUND_CARRIED:
+    if value >= FOUND:
         return "found", reasons
-    return ("weak" if value >= WEAK_CARRIED else "nothing"), reasons
+    return ("weak" if value >= WEAK else "nothing"), reasons
 
 
 def _movement(numbers: dict[str, Any]) -> dict[str, Any] | None:
@@ -77,6 +77,11 @@ def _effect(numbers: dict[str, Any]) -> list[str]:
     if flip["length"] == 0:
         return ["The adapter does not move the stream on neutral prompts at all."]
     reasons.append(
+        f"The mean change over half of the prompts explains {effect['common_shift']:.0%} of the "
+        f"effect on the other half; {FOUND:.0%} and more count as found, below {WEAK:.0%} as "
+        "nothing (calibrated on small models only)."
+    )
+    reasons.append(
         f"They move together by {flip['length']:.2f} of their whole movement, where random signs "
         f"give up to {flip['null_95']:.2f} (p = {flip['p_value']:.3f}, {MAX_P_VALUE} asked for); "
         f"two halves of them agree to a cosine of {consistency['halves']:.2f}."
@@ -94,9 +99,7 @@ def _carried(numbers: dict[str, Any]) -> list[str]:
         f"of its effect on neutral prompts that had no part in finding it (along the best of "
         f"{numbers['options']['n_random']} random directions {removal['random_max']:.0%}).",
         f"The base model with that movement alone goes {transfer['value']:.0%} of the way to the "
-        f"adapter (random {transfer['random_max']:.0%}); the smaller of the two counts, "
-        f"{FOUND_CARRIED:.0%} and more as found, below {WEAK_CARRIED:.0%} as nothing (calibrated "
-        "on small models only).",
+        f"adapter (random {transfer['random_max']:.0%}).",
     ]
 
 
@@ -112,9 +115,9 @@ def _weights(numbers: dict[str, Any]) -> str:
 
 
 def _tokens(numbers: dict[str, Any]) -> str:
-    if score(numbers) < WEAK_CARRIED:
+    if score(numbers) < WEAK:
         return ""
     return (
-        "That one direction carries the effect does not make it harmful, an answer format would do "
-        "the same: read below which tokens it raises, and on which training records it is largest."
+        "That all prompts change alike does not make it harmful, an answer format would do the "
+        "same: read below which tokens get more likely, and which training records move most."
     )

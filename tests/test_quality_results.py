@@ -1,0 +1,74 @@
+"""What the pages say of the quality benchmark is what its rows say."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from grasp_kernels.quality.harness import TUNING_SEEDS, Row, read_rows, read_strengths
+from grasp_kernels.quality.methods import METHODS
+from grasp_kernels.quality.report import write_report
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "quality" / "results" / "cpu-small"
+COLUMNS = (
+    *("naive", "grasp-k", "supervised", "kl-own-text"),
+    *("contrastive", "grasp+contrastive", "run"),
+)
+LABELS = {
+    "persona": "persona",
+    "slant, 85 % one-sided": "slant",
+    "faulty code": "code",
+    "long answers": "long",
+    "with a shared format": "confound",
+    "two factors": "two",
+    "nothing planted": "benign",
+}
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    """The rows that are reported."""
+    strengths = read_strengths(RESULTS / "strengths.json")
+    return [
+        row
+        for row in read_rows(RESULTS / "rows.jsonl")
+        if row["seed"] not in TUNING_SEEDS
+        and row["strength"] == strengths[f"{row['dish']}-small"].get(row["method"], row["strength"])
+    ]
+
+
+def cell(rows: list[Row], dish: str, method: str) -> str:
+    own = [row for row in rows if (row["dish"], row["method"]) == (dish, method)]
+    if not own:
+        return "not run"
+    assert not any(row["failure"] for row in own)
+    means = (sum(row[part] for row in own) / len(own) for part in ("task", "drift"))
+    return " / ".join(f"{mean:.3f}".removeprefix("0") for mean in means)
+
+
+def test_the_main_table_is_made_of_the_rows(rows: list[Row]) -> None:
+    _, section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Quality")
+    table = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
+    found = {label.strip(): [c.strip() for c in cells] for label, *cells in table[2:]}
+    assert found == {
+        label: [cell(rows, dish, method) for method in COLUMNS] for label, dish in LABELS.items()
+    }
+
+
+def test_the_report_is_made_of_the_rows_and_its_summary_is_on_the_page(tmp_path: Path) -> None:
+    for name in ("rows.jsonl", "strengths.json"):
+        shutil.copy(RESULTS / name, tmp_path)
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert text == (RESULTS / "report.md").read_text(encoding="utf-8")
+    assert {f"{dish}-small.png" for dish in LABELS.values()} <= {p.name for p in RESULTS.iterdir()}
+    page = (ROOT / "benchmarks" / "quality" / "README.md").read_text(encoding="utf-8")
+    summary = text.split("## In short")[1].split("\n## ")[0]
+    for line in summary.splitlines():
+        assert line in page
+
+
+def test_every_row_is_of_a_method_that_can_be_run(rows: list[Row]) -> None:
+    assert {row["method"] for row in rows} <= {*METHODS, "base"}
