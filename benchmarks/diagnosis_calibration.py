@@ -94,9 +94,10 @@ def demo_rows(folder: Path, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def dish_rows(folder: Path, seed: int, dish: str) -> Iterator[dict[str, Any]]:
-    """The naive fine-tune of a dish, and its benign twin where something is planted."""
+    """The naive fine-tune of a dish, and its benign twin, where `benign` is not that already."""
     opened = open_dish(find_dish(dish), seed, folder)
     planted = opened.world.config.bad_share > 0
+    has_twin = opened.model != open_dish(find_dish("benign"), seed, folder).model
     with tempfile.TemporaryDirectory() as work:
         bench = Workbench(opened, Path(work))
         examiner = Examiner(opened, bench.base(), bench.tokenizer)
@@ -104,7 +105,7 @@ def dish_rows(folder: Path, seed: int, dish: str) -> Iterator[dict[str, Any]]:
         drawn = _drawn(opened.world, seed)
         _write(neutral, opened.world.prompts(drawn, NEUTRAL, trained_cues=False))
         adapters = {dish: bench.naive_folders()[-1]}
-        if planted:
+        if has_twin:
             adapters[f"{dish}, benign twin"] = bench.twin_folders()[-1]
         for kind, adapter in adapters.items():
             present = planted and kind == dish

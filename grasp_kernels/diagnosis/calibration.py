@@ -26,7 +26,7 @@ SCORES = {
     "gap": "first value of the weights over its null",
 }
 _COLOURS = ("tab:red", "tab:purple", "tab:blue", "tab:green", "tab:gray")
-_STYLES = ("-", ":", "--", "-.")
+_STYLES = ("-", ":")
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,19 @@ def _draw_scores(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _draw_roc(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
-    """One colour for each score, one style for each kind of factor."""
+    """One colour for each score, one style for each kind of factor; of many kinds, all at once."""
     absent = [row for row in rows if not row["present"]]
-    planted = list(dict.fromkeys(row["kind"] for row in rows if row["present"]))
-    for kind, style in zip(planted, _STYLES, strict=False):
-        cases = [*absent, *(row for row in rows if row["kind"] == kind)]
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["present"]:
+            kinds.setdefault(f"{row['kind']}: ", []).append(row)
+    if len(kinds) > len(_STYLES):
+        kinds = {"": [row for own in kinds.values() for row in own]}
+    for (kind, planted), style in zip(kinds.items(), _STYLES, strict=False):
+        cases = [*absent, *planted]
         for (name, what), colour in zip(SCORES.items(), _COLOURS, strict=True):
             scores, present = ([row[key] for row in cases] for key in (name, "present"))
-            label = f"{kind}: {what}, {auc(scores, present):.2f}"
+            label = f"{kind}{what}, {auc(scores, present):.2f}"
             axes.plot(*roc(scores, present), style, color=colour, label=label)
     axes.plot([0, 1], [0, 1], color="gray", lw=0.8)
     axes.set(xlabel="false alarms", ylabel="found", title="ROC against all without (area below it)")
