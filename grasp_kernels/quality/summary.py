@@ -98,8 +98,10 @@ def _cells(what: str, key: _Key, groups: Groups, others: _Key | None) -> list[st
     cells += [f"{estimate([row[part] for row in rows]).mean:.3f}" for part, _ in _SCORES]
     cells.append(_times_less(rows, naive))
     cells.append("" if name == "naive" else _signed(_difference(rows, naive, "task")))
-    compared = others is not None and key != others
-    cells.append(_signed(_difference(rows, groups[others], "drift")) if compared else "")
+    if others is None or key == others:
+        cells.append("")
+    else:
+        cells.append(_signed(_difference(rows, groups[others], "drift")))
     return cells
 
 
