@@ -16,8 +16,8 @@ def add_inspect(commands: Any, common: argparse.ArgumentParser) -> None:
         description="Adapter: rank, scaling, norm and leading singular values of every layer. "
         "Subspace: how it was found and how sure that is. With --base-model the adapter runs "
         "beside its base model: whether unrelated prompts all change alike, what its directions "
-        "promote, what steering and removal do, and a verdict. Of several adapters (checkpoints of a run, seeds) "
-        "the last is looked at, and all are evidence.",
+        "promote, what steering and removal do, and a verdict. Of several adapters (checkpoints of "
+        "a run, seeds) the last is looked at, and all are evidence.",
     )
     parser.add_argument("paths", nargs="+", metavar="ADAPTER_OR_SUBSPACE")
     parser.add_argument("--plot", metavar="PNG", help="also draw it into this file")
