@@ -199,6 +199,43 @@ def test_a_trainer_adds_it_and_logs_it(tmp_path: Path, accumulation: int) -> Non
     assert first["loss"] - first["anchor"] == pytest.approx(plain[0]["loss"], abs=2e-4)
 
 
+def test_a_step_of_fewer_batches_than_the_accumulation_weighs_it_as_any_other(
+    tmp_path: Path,
+) -> None:
+    """All data are two batches, where eight are asked for."""
+    found = []
+    for strength in (None, 1.0):
+        made = trainer(tiny_peft_model(), tmp_path, accumulation=8)
+        made.train_dataset = examples()[:8]
+        if strength is not None:
+            anchor(strength=strength).attach(made)
+        made.train()
+        found.append(next(e for e in made.state.log_history if "loss" in e))
+    plain, anchored = found
+    assert anchored["anchor"] > 1e-4
+    assert anchored["loss"] - anchored["anchor"] == pytest.approx(plain["loss"], abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("told", "counted", "expected"),
+    [(None, None, False), (None, 5, True), (True, None, True), (False, 5, False)],
+)
+def test_the_trainer_says_whether_losses_are_parts_of_a_step(
+    tmp_path: Path, told: bool | None, counted: int | None, expected: bool
+) -> None:
+    made = trainer(tiny_peft_model(), tmp_path, accumulation=4)
+    made.loss_is_scaled_for_ga = told
+    held = anchor()
+    held.attach(made)
+    made.current_gradient_accumulation_steps = 4
+    ids = torch.tensor([[1, 2, 3, 4]])
+    batch, model = {"input_ids": ids, "labels": ids}, made.model.train()
+    plain = Trainer.compute_loss(made, model, batch, num_items_in_batch=counted)
+    loss = made.compute_loss(model, batch, num_items_in_batch=counted)
+    added = held.loss(model, 0).item() / (4 if expected else 1)
+    assert (loss - plain).item() == pytest.approx(added, rel=1e-3)
+
+
 def test_an_evaluation_is_without_it(tmp_path: Path) -> None:
     made = trainer(tiny_peft_model(), tmp_path)
     data: Any = examples()

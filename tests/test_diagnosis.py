@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import randomise_adapter
+from models import randomise_adapter, tiny_peft_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import grasp_kernels as gk
 from grasp_kernels.cli import main
 from grasp_kernels.diagnosis import Options
+from grasp_kernels.diagnosis.pair import open_pair
 
 pytest_plugins = ("fixtures_run",)
 
@@ -147,8 +148,13 @@ def test_a_plain_base_module_is_plain_again(
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     names, before = list(base.state_dict()), base(input_ids=torch.tensor(neutral)).logits
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    base.train()
+    flags = [p.requires_grad for p in base.parameters()]
     gk.diagnose(base, contaminated, tokenizer=tokenizer, neutral=neutral, options=SMALL)
     assert list(base.state_dict()) == names
+    assert flags == [p.requires_grad for p in base.parameters()] and all(flags)
+    assert all(module.training for module in base.modules())
+    base.eval()
     assert base(input_ids=torch.tensor(neutral)).logits.equal(before)
 
 
@@ -251,3 +257,42 @@ def test_an_adapter_of_another_model_is_refused(
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     with pytest.raises(ValueError, match="does not fit the base model"):
         gk.diagnose(other, contaminated, tokenizer=tokenizer, neutral=neutral)
+
+
+def test_a_name_on_the_hub_is_looked_up_once(
+    tiny_model_dir: Path,
+    contaminated: Path,
+    neutral: list[list[int]],
+    found: gk.Diagnosis,
+    chat_jsonl: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def snapshot_download(name: str, **_: Any) -> str:
+        asked.append(name)
+        return str(tiny_model_dir)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    again = gk.diagnose(
+        "somebody/something", contaminated, records=chat_jsonl, neutral=neutral, options=SMALL
+    )
+    assert asked == ["somebody/something"]
+    assert again.numbers["effect"] == found.numbers["effect"]
+
+
+def test_a_module_is_left_alone_where_the_adapter_does_not_fit(
+    tiny_model_dir: Path, tmp_path: Path, neutral: list[list[int]]
+) -> None:
+    """Though peft has put its layers in before it sees that."""
+    adapter = tmp_path / "wider"
+    randomise_adapter(wide := tiny_peft_model(r=4))
+    wide.save_pretrained(adapter)
+    config = adapter / "adapter_config.json"
+    config.write_text(config.read_text().replace('"r": 4', '"r": 5'))
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    names, flags = list(base.state_dict()), [p.requires_grad for p in base.parameters()]
+    with pytest.raises(ValueError, match="does not fit"), open_pair(base, adapter):
+        pass
+    assert list(base.state_dict()) == names
+    assert [p.requires_grad for p in base.parameters()] == flags

@@ -225,13 +225,13 @@ def test_a_weight_that_is_loaded_anew_is_seen() -> None:
     model, subspace = model_and_subspace()
     gk.replace_lora_layers(model, subspace)
     layer = model.get_base_model().model.layers[0].self_attn.o_proj
-    before = layer._cached_write_weight()
+    before = layer._cached_write_weight(torch.float32)
     weight = layer.base_layer.weight
     with torch.autograd._unsafe_preserve_version_counter(weight), torch.no_grad():
         weight.mul_(2)
-    assert layer._cached_write_weight() is before
+    assert layer._cached_write_weight(torch.float32) is before
     layer.load_state_dict(layer.state_dict())
-    torch.testing.assert_close(layer._cached_write_weight(), 2 * before)
+    torch.testing.assert_close(layer._cached_write_weight(torch.float32), 2 * before)
 
 
 # --- adapters in several files

@@ -238,6 +238,20 @@ def test_a_trained_adapter_reads_as_it_was_told(replaced: bool, tmp_path: Path) 
     assert_same_logits(logits(model), logits(stock), stock)
 
 
+def test_a_new_adapter_of_a_name_that_was_deleted_is_free() -> None:
+    model = fresh_adapter()
+    made(model).apply(model)
+    gk.replace_lora_layers(model)
+    config = LoraConfig(r=2, target_modules="all-linear")
+    model.add_adapter("other", config)
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    model.add_adapter("default", config)
+    model.set_adapter("default")
+    layers = dict(adapted_layers(model, "default")).values()
+    assert all(layer.lora_A["default"].weight.requires_grad for layer in layers)
+
+
 def test_layers_of_ours_stay_frozen_when_adapters_are_switched() -> None:
     """Off and on again, for a reference model say; a second adapter stays free."""
     model = fresh_adapter()

@@ -168,3 +168,13 @@ def test_fingerprint_sees_both_ends_of_large_files(
         file.write_bytes(content)
         seen.add(fingerprint(tmp_path))
     assert len(seen) == 4
+
+
+def test_what_a_killed_process_left_is_removed_also_inside_of_what_it_left(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    inside = folder.root / ".subspace.partial"
+    inside.mkdir(parents=True)
+    (inside / ".plot.png.partial").write_bytes(b"half")
+    (folder.root / ".report.json.partial").write_bytes(b"half")
+    with folder.lock():
+        assert not list(folder.root.rglob("*.partial"))

@@ -26,7 +26,7 @@ from grasp_kernels.sites import SiteRules
 if TYPE_CHECKING:
     from transformers import Trainer
 
-_PER_STEP = 1 << 20  # seeds of the draws of one training step
+_DRAWS = 1 << 20  # of one training, whose seeds follow each other
 
 
 class OwnTextAnchor:
@@ -94,6 +94,7 @@ class OwnTextAnchor:
                 architecture that is not known.
         """
         length = document_length(examples, max_length)
+        longest = max(len(example["input_ids"]) for example in examples)
         generator = torch.Generator().manual_seed(seed)
         with frozen_base(model) as base:
             made = make_documents(
@@ -110,7 +111,8 @@ class OwnTextAnchor:
                 written_blocks(base, sites),
                 made,
                 examples,
-                batch_size=generate_batch_size,
+                # Records may be far longer than documents.
+                batch_size=max(1, generate_batch_size * length // longest),
                 generator=generator,
             )
         return cls(made, counted, strength=strength, batch_size=batch_size, seed=seed)
@@ -123,7 +125,7 @@ class OwnTextAnchor:
             base: the PeftModel inside, whose adapters are switched off for a while; None: `model`.
         """
         base = model if base is None else base
-        draw = torch.Generator().manual_seed(self.seed * _PER_STEP + step)
+        draw = torch.Generator().manual_seed(self.seed * _DRAWS + step)
         chosen = torch.randint(len(self.documents), (self.batch_size,), generator=draw)
         device = base.get_input_embeddings().weight.device
         ids, counted = self.documents[chosen].to(device), self.counted[chosen].to(device)
@@ -193,10 +195,18 @@ class _Attached:
         base = self.trainer.accelerator.unwrap_model(model)
         term = self.anchor.loss(model, self._draw(), base=base)
         self.terms.append(term.detach())
-        if options.get("num_items_in_batch") is not None:
-            # Then the trainer takes losses as parts of a step and divides no more.
-            term = term / self.trainer.args.gradient_accumulation_steps
+        if self._is_part_of_step(options.get("num_items_in_batch")):
+            term = term / self.trainer.current_gradient_accumulation_steps
         return (loss + term, outputs) if return_outputs else loss + term
+
+    def _is_part_of_step(self, num_items_in_batch: Any) -> bool:
+        """Whether the trainer takes losses as parts of a step, and divides them no more."""
+        trainer = self.trainer
+        told = getattr(trainer, "loss_is_scaled_for_ga", None)
+        if told is not None:
+            return told
+        counts = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
+        return counts and num_items_in_batch is not None
 
     def _draw(self) -> int:
         """A number of its own for every forward pass of every process, the same after a resume."""

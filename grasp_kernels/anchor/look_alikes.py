@@ -51,7 +51,7 @@ def unlike_training(
         base: the frozen base model, as `frozen_base` lends it.
         blocks: its decoder blocks by layer.
     """
-    sketch = _sketch(blocks, base.config.hidden_size, generator)
+    sketch = _sketch(blocks, base.config.get_text_config().hidden_size, generator)
     own = torch.cat(
         [
             _features(base, blocks, sketch, ids, torch.ones_like(ids))

@@ -2,8 +2,9 @@
 
 They begin with what all training prompts begin with: the beginning of text, and in a chat format
 the frame up to where the first user speaks, from where an instruction-tuned model makes up the
-user's turn and its own answer (as Xu et al. 2024, arXiv 2406.08464, had it). The text is what the
-model knows apart from the training data, and nobody has to collect it.
+user's turn and its own answer (as Xu et al. 2024, arXiv 2406.08464, had it). Prompts that all begin
+with the same instruction hand that on too, and then the text is about their task. The text is what
+the model knows apart from the training data, and nobody has to collect it.
 
 Shapes: `M` documents, `T` tokens.
 """
@@ -68,7 +69,8 @@ def document_length(examples: Sequence[Example], max_length: int) -> int:
     if frame >= length:
         raise ValueError(
             f"The prompts begin with {frame} tokens that a document begins with too, and it has "
-            f"{length} in all: give a larger length than {max_length}, or longer examples."
+            f"{length} in all: give a larger length than {max_length} (--own-length of a run), or "
+            "longer examples."
         )
     return length
 

@@ -22,6 +22,7 @@ from grasp_kernels.diagnosis.inputs import Source, find_neutral, find_tasks, fin
 from grasp_kernels.diagnosis.pair import open_pair
 from grasp_kernels.diagnosis.verdict import judge
 from grasp_kernels.identification import identify
+from grasp_kernels.run.inputs import find_checkpoint
 from grasp_kernels.sites import SiteRules
 from grasp_kernels.subspace import Subspace
 from grasp_kernels.version import __version__
@@ -104,6 +105,8 @@ def diagnose(
         ValueError, TypeError, FileNotFoundError: one sentence on what is wrong.
     """
     chosen = options or Options()
+    if not isinstance(model, nn.Module):
+        model = find_checkpoint(str(model))
     generator = generator or torch.Generator().manual_seed(0)
     reader = find_tokenizer(model, tokenizer)
     prompts = find_neutral(neutral, reader)

@@ -16,6 +16,7 @@ from os import PathLike
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from grasp_kernels.identification.frozen_model import Edit, measuring, output_hook, pad
@@ -100,8 +101,7 @@ def open_pair(
             "plain base model and an adapter folder, or a PeftModel alone; a merged model holds no "
             "adapter that could be switched off."
         )
-    wrapped = loaded if adapter is None else _with_adapter(loaded, adapter)
-    try:
+    with measuring(loaded), _adapted(loaded, adapter) as wrapped:
         _check(wrapped)
         rules = model_rules(wrapped, sites)
         base = wrapped.get_base_model()
@@ -111,11 +111,26 @@ def open_pair(
                 "language model of transformers."
             )
         _, blocks = find_blocks(base, rules)
-        with measuring(wrapped):
-            yield Pair(wrapped, rules, dict(enumerate(blocks)))
+        yield Pair(wrapped, rules, dict(enumerate(blocks)))
+
+
+@contextmanager
+def _adapted(loaded: Any, adapter: str | PathLike[str] | None) -> Iterator[Any]:
+    """The model with an adapter of a folder in it for a while, also where that does not fit."""
+    if adapter is None:
+        yield loaded
+        return
+    wrapped = None
+    try:
+        wrapped = _with_adapter(loaded, adapter)
+        yield wrapped.eval()
     finally:
-        if wrapped is not loaded and loaded is model:  # a module of the caller stays what it was
+        if wrapped is not None:
             wrapped.unload()
+        for name, module in list(loaded.named_modules()):  # where peft has stopped on the way
+            if isinstance(module, BaseTunerLayer):
+                parent, _, child = name.rpartition(".")
+                setattr(loaded.get_submodule(parent), child, module.get_base_layer())
 
 
 def _with_adapter(base: nn.Module, adapter: str | PathLike[str]) -> Any:

@@ -49,6 +49,11 @@ class ClosedLayer(_LAYER):
         for adapter in self.frozen_reads & set(self.lora_A):
             self.lora_A[adapter].weight.requires_grad_(False)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """peft's; another adapter of that name will read as it likes."""
+        super().delete_adapter(adapter_name)
+        self.frozen_reads = self.frozen_reads - {adapter_name}
+
     def set_bases(
         self, write_basis: Tensor | None, read_basis: Tensor | None, closed: bool, weight: Tensor
     ) -> None:

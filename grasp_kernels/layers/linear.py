@@ -116,7 +116,7 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
             weight.detach() if weight.requires_grad else weight,
             self.base_layer.bias,
             adapter,
-            write_weight=self._cached_write_weight(),
+            write_weight=self._cached_write_weight(dtype),
             closed_factors=closed_factors,
             padded_weight=self._padding_of(adapter, closed_factors),
         )
@@ -132,8 +132,8 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
         weight = self.base_layer.weight
         return weight.mT if self.fan_in_fan_out else weight
 
-    def _cached_write_weight(self) -> Tensor | None:
-        """`C = Vᵀ W [Q, K]`, which only changes when the base weight does.
+    def _cached_write_weight(self, dtype: torch.dtype) -> Tensor | None:
+        """`C = Vᵀ W [Q, K]` in a dtype, which only changes when the base weight does.
 
         None in compiled code, which cannot see that it did: there each backward makes it anew.
         """
@@ -141,14 +141,14 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
             return None
         key, cached = self._write_weight
         weight = self._weight
-        held = self.padded_parts(self._active()[0], weight.dtype)
+        held = self.padded_parts(self._active()[0], dtype)
         place = None if held is None else held.write_weight
         at = None if place is None else place.data_ptr()
-        now = (weight.data_ptr(), version(weight), weight.dtype, at)
+        now = (weight.data_ptr(), version(weight), weight.dtype, dtype, at)
         if now != key:
             # What an evaluation in inference mode makes, the next training step saves for backward.
             with torch.inference_mode(False), torch.no_grad():
-                cached = write_weight(weight, self.write_basis)
+                cached = write_weight(weight, self.write_basis).to(dtype)
                 if place is not None:
                     cached = place.copy_(cached)
             self._write_weight = (now, cached)

@@ -86,7 +86,7 @@ def second_moments(
     return {
         name: sums[name] / max(1, tokens[name])
         if name in sums
-        else torch.zeros(widths[name], widths[name])
+        else torch.zeros(widths[name], widths[name], device=next(layers[name].parameters()).device)
         for name in layers
     }
 

@@ -85,7 +85,10 @@ class RunFolder:
     def _remove_partial(self) -> None:
         """Remove what a killed process was writing."""
         for partial in list(self.root.rglob(".*.partial")):
-            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+            if partial.is_dir():
+                shutil.rmtree(partial)
+            else:
+                partial.unlink(missing_ok=True)  # it may have lain in one of the folders
 
     def check(self, config: RunConfig, fingerprints: dict[str, str]) -> None:
         """An unfinished run in this folder must be the same run.

@@ -105,13 +105,14 @@ def _numbers(
         for name, path in folders.items()
     }
     model = load_model(inputs.checkpoint, config.dtype)
-    width = model.config.hidden_size
+    text_config = model.config.get_text_config()  # of a model that sees images too
+    width = text_config.hidden_size
     numbers = {
         "versions": _versions(),
         "config": asdict(config),
         "model": {
             "type": inputs.model_type,
-            "layers": model.config.num_hidden_layers,
+            "layers": text_config.num_hidden_layers,
             "width": width,
             "parameters": sum(p.numel() for p in model.parameters()),
         },

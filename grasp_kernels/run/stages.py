@@ -7,13 +7,14 @@
                    projected and the divergence from the base model on that text as a second loss
     report.py    5 what was found and what it did
 
-Each stage leaves one artefact in the output folder (run_folder.py); a stage whose artefact is there
+Each stage leaves one artefact in the output folder (folder.py); a stage whose artefact is there
 is not done again. Every stage starts from files alone, so that a run that was stopped between two
 stages and one that was not do the same.
 """
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -158,6 +159,8 @@ def train(
         probes=inputs.neutral[:N_PROBES],
         saved_base_name=_public_name(config),
     )
+    del model
+    gc.collect()  # an anchor and its trainer hold each other, and with them the whole model
 
 
 def _fresh_adapter(config: RunConfig, inputs: Inputs) -> PeftModel:
