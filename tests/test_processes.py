@@ -234,6 +234,21 @@ def test_a_weight_that_is_loaded_anew_is_seen() -> None:
     torch.testing.assert_close(layer._cached_write_weight(torch.float32), 2 * before)
 
 
+def test_a_product_that_is_kept_is_in_the_dtype_of_the_call() -> None:
+    """An evaluation without autocast, then a training with it, over float32 weights."""
+    model, subspace = model_and_subspace()
+    gk.replace_lora_layers(model, subspace)
+    layer = model.get_base_model().model.layers[0].self_attn.o_proj
+    x = torch.randn(3, layer.in_features)
+    layer(x)
+    assert layer._write_weight[1].dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(x)
+    assert layer._write_weight[1].dtype == torch.bfloat16
+    layer(x)
+    assert layer._write_weight[1].dtype == torch.float32
+
+
 # --- adapters in several files
 
 
