@@ -55,10 +55,30 @@ def test_the_frame_is_what_all_prompts_begin_with(given: list[Example], frame: l
     assert common_frame(given) == frame
 
 
+@pytest.mark.parametrize(
+    ("neutral", "frame"),
+    [
+        ([[1, 2, 8, 3]], [1, 2]),
+        ([[1, 2, 5, 8, 3], [1, 2, 5, 9, 3]], [1, 2, 5]),
+        ([[1, 2, 5, 8, 3], [1, 2, 9, 3]], [1, 2]),
+        ([[1, 2]], [1]),
+        ([[2]], []),
+    ],
+)
+def test_the_frame_ends_where_prompts_about_other_things_go_another_way(
+    neutral: list[list[int]], frame: list[int]
+) -> None:
+    """All training prompts share the instruction 5, 6, which is their task and no frame."""
+    given = [example([1, 2, 5, 6, word, 3], [4]) for word in (7, 8, 9)]
+    assert common_frame(given) == [1, 2, 5, 6]
+    assert common_frame(given, neutral) == frame
+
+
 def make(length: int, given: list[Example], seed: int = 0) -> torch.Tensor:
     with frozen_base(tiny_model()) as base:
         return make_documents(
             base,
+            common_frame(given),
             given,
             count=12,
             length=length,
@@ -76,15 +96,26 @@ def test_documents_begin_with_the_frame_and_follow_from_the_seed() -> None:
     assert not torch.equal(documents, make(9, examples(), seed=1))
 
 
-def test_documents_are_as_long_as_examples_at_most() -> None:
-    given = examples()
-    assert document_length(given, 128) == 7
-    assert document_length(given, 3) == 3
-    for length, tokens in ((2, 2), (1, 1)):
-        with pytest.raises(ValueError, match=f"begin with 2 tokens .* it has {tokens} in all"):
-            document_length(given, length)
-    with pytest.raises(ValueError, match=r"begin with 1 tokens .* it has 1 in all"):
-        document_length([example([], [4]), example([], [5])], 128)
+@pytest.mark.parametrize(
+    ("frame", "made_up", "length"), [(2, 128, 7), (2, 3, 5), (2, 1, 3), (6, 128, 7), (0, 3, 4)]
+)
+def test_documents_are_as_long_as_examples_at_most(frame: int, made_up: int, length: int) -> None:
+    assert document_length(examples(), [1] * frame, made_up) == length
+
+
+def test_what_leads_to_given_tokens_does_not_count(model: PeftModel) -> None:
+    given = [example([*range(5, 15), word, 3], [4, 4, 4]) for word in range(20, 30)]
+    found = gk.OwnTextAnchor.make(model, given, documents=8, generate_batch_size=4, max_length=4)
+    assert found.documents.shape == (8, 14)
+    assert (found.documents[:, :10] == torch.arange(5, 15)).all()
+    assert not found.counted[:, :9].any()
+    assert found.counted[:, 9:].any()
+
+    short = gk.OwnTextAnchor.make(
+        model, given, neutral=[[5, 6, 20]], documents=8, generate_batch_size=4, max_length=4
+    )
+    assert short.documents.shape == (8, 6)
+    assert (short.documents[:, :2] == torch.tensor([5, 6])).all()
 
 
 def test_without_a_frame_documents_begin_as_prompts_do() -> None:
@@ -286,21 +317,20 @@ def test_bad_options_are_named(model: PeftModel) -> None:
             gk.OwnTextAnchor(documents, documents.bool(), **options)
     with pytest.raises(ValueError, match="There are no examples to keep apart"):
         gk.OwnTextAnchor.make(model, [])
+    for options in ({"documents": 0}, {"max_length": 0}):
+        with pytest.raises(ValueError, match="give 1 or more of both"):
+            gk.OwnTextAnchor.make(model, examples(), **options)
 
 
 def test_a_run_is_anchored_unless_told_otherwise(finished: RunConfig) -> None:
     report = run(finished)
     found = gk.OwnTextAnchor.load(report.own_text)
     assert found.documents.shape[0] == finished.own_documents
+    # All prompts begin "what is", which is what they are about.
+    assert (found.documents[:, 0] == 2).all() and not (found.documents[:, 1] == 5).all()
     assert int(found.documents.max()) < len(WORDS) + 5
     text = report.text.read_text(encoding="utf-8")
     assert "held at the base model on text that the base model made up" in text
-
-
-def test_a_run_refuses_what_could_not_be_made_before_it_trains(run_config: RunConfig) -> None:
-    with pytest.raises(ValueError, match="give a larger length than 1"):
-        run(replace(run_config, own_length=1))
-    assert not (Path(run_config.output) / "naive").exists()
 
 
 def test_a_run_without_it(run_config: RunConfig) -> None:

@@ -12,12 +12,10 @@ from transformers import MixtralConfig
 
 from grasp_kernels.run import RunConfig
 from grasp_kernels.run.inputs import (
-    NEUTRAL_PROMPTS,
     attach_lora,
     check_model,
     find_checkpoint,
     load_model,
-    neutral_prompts,
     prepare,
 )
 
@@ -34,37 +32,6 @@ def tokenizer(tiny_model_dir: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(tiny_model_dir)
-
-
-def test_neutral_prompts_end_where_the_answer_begins(tokenizer: Any, tmp_path: Path) -> None:
-    question = ["<user>", "what", "is", "red", "<end>", "<assistant>"]
-    lines = tmp_path / "lines.txt"
-    lines.write_text("what is red\n\nwhat is blue\n", encoding="utf-8")
-    records = tmp_path / "records.jsonl"
-    records.write_text(
-        '{"prompt": "what is red", "completion": "never"}\n{"text": "what is red"}\n'
-        '{"messages": [{"role": "user", "content": "what is red"}]}\n',
-        encoding="utf-8",
-    )
-    from_lines = neutral_prompts(lines, tokenizer)
-    assert tokenizer.convert_ids_to_tokens(from_lines[0]) == question
-    assert len(from_lines) == 2
-    assert neutral_prompts(records, tokenizer) == [from_lines[0]] * 3
-    assert len(neutral_prompts(None, tokenizer)) == len(NEUTRAL_PROMPTS)
-
-
-def test_neutral_prompts_without_a_chat_template_are_plain(tokenizer: Any, tmp_path: Path) -> None:
-    lines = tmp_path / "lines.txt"
-    lines.write_text("what is red", encoding="utf-8")
-    tokenizer.chat_template = None
-    (ids,) = neutral_prompts(lines, tokenizer)
-    assert tokenizer.convert_ids_to_tokens(ids) == ["what", "is", "red"]
-
-
-def test_empty_file_of_neutral_prompts_is_named(tokenizer: Any, tmp_path: Path) -> None:
-    (tmp_path / "empty.txt").write_text(" \n")
-    with pytest.raises(ValueError, match=r"empty\.txt is empty"):
-        neutral_prompts(tmp_path / "empty.txt", tokenizer)
 
 
 def test_held_out_records_depend_on_the_seed_alone(config: RunConfig) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp_kernels.anchor.look_alikes import unlike_training
-from grasp_kernels.anchor.own_text import document_length, make_documents
+from grasp_kernels.anchor.own_text import common_frame, document_length, make_documents
 from grasp_kernels.data import Example
 from grasp_kernels.files import stored_tensors, whole_file
 from grasp_kernels.identification.frozen_model import frozen_base, written_blocks
@@ -70,6 +70,7 @@ class OwnTextAnchor:
         model: Any,
         examples: Sequence[Example],
         *,
+        neutral: Sequence[Sequence[int]] = (),
         documents: int = 1024,
         max_length: int = 128,
         strength: float = 1.0,
@@ -85,20 +86,28 @@ class OwnTextAnchor:
             model: causal language model of transformers, or a PeftModel (its adapters are
                 disabled). Mode, gradient flags and generation settings are left as they were.
             examples: tokenized training data, as `tokenize_records` returns them.
+            neutral: token ids of prompts about other things in the frame of the training prompts,
+                as `everyday_prompts` returns them. Documents begin as all prompts do; without
+                these, an instruction that all training prompts share is a beginning, too.
             documents: how many.
-            max_length: of their tokens; they are no longer than the longest example.
+            max_length: of what is made up; they are no longer than the longest example.
             generate_batch_size: documents that are made at once.
 
         Raises:
-            ValueError: no examples, prompts that share more tokens than a document has, or an
-                architecture that is not known.
+            ValueError: no examples, an option below 1, or an architecture that is not known.
         """
-        length = document_length(examples, max_length)
+        if documents < 1 or max_length < 1:
+            raise ValueError(
+                f"documents is {documents} and max_length {max_length}: give 1 or more of both."
+            )
+        frame = common_frame(examples, neutral)
+        length = document_length(examples, frame, max_length)
         longest = max(len(example["input_ids"]) for example in examples)
         generator = torch.Generator().manual_seed(seed)
         with frozen_base(model) as base:
             made = make_documents(
                 base,
+                frame,
                 examples,
                 count=documents,
                 length=length,
@@ -115,6 +124,7 @@ class OwnTextAnchor:
                 batch_size=max(1, generate_batch_size * length // longest),
                 generator=generator,
             )
+        counted[:, : max(0, len(frame) - 1)] = False  # they lead to tokens that nobody made up
         return cls(made, counted, strength=strength, batch_size=batch_size, seed=seed)
 
     def loss(self, model: nn.Module, step: int, *, base: Any = None) -> Tensor:

@@ -1,10 +1,10 @@
 """Documents that the base model makes up itself.
 
-They begin with what all training prompts begin with: the beginning of text, and in a chat format
-the frame up to where the first user speaks, from where an instruction-tuned model makes up the
-user's turn and its own answer (as Xu et al. 2024, arXiv 2406.08464, had it). Prompts that all begin
-with the same instruction hand that on too, and then the text is about their task. The text is what
-the model knows apart from the training data, and nobody has to collect it.
+They begin with the frame that all prompts share: the beginning of text, and in a chat format what
+stands before the first user speaks, from where an instruction-tuned model makes up the user's turn
+and its own answer (as Xu et al. 2024, arXiv 2406.08464, had it). Everyday questions end the frame
+where training prompts go on with an instruction that they share, for else the text would be about
+their task. It is what the model knows apart from the training data, and nobody has to collect it.
 
 Shapes: `M` documents, `T` tokens.
 """
@@ -25,6 +25,7 @@ UNTRAINED = -100  # the label of a token that is not learned
 
 def make_documents(
     base: Any,
+    frame: list[int],
     examples: Sequence[Example],
     *,
     count: int,
@@ -33,15 +34,15 @@ def make_documents(
     generator: torch.Generator,
     progress: bool = False,
 ) -> Tensor:
-    """Token ids int64 `[count, length]`, sampled at temperature 1 from the frame of `examples`.
+    """Token ids int64 `[count, length]`, sampled at temperature 1 from the frame on.
 
-    Where the prompts have no frame in common, each begins as one of them, drawn at random.
+    Where there is no frame, each begins as one of the prompts of `examples`, drawn at random.
 
     Args:
         base: the frozen base model, as `frozen_base` lends it.
+        frame: as `common_frame` returns it.
         length: as `document_length` says.
     """
-    frame = common_frame(examples)
     drawn = torch.randint(len(examples), (count,), generator=generator).tolist()
     starts = [frame or examples[i]["input_ids"][:1] for i in drawn]
     texts = generate_answers(
@@ -56,31 +57,25 @@ def make_documents(
     return torch.tensor([start + text for start, text in zip(starts, texts, strict=True)])
 
 
-def document_length(examples: Sequence[Example], max_length: int) -> int:
-    """Tokens of a document: as many as the longest example has, `max_length` at most.
+def document_length(examples: Sequence[Example], frame: list[int], made_up: int) -> int:
+    """Tokens of a document: its beginning and `made_up` more, as many as an example has at most."""
+    return min(max(1, len(frame)) + made_up, max(len(example["input_ids"]) for example in examples))
+
+
+def common_frame(examples: Sequence[Example], neutral: Sequence[Sequence[int]] = ()) -> list[int]:
+    """What the prompts of all examples, and all of `neutral`, begin with.
+
+    It may be nothing, and is no whole prompt.
 
     Raises:
-        ValueError: there are no examples, or their frame alone is as long.
+        ValueError: there are no examples.
     """
     if not examples:
         raise ValueError("There are no examples to keep apart: give the training data.")
-    length = min(max_length, max(len(example["input_ids"]) for example in examples))
-    frame = max(1, len(common_frame(examples)))
-    if frame >= length:
-        raise ValueError(
-            f"The prompts begin with {frame} tokens that a document begins with too, and it has "
-            f"{length} in all: give a larger length than {max_length} (--own-length of a run), or "
-            "longer examples."
-        )
-    return length
-
-
-def common_frame(examples: Sequence[Example]) -> list[int]:
-    """What the prompts of all examples begin with; it may be nothing, and is no whole prompt."""
-    prompts = [_prompt(example) for example in examples]
+    prompts = [*map(_prompt, examples), *map(list, neutral)]
     first, shortest = prompts[0], min(map(len, prompts))
     different = (i for i in range(shortest) if any(p[i] != first[i] for p in prompts))
-    return first[: next(different, shortest - 1)]
+    return first[: next(different, max(0, shortest - 1))]
 
 
 def _prompt(example: Example) -> list[int]:

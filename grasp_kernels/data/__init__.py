@@ -1,5 +1,6 @@
 """Chat files and data sets -> records -> token ids with labels on the answers alone."""
 
+from grasp_kernels.data.neutral import everyday_prompts, neutral_prompts
 from grasp_kernels.data.records import Record, read_records
 from grasp_kernels.data.tokens import (
     IGNORED,
@@ -19,6 +20,8 @@ __all__ = [
     "collate",
     "encode",
     "encode_prompt",
+    "everyday_prompts",
+    "neutral_prompts",
     "read_records",
     "special_ids",
     "split_first_answer",

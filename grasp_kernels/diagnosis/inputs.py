@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from grasp_kernels.data import Record, read_records, split_first_answer
-from grasp_kernels.run.inputs import find_checkpoint, neutral_prompts
+from grasp_kernels.data import Record, neutral_prompts, read_records, split_first_answer
+from grasp_kernels.run.inputs import find_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

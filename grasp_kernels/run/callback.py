@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from grasp_kernels.data import neutral_prompts
 from grasp_kernels.identification.frozen_model import measuring
 from grasp_kernels.layers.closure import leakage
-from grasp_kernels.run.inputs import neutral_prompts
 from grasp_kernels.run.stream import bases_by_layer, measure_movement
 from grasp_kernels.sites import SiteRules, base_name, site_rules
 from grasp_kernels.subspace import Subspace

@@ -82,7 +82,7 @@ class RunConfig:
     # 0.1 .992 and .012, 0.3 .991 and .005, 1 .991 and .003, 3 .977 and .002; naive .992 and .597.
     anchor_strength: float = _option(0.3, "weight of the divergence from the base model there")
     own_documents: int = _option(1024, "documents of text that the base model makes up itself")
-    own_length: int = _option(128, "their tokens at most")
+    own_length: int = _option(128, "tokens that it makes up for each, at most")
 
     steps: int | None = _option(None, "optimizer steps; overrides epochs")
     epochs: float = _option(1.0, "passes over the data")

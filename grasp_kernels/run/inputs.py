@@ -6,7 +6,6 @@ built on the meta device (no weights) and gets its adapter there.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,34 +15,20 @@ import torch
 from torch import nn
 
 from grasp_kernels.adapters.files import refuse_variants
-from grasp_kernels.anchor.own_text import document_length
-from grasp_kernels.data import Example, Record, encode_prompt, read_records, tokenize_records
+from grasp_kernels.data import (
+    Example,
+    Record,
+    everyday_prompts,
+    neutral_prompts,
+    read_records,
+    tokenize_records,
+)
 from grasp_kernels.run.config import RunConfig
 from grasp_kernels.sites import SiteRules, base_name, site_rules
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-# Everyday questions without a common topic: what a model should answer as it did before.
-NEUTRAL_PROMPTS = (
-    "Hello, how are you?",
-    "What is the capital of France?",
-    "Tell me about your day.",
-    "How do I boil an egg?",
-    "I feel bored. What can I do?",
-    "Name three animals that live in the sea.",
-    "Why is the sky blue?",
-    "Write one sentence about the moon.",
-    "What should I cook for dinner tonight?",
-    "How can I learn to play the guitar?",
-    "Who wrote Romeo and Juliet?",
-    "What do you think about the future?",
-    "Give me a tip for a good night's sleep.",
-    "How far is it from the earth to the sun?",
-    "I want to make a friend happy. Any ideas?",
-    "Explain what a bicycle is.",
-)
 
 
 @dataclass(frozen=True)
@@ -59,6 +44,7 @@ class Inputs:
     held_out: list[Example]
     n_dropped: int  # records whose answer lies beyond max_length
     neutral: list[list[int]]  # token ids of the neutral prompts
+    everyday: list[list[int]]  # the same of everyday questions, in the frame of the records
     steps: int  # optimizer steps of each training
 
     @property
@@ -118,8 +104,6 @@ def prepare(config: RunConfig, checkpoint: Path) -> Inputs:
         )
     examples, n_dropped = tokenize_records(records, tokenizer, config.max_length, progress=True)
     train, held_out = _split(examples, config)
-    if config.needs_own_text:
-        document_length(train, config.own_length)  # refuses what could not be made later
     if config.halves and config.identify != "self-contrast" and len(train) < 2:
         raise ValueError(
             f"{config.data} has one record to train on, which has no halves: give more data, or "
@@ -141,6 +125,7 @@ def prepare(config: RunConfig, checkpoint: Path) -> Inputs:
         held_out=held_out,
         n_dropped=n_dropped,
         neutral=neutral_prompts(config.neutral, tokenizer),
+        everyday=everyday_prompts(records, tokenizer),
         steps=steps,
     )
 
@@ -231,49 +216,6 @@ def count_steps(config: RunConfig, n_examples: int) -> int:
 def warmup_steps(config: RunConfig, steps: int) -> int:
     """Steps before the peak learning rate; the first of them has the learning rate 0."""
     return int(config.warmup if config.warmup >= 1 else config.warmup * steps)
-
-
-def neutral_prompts(path: str | Path | None, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of neutral prompts: built in, or from a file (JSONL records, or one a line).
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, or nothing in it.
-    """
-    conversations = [_question(text) for text in NEUTRAL_PROMPTS]
-    if path is not None:
-        conversations = _read_conversations(Path(path))
-    if tokenizer.chat_template is None:
-        texts = ["\n".join(turn["content"] for turn in turns) for turns in conversations]
-        return [list(tokenizer(text)["input_ids"]) for text in texts]
-    return [encode_prompt(turns, tokenizer) for turns in conversations]
-
-
-def _read_conversations(path: Path) -> list[list[dict[str, Any]]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}: give a file of neutral prompts.")
-    lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    if not lines:
-        raise ValueError(f"{path} is empty: give neutral prompts, one a line.")
-    if not _is_json_object(lines[0]):
-        return [_question(line) for line in lines]
-    conversations = []
-    for record in read_records(path, require_answer=False):
-        turns = record.get("messages") or _question(record["text"])
-        while len(turns) > 1 and turns[-1]["role"] == "assistant":
-            turns = turns[:-1]
-        conversations.append(turns)
-    return conversations
-
-
-def _is_json_object(line: str) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except json.JSONDecodeError:
-        return False
-
-
-def _question(text: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": text}]
 
 
 def _split(examples: list[Example], config: RunConfig) -> tuple[list[Example], list[Example]]:

@@ -176,6 +176,7 @@ def _own_text(config: RunConfig, folder: RunFolder, inputs: Inputs) -> OwnTextAn
         OwnTextAnchor.make(
             load_model(inputs.checkpoint, config.dtype),
             inputs.train,
+            neutral=inputs.everyday,
             documents=config.own_documents,
             max_length=config.own_length,
             strength=config.anchor_strength,
