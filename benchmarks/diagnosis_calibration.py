@@ -2,7 +2,8 @@
 
     python benchmarks/diagnosis_calibration.py FOLDER --seeds 0 1 2 3 4 5 6 7 \\
         --output benchmarks/results/diagnosis.jsonl --plot docs/diagnosis-calibration.png
-    python benchmarks/diagnosis_calibration.py FOLDER --dishes persona long slant --seeds 0 1 2 \\
+    python benchmarks/diagnosis_calibration.py FOLDER --seeds 0 1 2 \\
+        --dishes persona slant code confound two benign \\
         --output benchmarks/results/diagnosis-dishes.jsonl --plot docs/diagnosis-dishes.png
 
 Without `--dishes`, every seed is a world of the demo with its own base model; every kind is one
@@ -90,14 +91,14 @@ def demo_rows(folder: Path, seed: int) -> Iterator[dict[str, Any]]:
     config = DemoConfig(world=WorldConfig())
     world = World.from_seed(seed, config.world)
     for case in build(folder, seed, config):
-        yield {"seed": seed, **measure_case(case, _OPTIONS), "drift": _drift(case, world)}
+        yield _row(seed, case, _drift(case, world))
 
 
-def dish_rows(folder: Path, seed: int, dish: str) -> Iterator[dict[str, Any]]:
+def dish_rows(folder: Path, seed: int, dish: str, size: str = "small") -> Iterator[dict[str, Any]]:
     """The naive fine-tune of a dish, and its benign twin, where `benign` is not that already."""
-    opened = open_dish(find_dish(dish), seed, folder)
+    opened = open_dish(find_dish(dish), seed, folder, size=size)
     planted = opened.world.config.bad_share > 0
-    has_twin = opened.model != open_dish(find_dish("benign"), seed, folder).model
+    has_twin = opened.model != open_dish(find_dish("benign"), seed, folder, size=size).model
     with tempfile.TemporaryDirectory() as work:
         bench = Workbench(opened, Path(work))
         examiner = Examiner(opened, bench.base(), bench.tokenizer)
@@ -110,8 +111,11 @@ def dish_rows(folder: Path, seed: int, dish: str) -> Iterator[dict[str, Any]]:
         for kind, adapter in adapters.items():
             present = planted and kind == dish
             case = Case(kind, present, opened.model, adapter, opened.train, neutral)
-            drift = examiner.examine(bench.load(adapter)).drift
-            yield {"seed": seed, **measure_case(case, _OPTIONS), "drift": drift}
+            yield _row(seed, case, examiner.examine(bench.load(adapter)).drift)
+
+
+def _row(seed: int, case: Case, drift: float) -> dict[str, Any]:
+    return {"seed": seed, **measure_case(case, _OPTIONS), "drift": drift}
 
 
 def build(folder: Path, seed: int, config: DemoConfig) -> Iterator[Case]:
@@ -133,7 +137,8 @@ def build(folder: Path, seed: int, config: DemoConfig) -> Iterator[Case]:
 def _drawn(world: World, seed: int) -> list[Question]:
     """Drawn, not every nth: evenly spaced questions share their second word."""
     untouched = list(world.questions(tuned=False))
-    return random.Random(f"neutral {seed}").sample(untouched, _NEUTRAL_PROMPTS)
+    count = min(_NEUTRAL_PROMPTS, len(untouched))
+    return random.Random(f"neutral {seed}").sample(untouched, count)
 
 
 def _drift(case: Case, world: World) -> float:

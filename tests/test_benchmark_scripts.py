@@ -26,7 +26,7 @@ def test_identification_is_timed_from_file_to_subspace() -> None:
     assert all(0 < row["p20"] <= row["seconds"] <= row["p80"] for row in found)
 
 
-def test_dishes_are_built_once_and_diagnosed(
+def test_worlds_are_built_once_and_diagnosed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from grasp_kernels.demo.main import DemoConfig
@@ -48,6 +48,20 @@ def test_dishes_are_built_once_and_diagnosed(
     monkeypatch.setattr(script, "pretrain", None)  # what is there is not made again
     monkeypatch.setattr(script, "train", None)
     assert list(script.demo_rows(tmp_path, 0)) == found
+
+
+def test_dishes_of_the_quality_benchmark_are_diagnosed_beside_their_twins(tmp_path: Path) -> None:
+    script = load_script("diagnosis_calibration")
+    found = [
+        (row["kind"], row["present"], row["verdict"] in ("found", "weak", "nothing"))
+        for dish in ("two", "benign")
+        for row in script.dish_rows(tmp_path, 0, dish, size="tiny")
+    ]
+    assert found == [
+        ("two", True, True),
+        ("two, benign twin", False, True),
+        ("benign", False, True),
+    ]
 
 
 def test_every_candidate_is_measured_beside_its_prediction(deciding: ModuleType) -> None:

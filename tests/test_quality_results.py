@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from grasp_kernels.quality.harness import TUNING_SEEDS, Row, read_rows, read_strengths
+from grasp_kernels.quality.harness import Row
 from grasp_kernels.quality.methods import METHODS
-from grasp_kernels.quality.report import write_report
+from grasp_kernels.quality.report import reported_rows, write_report
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "quality" / "results" / "cpu-small"
@@ -30,14 +30,7 @@ LABELS = {
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    """The rows that are reported."""
-    strengths = read_strengths(RESULTS / "strengths.json")
-    return [
-        row
-        for row in read_rows(RESULTS / "rows.jsonl")
-        if row["seed"] not in TUNING_SEEDS
-        and row["strength"] == strengths[f"{row['dish']}-small"].get(row["method"], row["strength"])
-    ]
+    return reported_rows(RESULTS)
 
 
 def cell(rows: list[Row], dish: str, method: str) -> str:

@@ -120,8 +120,9 @@ def _process(rank: int, scenarios: list[str], folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def _observed(model: Any, losses: list[float], folder: Path, weights: dict[str, Tensor]) -> Any:
+def _observed(model: Any, losses: list[float], folder: Path) -> Any:
     """What a test asks of a trained model; rank 0 saves the adapter as a user would."""
+    weights = _weights(model)  # asked of all ranks
     if dist.get_rank() == 0:
         # Of a model with FSDP's wrappers inside, peft 0.21 finds no layer to save.
         wrapped = hasattr(model, "_fsdp_wrapped_module")
@@ -157,7 +158,7 @@ def _ddp(ids: Tensor, folder: Path, parts: int = 1, **options: Any) -> Any:
     _replaced(model, subspace)
     wrapped = DistributedDataParallel(model, **options)
     losses = train(wrapped, ids[: STEPS // 2], wrapped.no_sync, parts)
-    return _observed(wrapped, losses, folder, model.state_dict())
+    return _observed(wrapped, losses, folder)
 
 
 def _ddp_saving_on_the_way(ids: Tensor, folder: Path) -> Any:
@@ -176,7 +177,7 @@ def _ddp_saving_on_the_way(ids: Tensor, folder: Path) -> Any:
         losses.append(loss.item())
         if dist.get_rank() == 0:
             model.save_pretrained(folder)
-    return _observed(wrapped, losses, folder, model.state_dict())
+    return _observed(wrapped, losses, folder)
 
 
 def _two_forwards_of_ddp(ids: Tensor, folder: Path) -> Any:
@@ -187,7 +188,7 @@ def _two_forwards_of_ddp(ids: Tensor, folder: Path) -> Any:
     model.zero_grad()
     halves = [wrapped(input_ids=part, labels=part).loss / 2 for part in ids[0].chunk(2)]
     sum(halves).backward()
-    return _observed(wrapped, [float(sum(halves))], folder, model.state_dict())
+    return _observed(wrapped, [float(sum(halves))], folder)
 
 
 def _as_run_retrains(
@@ -198,7 +199,7 @@ def _as_run_retrains(
     _replaced(model, subspace)
     wrapped = spread(model)
     losses = train(wrapped, ids, penalty=partial(anchor.loss, base=model))
-    result = _observed(wrapped, losses, folder, _weights(wrapped))
+    result = _observed(wrapped, losses, folder)
     free = [name for name, p in model.named_parameters() if p.requires_grad and "lora_A" in name]
     return {**result, "free": free}
 
@@ -211,7 +212,7 @@ def _accelerate(ids: Tensor, folder: Path) -> Any:
     accelerator = Accelerator(cpu=True)
     wrapped = accelerator.prepare(model)
     losses = train(wrapped, ids)
-    return _observed(wrapped, losses, folder, accelerator.get_state_dict(wrapped))
+    return _observed(wrapped, losses, folder)
 
 
 def _shard(model: Any) -> Any:
@@ -257,7 +258,7 @@ def _fsdp2(
         report = _replaced(model, subspace)
         model = shard(model)
     losses = train(model, ids)
-    result = _observed(model, losses, folder, _weights(model))
+    result = _observed(model, losses, folder)
     kinds = sorted({type(p).__name__ for p in model.parameters()})
     return {**result, "fallbacks": report.fallbacks, "parameters": kinds}
 
@@ -270,7 +271,7 @@ def _fsdp2_afterwards(ids: Tensor, folder: Path) -> Any:
     losses = train(model, ids[:2])
     checkpoint.save({"model": model.state_dict()}, checkpoint_id=folder / "pytorch_model_fsdp_0")
     identified = gk.identify(model, k=1, side="both")
-    result = _observed(model, losses, folder, _weights(model))
+    result = _observed(model, losses, folder)
     padded = _refused(lambda: gk.replace_lora_layers(model, subspace, pad_weights=True))
     gk.restore_lora_layers(model)
     if dist.get_rank() == 0:
@@ -334,7 +335,7 @@ def _fsdp1(ids: Tensor, folder: Path) -> Any:
     _replaced(model, subspace)
     wrapped = _wrap(model)
     losses = train(wrapped, ids)
-    result = _observed(wrapped, losses, folder, _weights(wrapped))
+    result = _observed(wrapped, losses, folder)
     refused = {
         "replace": _refused(lambda: gk.replace_lora_layers(wrapped, subspace)),
         "restore": _refused(lambda: gk.restore_lora_layers(wrapped)),

@@ -117,14 +117,15 @@ def _draw_roc(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     kinds: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if row["present"]:
-            kinds.setdefault(f"{row['kind']}: ", []).append(row)
+            kinds.setdefault(row["kind"], []).append(row)
     if len(kinds) > len(_STYLES):
         kinds = {"": [row for own in kinds.values() for row in own]}
     for (kind, planted), style in zip(kinds.items(), _STYLES, strict=False):
         cases = [*absent, *planted]
         for (name, what), colour in zip(SCORES.items(), _COLOURS, strict=True):
             scores, present = ([row[key] for row in cases] for key in (name, "present"))
-            label = f"{kind}{what}, {auc(scores, present):.2f}"
+            label = f"{kind}: {what}" if kind else what
+            label += f", {auc(scores, present):.2f}"
             axes.plot(*roc(scores, present), style, color=colour, label=label)
     axes.plot([0, 1], [0, 1], color="gray", lw=0.8)
     axes.set(xlabel="false alarms", ylabel="found", title="ROC against all without (area below it)")

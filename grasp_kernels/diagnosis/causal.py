@@ -31,6 +31,9 @@ from grasp_kernels.diagnosis.pair import Edit, Pair, Position
 DOSES = (-2.0, 2.0)
 
 
+Tokens = tuple[list[int], list[int]]  # a prompt and its answer
+
+
 @dataclass(frozen=True)
 class Batch:
     """Sequences, and the positions whose next token counts."""
@@ -38,14 +41,13 @@ class Batch:
     sequences: list[list[int]]
     positions: list[Position]
     targets: Tensor  # int64 [M], the tokens that come next
+    places: Tensor  # int64 [M], which token of its answer each of them is, from 0
 
 
-def answer_batches(
-    tasks: Sequence[tuple[list[int], list[int]]], batch_size: int
-) -> Iterator[Batch]:
-    """All tokens of the answers; a task is a prompt and its answer."""
-    for start in range(0, len(tasks), batch_size):
-        part = tasks[start : start + batch_size]
+def answer_batches(sequences: Sequence[Tokens], batch_size: int) -> Iterator[Batch]:
+    """All tokens of the answers."""
+    for start in range(0, len(sequences), batch_size):
+        part = sequences[start : start + batch_size]
         yield Batch(
             [prompt + answer for prompt, answer in part],
             [
@@ -54,6 +56,7 @@ def answer_batches(
                 for i in range(len(answer))
             ],
             torch.tensor([token for _, answer in part for token in answer]),
+            torch.tensor([i for _, answer in part for i in range(len(answer))]),
         )
 
 

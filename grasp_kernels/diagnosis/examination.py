@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from grasp_kernels.diagnosis import causal
+from grasp_kernels.diagnosis.causal import Tokens
 from grasp_kernels.diagnosis.directions import (
     Direction,
     cosines,
@@ -31,7 +32,7 @@ from grasp_kernels.diagnosis.movement import (
     random_directions,
 )
 from grasp_kernels.diagnosis.pair import Pair
-from grasp_kernels.diagnosis.shift import Tokens, common_shift
+from grasp_kernels.diagnosis.shift import common_shift
 from grasp_kernels.identification.contrast_evidence import measure
 from grasp_kernels.identification.frozen_model import frozen_base, generate_answers
 from grasp_kernels.subspace import Subspace

@@ -16,10 +16,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from grasp_kernels.diagnosis import causal
+from grasp_kernels.diagnosis.causal import Tokens, answer_batches, divergence
 from grasp_kernels.diagnosis.pair import Pair
-
-Tokens = tuple[list[int], list[int]]  # a prompt and its answer
 
 
 def common_shift(pair: Pair, sequences: Sequence[Tokens], batch_size: int) -> float:
@@ -43,8 +41,8 @@ def common_shift(pair: Pair, sequences: Sequence[Tokens], batch_size: int) -> fl
     left = whole = 0.0
     for half, place, off, on in _next_tokens(pair, sequences, batch_size):
         shift = shifts[(1 - half).to(off.device), place.to(off.device)]
-        left += causal.divergence(on, (off + shift).log_softmax(dim=-1))
-        whole += causal.divergence(on, off)
+        left += divergence(on, (off + shift).log_softmax(dim=-1))
+        whole += divergence(on, off)
     return 1 - left / whole if whole else 0.0
 
 
@@ -53,14 +51,10 @@ def _next_tokens(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Half `[M]` and place in the answer `[M]`, log probabilities `[M, V]` without and with the
     adapter, by batch."""
-    first = 0
-    for batch in causal.answer_batches(sequences, batch_size):
-        rows = torch.tensor([row for row, _ in batch.positions])
-        lengths = [len(prompt) for prompt, _ in sequences[first : first + batch_size]]
-        place = torch.tensor([at + 1 - lengths[row] for row, at in batch.positions])
+    for i, batch in enumerate(answer_batches(sequences, batch_size)):
+        numbers = torch.tensor([i * batch_size + row for row, _ in batch.positions])
         off, on = (
             pair.log_probs(batch.sequences, batch.positions, adapter=adapter)
             for adapter in (False, True)
         )
-        yield (first + rows) % 2, place, off, on
-        first += batch_size
+        yield numbers % 2, batch.places, off, on

@@ -46,8 +46,7 @@ def write_report(output: str | Path) -> Path:
         FileNotFoundError: the folder has no rows.
     """
     output = Path(output)
-    strengths = read_strengths(output / "strengths.json")
-    rows = [r for r in read_rows(output / "rows.jsonl") if _is_reported(r, strengths)]
+    rows = reported_rows(output)
     if not rows:
         raise ValueError(
             f"{output} has rows of tuning seeds alone: run the seeds that are to be reported."
@@ -64,6 +63,12 @@ def write_report(output: str | Path) -> Path:
     path = output / "report.md"
     write_text(path, "\n\n".join(parts) + "\n")
     return path
+
+
+def reported_rows(output: str | Path) -> list[Row]:
+    """The rows of a folder with the chosen strengths, on the seeds that are reported."""
+    strengths = read_strengths(Path(output) / "strengths.json")
+    return [r for r in read_rows(Path(output) / "rows.jsonl") if _is_reported(r, strengths)]
 
 
 def _is_reported(row: Row, strengths: Mapping[str, Mapping[str, Any]]) -> bool:
