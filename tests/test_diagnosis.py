@@ -282,7 +282,7 @@ def test_a_name_on_the_hub_is_looked_up_once(
 
 
 def test_a_module_is_left_alone_where_the_adapter_does_not_fit(
-    tiny_model_dir: Path, tmp_path: Path, neutral: list[list[int]]
+    tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     """Though peft has put its layers in before it sees that."""
     adapter = tmp_path / "wider"

@@ -82,7 +82,7 @@ def _effect(numbers: dict[str, Any]) -> list[str]:
         "nothing (calibrated on small models only)."
     )
     reasons.append(
-        f"They move together by {flip['length']:.2f} of their whole movement, where random signs "
+        f"In the stream neutral prompts move together by {flip['length']:.2f} of their whole movement, where random signs "
         f"give up to {flip['null_95']:.2f} (p = {flip['p_value']:.3f}, {MAX_P_VALUE} asked for); "
         f"two halves of them agree to a cosine of {consistency['halves']:.2f}."
     )
@@ -95,8 +95,8 @@ def _carried(numbers: dict[str, Any]) -> list[str]:
         return []
     removal, transfer = movement["removal"], movement["transfer"]
     return [
-        f"Without its movement along that one direction the adapter loses {removal['value']:.0%} "
-        f"of its effect on neutral prompts that had no part in finding it (along the best of "
+        f"Without the one direction that they move along the adapter loses {removal['value']:.0%} "
+        f"of its effect on neutral prompts that had no part in finding it (without the best of "
         f"{numbers['options']['n_random']} random directions {removal['random_max']:.0%}).",
         f"The base model with that movement alone goes {transfer['value']:.0%} of the way to the "
         f"adapter (random {transfer['random_max']:.0%}).",
