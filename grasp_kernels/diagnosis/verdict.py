@@ -83,8 +83,9 @@ def _effect(numbers: dict[str, Any]) -> list[str]:
     )
     reasons.append(
         f"In the stream neutral prompts move together by {flip['length']:.2f} of their whole "
-        f"movement, where random signs give up to {flip['null_95']:.2f} (p = {flip['p_value']:.3f}, {MAX_P_VALUE} asked for); "
-        f"two halves of them agree to a cosine of {consistency['halves']:.2f}."
+        f"movement, where random signs give up to {flip['null_95']:.2f} (p = "
+        f"{flip['p_value']:.3f}, {MAX_P_VALUE} asked for); two halves of them agree to a cosine "
+        f"of {consistency['halves']:.2f}."
     )
     return reasons
 
