@@ -241,7 +241,11 @@ def test_what_cannot_work_is_refused_with_a_sentence(
     refused("give the plain base model and an adapter folder", model, contaminated)
     refused("no tokenizer", model, tokenizer=None)
     refused("There are 1 neutral prompts", model, neutral=[[3, 4]])
-    refused("Record 1", model, records=[{"text": "never good"}])
+    refused(
+        "Record 1: .* Without records, neutral prompts alone",
+        model,
+        records=[{"text": "never good"}],
+    )
     model.merge_adapter()
     refused("unmerge_adapter", model)
     with pytest.raises(ValueError, match="n_random is 1"):

@@ -1,6 +1,7 @@
 """Contrastive reads: the rows, the moments they come from, and an adapter that keeps them."""
 
 import copy
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,22 @@ def test_layers_with_one_input_share_it_and_groups_fit_the_memory() -> None:
     assert [len(group) for group in alone] == [1] * len(together)
     assert {leader: names for group in pairs for leader, names in group.items()} == together
     assert max(sum(4 * widths[leader] ** 2 for leader in group) for group in pairs) <= 4 * 48**2
+
+
+def test_few_tokens_show_who_shares() -> None:
+    """The inputs of all layers are held while they are compared."""
+    model = fresh_adapter()
+    layers = dict(adapted_layers(model, "default"))
+    widths = {name: layer.in_features for name, layer in layers.items()}
+    lengths: set[int] = set()
+    with ExitStack() as stack, frozen_base(model) as base:
+        for layer in layers.values():
+            see = layer.register_forward_pre_hook(lambda _, inputs: lengths.add(inputs[0].shape[1]))
+            stack.callback(see.remove)
+        long = input_groups(base, layers, widths, [1, 2, 3] * 40, ROOMY)
+        lengths_of_long = set(lengths)
+        assert long == input_groups(base, layers, widths, [1, 2, 3], ROOMY)
+    assert lengths_of_long == {64}
 
 
 def test_less_memory_gives_the_same_rows() -> None:

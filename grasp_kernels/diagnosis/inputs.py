@@ -92,6 +92,8 @@ def find_tasks(
         try:
             prompt, answer = split_first_answer(records[i], tokenizer)
         except ValueError as error:
-            raise ValueError(f"Record {i + 1}: {error}") from None
+            raise ValueError(
+                f"Record {i + 1}: {error} Without records, neutral prompts alone are looked at."
+            ) from None
         tasks.append(Task(i + 1, records[i], prompt[-max_prompt:], answer[:max_answer]))
     return tasks

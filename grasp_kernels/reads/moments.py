@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from grasp_kernels.identification.frozen_model import batches, pad
 
 _BYTES = 4  # of a float32
+# That show which layers share an input. The inputs of all layers are held meanwhile: of 2048 tokens
+# of an 8B model 3.5 GB, of these 0.1.
+_PROBED_TOKENS = 64
 
 Layers = Mapping[str, nn.Module]
 
@@ -31,7 +34,7 @@ def input_groups(
     Args:
         layers: what is given the inputs, by name.
         widths: K of each.
-        sequence: token ids that show who shares.
+        sequence: token ids that show who shares, by the first of them.
         memory: bytes that the moments of a group may take.
     """
     shared: dict[str, list[str]] = {}
@@ -42,7 +45,7 @@ def input_groups(
         seen.append((leader, x))
         shared.setdefault(leader, []).append(name)
 
-    _read(base, layers, *pad(base, [sequence], "right"), see)
+    _read(base, layers, *pad(base, [sequence[:_PROBED_TOKENS]], "right"), see)
     reached = {name for names in shared.values() for name in names}
     shared |= {name: [name] for name in layers if name not in reached}  # experts of other tokens
     groups: list[dict[str, list[str]]] = [{}]
