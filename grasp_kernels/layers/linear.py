@@ -100,7 +100,10 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
         reason = why_never(self, adapter)
         if reason is not None:
             return reason
-        dtype = self._weight.dtype
+        weight = self.base_layer.weight
+        dtype = weight.dtype
+        if x.device != weight.device:
+            return f"input on {x.device} for a weight on {weight.device}"
         if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
             return f"input of {x.dtype} for a weight of {dtype}"
         return None

@@ -203,6 +203,13 @@ def has_hooks(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "_hf_hook" in module.__dict__
-        or "forward" in module.__dict__  # tensor parallelism of transformers
+        # Hooks of accelerate, and tensor parallelism of transformers.
+        or ("forward" in module.__dict__ and not _is_placed(module))
     )
+
+
+def _is_placed(module: nn.Module) -> bool:
+    """Whether all that was put around a call is what accelerate puts there when it spreads a model
+    over devices: bring the input to the weight, where the hook of the block has brought it."""
+    hook = module.__dict__.get("_hf_hook")
+    return type(hook).__name__ == "AlignDevicesHook" and not (hook.offload or hook.io_same_device)
