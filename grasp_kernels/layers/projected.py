@@ -211,5 +211,5 @@ def has_hooks(module: nn.Module) -> bool:
 def _is_placed(module: nn.Module) -> bool:
     """Whether all that was put around a call is what accelerate puts there when it spreads a model
     over devices: bring the input to the weight, where the hook of the block has brought it."""
-    hook = module.__dict__.get("_hf_hook")
+    hook: Any = module.__dict__.get("_hf_hook")
     return type(hook).__name__ == "AlignDevicesHook" and not (hook.offload or hook.io_same_device)
