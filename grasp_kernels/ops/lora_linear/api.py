@@ -110,11 +110,7 @@ def lora_linear(
         raise ValueError(f"project is {project!r}; use one of {PROJECTIONS}.")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; use a probability between 0 and 1.")
-    # Eager calls enter at the autograd function, one hop later than compiled ones.
-    differentiable = _forward if torch.compiler.is_compiling() else _LoraLinear.apply
-    y, *_ = differentiable(
-        x,
-        base,
+    operands = (
         *tensors,
         _checked_padding(padded_weight, weight, closed_factors, write_weight),
         draw_seed(x) if dropout_p > 0.0 else None,
@@ -122,8 +118,11 @@ def lora_linear(
         float(dropout_p),
         project == "residual",
         closed,
-        backend,
     )
+    if not torch.compiler.is_compiling() and _are_plain(x, base, *operands[:_N_TENSORS]):
+        differentiated = operands[:_N_DIFFERENTIATED]
+        return _Plain.apply(x, base, *differentiated, operands[_N_DIFFERENTIATED:], backend)
+    y, *_ = _forward(x, base, *operands, backend)
     return y
 
 
@@ -242,10 +241,10 @@ def _widths(x: Tensor, weight: Tensor | None, base: Tensor | None) -> tuple[int,
 # half its cost per call (torch 2.13 on a CPU, 64×64 layer, forward: 136 µs against 291 µs).
 _LIBRARY = torch.library.Library("grasp_kernels", "FRAGMENT")
 _N_TENSORS = 12  # of Operands: weight to dropout_seed
+_N_DIFFERENTIATED = 5  # the first of them: weight to lora_bias
 _WEIGHT, _LORA_A, _WRITE_BASIS = 0, 2, 5  # their places among them
 _RESIDUAL = 2  # its place behind them
 _CLOSED_A = 4  # its place behind lora_B
-_BASE = 6  # its place in Needs
 _OPERANDS = (
     "Tensor? weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? lora_bias, "
     "Tensor? write_basis, Tensor? read_basis, Tensor? write_weight, "
@@ -263,17 +262,53 @@ _forward = torch.ops.grasp_kernels.lora_linear.default
 _backward = torch.ops.grasp_kernels.lora_linear_backward.default
 
 
-def _run_forward(x: Tensor, base: Tensor | None, *operands: Any) -> tuple[Tensor, ...]:
-    """`Y` and what the backward needs: `S`, `A°`, `B°`, the last two empty if they were given."""
-    *fields, backend = operands
-    op = Operands(*fields)
-    rows, N = x.reshape(-1, x.shape[-1]), op.lora_B.shape[0]
+def _computed(
+    x: Tensor, base: Tensor | None, op: Operands, backend: str
+) -> tuple[Tensor, Saved, ModuleType]:
+    """`Y`, what the backward needs, and the backend."""
+    rows = x.reshape(-1, x.shape[-1])
     module = _select(backend, rows, op)
     with _without_autocast(x):
-        y, (S, A, B) = module.forward(rows, op, None if base is None else base.reshape(-1, N))
-    if op.closed_A is not None:  # an operator must not return its own inputs
+        flat = None if base is None else base.reshape(-1, base.shape[-1])
+        y, saved = module.forward(rows, op, flat)
+    return y.view(*x.shape[:-1], y.shape[-1]), saved, module
+
+
+def _differentiated(
+    module: ModuleType,
+    dy: Tensor,
+    x: Tensor,
+    saved: Sequence[Tensor],
+    op: Operands,
+    needs: Needs,
+) -> list[Tensor | None]:
+    """The gradients in the order of Needs; None where not needed."""
+    with _without_autocast(x):
+        dx, *others, dbase = module.backward(
+            dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), Saved(*saved), op, needs
+        )
+    return [
+        None if dx is None else dx.view(x.shape),
+        *others,
+        None if dbase is None else dbase.view(dy.shape),
+    ]
+
+
+def _run_forward(x: Tensor, base: Tensor | None, *operands: Any) -> tuple[Tensor, ...]:
+    """`Y`, `S`, `A°`, `B°`, the last two empty if they were given."""
+    *fields, backend = operands
+    op = Operands(*fields)
+    y, (S, A, B), _ = _computed(x, base, op, backend)
+    # An operator must not return its own inputs.
+    if op.closed_A is not None:
         A, B = x.new_empty(0), x.new_empty(0)
-    return y.view(*x.shape[:-1], N), S, A, B
+    A, B = (_apart(f, own) for f, own in ((A, op.lora_A), (B, op.lora_B)))
+    return y, S, A, B
+
+
+def _apart(found: Tensor, own: Tensor) -> Tensor:
+    shared = torch._C._is_alias_of(found, own)  # type: ignore[attr-defined]
+    return found.clone() if shared else found
 
 
 def _run_backward(
@@ -282,20 +317,11 @@ def _run_backward(
     """The gradients in the order of Needs; empty where not needed."""
     *fields, backend = operands
     op = Operands(*fields)
-    rows = x.reshape(-1, x.shape[-1])
-    module = _select(backend, rows, op)
     if op.closed_A is not None and op.closed_B is not None:
         A, B = op.closed_A, op.closed_B
-    with _without_autocast(x):
-        found = module.backward(
-            dy.reshape(-1, dy.shape[-1]), rows, Saved(S, A, B), op, Needs(*needs)
-        )
-    dx, *others, dbase = (x.new_empty(0) if g is None else g for g in found)
-    return (
-        dx.view(x.shape) if needs[0] else dx,
-        *others,
-        dbase.view(dy.shape) if needs[_BASE] else dbase,
-    )
+    module = _select(backend, x.reshape(-1, x.shape[-1]), op)
+    found = _differentiated(module, dy, x, (S, A, B), op, Needs(*needs))
+    return tuple(x.new_empty(0) if g is None else g for g in found)
 
 
 def _select(backend: str, x: Tensor, op: Operands) -> ModuleType:
@@ -333,20 +359,11 @@ def _fake_backward(
     )
 
 
-def _below_autograd(registered: Any, run: Any, *inputs: Any) -> tuple[Tensor, ...]:
-    """The registered operator on its inputs.
-
-    Where nothing listens (no dispatch mode, no tensor subclass) its implementation is called
-    straight away: torch takes 50 µs (forward) and 80 µs (backward) to pass 15 arguments through the
-    dispatcher, a quarter of what a small layer costs in all.
-    """
-    plain = torch._C._len_torch_dispatch_stack() == 0 and all(
-        type(value) in (Tensor, torch.nn.Parameter) for value in inputs if isinstance(value, Tensor)
+def _are_plain(*given: Tensor | None) -> bool:
+    """Whether nobody listens to the operator (no dispatch mode, no tensor subclass)."""
+    return torch._C._len_torch_dispatch_stack() == 0 and all(
+        tensor is None or type(tensor) in (Tensor, torch.nn.Parameter) for tensor in given
     )
-    if plain:
-        return run(*inputs)
-    with torch._C._AutoDispatchBelowAutograd():
-        return registered(*inputs)
 
 
 def _stand_in(dy: Tensor, lora_A: Tensor) -> Tensor:
@@ -354,44 +371,87 @@ def _stand_in(dy: Tensor, lora_A: Tensor) -> Tensor:
     return dy.new_empty(()).expand(*dy.shape[:-1], lora_A.shape[1])
 
 
+def _keep(ctx: Any, x: Tensor, saved: Sequence[Tensor], operands: Sequence[Any]) -> None:
+    """X is kept for dW and dA alone: an adapter whose A is frozen holds no activation but S."""
+    needs = ctx.needs_input_grad[2:]  # behind x and base
+    kept = x if needs[_WEIGHT] or needs[_LORA_A] else None
+    ctx.save_for_backward(kept, *saved, *operands[:_N_TENSORS])
+    ctx.options = operands[_N_TENSORS:]
+
+
+def _kept(ctx: Any, dy: Tensor) -> tuple[Tensor, list[Tensor], list[Any], Needs]:
+    """`X`, then `S`, `A°`, `B°`, the operands, and what is needed of them."""
+    x, S, A, B, *tensors = ctx.saved_tensors
+    x = _stand_in(dy, tensors[_LORA_A]) if x is None else x
+    of_x, of_base, *of_others = ctx.needs_input_grad[: 2 + _N_DIFFERENTIATED]
+    projects = ctx.options[_RESIDUAL] and tensors[_WRITE_BASIS] is not None
+    needs = Needs._make([of_x, *of_others, of_base and projects])
+    return x, [S, A, B], [*tensors, *ctx.options], needs
+
+
+def _with_base(ctx: Any, dy: Tensor, found: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The gradients of Needs in the order of the inputs; unprojected, dbase is dY itself."""
+    dx, *others, dbase = found
+    return dx, dy if ctx.needs_input_grad[1] and dbase is None else dbase, *others
+
+
+def _through_operator(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """The backward as an operator, which what listens sees."""
+    x, saved, operands, needs = _kept(ctx, dy)
+    inputs = (dy, x, *saved, list(needs), *operands, ctx.backend)
+    if torch.is_grad_enabled():  # create_graph=True: keep the node that refuses a second time
+        found = _backward(*inputs)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            found = _backward(*inputs)
+    return _with_base(ctx, dy, [g if need else None for g, need in zip(found, needs, strict=True)])
+
+
+class _Plain(torch.autograd.Function):
+    """Past the dispatcher, which takes 50 µs (forward) and 80 µs (backward) to pass the arguments,
+    as much as the library calls of a small layer."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, base: Any, *given: Any) -> Tensor:
+        *differentiated, others, ctx.backend = given
+        operands = (*differentiated, *others)
+        y, saved, ctx.module = _computed(x, base, Operands(*operands), ctx.backend)
+        _keep(ctx, x, saved, operands)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = outputs
+        if torch.is_grad_enabled():
+            return *_through_operator(ctx, dy), None, None
+        x, saved, operands, needs = _kept(ctx, dy)
+        found = _differentiated(ctx.module, dy, x, saved, Operands(*operands), needs)
+        return *_with_base(ctx, dy, found), None, None
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, base: Any, *operands: Any) -> tuple[Tensor, ...]:
-        y, *saved = _below_autograd(_forward, _run_forward, x, base, *operands)
-        # X is kept for dW and dA alone: an adapter whose A is frozen holds no activation but S.
-        needs = ctx.needs_input_grad[2:]  # behind x and base
-        kept = x if needs[_WEIGHT] or needs[_LORA_A] else None
-        ctx.save_for_backward(kept, *saved, *operands[:_N_TENSORS])
-        ctx.options = operands[_N_TENSORS:]
+        with torch._C._AutoDispatchBelowAutograd():
+            y, *saved = _forward(x, base, *operands)
+        ctx.backend = operands[-1]
+        _keep(ctx, x, saved, operands[:-1])
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)
         return y, *saved
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        (dy, *_), n_options = outputs, len(ctx.options)
-        if dy is None:
-            return (None,) * (2 + _N_TENSORS + n_options)
-        x, S, A, B, *tensors = ctx.saved_tensors
-        x = _stand_in(dy, tensors[_LORA_A]) if x is None else x
-        needs_x, needs_base, *needs = ctx.needs_input_grad[:7]
-        projects = ctx.options[_RESIDUAL] and tensors[_WRITE_BASIS] is not None
-        needs = [needs_x, *needs, needs_base and projects]
-        inputs = (dy, x, S, A, B, needs, *tensors, *ctx.options)
-        if torch.is_grad_enabled():  # create_graph=True: keep the node that refuses a second time
-            found = _backward(*inputs)
-        else:
-            found = _below_autograd(_backward, _run_backward, *inputs)
-        dx, *others, dbase = (g if needed else None for g, needed in zip(found, needs, strict=True))
-        if needs_base and not projects:
-            dbase = dy
-        return dx, dbase, *others, *(None,) * (_N_TENSORS - 5 + n_options)
+        (dy, *_), n_others = outputs, _N_TENSORS - _N_DIFFERENTIATED + len(ctx.options) + 1
+        found = (None,) * (2 + _N_DIFFERENTIATED) if dy is None else _through_operator(ctx, dy)
+        return *found, *(None,) * n_others
 
 
 class _OnceDifferentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        return _below_autograd(_backward, _run_backward, *inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:

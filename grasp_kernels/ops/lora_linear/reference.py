@@ -44,7 +44,7 @@ def refuses(x: Tensor, op: Operands) -> str | None:
 def closed_factors(op: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
     """`A°[R, K]`, `B°[N, R]`, `b°[N]`, projected in float32 and then rounded to `dtype`.
 
-    Copies, unless the caller has them already.
+    Where nothing is done to them, the adapter's own.
     """
     A, B, b = op.lora_A, op.lora_B, op.lora_bias
     if op.closed:
@@ -54,7 +54,7 @@ def closed_factors(op: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor, Te
         return op.closed_A, op.closed_B, b
     if op.closed:
         A, B = project_rows(A, op.read_basis), project_columns(B, op.write_basis)
-    return A.to(dtype, copy=True), B.to(dtype, copy=True), b
+    return A.to(dtype), B.to(dtype), b
 
 
 def forward(x: Tensor, op: Operands, base: Tensor | None = None) -> tuple[Tensor, Saved]:
