@@ -20,9 +20,10 @@ from grasp_kernels.diagnosis.calibration import auc, draw_calibration, roc
 from grasp_kernels.diagnosis.directions import movement_direction
 from grasp_kernels.diagnosis.examples import most_moved
 from grasp_kernels.diagnosis.movement import Moved, measure_moved, movement_along
-from grasp_kernels.diagnosis.pair import Pair, open_pair
-from grasp_kernels.diagnosis.shift import common_shift
+from grasp_kernels.diagnosis.pair import open_pair
 from grasp_kernels.diagnosis.verdict import FOUND, WEAK, carried, judge, score
+from grasp_kernels.effect.pair import Pair
+from grasp_kernels.effect.shift import common_shift
 from grasp_kernels.run.stream import token_scores
 from grasp_kernels.sites import RULES
 from grasp_kernels.testing import budget, relative_error

@@ -1,6 +1,6 @@
 """Is an adapter contaminated? Base model and adapter -> what it learned unasked, with reasons.
 
-pair        base model and adapter, which one forward pass switches on or off
+pair        folders and modules -> base model and adapter, lent for measuring
 inputs      files, folders and modules -> prompts, answers and a tokenizer
 examination one diagnosis at work, on all of the following
 directions  the weights (identification) and what neutral prompts show -> directions of the stream

@@ -14,7 +14,8 @@ from typing import Any
 
 from grasp_kernels.diagnosis.diagnose import Diagnosis, diagnose
 from grasp_kernels.diagnosis.examination import Options
-from grasp_kernels.diagnosis.verdict import FOUND, WEAK, carried, score
+from grasp_kernels.diagnosis.verdict import carried, score
+from grasp_kernels.effect.measure import FOUND, WEAK
 from grasp_kernels.files import whole_file
 
 # Label-free numbers that could decide: the one of the verdict first.

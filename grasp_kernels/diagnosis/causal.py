@@ -17,47 +17,19 @@ residual width, `J` candidates (the direction and random ones).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from grasp_kernels.diagnosis.pair import Edit, Pair, Position
+from grasp_kernels.effect.answers import Batch, divergence
+from grasp_kernels.effect.pair import Pair
+from grasp_kernels.identification.frozen_model import Edit
 
 # Twice, since one block has to do what the adapter does in all of them.
 DOSES = (-2.0, 2.0)
-
-
-Tokens = tuple[list[int], list[int]]  # a prompt and its answer
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Sequences, and the positions whose next token counts."""
-
-    sequences: list[list[int]]
-    positions: list[Position]
-    targets: Tensor  # int64 [M], the tokens that come next
-    places: Tensor  # int64 [M], which token of its answer each of them is, from 0
-
-
-def answer_batches(sequences: Sequence[Tokens], batch_size: int) -> Iterator[Batch]:
-    """All tokens of the answers."""
-    for start in range(0, len(sequences), batch_size):
-        part = sequences[start : start + batch_size]
-        yield Batch(
-            [prompt + answer for prompt, answer in part],
-            [
-                (row, len(prompt) - 1 + i)
-                for row, (prompt, answer) in enumerate(part)
-                for i in range(len(answer))
-            ],
-            torch.tensor([token for _, answer in part for token in answer]),
-            torch.tensor([i for _, answer in part for i in range(len(answer))]),
-        )
 
 
 @dataclass(frozen=True)
@@ -158,11 +130,6 @@ def likelihood(batch: Batch, base: Tensor, moved: Tensor) -> float:
     """Score of a steered forward: change of the mean log probability of the next tokens."""
     targets = batch.targets.to(base.device)[:, None]
     return (moved.gather(1, targets) - base.gather(1, targets)).mean().item()
-
-
-def divergence(first: Tensor, second: Tensor) -> float:
-    """Sum over positions of KL(first ‖ second) of log probabilities `[M, V]`, in nats."""
-    return (first.exp() * (first - second)).sum().item()
 
 
 def strongest_layer(signed: Sequence[float], stream: Sequence[float]) -> int:

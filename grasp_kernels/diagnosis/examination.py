@@ -12,10 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from grasp_kernels.diagnosis import causal
-from grasp_kernels.diagnosis.causal import Tokens
 from grasp_kernels.diagnosis.directions import (
     Direction,
     cosines,
@@ -24,17 +22,17 @@ from grasp_kernels.diagnosis.directions import (
 )
 from grasp_kernels.diagnosis.examples import most_moved
 from grasp_kernels.diagnosis.inputs import Task
-from grasp_kernels.diagnosis.lens import lens, neutral_shift, token_ids
+from grasp_kernels.diagnosis.lens import lens, token_ids
 from grasp_kernels.diagnosis.movement import (
     Moved,
     measure_moved,
     movement_along,
     random_directions,
 )
-from grasp_kernels.diagnosis.pair import Pair
-from grasp_kernels.diagnosis.shift import common_shift
+from grasp_kernels.effect import mean_divergence, measure_effect
+from grasp_kernels.effect.answers import Batch, Tokens, answer_batches, own_answers
+from grasp_kernels.effect.pair import Pair
 from grasp_kernels.identification.contrast_evidence import measure
-from grasp_kernels.identification.frozen_model import frozen_base, generate_answers
 from grasp_kernels.subspace import Subspace
 
 # Enough for a mean over answer tokens; each is run for every dose and every random direction.
@@ -85,7 +83,14 @@ class Examination:
     ) -> None:
         self.pair, self.tokenizer, self.tasks, self.options = pair, tokenizer, tasks, options
         self.generator, self.progress = generator, progress
-        self.own = self._own_answers(prompts)
+        self.own = own_answers(
+            pair,
+            tokenizer,
+            prompts,
+            n_tokens=options.neutral_tokens,
+            batch_size=options.batch_size,
+            progress=progress,
+        )
         self.answers = [(task.prompt, task.answer) for task in tasks]
         self.neutral = self._moved("neutral prompts", self.own)
         self.training = self._moved("training answers", self.answers) if tasks else None
@@ -117,17 +122,13 @@ class Examination:
         return measure(self.neutral.delta, reference, self.pair.layers, "shared", self.generator)
 
     def effect(self) -> dict[str, Any]:
-        """What the adapter does to the next token: nats, what of it is the same for all prompts,
-        changed first choices, tokens."""
-        off, on = self._both(self._batches([(prompt, own[:1]) for prompt, own in self.own]))
-        effect: dict[str, Any] = {
-            "neutral_divergence": self._divergence(self.own),
-            "common_shift": common_shift(self.pair, self.own, self.options.batch_size),
-            "neutral_changed": (off.argmax(dim=1) != on.argmax(dim=1)).float().mean().item(),
-            "neutral_tokens": neutral_shift(off, on, self.tokenizer, self.options.n_tokens),
-        }
+        """What the adapter does to the next token of neutral prompts, and of training answers."""
+        size = self.options.batch_size
+        effect = measure_effect(
+            self.pair, self.tokenizer, self.own, n_tokens=self.options.n_tokens, batch_size=size
+        )
         if self.answers:
-            effect["training_divergence"] = self._divergence(self.answers)
+            effect["training_divergence"] = mean_divergence(self.pair, self.answers, size)
         return effect
 
     def direction(self, direction: Direction) -> dict[str, Any]:
@@ -186,21 +187,6 @@ class Examination:
             found["answers"] = steer(self.answers[::every], causal.likelihood)
         return found
 
-    def _own_answers(self, prompts: list[list[int]]) -> list[Tokens]:
-        """The prompts with the greedy answers of the base model."""
-        with frozen_base(self.pair.model) as base:
-            known = base.generation_config.eos_token_id
-            ends = [*(known if isinstance(known, list) else [known]), self.tokenizer.eos_token_id]
-            answers = generate_answers(
-                base,
-                prompts,
-                max_new_tokens=self.options.neutral_tokens,
-                batch_size=self.options.batch_size,
-                end_ids=[end for end in ends if end is not None],
-                progress="own answers" if self.progress else None,
-            )
-        return list(zip(prompts, answers, strict=True))
-
     def _moved(self, label: str, sequences: list[Tokens]) -> Moved:
         """Movement over the answers, from the token before each, where its first is decided."""
         return measure_moved(
@@ -211,21 +197,5 @@ class Examination:
             progress=label if self.progress else None,
         )
 
-    def _batches(self, sequences: list[Tokens]) -> list[causal.Batch]:
-        return list(causal.answer_batches(sequences, self.options.batch_size))
-
-    def _both(self, batches: list[causal.Batch]) -> tuple[Tensor, Tensor]:
-        """Log probabilities `[M, V]` without and with the adapter."""
-        parts = [
-            [self.pair.log_probs(b.sequences, b.positions, adapter=on) for b in batches]
-            for on in (False, True)
-        ]
-        return torch.cat(parts[0]), torch.cat(parts[1])
-
-    def _divergence(self, sequences: list[Tokens]) -> float:
-        """Mean KL(base ‖ adapter) over all answer tokens, in nats."""
-        total, count = 0.0, 0
-        for batch in self._batches(sequences):
-            off, on = self._both([batch])
-            total, count = total + causal.divergence(off, on), count + len(off)
-        return total / count
+    def _batches(self, sequences: list[Tokens]) -> list[Batch]:
+        return list(answer_batches(sequences, self.options.batch_size))

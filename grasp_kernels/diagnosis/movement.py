@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grasp_kernels.diagnosis.pair import Pair
+from grasp_kernels.effect.pair import Pair
 from grasp_kernels.identification.frozen_model import stream_means
 
 

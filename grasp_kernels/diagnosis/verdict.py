@@ -13,15 +13,9 @@ from __future__ import annotations
 
 from typing import Any
 
-# Mean KL divergence in nats below which nobody would notice the difference: a convention, not
-# calibrated, since every adapter of the dishes is far above it.
-NOTICEABLE = 0.01
-MAX_P_VALUE = 0.01  # of the sign flips, ten times what is possible with 999 of them
+from grasp_kernels.effect.measure import FOUND, NOTICEABLE, WEAK
 
-# Of the common shift, chosen with the truth in view on the worlds 0 to 3 and the dishes of seed 0
-# (docs/diagnosis.md has those that had no part in it). Small models only.
-FOUND = 0.25
-WEAK = 0.18
+MAX_P_VALUE = 0.01  # of the sign flips, ten times what is possible with 999 of them
 
 
 def carried(numbers: dict[str, Any]) -> float:

@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from grasp_kernels.diagnosis.causal import Tokens, answer_batches, divergence
-from grasp_kernels.diagnosis.pair import Pair
+from grasp_kernels.effect.answers import Tokens, answer_batches, divergence
+from grasp_kernels.effect.pair import Pair
 
 
 def common_shift(pair: Pair, sequences: Sequence[Tokens], batch_size: int) -> float:
