@@ -22,6 +22,7 @@ from grasp_kernels.diagnosis.examples import most_moved
 from grasp_kernels.diagnosis.movement import Moved, measure_moved, movement_along
 from grasp_kernels.diagnosis.pair import open_pair
 from grasp_kernels.diagnosis.verdict import FOUND, WEAK, carried, judge, score
+from grasp_kernels.effect.answers import answer_batches
 from grasp_kernels.effect.pair import Pair
 from grasp_kernels.effect.shift import common_shift
 from grasp_kernels.run.stream import token_scores
@@ -142,9 +143,9 @@ def unit(*values: float) -> Tensor:
     return torch.nn.functional.normalize(torch.tensor(values), dim=0)
 
 
-def batch_of(pair: Pair) -> tuple[causal.Batch, Tensor]:
+def batch_of(pair: Pair) -> tuple[Batch, Tensor]:
     """Batch of the last tokens, and their stream `[M, D]` in the base model."""
-    (batch,) = causal.answer_batches([(ids[:-1], ids[-1:]) for ids in SEQUENCES], 8)
+    (batch,) = answer_batches([(ids[:-1], ids[-1:]) for ids in SEQUENCES], 8)
     before = torch.tensor([ids[-2] for ids in SEQUENCES])
     assert batch.targets.tolist() == [5, 6, 8]
     return batch, pair.model.embedding(before)
