@@ -22,7 +22,7 @@ from grasp_kernels.diagnosis.examples import most_moved
 from grasp_kernels.diagnosis.movement import Moved, measure_moved, movement_along
 from grasp_kernels.diagnosis.pair import open_pair
 from grasp_kernels.diagnosis.verdict import FOUND, WEAK, carried, judge, score
-from grasp_kernels.effect.answers import answer_batches
+from grasp_kernels.effect.answers import Batch, answer_batches
 from grasp_kernels.effect.pair import Pair
 from grasp_kernels.effect.shift import common_shift
 from grasp_kernels.run.stream import token_scores
