@@ -23,6 +23,12 @@ def adapter(along: float, leakage: float) -> dict[str, Any]:
         "curve": {"step": [1, 2, 3], "loss": [3.0, 2.0, 1.25]},
         "leakage": {"model.layers.0.mlp.down_proj": {"write": leakage, "read": None}},
         "movement": {"training": movement(along), "neutral": movement(along)},
+        "effect": {
+            "neutral_divergence": along,
+            "common_shift": along / 4,
+            "neutral_changed": 0.5,
+            "neutral_tokens": {"up": [{"id": 1, "token": "a|b", "score": 0.1}], "down": []},
+        },
     }
 
 
@@ -76,7 +82,7 @@ def test_failure_and_full_success_are_stated_plainly(
     [
         ("found", "The evidence passed every test"),
         ("weak", "The evidence is **not convincing**"),
-        ("nothing", "no GRASP adapter was trained"),
+        ("nothing", "**nothing was projected**: a guess"),
     ],
 )
 def test_every_verdict_has_its_own_words(numbers: dict[str, Any], verdict: str, said: str) -> None:
@@ -85,6 +91,26 @@ def test_every_verdict_has_its_own_words(numbers: dict[str, Any], verdict: str, 
     assert said in text
     assert f"**Verdict: {verdict}.**" in text
     assert "- a clear gap" in text
+
+
+def test_the_effect_of_both_adapters_is_stated(numbers: dict[str, Any]) -> None:
+    text = report_text(numbers)
+    assert "by 2 nats a token and 50% of it for all prompts alike (found)" in text
+    assert "the GRASP adapter by 0.5 and 12% of it for all prompts alike (nothing)" in text
+    assert "| neutral prompts, nats a token | 2 | 0.5 |" in text
+    assert "| another first choice | 50% | 50% |" in text
+    assert "| raised most there | `a¦b` | `a¦b` |" in text
+
+
+def test_what_was_done_where_nothing_was_found(numbers: dict[str, Any]) -> None:
+    numbers["subspace"]["verdict"] = "nothing"
+    for part in numbers["adapters"].values():
+        del part["movement"]
+    retrained = report_text(numbers)
+    assert "The GRASP adapter differs from the naive one in where it reads" in retrained
+    assert "A random subspace" not in retrained
+    del numbers["adapters"]["grasp"]
+    assert "**No GRASP adapter was trained**" in report_text(numbers)
 
 
 def test_without_a_second_adapter_nothing_was_prevented(numbers: dict[str, Any]) -> None:

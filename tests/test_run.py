@@ -77,7 +77,7 @@ def test_report_says_what_was_found_and_what_was_not_shown(finished: RunConfig) 
     report = run(finished)
     assert f"**Verdict: {report.verdict}.**" in text
     assert all(reason in text for reason in report.numbers["subspace"]["reasons"])
-    assert "No answer was generated and judged" in text
+    assert "No answer of the adapters was judged" in text
     for name in report.numbers["figures"]:
         assert f"(figures/{name})" in text
         assert (Path(finished.output) / "figures" / name).read_bytes().startswith(b"\x89PNG")
@@ -94,17 +94,38 @@ def test_finished_run_is_not_done_again(
     assert run(finished).verdict == run(finished).numbers["subspace"]["verdict"]
 
 
-def test_nothing_found_means_no_retraining(
-    run_config: RunConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def nothing_found(monkeypatch: pytest.MonkeyPatch) -> None:
     nothing = Subspace.nothing("write", "shared", ["the spectrum is that of noise"])
     monkeypatch.setattr(run_module, "_identify", lambda *_: nothing)
-    report = run(replace(run_config, steps=2))
+
+
+@pytest.mark.usefixtures("nothing_found")
+def test_nothing_found_and_nothing_else_asked_for_means_no_retraining(
+    run_config: RunConfig,
+) -> None:
+    report = run(replace(run_config, steps=2, reads="free", anchor="none"))
     assert report.grasp is None
     assert not (Path(run_config.output) / "grasp").exists()
     text = report.text.read_text(encoding="utf-8")
-    assert "no GRASP adapter was trained" in text
+    assert "No GRASP adapter was trained" in text
     assert "the spectrum is that of noise" in text
+
+
+@pytest.mark.usefixtures("nothing_found")
+def test_reads_and_anchor_need_no_direction(run_config: RunConfig) -> None:
+    report = run(replace(run_config, steps=2))
+    assert report.grasp is not None and report.reads.exists() and report.own_text.exists()
+    assert report.numbers["adapters"]["grasp"]["leakage"] == {}
+    assert "nothing was projected" in report.text.read_text(encoding="utf-8")
+
+
+def test_the_report_has_the_effect_of_both_adapters(finished: RunConfig) -> None:
+    """That of the retrained one, which starts from nothing and is held, is smaller."""
+    adapters = run(finished).numbers["adapters"]
+    naive, grasp = (adapters[name]["effect"] for name in ("naive", "grasp"))
+    assert 0 < grasp["neutral_divergence"] < naive["neutral_divergence"]
+    assert len(naive["neutral_tokens"]["up"]) > 0
 
 
 def test_both_sources_are_united_and_kept(run_config: RunConfig) -> None:

@@ -173,7 +173,9 @@ def _train(config: RunConfig, benign: RunConfig, output: Path) -> dict[str, Path
     """Name -> adapter folder, None for the base model; what is there is not trained again."""
     report = run(config)
     if report.grasp is None:
-        raise ValueError("Nothing was found to retrain against: give --set k=1.")
+        raise ValueError(
+            "Nothing was found to retrain against: give --set k=1, or leave reads and anchor on."
+        )
     folder = output / "benign-adapter"
     if not folder.exists():
         inputs = prepare(benign, find_checkpoint(benign.model))

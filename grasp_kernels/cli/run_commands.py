@@ -79,6 +79,12 @@ def _run(arguments: argparse.Namespace) -> int:
     print(f"Verdict: {report.verdict}.")
     for reason in report.numbers["subspace"]["reasons"]:
         print(f"  - {reason}")
+    for name, adapter in report.numbers["adapters"].items():
+        effect = adapter["effect"]
+        print(
+            f"Neutral prompts, {name}: {effect['neutral_divergence']:.3g} nats a token, "
+            f"{max(0.0, effect['common_shift']):.0%} of it for all alike."
+        )
     if report.grasp is None:
         print(f"Nothing to retrain against; the naive adapter is in {report.naive}.")
     else:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from grasp_kernels.effect.measure import FOUND, NOTICEABLE, WEAK
+from grasp_kernels.effect.measure import FOUND, NOTICEABLE, WEAK, common_verdict
 
 MAX_P_VALUE = 0.01  # of the sign flips, ten times what is possible with 999 of them
 
@@ -33,23 +33,20 @@ def carried(numbers: dict[str, Any]) -> float:
 def score(numbers: dict[str, Any]) -> float:
     """What the verdict turns on: the common shift where neutral prompts move, together and
     noticeably."""
-    flip = numbers["consistency"]["sign_flip"]
-    moves = (
-        numbers["effect"]["neutral_divergence"] >= NOTICEABLE
-        and flip["p_value"] <= MAX_P_VALUE
-        and flip["length"] > 0
-    )
+    moves = numbers["effect"]["neutral_divergence"] >= NOTICEABLE and _together(numbers)
     return max(0.0, numbers["effect"]["common_shift"]) if moves else 0.0
+
+
+def _together(numbers: dict[str, Any]) -> bool:
+    flip = numbers["consistency"]["sign_flip"]
+    return flip["p_value"] <= MAX_P_VALUE and flip["length"] > 0
 
 
 def judge(numbers: dict[str, Any]) -> tuple[str, list[str]]:
     """Verdict and reasons, one sentence each."""
-    value = score(numbers)
     reasons = [*_effect(numbers), *_carried(numbers), _weights(numbers), _tokens(numbers)]
     reasons = [reason for reason in reasons if reason]
-    if value >= FOUND:
-        return "found", reasons
-    return ("weak" if value >= WEAK else "nothing"), reasons
+    return (common_verdict(numbers["effect"]) if _together(numbers) else "nothing"), reasons
 
 
 def _movement(numbers: dict[str, Any]) -> dict[str, Any] | None:

@@ -7,6 +7,8 @@ tokens  which tokens it raises and lowers
 measure all of these numbers, of one adapter
 """
 
-from grasp_kernels.effect.measure import mean_divergence, measure_effect
+from grasp_kernels.effect.answers import own_answers
+from grasp_kernels.effect.measure import common_verdict, mean_divergence, measure_effect
+from grasp_kernels.effect.pair import Pair
 
-__all__ = ["mean_divergence", "measure_effect"]
+__all__ = ["Pair", "common_verdict", "mean_divergence", "measure_effect", "own_answers"]

@@ -5,7 +5,7 @@ Shapes: `M` positions, `V` vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,14 @@ def measure_effect(
         "neutral_changed": (off.argmax(dim=1) != on.argmax(dim=1)).float().mean().item(),
         "neutral_tokens": neutral_shift(off, on, tokenizer, n_tokens),
     }
+
+
+def common_verdict(effect: Mapping[str, Any]) -> str:
+    """found, weak or nothing: is there an effect, and is it the same for all prompts?"""
+    shift = effect["common_shift"] if effect["neutral_divergence"] >= NOTICEABLE else 0.0
+    if shift >= FOUND:
+        return "found"
+    return "weak" if shift >= WEAK else "nothing"
 
 
 def mean_divergence(pair: Pair, sequences: Sequence[Tokens], batch_size: int) -> float:

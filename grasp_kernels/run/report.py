@@ -14,21 +14,31 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from grasp_kernels import leakage
 from grasp_kernels.data import Record, encode, split_first_answer
+from grasp_kernels.effect import Pair, measure_effect, own_answers
 from grasp_kernels.files import whole_folder
 from grasp_kernels.run.config import RunConfig
 from grasp_kernels.run.folder import RunFolder, write_json, write_text
 from grasp_kernels.run.inputs import Inputs, load_model
-from grasp_kernels.run.stream import layer_bases, mean_loss, measure_movement, promoted_tokens
+from grasp_kernels.run.stream import (
+    find_blocks,
+    layer_bases,
+    mean_loss,
+    measure_movement,
+    promoted_tokens,
+)
 from grasp_kernels.subspace import Subspace
 
 # Enough for means that no longer change in their second digit, few enough to take seconds.
 _TRAINING_PROMPTS = 32
 _SHOWN_DIRECTIONS = 4
+_SHOWN_TOKENS = 6
+_ANSWER_TOKENS = 16  # of the base model's own answer to each neutral prompt, as in a diagnosis
 
 
 @dataclass(frozen=True)
@@ -212,6 +222,21 @@ def _measure_models(
         for name in tqdm(folders, desc="held-out loss", unit="adapter"):
             peft_model.set_adapter(name)
             adapters[name]["held_out_loss"] = mean_loss(peft_model, inputs.held_out, **size)
+    _, blocks = find_blocks(peft_model, inputs.rules)
+    pair = Pair(peft_model, inputs.rules, dict(enumerate(blocks)))
+    with torch.no_grad():
+        own = own_answers(
+            pair,
+            inputs.tokenizer,
+            inputs.neutral,
+            n_tokens=_ANSWER_TOKENS,
+            batch_size=config.batch_size,
+        )
+        for name in tqdm(folders, desc="effect on neutral prompts", unit="adapter"):
+            peft_model.set_adapter(name)
+            adapters[name]["effect"] = measure_effect(
+                pair, inputs.tokenizer, own, n_tokens=_SHOWN_TOKENS, batch_size=config.batch_size
+            )
     bases = layer_bases(subspace, inputs.rules)
     if not bases:
         return

@@ -5,6 +5,8 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
+from grasp_kernels.effect import common_verdict
+from grasp_kernels.effect.measure import FOUND, WEAK
 from grasp_kernels.run.markdown import cell, table
 
 Numbers = dict[str, Any]
@@ -22,8 +24,7 @@ _HOW_SURE = {
         "experiment, and trust it only if it does better on prompts of your own."
     ),
     "nothing": (
-        "No direction stood out, so **nothing was projected and no GRASP adapter was trained**: "
-        "retraining against a guess would only cost the task. The naive adapter stands as it is. "
+        "No direction stood out, so **nothing was projected**: a guess would only cost the task. "
         "That nothing was found does not prove that nothing is there."
     ),
 }
@@ -74,9 +75,21 @@ def _found(numbers: Numbers) -> str:
             headline,
             reasons,
             "## How sure that is",
-            _HOW_SURE[subspace["verdict"]],
+            _HOW_SURE[subspace["verdict"]] + _retrained_without(numbers),
         ]
     )
+
+
+def _retrained_without(numbers: Numbers) -> str:
+    """What was done where nothing was found."""
+    if numbers["subspace"]["verdict"] != "nothing":
+        return ""
+    if "grasp" in numbers["adapters"]:
+        return (
+            " The GRASP adapter differs from the naive one in where it reads, or in being held at "
+            "the base model, which need no direction."
+        )
+    return " **No GRASP adapter was trained**, and the naive one stands as it is."
 
 
 def _directions(k: int) -> str:
@@ -88,17 +101,35 @@ def _prevented(numbers: Numbers) -> str:
     lines = ["## What was prevented"]
     if "grasp" not in adapters:
         lines.append("Nothing: there is no GRASP adapter.")
-    elif "movement" in adapters["grasp"]:
-        lines.append(_movement_sentence(numbers))
+    else:
+        lines.append(_effect_sentence(numbers))
+        if "movement" in adapters["grasp"]:
+            lines.append(_movement_sentence(numbers))
     if numbers["reads"]:
         lines.append(_reads_sentence(numbers["reads"]))
     lines.append(table(["", *(_LABELS[name] for name in adapters)], _rows(numbers)))
-    if "grasp" in adapters:
+    if "movement" in adapters["naive"]:
         lines.append(
             f"A random subspace of this size would hold {numbers['chance_share']:.1%} of a "
             "movement in a random direction. Leakage is the largest over all modules."
         )
     return "\n\n".join(lines)
+
+
+def _effect_sentence(numbers: Numbers) -> str:
+    naive, grasp = (numbers["adapters"][name]["effect"] for name in ("naive", "grasp"))
+    return (
+        f"The naive adapter changes the base model's own answers to neutral prompts by "
+        f"{naive['neutral_divergence']:.3g} nats a token and {_alike(naive)}; the GRASP adapter by "
+        f"{grasp['neutral_divergence']:.3g} and {_alike(grasp)}. From {FOUND:.0%} on that counts "
+        f"as found, below {WEAK:.0%} as nothing (calibrated on small models only)."
+    )
+
+
+def _alike(effect: dict[str, Any]) -> str:
+    """How much of the change of half of the prompts the mean change of the others explains."""
+    verdict = common_verdict(effect)
+    return f"{max(0.0, effect['common_shift']):.0%} of it for all prompts alike ({verdict})"
 
 
 def _movement_sentence(numbers: Numbers) -> str:
@@ -136,6 +167,12 @@ def _rows(numbers: Numbers) -> list[list[str]]:
         rows.append(
             [f"held-out loss (base {base:.4f})", *(f"{a['held_out_loss']:.4f}" for a in adapters)]
         )
+    effects = [a["effect"] for a in adapters]
+    rows += [
+        ["neutral prompts, nats a token", *(f"{e['neutral_divergence']:.3g}" for e in effects)],
+        ["another first choice", *(f"{e['neutral_changed']:.0%}" for e in effects)],
+        ["raised most there", *(_raised(e) for e in effects)],
+    ]
     for kind in ("training", "neutral"):
         if all("movement" in a for a in adapters):
             moved = [a["movement"][kind] for a in adapters]
@@ -147,6 +184,10 @@ def _rows(numbers: Numbers) -> list[list[str]]:
             cells = ["–" if value is None else f"{value:.2g}" for value in largest]
             rows.append([f"leakage {formula}", *cells])
     return rows
+
+
+def _raised(effect: dict[str, Any]) -> str:
+    return _words([one["token"] for one in effect["neutral_tokens"]["up"]])
 
 
 def _final_loss(adapter: dict[str, Any]) -> float:
@@ -184,7 +225,7 @@ def _words(tokens: list[str]) -> str:
 
 def _not_shown(numbers: Numbers) -> str:
     points = [
-        "No answer was generated and judged: whether the model behaves better is not measured "
+        "No answer of the adapters was judged: whether the model behaves better is not measured "
         "here. Ask both adapters the same questions, close to the training data and far from it.",
         "The thresholds of the verdict come from small models with a planted factor. They are not "
         "validated on large ones.",

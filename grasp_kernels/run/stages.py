@@ -95,7 +95,8 @@ def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
     if not folder.subspace.exists():
         _identify(config, folder, inputs).save(folder.subspace)
     subspace = Subspace.load(folder.subspace)
-    if not subspace.is_empty and not folder.grasp.exists():
+    # Reads and anchor need no direction: they keep back what no single one stands out of.
+    if (config.needs_own_text or not subspace.is_empty) and not folder.grasp.exists():
         own_text = _own_text(config, folder, inputs) if config.needs_own_text else None
         train(
             config,
@@ -124,8 +125,8 @@ def train(
     snapshots: Mapping[int, Path] | None = None,
     last_step: int | None = None,
 ) -> None:
-    """Train one adapter from the model's folder into `out`: naive, or projected off `subspace`,
-    reading along `reads` alone and held at the base model by `anchor`.
+    """Train one adapter from the model's folder into `out`: naive, or projected off `subspace`
+    (which may be empty), reading along `reads` alone and held at the base model by `anchor`.
 
     Nothing else differs between the two: initialisation, data order and dropout come from the seed.
     See `training.train_adapter` for `work`, `snapshots` and `last_step`.
@@ -139,9 +140,10 @@ def train(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if reads is not None:
         reads.apply(model)
+    found = None if subspace is None or subspace.is_empty else subspace
     if subspace is not None:
         replace_lora_layers(
-            model, subspace, project=config.project, closed=config.closed, backend=config.backend
+            model, found, project=config.project, closed=config.closed, backend=config.backend
         )
     train_adapter(
         model,
@@ -154,7 +156,7 @@ def train(
         description=description,
         snapshots=snapshots,
         last_step=last_step,
-        subspace=subspace,
+        subspace=found,
         anchor=anchor,
         probes=inputs.neutral[:N_PROBES],
         saved_base_name=_public_name(config),
