@@ -480,11 +480,28 @@ def test_contrastive_reads_stay_while_training(bench: Workbench, name: str) -> N
         assert wanted.ratios[layer_name][0] > 1
 
 
-def test_run_is_what_the_command_does_as_it_comes(bench: Workbench) -> None:
+@pytest.mark.parametrize(
+    ("found", "parts"), [(True, "grasp+contrastive+own-text"), (False, "contrastive+own-text")]
+)
+def test_run_is_what_the_command_does_as_it_comes(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, found: bool, parts: str
+) -> None:
+    """With the directions that its evidence gives, or with reads and anchor alone."""
+    nothing = gk.Subspace.nothing("write", "shared", ["noise"])
+    subspace = bench.weights_subspace(1) if found else nothing
+    monkeypatch.setattr(bench, "run_subspace", lambda: subspace)
     default = RunConfig(model="", data="", output="").anchor_strength
-    all_three = METHODS["grasp+contrastive+own-text"].build(bench, default)
+    same = METHODS[parts].build(bench, default)
     for (_, one), (_, other) in zip(
-        adapted_layers(METHODS["run"].build(bench, None)), adapted_layers(all_three), strict=True
+        adapted_layers(METHODS["run"].build(bench, None)), adapted_layers(same), strict=True
     ):
-        for factor, same in zip(weights.factors(one), weights.factors(other), strict=True):
-            assert torch.equal(factor, same)
+        for factor, expected in zip(weights.factors(one), weights.factors(other), strict=True):
+            assert torch.equal(factor, expected)
+
+
+def test_the_evidence_of_run_contains_halves_of_the_data(bench: Workbench) -> None:
+    subspace = bench.run_subspace()
+    assert subspace is bench.run_subspace()
+    assert "halves" in [source["kind"] for source in subspace.evidence["sources"]]
+    configs = [bench.work / f"half-{i}" / "adapter_config.json" for i in range(2)]
+    assert all(config.exists() for config in configs)

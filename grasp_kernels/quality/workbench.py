@@ -145,6 +145,32 @@ class Workbench:
         key = ("weights", k, *sorted(options.items()))
         return self.once(key, lambda: identify([str(f) for f in early], k=k, **options))
 
+    def run_subspace(self) -> Subspace:
+        """As `grasp-kernels run` finds it: k from evidence, with halves of the data as a check."""
+        from grasp_kernels.identification import identify
+
+        def make() -> Subspace:
+            *early, _ = self.naive_folders()
+            return identify(
+                [str(folder) for folder in early],
+                k="auto",
+                halves=[str(self._half_folder(i)) for i in range(2)],
+                generator=torch.Generator().manual_seed(self.seed),
+            )
+
+        return self.once("run's subspace", make)
+
+    def _half_folder(self, i: int) -> Path:
+        """A short adapter on every second example, of a seed of its own."""
+        seed, folder = self.seed + i + 1, self.work / f"half-{i}"
+        options = replace(self.folder.run_config(self.work), seed=seed)
+        model = attach_lora(self.base(), options, str(self.folder.model)).to(self.device)
+        short = replace(self.config, steps=self.steps(max(_EARLY)))
+        pad = self.tokenizer.pad_token_id
+        fit(model, self.examples[i::2], short, seed=seed, pad_token_id=pad)
+        _save(model, folder)
+        return folder
+
     def contrast_subspace(self, k: int | Literal["auto"], **options: Any) -> Subspace:
         """Self-contrast: the base model on the training answers and on its own."""
         from grasp_kernels.identification import identify_self_contrast

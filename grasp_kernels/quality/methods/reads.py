@@ -67,7 +67,7 @@ def grasp_contrastive(bench: Workbench, strength: None) -> Any:
 
 @method(
     "grasp+contrastive+own-text",
-    "reads, projection and anchor: what `grasp-kernels run` does, with a strength tuned",
+    "reads, projection with k = 1, and the own-text anchor",
     source=_SOURCE,
     strengths=KL_STRENGTHS,
     origin="ours",
@@ -79,12 +79,13 @@ def grasp_contrastive_own_text(bench: Workbench, strength: float) -> Any:
 
 @method(
     "run",
-    "the same at the default strength: what `grasp-kernels run` does",
+    "the same as `grasp-kernels run` does it: default strength, k from evidence",
     source=_SOURCE,
     origin="ours",
 )
 def run(bench: Workbench, strength: None) -> Any:
-    return grasp_contrastive_own_text(bench, RunConfig.anchor_strength)
+    model = projected(contrastive_model(bench), bench.run_subspace())
+    return with_own_text(bench, model, RunConfig.anchor_strength)
 
 
 def contrastive_model(bench: Workbench) -> Any:
