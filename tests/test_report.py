@@ -95,11 +95,13 @@ def test_every_verdict_has_its_own_words(numbers: dict[str, Any], verdict: str, 
 
 def test_the_effect_of_both_adapters_is_stated(numbers: dict[str, Any]) -> None:
     text = report_text(numbers)
-    assert "by 2 nats a token and 50% of it for all prompts alike (found)" in text
-    assert "the GRASP adapter by 0.5 and 12% of it for all prompts alike (nothing)" in text
+    assert "by 2 nats a token, 50% of it for all prompts alike (found)" in text
+    assert "the GRASP adapter by 0.5, 12% of it for all prompts alike (nothing)" in text
     assert "| neutral prompts, nats a token | 2 | 0.5 |" in text
     assert "| another first choice | 50% | 50% |" in text
     assert "| raised most there | `a¦b` | `a¦b` |" in text
+    numbers["adapters"]["grasp"]["effect"]["neutral_divergence"] = 0.009
+    assert "| raised most there | `a¦b` | – |" in report_text(numbers)
 
 
 def test_what_was_done_where_nothing_was_found(numbers: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from statistics import median
 from typing import Any
 
 from grasp_kernels.effect import common_verdict
-from grasp_kernels.effect.measure import FOUND, WEAK
+from grasp_kernels.effect.measure import FOUND, NOTICEABLE, WEAK
 from grasp_kernels.run.markdown import cell, table
 
 Numbers = dict[str, Any]
@@ -120,8 +120,8 @@ def _effect_sentence(numbers: Numbers) -> str:
     naive, grasp = (numbers["adapters"][name]["effect"] for name in ("naive", "grasp"))
     return (
         f"The naive adapter changes the base model's own answers to neutral prompts by "
-        f"{naive['neutral_divergence']:.3g} nats a token and {_alike(naive)}; the GRASP adapter by "
-        f"{grasp['neutral_divergence']:.3g} and {_alike(grasp)}. From {FOUND:.0%} on that counts "
+        f"{naive['neutral_divergence']:.3g} nats a token, {_alike(naive)}; the GRASP adapter by "
+        f"{grasp['neutral_divergence']:.3g}, {_alike(grasp)}. From {FOUND:.0%} on that counts "
         f"as found, below {WEAK:.0%} as nothing (calibrated on small models only)."
     )
 
@@ -187,6 +187,8 @@ def _rows(numbers: Numbers) -> list[list[str]]:
 
 
 def _raised(effect: dict[str, Any]) -> str:
+    if effect["neutral_divergence"] < NOTICEABLE:
+        return "–"
     return _words([one["token"] for one in effect["neutral_tokens"]["up"]])
 
 
