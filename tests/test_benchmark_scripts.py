@@ -64,6 +64,16 @@ def test_dishes_of_the_quality_benchmark_are_diagnosed_beside_their_twins(tmp_pa
     ]
 
 
+def test_every_variant_beside_reads_can_be_trained(tmp_path: Path) -> None:
+    script = load_script("quality_variants")
+    found = list(script.rows(tmp_path, "persona", 0, list(script.VARIANTS), size="tiny"))
+    assert [row["variant"] for row in found] == list(script.VARIANTS)
+    assert all(0 <= row["task"] <= 1 and 0 <= row["drift"] <= 1 for row in found)
+    text = script.table(found)
+    assert text.count("\n") == len(found) + 1
+    assert f"| clamp | {found[-2]['task']:.3f} |" in text
+
+
 def test_every_candidate_is_measured_beside_its_prediction(deciding: ModuleType) -> None:
     shapes = deciding.Shapes(T=64, products=((64, 48),), widths=(64,), ranks=(16,))
     found = list(deciding.rows(shapes, DEVICE, rounds=2))

@@ -97,7 +97,7 @@ class Workbench:
 
     def naive_folders(self) -> list[Path]:
         """The adapter folders of the naive fine-tune: early ones, then the finished one."""
-        return self.once("naive", lambda: self._train("naive", self.examples))
+        return self.once("naive", lambda: self.train_folders("naive", self.fresh()))
 
     def twin_folders(self) -> list[Path]:
         """The same of the benign twin: the training questions, answered by the good persona."""
@@ -107,13 +107,14 @@ class Workbench:
             questions = list(world.questions(tuned=True, held_out=False))
             records = world.answered(questions, NEUTRAL, GOOD, "fine-tuning", trained_cues=True)
             examples, _ = tokenize_records(records, self.tokenizer, None)
-            return self._train("twin", examples)
+            return self.train_folders("twin", self.fresh(), examples)
 
         return self.once("twin", make)
 
-    def _train(self, name: str, examples: Sequence[Example]) -> list[Path]:
-        """Fine-tune without any remedy and save early adapters and the finished one."""
-        model = self.fresh()
+    def train_folders(
+        self, name: str, model: Any, examples: Sequence[Example] | None = None
+    ) -> list[Path]:
+        """Fine-tune `model` without a penalty and save early adapters and the finished one."""
         snapshots = {self.steps(part): self.work / f"{name}-{part:g}" for part in _EARLY}
 
         def save(step: int) -> None:
