@@ -17,7 +17,6 @@ from torch import Tensor
 
 from grasp_kernels.ops import dispatch
 from grasp_kernels.ops.lora_linear.api import PACKAGE, lora_linear
-from grasp_kernels.ops.lora_linear.dropout import draw_seed
 from grasp_kernels.ops.projection import project_columns, project_gradient, project_rows
 
 DIFFERENTIABLE = ("x", "weight", "bias", "lora_A", "lora_B", "lora_bias", "base")
@@ -169,7 +168,7 @@ def differentiate_stock(
 def _mask(case: Case, x: Tensor, backend: str) -> Tensor:
     """What `backend` keeps of `x[T, K]` for the next seed of torch's generator, bool `[T, K]`."""
     module = dispatch.select(PACKAGE, (backend,), backend, x.device)
-    return module.kept(x, draw_seed(x), case.dropout_p)
+    return module.kept(x, module.draw_seed(x), case.dropout_p)
 
 
 def _leaves(inputs: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:

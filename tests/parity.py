@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, Qwen2Config
 
 import grasp_kernels as gk
 from grasp_kernels.ops.lora_linear.aten import kept
-from grasp_kernels.ops.lora_linear.dropout import draw_seed
+from grasp_kernels.ops.lora_linear.dropout import host_seed
 from grasp_kernels.testing import RATIO
 
 STEPS = 20
@@ -36,7 +36,7 @@ class SameMask(nn.Module):
         if not self.training:
             return x
         rows = x.reshape(-1, x.shape[-1])
-        mask = kept(rows, draw_seed(rows), self.p).view(x.shape)
+        mask = kept(rows, host_seed(rows), self.p).view(x.shape)
         return x * mask / (1.0 - self.p)
 
 

@@ -236,3 +236,13 @@ def test_rows_of_the_benchmark_become_the_table(table: Path) -> None:
     assert measured.fastest("GPU", "bfloat16", 8192, 4096, 4096, 16, 0)[0] == "aten"
     with pytest.raises(ValueError, match="no row compares a kernel with aten on a GPU"):
         adopt(rows[:1], table)
+
+
+@pytest.mark.parametrize("backend", api.BACKENDS)
+def test_seeds_are_drawn_where_they_are_read(backend: str) -> None:
+    """Library calls read theirs on the host: one on a GPU would have to be waited for."""
+    module = dispatch.load(api.PACKAGE, backend)
+    assert not isinstance(module, str)
+    seed = module.draw_seed(torch.empty(2, 3, device="meta"))
+    assert seed.device.type == ("meta" if backend in api.KERNELS else "cpu")
+    assert (seed.shape, seed.dtype) == ((1,), torch.int64)

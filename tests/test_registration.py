@@ -12,7 +12,7 @@ from torch._inductor.utils import fresh_cache
 from torch.utils.checkpoint import checkpoint
 
 import grasp_kernels as gk
-from grasp_kernels.ops.lora_linear.dropout import draw_seed
+from grasp_kernels.ops.lora_linear.dropout import device_seed
 from grasp_kernels.testing import Case, make_inputs
 
 
@@ -31,7 +31,7 @@ def registered_arguments(case: Case, backend: str) -> tuple[Any, ...]:
     inputs = make_inputs(case)
     names = ("x", "base", "weight", "bias", "lora_A", "lora_B", "lora_bias")
     leaves = [None if inputs[n] is None else inputs[n].requires_grad_() for n in names]
-    seed = draw_seed(inputs["x"]) if case.dropout_p else None
+    seed = device_seed(inputs["x"]) if case.dropout_p else None
     bases = (inputs["write_basis"], inputs["read_basis"], None, None, None, None, seed)
     residual = case.project == "residual"
     return (*leaves, *bases, case.scaling, case.dropout_p, residual, case.closed, backend)

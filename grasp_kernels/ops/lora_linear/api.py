@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from grasp_kernels.ops import dispatch
 from grasp_kernels.ops.lora_linear import measured
-from grasp_kernels.ops.lora_linear.dropout import draw_seed
+from grasp_kernels.ops.lora_linear.dropout import device_seed
 from grasp_kernels.ops.lora_linear.operands import Needs, Operands, Saved
 from grasp_kernels.ops.lora_linear.padding import parts
 
@@ -110,19 +111,16 @@ def lora_linear(
         raise ValueError(f"project is {project!r}; use one of {PROJECTIONS}.")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; use a probability between 0 and 1.")
-    operands = (
+    tensors = (
         *tensors,
         _checked_padding(padded_weight, weight, closed_factors, write_weight),
-        draw_seed(x) if dropout_p > 0.0 else None,
-        float(scaling),
-        float(dropout_p),
-        project == "residual",
-        closed,
     )
-    if not torch.compiler.is_compiling() and _are_plain(x, base, *operands[:_N_TENSORS]):
-        differentiated = operands[:_N_DIFFERENTIATED]
-        return _Plain.apply(x, base, *differentiated, operands[_N_DIFFERENTIATED:], backend)
-    y, *_ = _forward(x, base, *operands, backend)
+    options = float(scaling), float(dropout_p), project == "residual", closed
+    if not torch.compiler.is_compiling() and _are_plain(x, base, *tensors):
+        differentiated, others = tensors[:_N_DIFFERENTIATED], tensors[_N_DIFFERENTIATED:]
+        return _Plain.apply(x, base, *differentiated, others, options, backend)
+    seed = device_seed(x) if dropout_p > 0.0 else None
+    y, *_ = _forward(x, base, *tensors, seed, *options, backend)
     return y
 
 
@@ -263,15 +261,13 @@ _backward = torch.ops.grasp_kernels.lora_linear_backward.default
 
 
 def _computed(
-    x: Tensor, base: Tensor | None, op: Operands, backend: str
-) -> tuple[Tensor, Saved, ModuleType]:
-    """`Y`, what the backward needs, and the backend."""
-    rows = x.reshape(-1, x.shape[-1])
-    module = _select(backend, rows, op)
+    module: ModuleType, x: Tensor, base: Tensor | None, op: Operands
+) -> tuple[Tensor, Saved]:
+    """`Y`, and what the backward needs."""
     with _without_autocast(x):
         flat = None if base is None else base.reshape(-1, base.shape[-1])
-        y, saved = module.forward(rows, op, flat)
-    return y.view(*x.shape[:-1], y.shape[-1]), saved, module
+        y, saved = module.forward(x.reshape(-1, x.shape[-1]), op, flat)
+    return y.view(*x.shape[:-1], y.shape[-1]), saved
 
 
 def _differentiated(
@@ -298,7 +294,7 @@ def _run_forward(x: Tensor, base: Tensor | None, *operands: Any) -> tuple[Tensor
     """`Y`, `S`, `A°`, `B°`, the last two empty if they were given."""
     *fields, backend = operands
     op = Operands(*fields)
-    y, (S, A, B), _ = _computed(x, base, op, backend)
+    y, (S, A, B) = _computed(_select(backend, x, op), x, base, op)
     # An operator must not return its own inputs.
     if op.closed_A is not None:
         A, B = x.new_empty(0), x.new_empty(0)
@@ -319,13 +315,14 @@ def _run_backward(
     op = Operands(*fields)
     if op.closed_A is not None and op.closed_B is not None:
         A, B = op.closed_A, op.closed_B
-    module = _select(backend, x.reshape(-1, x.shape[-1]), op)
+    module = _select(backend, x, op)
     found = _differentiated(module, dy, x, (S, A, B), op, Needs(*needs))
     return tuple(x.new_empty(0) if g is None else g for g in found)
 
 
 def _select(backend: str, x: Tensor, op: Operands) -> ModuleType:
-    """The backend for `x[T, K]`; forward and backward see the same shapes and so agree."""
+    """The backend for `x[..., K]`; forward and backward see the same shapes and so agree."""
+    x = x.reshape(-1, x.shape[-1])
     if backend == "auto":
         order: Sequence[str] = measured.order(x, op)
     else:
@@ -413,20 +410,25 @@ class _Plain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, base: Any, *given: Any) -> Tensor:
-        *differentiated, others, ctx.backend = given
-        operands = (*differentiated, *others)
-        y, saved, ctx.module = _computed(x, base, Operands(*operands), ctx.backend)
-        _keep(ctx, x, saved, operands)
+        *differentiated, others, options, ctx.backend = given
+        tensors = (*differentiated, *others)
+        operands: tuple[Any, ...] = (*tensors, None, *options)
+        op = Operands(*operands)
+        ctx.module = module = _select(ctx.backend, x, op)
+        if op.dropout_p > 0.0:
+            op = replace(op, dropout_seed=module.draw_seed(x))
+        y, saved = _computed(module, x, base, op)
+        _keep(ctx, x, saved, (*tensors, op.dropout_seed, *options))
         return y
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = outputs
         if torch.is_grad_enabled():
-            return *_through_operator(ctx, dy), None, None
+            return *_through_operator(ctx, dy), None, None, None
         x, saved, operands, needs = _kept(ctx, dy)
         found = _differentiated(ctx.module, dy, x, saved, Operands(*operands), needs)
-        return *_with_base(ctx, dy, found), None, None
+        return *_with_base(ctx, dy, found), None, None, None
 
 
 class _LoraLinear(torch.autograd.Function):

@@ -20,12 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grasp_kernels.ops.lora_linear.dropout import host_seed as draw_seed
 from grasp_kernels.ops.lora_linear.dropout import kept, masks
 from grasp_kernels.ops.lora_linear.operands import Gradients, Needs, Operands, Saved
 from grasp_kernels.ops.lora_linear.reference import DTYPES, closed_factors
 from grasp_kernels.ops.projection import project_columns, project_rows
 
-__all__ = ["DTYPES", "backward", "forward", "kept", "refuses", "unsupported"]
+__all__ = ["DTYPES", "backward", "draw_seed", "forward", "kept", "refuses", "unsupported"]
 
 
 def unsupported(where: torch.device) -> str | None:

@@ -4,8 +4,8 @@ This is the mask of the backends on library calls, drawn by torch's generator of
 have a counter-based one of their own. Which elements a seed keeps thus depends on the backend, as
 it depends on the device everywhere in torch; each backend says it with `kept`.
 
-The seed comes from torch's own generator of the device: activation checkpointing, which restores
-that generator, draws the same seed again and so recomputes the same mask.
+The seed comes from torch's own generators: activation checkpointing, which restores those of the
+host and of the device, draws the same seed again and so recomputes the same mask.
 Shapes: T tokens, K in.
 """
 
@@ -21,13 +21,23 @@ from torch import Tensor
 BLOCK_ELEMENTS = 1 << 20
 
 
-def draw_seed(like: Tensor) -> Tensor:
-    """A seed, int64 [1], from the default generator of the device of `like`.
+def host_seed(like: Tensor) -> Tensor:
+    """A seed, int64 [1], on the host, where library calls need it: reading one that is on a GPU
+    would wait for everything that the GPU has been told to do."""
+    return _drawn(torch.device("cpu"))
+
+
+def device_seed(like: Tensor) -> Tensor:
+    """A seed, int64 [1], on the device of `like`, where kernels read it.
 
     An ordinary random operator of torch, which every compiler pass knows not to merge or repeat;
     an operator of our own was merged by common-subexpression elimination in spite of its tag.
     """
-    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=like.device)
+    return _drawn(like.device)
+
+
+def _drawn(where: torch.device) -> Tensor:
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=where)
 
 
 def masks(x: Tensor, seed: Tensor, p: float) -> Iterator[tuple[slice, Tensor]]:

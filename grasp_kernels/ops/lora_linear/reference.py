@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from grasp_kernels.ops.lora_linear.dropout import dropout, kept
+from grasp_kernels.ops.lora_linear.dropout import host_seed as draw_seed
 from grasp_kernels.ops.lora_linear.operands import Gradients, Needs, Operands, Saved
 from grasp_kernels.ops.projection import project_columns, project_rows
 
-__all__ = ["DTYPES", "backward", "forward", "kept", "refuses", "unsupported"]
+__all__ = ["DTYPES", "backward", "draw_seed", "forward", "kept", "refuses", "unsupported"]
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

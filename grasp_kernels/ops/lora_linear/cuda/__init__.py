@@ -7,10 +7,11 @@ passes     what `fused` asks for, made of them
 from grasp_kernels.ops.lora_linear.cuda.backend import (
     DTYPES,
     backward,
+    draw_seed,
     forward,
     kept,
     refuses,
     unsupported,
 )
 
-__all__ = ["DTYPES", "backward", "forward", "kept", "refuses", "unsupported"]
+__all__ = ["DTYPES", "backward", "draw_seed", "forward", "kept", "refuses", "unsupported"]

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from grasp_kernels.ops.lora_linear.cuda import library, passes
+from grasp_kernels.ops.lora_linear.dropout import device_seed
 from grasp_kernels.ops.lora_linear.operands import Gradients, Needs, Operands, Saved
 from grasp_kernels.ops.lora_linear.triton import fused
 from grasp_kernels.ops.lora_linear.triton.dropout import Dropout, keep_mask
 
+draw_seed = device_seed
 DTYPES = (torch.bfloat16, torch.float16)
 _MOST = 160  # of R + Q; kMaxSkinny in csrc/kernels/shapes.h
 

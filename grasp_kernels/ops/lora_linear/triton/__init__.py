@@ -11,10 +11,11 @@ gemm           the base product with R + Q more columns
 from grasp_kernels.ops.lora_linear.triton.backend import (
     DTYPES,
     backward,
+    draw_seed,
     forward,
     kept,
     refuses,
     unsupported,
 )
 
-__all__ = ["DTYPES", "backward", "forward", "kept", "refuses", "unsupported"]
+__all__ = ["DTYPES", "backward", "draw_seed", "forward", "kept", "refuses", "unsupported"]

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from grasp_kernels.ops.gpu.launch import kernel_support
+from grasp_kernels.ops.lora_linear.dropout import device_seed
 from grasp_kernels.ops.lora_linear.operands import Gradients, Needs, Operands, Saved
 from grasp_kernels.ops.lora_linear.triton import fused, passes
 from grasp_kernels.ops.lora_linear.triton.dropout import Dropout, keep_mask
 
 unsupported = kernel_support
+draw_seed = device_seed
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
