@@ -132,7 +132,7 @@ def test_the_operator_waits_for_nothing() -> None:
     """No host synchronisation in forward or backward, with dropout and closed factors."""
     case = replace(LARGE, dropout_p=0.1)
     inputs = make_inputs(case)
-    for backend in KERNELS:
+    for backend in (*KERNELS, "aten"):
         differentiate(case, inputs, backend=backend)
         torch.cuda.set_sync_debug_mode("error")
         try:
