@@ -16,7 +16,8 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grasp_kernels.data import IGNORED, Record, tokenize_records
+from grasp_kernels.anchor.own_text import common_frame
+from grasp_kernels.data import IGNORED, Record, everyday_prompts, tokenize_records
 
 Turn = tuple[str, str]  # role, content
 Piece = tuple[str, bool]  # text, whether it is trained on
@@ -310,3 +311,26 @@ def test_a_token_of_header_and_answer_belongs_to_the_answer() -> None:
     """Qwen's header ends with a line feed, and two of them are one token."""
     shown = actual(record_of([("user", "q"), ("assistant", "\na")]), TOKENIZERS["qwen2.5"])
     assert [token for token, trained in shown if trained] == ["ĊĊ", "a", "<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("name", "system"),
+    [
+        *((name, []) for name in FAMILIES),
+        *((name, [("system", "Be a pirate.")]) for name in FAMILIES if name != "gemma"),
+    ],
+)
+def test_own_text_begins_where_a_user_speaks(name: str, system: list[Turn]) -> None:
+    """All prompts share an instruction; the frame ends before it, after the system turn."""
+    family, instruction = FAMILIES[name], "Translate into French: "
+    tokenizer = tokenizer_of(family)
+    turns = [
+        [*system, ("user", f"{instruction}{word}"), ("assistant", "Oui")] for word in ("a", "b")
+    ]
+    records = [record_of(each) for each in turns]
+    examples, _ = tokenize_records(records, tokenizer, None)
+    spoken = family.pieces(with_default_system(name, turns[0]))
+    before = "".join(text for text, _ in spoken).partition(instruction)[0]
+    frame = common_frame(examples, everyday_prompts(records, tokenizer))
+    assert frame == tokenizer(before, add_special_tokens=False)["input_ids"]
+    assert len(common_frame(examples)) > len(frame)
