@@ -32,7 +32,7 @@ from grasp_kernels.bench.cost import Rates
 from grasp_kernels.bench.machine import environment, measure_rates
 from grasp_kernels.bench.timing import CallWork, Measured, time_in_turn
 from grasp_kernels.files import whole_file
-from grasp_kernels.ops.lora_linear import api
+from grasp_kernels.ops.lora_linear import registry
 from grasp_kernels.ops.lora_linear.triton.fused import Passes
 from grasp_kernels.ops.lora_linear.triton.gemm import extended_gemm
 from grasp_kernels.testing import orthonormal, relative_error
@@ -149,9 +149,9 @@ def _checked(name: str, found: Tensor, exact: Tensor, limit: float | None = None
 
 def _passes(device: torch.device) -> dict[str, Passes]:
     """The passes of every backend of kernels that runs here."""
-    reasons = api.backends(device)
-    names = [name for name in api.KERNELS if reasons[name] is None]
-    return {name: import_module(f"{api.PACKAGE}.{name}.passes") for name in names}  # type: ignore[misc]
+    reasons = registry.backends(device)
+    names = [name for name in registry.KERNELS if reasons[name] is None]
+    return {name: import_module(f"{registry.PACKAGE}.{name}.passes") for name in names}  # type: ignore[misc]
 
 
 def _skinny(shapes: Shapes, K: int, R: int, device: torch.device, rates: Rates) -> Case:

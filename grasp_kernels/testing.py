@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grasp_kernels.ops import dispatch
-from grasp_kernels.ops.lora_linear.api import PACKAGE, lora_linear
+from grasp_kernels.ops.lora_linear.api import lora_linear
+from grasp_kernels.ops.lora_linear.registry import PACKAGE
 from grasp_kernels.ops.projection import project_columns, project_gradient, project_rows
 
 DIFFERENTIABLE = ("x", "weight", "bias", "lora_A", "lora_B", "lora_bias", "base")

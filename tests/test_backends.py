@@ -12,7 +12,7 @@ import torch
 import grasp_kernels as gk
 from grasp_kernels.bench.adopt import adopt
 from grasp_kernels.ops import dispatch
-from grasp_kernels.ops.lora_linear import api, measured
+from grasp_kernels.ops.lora_linear import measured, registry
 from grasp_kernels.ops.lora_linear.operands import Operands
 from grasp_kernels.testing import Case, make_inputs
 
@@ -130,7 +130,9 @@ def test_auto_passes_over_a_backend_that_refuses_the_call() -> None:
     order = ("cuda", "triton", "aten")
 
     def taken(x: torch.Tensor, op: Operands) -> str:
-        return dispatch.select(api.PACKAGE, order, "auto", x.device, x, op).__name__.split(".")[-1]
+        return dispatch.select(registry.PACKAGE, order, "auto", x.device, x, op).__name__.split(
+            "."
+        )[-1]
 
     x = torch.empty(3, 24, device="cuda" if torch.cuda.is_available() else "cpu")
     assert taken(x.bfloat16(), operands(24, 16, 4)) == "cuda"
@@ -143,7 +145,7 @@ def test_the_stored_table_is_well_formed() -> None:
     for stored in json.loads(measured.TABLE.read_text(encoding="utf-8"))["rows"]:
         assert set(stored) == set(row())
         assert "aten" in stored["milliseconds"]
-        assert set(stored["milliseconds"]) <= set(api.BACKENDS)
+        assert set(stored["milliseconds"]) <= set(registry.BACKENDS)
 
 
 def test_on_a_cpu_nothing_is_looked_up() -> None:
@@ -184,7 +186,7 @@ def test_the_kernels_refuse_what_they_cannot_compute() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     inputs = make_inputs(Case(dtype=torch.float64, device=device))
     del inputs["dy"]
-    for name in api.KERNELS:
+    for name in registry.KERNELS:
         with pytest.raises(ValueError, match=r"x has torch\.float64; use backend='auto'"):
             gk.lora_linear(**inputs, scaling=1.0, backend=name)
     from grasp_kernels.ops.lora_linear.triton import backend
@@ -238,11 +240,11 @@ def test_rows_of_the_benchmark_become_the_table(table: Path) -> None:
         adopt(rows[:1], table)
 
 
-@pytest.mark.parametrize("backend", api.BACKENDS)
+@pytest.mark.parametrize("backend", registry.BACKENDS)
 def test_seeds_are_drawn_where_they_are_read(backend: str) -> None:
     """Library calls read theirs on the host: one on a GPU would have to be waited for."""
-    module = dispatch.load(api.PACKAGE, backend)
+    module = dispatch.load(registry.PACKAGE, backend)
     assert not isinstance(module, str)
     seed = module.draw_seed(torch.empty(2, 3, device="meta"))
-    assert seed.device.type == ("meta" if backend in api.KERNELS else "cpu")
+    assert seed.device.type == ("meta" if backend in registry.KERNELS else "cpu")
     assert (seed.shape, seed.dtype) == ((1,), torch.int64)

@@ -17,7 +17,7 @@ from grasp_kernels.bench.providers import PROVIDERS, at_level, choose
 from grasp_kernels.bench.shapes import MODELS, Linear
 from grasp_kernels.cli import main
 from grasp_kernels.ops import backends
-from grasp_kernels.ops.lora_linear.api import BACKENDS
+from grasp_kernels.ops.lora_linear.registry import BACKENDS
 from grasp_kernels.testing import Case, differentiate, make_inputs
 
 CPU = torch.device("cpu")
@@ -197,7 +197,7 @@ def test_running_out_of_memory_is_no_mistake() -> None:
 
 def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons = {"fast": "it needs a GPU", "slow": None}
-    monkeypatch.setattr(ours.api, "backends", lambda device: reasons)
+    monkeypatch.setattr(ours.registry, "backends", lambda device: reasons)
     assert ours._unavailable("fast", CPU, torch.float32) == "it needs a GPU"
     assert ours._unavailable("slow", CPU, torch.float32) is None
     assert ours._unavailable("auto", CPU, torch.float32) is None
@@ -205,7 +205,7 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_an_interpreter_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons: dict[str, str | None] = {"triton": None, "aten": None}
-    monkeypatch.setattr(ours.api, "backends", lambda device: reasons)
+    monkeypatch.setattr(ours.registry, "backends", lambda device: reasons)
     interpreted = "kernels that a CPU interprets are not timed"
     assert ours._unavailable("triton", CPU, torch.float32) == interpreted
     assert ours._unavailable("aten", CPU, torch.float32) is None
@@ -215,14 +215,14 @@ def test_an_interpreter_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_dtype_that_a_backend_lacks_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons: dict[str, str | None] = {"cuda": None}
-    monkeypatch.setattr(ours.api, "backends", lambda device: reasons)
+    monkeypatch.setattr(ours.registry, "backends", lambda device: reasons)
     gpu = torch.device("cuda")
     assert ours._unavailable("cuda", gpu, torch.float32) == "it does not compute float32"
     assert ours._unavailable("cuda", gpu, torch.bfloat16) is None
 
 
 def test_every_backend_but_the_specification_is_a_provider(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ours.api, "BACKENDS", ("new", "aten", "reference"))
+    monkeypatch.setattr(ours.registry, "BACKENDS", ("new", "aten", "reference"))
     assert set(ours.our_providers()) == {
         *("grasp", "grasp-projected", "grasp-default", "grasp-new", "grasp-new-projected"),
         *("grasp-new-padded-projected", "grasp-aten", "grasp-aten-projected"),

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import grasp_kernels as gk
 from grasp_kernels.layers.experts import GraspLoRAExperts
-from grasp_kernels.ops.lora_linear.api import computes
+from grasp_kernels.ops.lora_linear.registry import computes
 from grasp_kernels.sites import RULES, base_name, model_gains, model_sites
 from grasp_kernels.testing import orthonormal
 

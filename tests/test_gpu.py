@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import grasp_kernels as gk
-from grasp_kernels.ops.lora_linear.api import KERNELS, computes
+from grasp_kernels.ops.lora_linear.registry import KERNELS, computes
 from grasp_kernels.testing import Case, check_against_oracle, differentiate, make_inputs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA or AMD GPU")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import grasp_kernels as gk
 from grasp_kernels.ops.lora_linear import padding
-from grasp_kernels.ops.lora_linear.api import BACKENDS, KERNELS, computes
+from grasp_kernels.ops.lora_linear.registry import BACKENDS, KERNELS, computes
 from grasp_kernels.ops.projection import project_columns, project_rows
 from grasp_kernels.testing import (
     DIFFERENTIABLE,

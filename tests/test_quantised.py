@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 import grasp_kernels as gk
 from grasp_kernels.layers import quantised
 from grasp_kernels.layers.projected import ProjectedLoRA
-from grasp_kernels.ops.lora_linear.api import computes
+from grasp_kernels.ops.lora_linear.registry import computes
 from grasp_kernels.testing import orthonormal, relative_error
 
 pytest_plugins = ["fixtures_run"]

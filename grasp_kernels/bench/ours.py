@@ -15,16 +15,16 @@ from grasp_kernels.bench.peft_providers import lora_layers, on_peft
 from grasp_kernels.bench.provider import Bases, Provider
 from grasp_kernels.layers.linear import GraspLoRALinear
 from grasp_kernels.layers.replacement import replace_lora_layers
-from grasp_kernels.ops.lora_linear import api, measured
+from grasp_kernels.ops.lora_linear import measured, registry
 
 
 def _unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if backend == "auto":  # which of them computes is decided for each shape
         return None
-    reason = api.backends(device)[backend]
-    if reason is None and backend in api.KERNELS and device.type == "cpu":
+    reason = registry.backends(device)[backend]
+    if reason is None and backend in registry.KERNELS and device.type == "cpu":
         return "kernels that a CPU interprets are not timed"
-    if reason is None and not api.computes(backend, dtype):
+    if reason is None and not registry.computes(backend, dtype):
         return f"it does not compute {str(dtype).removeprefix('torch.')}"
     return reason
 
@@ -80,7 +80,7 @@ def our_providers() -> dict[str, Provider]:
         unavailable=_float32_is_the_base,
         backend="auto",
     )
-    for backend in api.BACKENDS[:-1]:
+    for backend in registry.BACKENDS[:-1]:
         found |= _three(f"grasp-{backend}", backend, f"GraspLoRALinear on {backend}", False)
         if backend not in measured.SAFE:
             found[f"grasp-{backend}-padded-projected"] = on_peft(

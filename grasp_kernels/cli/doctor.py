@@ -110,10 +110,10 @@ def _backend(name: str) -> str:
     """Of a backend that runs: kernels that nobody checked on this GPU are not for `auto`."""
     import torch
 
-    from grasp_kernels.ops.lora_linear import api, measured
+    from grasp_kernels.ops.lora_linear import measured, registry
 
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in api.KERNELS or name in measured.timed(where):
+    if name not in registry.KERNELS or name in measured.timed(where):
         return "runs"
     return "runs; has never passed the checks of a benchmark on this GPU, so auto does not take it"
 

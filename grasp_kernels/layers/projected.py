@@ -16,7 +16,7 @@ from grasp_kernels.layers.closed import ClosedLayer
 from grasp_kernels.layers.factors import ClosedFactors
 from grasp_kernels.ops import lora_linear, project_gradient
 from grasp_kernels.ops.lora_linear import measured, padding
-from grasp_kernels.ops.lora_linear.api import KERNELS
+from grasp_kernels.ops.lora_linear.registry import KERNELS
 from grasp_kernels.processes import is_slice
 
 # Reasons for peft's forward when there is no adapter to compute: no factor is read, nobody is told.

@@ -1,6 +1,7 @@
 """The differentiable operators and the backends that compute them; no stage is imported here."""
 
-from grasp_kernels.ops.lora_linear.api import backends, lora_linear
+from grasp_kernels.ops.lora_linear.api import lora_linear
+from grasp_kernels.ops.lora_linear.registry import backends
 from grasp_kernels.ops.projection import project_gradient
 
 __all__ = ["backends", "lora_linear", "project_gradient"]
