@@ -73,9 +73,9 @@ def common_frame(examples: Sequence[Example], neutral: Sequence[Sequence[int]] =
     if not examples:
         raise ValueError("There are no examples to keep apart: give the training data.")
     prompts = [*map(_prompt, examples), *map(list, neutral)]
-    first, shortest = prompts[0], min(map(len, prompts))
-    different = (i for i in range(shortest) if any(p[i] != first[i] for p in prompts))
-    return first[: next(different, max(0, shortest - 1))]
+    ends = zip(min(prompts), max(prompts), strict=False)  # these two share what all do
+    shortest = min(map(len, prompts))
+    return prompts[0][: next((i for i, (a, b) in enumerate(ends) if a != b), max(0, shortest - 1))]
 
 
 def _prompt(example: Example) -> list[int]:

@@ -12,7 +12,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ from grasp_kernels.run.stream import (
     promoted_tokens,
 )
 from grasp_kernels.subspace import Subspace
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 # Enough for means that no longer change in their second digit, few enough to take seconds.
 _TRAINING_PROMPTS = 32
@@ -222,21 +225,7 @@ def _measure_models(
         for name in tqdm(folders, desc="held-out loss", unit="adapter"):
             peft_model.set_adapter(name)
             adapters[name]["held_out_loss"] = mean_loss(peft_model, inputs.held_out, **size)
-    _, blocks = find_blocks(peft_model, inputs.rules)
-    pair = Pair(peft_model, inputs.rules, dict(enumerate(blocks)))
-    with torch.no_grad():
-        own = own_answers(
-            pair,
-            inputs.tokenizer,
-            inputs.neutral,
-            n_tokens=_ANSWER_TOKENS,
-            batch_size=config.batch_size,
-        )
-        for name in tqdm(folders, desc="effect on neutral prompts", unit="adapter"):
-            peft_model.set_adapter(name)
-            adapters[name]["effect"] = measure_effect(
-                pair, inputs.tokenizer, own, n_tokens=_SHOWN_TOKENS, batch_size=config.batch_size
-            )
+    _measure_effects(peft_model, list(folders), inputs, config.batch_size, adapters)
     bases = layer_bases(subspace, inputs.rules)
     if not bases:
         return
@@ -248,6 +237,27 @@ def _measure_models(
         moved = measure_movement(peft_model, list(folders), bases, bar, inputs.rules)
         for name, movement in moved.items():
             adapters[name]["movement"][kind] = movement.to_json()
+
+
+@torch.no_grad()
+def _measure_effects(
+    model: PeftModel,
+    names: list[str],
+    inputs: Inputs,
+    batch_size: int,
+    adapters: dict[str, Any],
+) -> None:
+    """Add what each adapter changes in the base model's answers to neutral prompts."""
+    _, blocks = find_blocks(model, inputs.rules)
+    pair = Pair(model, inputs.rules, dict(enumerate(blocks)))
+    own = own_answers(
+        pair, inputs.tokenizer, inputs.neutral, n_tokens=_ANSWER_TOKENS, batch_size=batch_size
+    )
+    for name in tqdm(names, desc="effect on neutral prompts", unit="adapter"):
+        model.set_adapter(name)
+        adapters[name]["effect"] = measure_effect(
+            pair, inputs.tokenizer, own, n_tokens=_SHOWN_TOKENS, batch_size=batch_size
+        )
 
 
 def _training_prompts(inputs: Inputs, max_length: int) -> list[list[int]]:
