@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grasp_kernels.effect.measure import NOTICEABLE
 from grasp_kernels.files import whole_folder
 from grasp_kernels.run.folder import write_json, write_text
 from grasp_kernels.run.markdown import cell, table
@@ -22,6 +23,10 @@ _MEANING = {
     "nothing": "What this adapter does to unrelated prompts differs from prompt to prompt. That "
     "nothing was found does not prove that nothing is there.",
 }
+_UNNOTICEABLE = (
+    "This adapter hardly changes answers to unrelated prompts. That nothing was found does not "
+    "prove that nothing is there."
+)
 
 
 def save(diagnosis: Diagnosis, folder: Path) -> None:
@@ -48,10 +53,12 @@ def diagnosis_text(numbers: Numbers) -> str:
 
 
 def _verdict(numbers: Numbers) -> str:
+    noticeable = numbers["effect"]["neutral_divergence"] >= NOTICEABLE
+    meaning = _MEANING[numbers["verdict"]] if noticeable else _UNNOTICEABLE
     return "\n\n".join(
         [
             f"# Diagnosis of {numbers['adapter'][-1]}",
-            f"**Verdict: {numbers['verdict']}.** {_MEANING[numbers['verdict']]}",
+            f"**Verdict: {numbers['verdict']}.** {meaning}",
             "\n".join(f"- {reason}" for reason in numbers["reasons"]),
         ]
     )
