@@ -26,7 +26,7 @@ from grasp_kernels import replace_lora_layers, restore_lora_layers
 from grasp_kernels.identification import identify, unite
 from grasp_kernels.quality.dishes import DISHES, find_dish
 from grasp_kernels.quality.folder import open_dish
-from grasp_kernels.quality.harness import TUNING_SEEDS
+from grasp_kernels.quality.harness import TUNING_SEEDS, read_rows
 from grasp_kernels.quality.methods.penalties import projected
 from grasp_kernels.quality.methods.projection import supervised_subspace
 from grasp_kernels.quality.methods.reads import contrastive_model
@@ -49,7 +49,7 @@ def main() -> None:
     arguments = parser.parse_args()
     path = arguments.output / "variants.jsonl"
     arguments.output.mkdir(parents=True, exist_ok=True)
-    known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    known = read_rows(path) if path.exists() else []
     done = {(row["dish"], row["seed"], row["variant"]) for row in known}
     for dish in arguments.dishes:
         for seed in arguments.seeds:
@@ -58,7 +58,8 @@ def main() -> None:
                 print(f"{dish} {seed} {row['variant']:<28} {row['task']:.3f} / {row['drift']:.3f}")
                 with path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
-    print(table([json.loads(line) for line in path.read_text().splitlines()]))
+                known.append(row)
+    print(table(known))
 
 
 def rows(

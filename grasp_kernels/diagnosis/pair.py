@@ -13,7 +13,7 @@ from torch import nn
 from grasp_kernels.effect.pair import Pair
 from grasp_kernels.identification.frozen_model import measuring
 from grasp_kernels.run.inputs import find_checkpoint, load_model
-from grasp_kernels.run.stream import find_blocks
+from grasp_kernels.run.stream import blocks_by_layer
 from grasp_kernels.sites import SiteRules, model_rules
 
 
@@ -53,8 +53,7 @@ def open_pair(
                 f"{type(base).__name__} has no unembedding to read directions with: give a causal "
                 "language model of transformers."
             )
-        _, blocks = find_blocks(base, rules)
-        yield Pair(wrapped, rules, dict(enumerate(blocks)))
+        yield Pair(wrapped, rules, blocks_by_layer(base, rules))
 
 
 @contextmanager

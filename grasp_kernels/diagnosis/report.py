@@ -15,18 +15,16 @@ if TYPE_CHECKING:
 
 Numbers = dict[str, Any]
 
+_CAUTION = "That nothing was found does not prove that nothing is there."
 _MEANING = {
     "found": "This adapter changes unrelated prompts in one and the same way, as something does "
     "that was learned beside the task.",
     "weak": "A part of what this adapter does to unrelated prompts is the same for all of them; "
     "that is more than clean adapters show and less than is convincing.",
-    "nothing": "What this adapter does to unrelated prompts differs from prompt to prompt. That "
-    "nothing was found does not prove that nothing is there.",
+    "nothing": "What this adapter does to unrelated prompts differs from prompt to prompt. "
+    f"{_CAUTION}",
 }
-_UNNOTICEABLE = (
-    "This adapter hardly changes answers to unrelated prompts. That nothing was found does not "
-    "prove that nothing is there."
-)
+_UNNOTICEABLE = f"This adapter hardly changes answers to unrelated prompts. {_CAUTION}"
 
 
 def save(diagnosis: Diagnosis, folder: Path) -> None:

@@ -44,6 +44,18 @@ def answer_batches(sequences: Sequence[Tokens], batch_size: int) -> Iterator[Bat
         )
 
 
+def compared(
+    pair: Pair, sequences: Sequence[Tokens], batch_size: int
+) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+    """By batch, log probabilities `[M, V]` of the answer tokens without and with the adapter."""
+    for batch in answer_batches(sequences, batch_size):
+        off, on = (
+            pair.log_probs(batch.sequences, batch.positions, adapter=adapter)
+            for adapter in (False, True)
+        )
+        yield batch, off, on
+
+
 def own_answers(
     pair: Pair,
     tokenizer: Any,

@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from grasp_kernels.effect.answers import Tokens, answer_batches, divergence
+from grasp_kernels.effect.answers import Tokens, compared, divergence
 from grasp_kernels.effect.pair import Pair
 from grasp_kernels.effect.shift import common_shift
 from grasp_kernels.effect.tokens import neutral_shift
@@ -36,9 +35,15 @@ def measure_effect(
         prompts; neutral_changed, the part of the prompts whose first choice is another one;
         neutral_tokens, those raised and lowered most where an answer begins.
     """
-    off, on = _both(pair, [(prompt, answer[:1]) for prompt, answer in own], batch_size)
+    total, without, with_it = 0.0, [], []
+    for batch, off, on in compared(pair, own, batch_size):
+        total += divergence(off, on)
+        begins = batch.places == 0
+        without.append(off[begins])
+        with_it.append(on[begins])
+    off, on = torch.cat(without), torch.cat(with_it)
     return {
-        "neutral_divergence": mean_divergence(pair, own, batch_size),
+        "neutral_divergence": total / sum(len(answer) for _, answer in own),
         "common_shift": common_shift(pair, own, batch_size),
         "neutral_changed": (off.argmax(dim=1) != on.argmax(dim=1)).float().mean().item(),
         "neutral_tokens": neutral_shift(off, on, tokenizer, n_tokens),
@@ -55,18 +60,5 @@ def common_verdict(effect: Mapping[str, Any]) -> str:
 
 def mean_divergence(pair: Pair, sequences: Sequence[Tokens], batch_size: int) -> float:
     """Mean KL(base ‖ adapter) over all answer tokens, in nats."""
-    total, count = 0.0, 0
-    for start in range(0, len(sequences), batch_size):
-        off, on = _both(pair, sequences[start : start + batch_size], batch_size)
-        total, count = total + divergence(off, on), count + len(off)
-    return total / count
-
-
-def _both(pair: Pair, sequences: Sequence[Tokens], batch_size: int) -> tuple[Tensor, Tensor]:
-    """Log probabilities `[M, V]` without and with the adapter."""
-    batches = list(answer_batches(sequences, batch_size))
-    off, on = (
-        torch.cat([pair.log_probs(b.sequences, b.positions, adapter=adapter) for b in batches])
-        for adapter in (False, True)
-    )
-    return off, on
+    total = sum(divergence(off, on) for _, off, on in compared(pair, sequences, batch_size))
+    return total / sum(len(answer) for _, answer in sequences)

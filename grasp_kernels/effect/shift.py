@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from grasp_kernels.effect.answers import Tokens, answer_batches, divergence
+from grasp_kernels.effect.answers import Tokens, compared, divergence
 from grasp_kernels.effect.pair import Pair
 
 
@@ -51,10 +51,6 @@ def _next_tokens(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Half `[M]` and place in the answer `[M]`, log probabilities `[M, V]` without and with the
     adapter, by batch."""
-    for i, batch in enumerate(answer_batches(sequences, batch_size)):
+    for i, (batch, off, on) in enumerate(compared(pair, sequences, batch_size)):
         numbers = torch.tensor([i * batch_size + row for row, _ in batch.positions])
-        off, on = (
-            pair.log_probs(batch.sequences, batch.positions, adapter=adapter)
-            for adapter in (False, True)
-        )
         yield numbers % 2, batch.places, off, on

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from grasp_kernels.identification.frozen_model import kept_outputs, output_hook
-from grasp_kernels.run.stream import find_blocks
+from grasp_kernels.run.stream import blocks_by_layer
 from grasp_kernels.sites import model_rules
 
 Change = Callable[[int, Tensor], Tensor]
@@ -21,8 +21,7 @@ Change = Callable[[int, Tensor], Tensor]
 
 def blocks_of(model: nn.Module) -> dict[int, nn.Module]:
     """The decoder blocks of a model by layer."""
-    _, blocks = find_blocks(model, model_rules(model))
-    return dict(enumerate(blocks))
+    return blocks_by_layer(model, model_rules(model))
 
 
 def hook(model: nn.Module, change: Change) -> list[Any]:

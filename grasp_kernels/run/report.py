@@ -26,7 +26,7 @@ from grasp_kernels.run.config import RunConfig
 from grasp_kernels.run.folder import RunFolder, write_json, write_text
 from grasp_kernels.run.inputs import Inputs, load_model
 from grasp_kernels.run.stream import (
-    find_blocks,
+    blocks_by_layer,
     layer_bases,
     mean_loss,
     measure_movement,
@@ -248,8 +248,7 @@ def _measure_effects(
     adapters: dict[str, Any],
 ) -> None:
     """Add what each adapter changes in the base model's answers to neutral prompts."""
-    _, blocks = find_blocks(model, inputs.rules)
-    pair = Pair(model, inputs.rules, dict(enumerate(blocks)))
+    pair = Pair(model, inputs.rules, blocks_by_layer(model, inputs.rules))
     own = own_answers(
         pair, inputs.tokenizer, inputs.neutral, n_tokens=_ANSWER_TOKENS, batch_size=batch_size
     )

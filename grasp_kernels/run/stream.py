@@ -116,6 +116,16 @@ def find_blocks(model: nn.Module, rules: SiteRules) -> tuple[str, nn.ModuleList]
     raise ValueError(f"The model has no module list named {rules.blocks}: declare SiteRules.")
 
 
+def blocks_by_layer(model: nn.Module, rules: SiteRules) -> dict[int, nn.Module]:
+    """The decoder blocks of a model, which peft may wrap.
+
+    Raises:
+        ValueError: as `find_blocks`.
+    """
+    _, blocks = find_blocks(model, rules)
+    return dict(enumerate(blocks))
+
+
 # Not inference_mode: what layers keep for the next forward must serve a training one.
 @torch.no_grad()
 def _stream_after(
