@@ -23,7 +23,7 @@ import grasp_kernels as gk
 from grasp_kernels.layers.experts import GraspLoRAExperts
 from grasp_kernels.ops.lora_linear.registry import computes
 from grasp_kernels.sites import RULES, base_name, model_gains, model_sites
-from grasp_kernels.testing import orthonormal
+from grasp_kernels.testing import budget, orthonormal
 
 D, LAYERS = 32, 2
 SIZES: dict[str, Any] = {
@@ -288,7 +288,7 @@ def test_folders_are_identified_like_models(family: str, tmp_path: Path) -> None
     assert one.write.keys() == other.write.keys() and one.read.keys() == other.read.keys()
     for bases, others in ((one.write, other.write), (one.read, other.read)):
         for name, basis in bases.items():
-            torch.testing.assert_close(others[name], basis, rtol=1e-5, atol=1e-5)
+            assert torch.equal(others[name], basis), name
 
 
 @pytest.mark.parametrize("backend", [name for name, why in gk.backends().items() if why is None])
@@ -369,11 +369,13 @@ def test_a_closed_writer_before_a_norm_moves_nothing_along_the_subspace(family: 
     layer, norm = block.mlp.down_proj, block.post_feedforward_layernorm
     x = torch.randn(5, layer.in_features)
 
-    def along(y: Tensor) -> Tensor:
+    def scaled(y: Tensor) -> Tensor:
         scale = y.double().square().mean(-1, keepdim=True).add(1e-6).sqrt()
-        return norm(y).double() @ subspace.stream.double() * scale
+        return norm(y).double() * scale
 
     with torch.no_grad():
         base, moved = layer.base_layer(x), layer(x)
         assert (norm(base) - norm(moved)).norm() > 0.1 * norm(base).norm()
-        torch.testing.assert_close(along(moved), along(base), rtol=1e-4, atol=1e-5)
+        left = (scaled(moved) - scaled(base)) @ subspace.stream.double()
+        # What rounding leaves of two vectors along any direction.
+        assert left.norm() <= 2 * budget(0.0, torch.float32, D) * scaled(moved).norm()

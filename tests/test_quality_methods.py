@@ -22,6 +22,7 @@ from grasp_kernels.quality.streams import hooked, recorded
 from grasp_kernels.quality.workbench import Workbench, documents
 from grasp_kernels.run.config import RunConfig
 from grasp_kernels.sites import adapted_layers
+from grasp_kernels.testing import budget, relative_error
 
 # What the benchmark promises to compare.
 PROMISED = {
@@ -212,7 +213,8 @@ def test_steering_adds_along_the_way_to_the_bad_persona(bench: Workbench) -> Non
         before = kept[0]
         with hooked(model, activations.steering(vectors, 0.5)), recorded(model) as steered:
             model(**batch_of(bench))
-        assert torch.allclose(steered[0] - before, 0.5 * vectors[0].expand_as(before), atol=1e-5)
+        error = steered[0] - before - 0.5 * vectors[0]
+        assert error.norm() <= torch.finfo(before.dtype).eps * steered[0].norm()
 
 
 def test_differences_are_the_directions_of_what_the_naive_model_adds(
@@ -358,7 +360,8 @@ def test_truncations_are_head_and_tail_of_the_update(
     for name, update in whole.items():
         assert torch.linalg.matrix_rank(head[name]) == 2
         assert torch.linalg.matrix_rank(tail[name]) == 2  # of four
-        assert torch.allclose(head[name] + tail[name], update, atol=1e-5)
+        error = relative_error(head[name] + tail[name], update)
+        assert error <= 4 * budget(0.0, update.dtype, max(update.shape)), name
         assert torch.linalg.matrix_norm(tail[name], 2) < torch.linalg.matrix_norm(head[name], 2)
 
 
