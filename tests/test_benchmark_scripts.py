@@ -26,6 +26,13 @@ def test_identification_is_timed_from_file_to_subspace() -> None:
     assert all(0 < row["p20"] <= row["seconds"] <= row["p80"] for row in found)
 
 
+def test_python_s_time_of_a_call_is_told_of_every_layer() -> None:
+    script = load_script("python_time")
+    found = list(script.rows(rounds=1, calls=2))
+    assert [name for name, *_ in found] == list(script.LAYERS)
+    assert all(0 < max(forward, backward) < both for _, forward, backward, both in found)
+
+
 def test_worlds_are_built_once_and_diagnosed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

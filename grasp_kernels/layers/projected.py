@@ -82,7 +82,7 @@ class ProjectedLoRA(ClosedLayer):
 
     def why_stock(self, x: Tensor, *args: Any, **kwargs: Any) -> str | None:
         """None when the operator computes this call, else why peft's own forward does."""
-        if args or any(value is not None for value in kwargs.values()):
+        if args or (kwargs and any(value is not None for value in kwargs.values())):
             return f"extra arguments {sorted(kwargs)}"
         if self.disable_adapters:
             return "adapters are disabled"
@@ -98,7 +98,8 @@ class ProjectedLoRA(ClosedLayer):
         return why_adapter_never(self, adapter)
 
     def _active(self) -> list[str]:
-        return [name for name in self.active_adapters if name in self.lora_A]
+        lora_A = self.lora_A
+        return [name for name in self.active_adapters if name in lora_A]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`Y[..., N]` from `X[..., K]`."""
@@ -175,10 +176,9 @@ def why_adapter_never(layer: LoraLayer, adapter: str, *, sharded: bool = False) 
     """
     if adapter in layer.lora_variant:
         return f"the LoRA variant {type(layer.lora_variant[adapter]).__name__}"
-    factors = layer.lora_A[adapter], layer.lora_B[adapter]
-    if any(has_hooks(factor) for factor in factors):
-        return "a child module has hooks"
-    for factor in factors:
+    for factor in (layer.lora_A[adapter], layer.lora_B[adapter]):
+        if has_hooks(factor):
+            return "a child module has hooks"
         if type(factor) is not nn.Linear:
             return f"a child module is a {type(factor).__name__}"
         reason = why_no_matrix(factor.weight, sharded=sharded)

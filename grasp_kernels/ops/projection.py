@@ -17,12 +17,23 @@ def project_columns(matrix: Tensor, basis: Tensor | None) -> Tensor:
         return matrix
     wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     basis = basis.to(wide.dtype)
-    return wide - basis @ (basis.mT @ wide)
+    return _less(wide, basis, basis.mT @ wide)
 
 
 def project_rows(matrix: Tensor, basis: Tensor | None) -> Tensor:
-    """`M (I − U Uᵀ)` for `M[..., K]` and `U[K, P]`, at least in float32."""
-    return project_columns(matrix.mT, basis).mT
+    """`M (I − U Uᵀ)` for `M[..., K]` and `U[K, P]`, at least in float32; `M` without a basis."""
+    if basis is None:
+        return matrix
+    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    basis = basis.to(wide.dtype)
+    return _less(wide, wide @ basis, basis.mT)
+
+
+def _less(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`M − L R`, of matrices in one launch."""
+    if matrix.dim() == left.dim() == right.dim() == 2:
+        return torch.addmm(matrix, left, right, alpha=-1)
+    return matrix - left @ right
 
 
 class _ProjectGradient(torch.autograd.Function):

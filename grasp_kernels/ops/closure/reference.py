@@ -23,6 +23,6 @@ def close(factors: Sequence[Factor], dtype: torch.dtype) -> list[Tensor]:
     """`M (I − V Vᵀ) [R, C]` of every factor."""
     closed = []
     for matrix, basis, out in factors:
-        projected = project_rows(matrix, basis)
-        closed.append(projected.to(dtype, copy=True) if out is None else out.copy_(projected))
+        place = torch.empty_like(matrix, dtype=dtype) if out is None else out
+        closed.append(place.copy_(project_rows(matrix, basis)))
     return closed

@@ -1,11 +1,11 @@
 """The operator on few large library calls: cuBLAS or MKL does the work, safe everywhere.
 
-    forward:  S = X̃ A°ᵀ;  Y = X Wᵀ + bias;  Y += S (s B°)ᵀ
-    backward: [dS | D] = dY [s B̂ | V]            B̂ = (I − V Vᵀ) B when residual, else B°
+    forward:  S = X̃ A°ᵀ;  Y = X Wᵀ + bias;  Y += s S B°ᵀ
+    backward: [dS | D] = dY [s B̂ | V]              B̂ = (I − V Vᵀ) B when residual, else B°
               dX = dY W;  dX += [dS | D] [A° ; −C]     C = Vᵀ W, the D C term when residual
               dA = dSᵀ X̃;  dB = s dYᵀ S;  both projected afterwards, small and in float32
     of a base product of another library:
-              Y = base + S (s B°)ᵀ;  dX = dS A°;  dbase = dY − D Vᵀ
+              Y = base + s S B°ᵀ;  dX = dS A°;  dbase = dY − D Vᵀ
 
 Nothing of size T×N or T×K exists beside `Y` and `dX`; dropout works on blocks of rows. The skinny
 results `S`, `dS`, `D` are computed and kept transposed, `[R, T]`: slices of them stay contiguous,
@@ -51,7 +51,7 @@ def forward(x: Tensor, op: Operands, base: Tensor | None = None) -> tuple[Tensor
     if op.weight is None:
         return added(base, S, B, b, op), Saved(S, A, B)
     y = F.linear(x, op.weight, whole_bias(op, b))
-    return y.addmm_(S.mT, (op.scaling * B).mT), Saved(S, A, B)
+    return y.addmm_(S.mT, B.mT, alpha=op.scaling), Saved(S, A, B)
 
 
 def backward(dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs) -> Gradients:
@@ -65,8 +65,8 @@ def backward(dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs) ->
             V = op.write_basis.to(dy.dtype)
             dbase = torch.addmm(dy, skinny[saved.A.shape[0] :].mT, V.mT, alpha=-1)
     if needs.lora_B:
-        dB = op.scaling * (saved.S @ dy).mT.contiguous()
-        dB = project_columns(dB, op.write_basis).to(op.lora_B.dtype)
+        dB = project_columns(_scaled(op.scaling, saved.S, dy).mT, op.write_basis)
+        dB = dB.to(op.lora_B.dtype, memory_format=torch.contiguous_format).contiguous()
     dW, dbias, db = base_gradients(dy, x, op, needs)
     return Gradients(dx, dW, dbias, dA, dB, db, dbase)
 
@@ -78,7 +78,7 @@ def added(base: Tensor | None, S: Tensor, B: Tensor, b: Tensor | None, op: Opera
     """
     assert base is not None
     start = base if b is None else base + op.scaling * b
-    return torch.addmm(start, S.mT, (op.scaling * B).mT)
+    return torch.addmm(start, S.mT, B.mT, alpha=op.scaling)
 
 
 def base_gradients(
@@ -110,10 +110,15 @@ def _skinny(dy: Tensor, B: Tensor, op: Operands, needs: Needs) -> Tensor | None:
     if not (needs.x or needs.lora_A or projects):
         return None
     V = op.write_basis if op.residual else None
-    left = op.scaling * (B if op.closed else project_columns(B, V)).mT
+    left = (B if op.closed else project_columns(B, V)).mT.to(dy.dtype)
     if projects and V is not None:
-        left = torch.cat([left, V.mT.to(left.dtype)])
-    return left.to(dy.dtype) @ dy.mT
+        return torch.cat([op.scaling * left, V.mT.to(left.dtype)]) @ dy.mT
+    return _scaled(op.scaling, left, dy.mT)
+
+
+def _scaled(scaling: float, left: Tensor, right: Tensor) -> Tensor:
+    """`s L R` in one launch: with a beta of 0 addmm does not read what it would add to."""
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scaling)
 
 
 def _through_adapter(

@@ -31,41 +31,40 @@ def check(
         raise ValueError("lora_A has rank 0; a LoRA layer needs a rank of at least 1.")
     Q = 0 if write_basis is None else write_basis.shape[-1]
     P = 0 if read_basis is None else read_basis.shape[-1]
-    expected = {
-        "base": (base, (*x.shape[:-1], N)),
-        "x": (x, (*x.shape[:-1], K)),
-        "bias": (bias, (N,)),
-        "lora_A": (lora_A, (R, K)),
-        "lora_B": (lora_B, (N, R)),
-        "lora_bias": (lora_bias, (N,)),
-        "write_basis": (write_basis, (N, Q)),
-        "read_basis": (read_basis, (K, P)),
-        "write_weight": (write_weight, (Q, K)),
-        "closed_factors[0]": (closed_A, (R, K)),
-        "closed_factors[1]": (closed_B, (N, R)),
-    }
-    for name, (tensor, shape) in expected.items():
+    rows, device, dtype = x.shape[:-1], x.device, x.dtype
+    for name, tensor, shape in (
+        ("base", base, (*rows, N)),
+        ("x", x, (*rows, K)),
+        ("bias", bias, (N,)),
+        ("lora_A", lora_A, (R, K)),
+        ("lora_B", lora_B, (N, R)),
+        ("lora_bias", lora_bias, (N,)),
+        ("write_basis", write_basis, (N, Q)),
+        ("read_basis", read_basis, (K, P)),
+        ("write_weight", write_weight, (Q, K)),
+        ("closed_factors[0]", closed_A, (R, K)),
+        ("closed_factors[1]", closed_B, (N, R)),
+    ):
         if tensor is None:
             continue
-        if tuple(tensor.shape) != shape:
+        if tensor.shape != shape:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}, expected {shape} "
                 f"for a weight of shape {(N, K)}."
             )
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device} but x is on {x.device}; move it there.")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} but x is on {device}; move it there.")
         if not tensor.is_floating_point():
             raise TypeError(f"{name} has dtype {tensor.dtype}; the operator needs floating point.")
-    computed = {
-        "weight": weight,
-        "bias": bias,
-        "closed_factors[0]": closed_A,
-        "closed_factors[1]": closed_B,
-    }
-    for name, tensor in computed.items():
-        if tensor is not None and tensor.dtype != x.dtype:
+    for name, tensor in (
+        ("weight", weight),
+        ("bias", bias),
+        ("closed_factors[0]", closed_A),
+        ("closed_factors[1]", closed_B),
+    ):
+        if tensor is not None and tensor.dtype != dtype:
             raise TypeError(
-                f"{name} has dtype {tensor.dtype} but x has {x.dtype}; "
+                f"{name} has dtype {tensor.dtype} but x has {dtype}; "
                 "cast one or use torch.autocast."
             )
 

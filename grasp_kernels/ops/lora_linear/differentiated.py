@@ -6,25 +6,23 @@ Shapes: T tokens, K in, N out, R LoRA rank, P read basis size, Q write basis siz
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from grasp_kernels.ops.lora_linear.operands import Needs, Operands, Saved
+from grasp_kernels.ops.lora_linear.operands import Gradients, Needs, Operands, Saved
 from grasp_kernels.ops.lora_linear.registry import select
 
+_Found = TypeVar("_Found")
 # Registered with Library.define and impl instead of torch.library.custom_op: the same interface at
 # half its cost per call (torch 2.13 on a CPU, 64×64 layer, forward: 136 µs against 291 µs).
 _LIBRARY = torch.library.Library("grasp_kernels", "FRAGMENT")
 _N_TENSORS = 12  # of Operands: weight to dropout_seed
 N_DIFFERENTIATED = 5  # the first of them: weight to lora_bias
-_WEIGHT, _LORA_A, _WRITE_BASIS = 0, 2, 5  # their places among them
-_RESIDUAL = 2  # its place behind them
+_WEIGHT, _LORA_A = 0, 2  # their places among them
 _CLOSED_A = 4  # its place behind lora_B
 _OPERANDS = (
     "Tensor? weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? lora_bias, "
@@ -46,43 +44,50 @@ _backward = torch.ops.grasp_kernels.lora_linear_backward.default
 def _computed(
     module: ModuleType, x: Tensor, base: Tensor | None, op: Operands
 ) -> tuple[Tensor, Saved]:
-    """`Y`, and what the backward needs."""
-    with _without_autocast(x):
-        flat = None if base is None else base.reshape(-1, base.shape[-1])
-        y, saved = module.forward(x.reshape(-1, x.shape[-1]), op, flat)
-    return y.view(*x.shape[:-1], y.shape[-1]), saved
+    """`Y[T, N]` from `X[T, K]`, and what the backward needs."""
+    flat = None if base is None else _flat(base)
+    return _without_autocast(module.forward, x, op, flat)
 
 
 def _differentiated(
-    module: ModuleType,
-    dy: Tensor,
-    x: Tensor,
-    saved: Sequence[Tensor],
-    op: Operands,
-    needs: Needs,
-) -> list[Tensor | None]:
-    """The gradients in the order of Needs; None where not needed."""
-    with _without_autocast(x):
-        dx, *others, dbase = module.backward(
-            dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), Saved(*saved), op, needs
-        )
-    return [
-        None if dx is None else dx.view(x.shape),
-        *others,
-        None if dbase is None else dbase.view(dy.shape),
-    ]
+    module: ModuleType, dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs
+) -> Gradients:
+    """The gradients in the shapes of what they are of; None where not needed."""
+    found = _without_autocast(module.backward, _flat(dy), _flat(x), saved, op, needs)
+    dx, dbase = found.x, found.base
+    return found._replace(
+        x=None if dx is None else dx.view(x.shape),
+        base=None if dbase is None else dbase.view(dy.shape),
+    )
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _unflattened(y: Tensor, x: Tensor) -> Tensor:
+    """`Y[..., N]` of `Y[T, N]`, as `X[..., K]` is shaped."""
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+def _without_autocast(run: Callable[..., _Found], x: Tensor, *others: Any) -> _Found:
+    """Inside the operator every dtype is chosen by hand."""
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return run(x, *others)
+    return run(x, *others)
 
 
 def _run_forward(x: Tensor, base: Tensor | None, *operands: Any) -> tuple[Tensor, ...]:
     """`Y`, `S`, `A°`, `B°`, the last two empty if they were given."""
     *fields, backend = operands
-    op = Operands(*fields)
-    y, (S, A, B) = _computed(select(backend, x, op), x, base, op)
+    op, flat = Operands(*fields), _flat(x)
+    y, (S, A, B) = _computed(select(backend, flat, op), flat, base, op)
     # An operator must not return its own inputs.
     if op.closed_A is not None:
         A, B = x.new_empty(0), x.new_empty(0)
     A, B = (_apart(f, own) for f, own in ((A, op.lora_A), (B, op.lora_B)))
-    return y, S, A, B
+    return _unflattened(y, x), S, A, B
 
 
 def _apart(found: Tensor, own: Tensor) -> Tensor:
@@ -98,16 +103,9 @@ def _run_backward(
     op = Operands(*fields)
     if op.closed_A is not None and op.closed_B is not None:
         A, B = op.closed_A, op.closed_B
-    module = select(backend, x, op)
-    found = _differentiated(module, dy, x, (S, A, B), op, Needs(*needs))
+    module = select(backend, _flat(x), op)
+    found = _differentiated(module, dy, x, Saved(S, A, B), op, Needs(*needs))
     return tuple(x.new_empty(0) if g is None else g for g in found)
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Inside the operator every dtype is chosen by hand."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()
 
 
 def _fake_forward(
@@ -149,14 +147,14 @@ def _keep(ctx: Any, x: Tensor, saved: Sequence[Tensor], operands: Sequence[Any])
     ctx.options = operands[_N_TENSORS:]
 
 
-def _kept(ctx: Any, dy: Tensor) -> tuple[Tensor, list[Tensor], list[Any], Needs]:
-    """`X`, then `S`, `A°`, `B°`, the operands, and what is needed of them."""
+def _kept(ctx: Any, dy: Tensor) -> tuple[Tensor, Saved, Operands, Needs]:
+    """`X`, what the forward left, the operands, and which gradients are needed."""
     x, S, A, B, *tensors = ctx.saved_tensors
-    x = _stand_in(dy, tensors[_LORA_A]) if x is None else x
+    op = Operands(*tensors, *ctx.options)
     of_x, of_base, *of_others = ctx.needs_input_grad[: 2 + N_DIFFERENTIATED]
-    projects = ctx.options[_RESIDUAL] and tensors[_WRITE_BASIS] is not None
-    needs = Needs._make([of_x, *of_others, of_base and projects])
-    return x, [S, A, B], [*tensors, *ctx.options], needs
+    projects = op.residual and op.write_basis is not None
+    needs = Needs._make((of_x, *of_others, of_base and projects))
+    return _stand_in(dy, op.lora_A) if x is None else x, Saved(S, A, B), op, needs
 
 
 def _with_base(ctx: Any, dy: Tensor, found: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -167,8 +165,8 @@ def _with_base(ctx: Any, dy: Tensor, found: Sequence[Tensor | None]) -> tuple[Te
 
 def _through_operator(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """The backward as an operator, which what listens sees."""
-    x, saved, operands, needs = _kept(ctx, dy)
-    inputs = (dy, x, *saved, list(needs), *operands, ctx.backend)
+    x, saved, op, needs = _kept(ctx, dy)
+    inputs = (dy, x, *saved, list(needs), *op, ctx.backend)
     if torch.is_grad_enabled():  # create_graph=True: keep the node that refuses a second time
         found = _backward(*inputs)
     else:
@@ -184,23 +182,21 @@ class Plain(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, base: Any, *given: Any) -> Tensor:
         *differentiated, others, options, ctx.backend = given
-        tensors = (*differentiated, *others)
-        operands: tuple[Any, ...] = (*tensors, None, *options)
-        op = Operands(*operands)
-        ctx.module = module = select(ctx.backend, x, op)
+        op, flat = Operands._make((*differentiated, *others, None, *options)), _flat(x)
+        ctx.module = module = select(ctx.backend, flat, op)
         if op.dropout_p > 0.0:
-            op = replace(op, dropout_seed=module.draw_seed(x))
-        y, saved = _computed(module, x, base, op)
-        _keep(ctx, x, saved, (*tensors, op.dropout_seed, *options))
-        return y
+            op = op._replace(dropout_seed=module.draw_seed(x))
+        y, saved = _computed(module, flat, base, op)
+        _keep(ctx, x, saved, op)
+        return _unflattened(y, x)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = outputs
         if torch.is_grad_enabled():
             return *_through_operator(ctx, dy), None, None, None
-        x, saved, operands, needs = _kept(ctx, dy)
-        found = _differentiated(ctx.module, dy, x, saved, Operands(*operands), needs)
+        x, saved, op, needs = _kept(ctx, dy)
+        found = _differentiated(ctx.module, dy, x, saved, op, needs)
         return *_with_base(ctx, dy, found), None, None, None
 
 

@@ -5,14 +5,12 @@ Shapes: T tokens, K in, N out, R LoRA rank, P read basis size, Q write basis siz
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Operands:
+class Operands(NamedTuple):
     """One adapted linear layer; `W`, `bias` and the activations share the compute dtype.
 
     The adapter may have another dtype (float32 over a bfloat16 base); the bases are float32.

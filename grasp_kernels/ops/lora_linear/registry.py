@@ -34,8 +34,7 @@ def computes(backend: str, dtype: torch.dtype) -> bool:
 
 
 def select(backend: str, x: Tensor, op: Operands) -> ModuleType:
-    """The backend for `x[..., K]`; forward and backward see the same shapes and so agree."""
-    x = x.reshape(-1, x.shape[-1])
+    """The backend for `x[T, K]`; forward and backward see the same shapes and so agree."""
     if backend == "auto":
         order: Sequence[str] = measured.order(x, op)
     else:
