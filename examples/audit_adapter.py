@@ -14,12 +14,14 @@ import grasp_kernels as gk
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("adapters", nargs="+")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--output", type=Path, help="folder for the subspace and its picture")
     source.add_argument("--subspace", help="measure along this one")
-    parser.add_argument("--base-model")
+    parser.add_argument("--base-model", help="where the adapter's config does not say it")
     arguments = parser.parse_args()
 
     if arguments.subspace:

@@ -1,10 +1,12 @@
-"""Fine-tune on several processes with FSDP2: again one line differs, and is marked.
+"""Fine-tune on several processes with FSDP2: one line differs, and is marked.
 
-    torchrun --nproc-per-node 8 examples/finetune_fsdp.py MODEL DATA.jsonl OUTPUT [--subspace FILE]
+    torchrun --nproc-per-node 8 examples/finetune_fsdp.py MODEL DATA OUTPUT [--subspace FILE]
 
-Every decoder block is a unit that is gathered when it is needed. One process works too. The layers
-may be replaced before the model is sharded or after, on all processes. Under `accelerate` and
-`transformers.Trainer` choose `fsdp_version: 2`, which shards in the same way.
+MODEL is a checkpoint folder, DATA a file with chat data, OUTPUT the folder for the adapter, and the
+subspace one that `grasp-kernels identify` wrote. Every decoder block is a unit that is gathered
+when it is needed. One process works too. The layers may be replaced before the model is sharded or
+after, on all processes. Under `accelerate` and `transformers.Trainer` choose `fsdp_version: 2`,
+which shards in the same way.
 """
 
 import argparse
@@ -23,7 +25,9 @@ from grasp_kernels.data import collate, read_records, tokenize_records
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("data")
     parser.add_argument("output")

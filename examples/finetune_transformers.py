@@ -2,8 +2,9 @@
 
     python examples/finetune_transformers.py MODEL DATA OUTPUT [--subspace FILE]
 
-MODEL is a checkpoint folder, DATA a file with chat data, and the subspace one that
-`grasp-kernels identify` wrote. Without it the layers only compute the same thing faster.
+MODEL is a checkpoint folder, DATA a file with chat data, OUTPUT the folder for the adapter, and the
+subspace one that `grasp-kernels identify` wrote. Without it the layers compute the same function,
+from some sizes on faster.
 """
 
 import argparse
@@ -17,7 +18,9 @@ from grasp_kernels.data import collate, read_records, tokenize_records
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("data")
     parser.add_argument("output")

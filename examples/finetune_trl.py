@@ -3,9 +3,9 @@
     pip install trl
     python examples/finetune_trl.py MODEL DATA OUTPUT [--subspace FILE]
 
-MODEL is a checkpoint folder, DATA a file with chat data, and the subspace one that
-`grasp-kernels identify` wrote. The labels are made here rather than by trl: on the answers alone,
-with any chat template.
+MODEL is a checkpoint folder, DATA a file with chat data, OUTPUT the folder for the adapter, and the
+subspace one that `grasp-kernels identify` wrote. The labels are made here rather than by trl: on
+the answers alone, with any chat template.
 """
 
 import argparse
@@ -21,7 +21,9 @@ from grasp_kernels.data import read_records, tokenize_records
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("data")
     parser.add_argument("output")

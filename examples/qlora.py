@@ -1,10 +1,11 @@
 """QLoRA on GRASP layers: the base in 4 bits, and one line, which is marked, replaces the layers.
 
-    python examples/qlora.py MODEL DATA.jsonl OUTPUT [--subspace FILE]
+    python examples/qlora.py MODEL DATA OUTPUT [--subspace FILE]
 
-MODEL is a checkpoint folder, DATA a chat file, and the subspace one that `grasp-kernels identify`
-wrote. bitsandbytes multiplies with the 4-bit weights as before; the adapter and the projection are
-computed by the operator. Needs `pip install "grasp_kernels[train,quantised]"`.
+MODEL is a checkpoint folder, DATA a file with chat data, OUTPUT the folder for the adapter, and the
+subspace one that `grasp-kernels identify` wrote. bitsandbytes multiplies with the 4-bit weights as
+before; the adapter and the projection are computed by the operator. Needs
+`pip install ".[train,quantised]"`.
 """
 
 import argparse
@@ -25,7 +26,9 @@ from grasp_kernels.data import collate, read_records, tokenize_records
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("data")
     parser.add_argument("output")

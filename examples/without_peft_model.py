@@ -1,9 +1,10 @@
-"""GraspLoRALinear in a plain PyTorch script: no peft model, no transformers.
+"""GraspLoRALinear in a plain PyTorch script, without wrapping a model (`.[train]` is needed).
 
     python examples/without_peft_model.py
 
 A small network learns a regression whose targets all carry an offset along one direction that
-nobody asked for. With that direction as write basis the rest is learned and the offset is not.
+nobody asked for. With that direction as write basis the rest is learned and most of the offset is
+not: the outputs move 1.7 of 10 along it, where a stock adapter moves them 9.4.
 """
 
 import torch

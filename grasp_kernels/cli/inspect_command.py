@@ -19,7 +19,9 @@ def add_inspect(commands: Any, common: argparse.ArgumentParser) -> None:
         "promote, what steering and removal do, and a verdict. Of several adapters (checkpoints of "
         "a run, seeds) the last is looked at, and all are evidence.",
     )
-    parser.add_argument("paths", nargs="+", metavar="ADAPTER_OR_SUBSPACE")
+    parser.add_argument(
+        "paths", nargs="+", metavar="ADAPTER_OR_SUBSPACE", help="adapter folder, or subspace file"
+    )
     parser.add_argument("--plot", metavar="PNG", help="also draw it into this file")
     group = parser.add_argument_group("beside the base model")
     group.add_argument("--base-model", metavar="DIR", help="checkpoint of the base model")

@@ -21,7 +21,14 @@ def add_quality(kinds: Any, common: argparse.ArgumentParser) -> None:
     quality.add_argument(
         "--methods", nargs="+", metavar="NAME", default=["all"], help="default: all, see --list"
     )
-    quality.add_argument("--seeds", nargs="+", type=int, metavar="N", default=[0, 1, 2, 3, 4])
+    quality.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        metavar="N",
+        default=[0, 1, 2, 3, 4],
+        help="worlds that are reported (default: 0 1 2 3 4)",
+    )
     quality.add_argument("--size", default="small", metavar="SIZE", help="default: small")
     quality.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     quality.add_argument(

@@ -18,7 +18,9 @@ def add_tune(commands: Any, common: argparse.ArgumentParser) -> None:
         "than the measurements spread. grasp_kernels.load_tuning(FILE) puts the choices in force; "
         "nothing does so by itself. A FILE that is there already is continued.",
     )
-    parser.add_argument("--models", nargs="+", required=True, metavar="NAME", help="known models")
+    parser.add_argument(
+        "--models", nargs="+", required=True, metavar="NAME", help="names of bench --list"
+    )
     parser.add_argument("--output", required=True, metavar="FILE", help="the choices, as JSON")
     for name, default, what in (
         ("--rank", 16, "LoRA rank"),

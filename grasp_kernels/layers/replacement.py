@@ -81,14 +81,14 @@ def replace_lora_layers(
 ) -> Replacement:
     """Swap the LoRA layers of a peft model in place; parameters and their names stay.
 
-    Without a subspace the layers are only faster. With one, every writer that it covers gets its
-    write basis, adapted or not, and every adapted reader its read basis. The gradient of a writer
-    without an adapter of its own is projected too (`project="residual"`), so that nothing upstream
-    learns through it. Over weights that bitsandbytes or torchao have quantised, the base product
-    stays theirs, and the adapter and the projection are computed here. A layer that stays with peft
-    is warned of and reported with the reason; it is projected like a writer without an adapter, and
-    not closed. Calling it again starts afresh: do so after adding an adapter on other modules, or
-    one that is to be closed, too.
+    Without a subspace the layers compute what they did, leaner. With one, every writer that it
+    covers gets its write basis, adapted or not, and every adapted reader its read basis. The
+    gradient of a writer without an adapter of its own is projected too (`project="residual"`), so
+    that nothing upstream learns through it. Over weights that bitsandbytes or torchao have
+    quantised, the base product stays theirs, and the adapter and the projection are computed here.
+    A layer that stays with peft is warned of and reported with the reason; it is projected like a
+    writer without an adapter, and not closed. Calling it again starts afresh: do so after adding an
+    adapter on other modules, or one that is to be closed, too.
 
     The gradient is projected where the stream is. What a writer before a norm puts out is not in
     the stream, so the output of that norm is projected in its stead, and likewise that of a mixture

@@ -40,9 +40,19 @@ class RunConfig:
     data: str = _required("file with chat data: JSONL, JSON, CSV or parquet")
     output: str = _required("folder of this run; an unfinished run in it goes on")
 
-    identify: str = _option("weights", "where the subspace comes from", choices=IDENTIFY)
+    identify: str = _option(
+        "weights",
+        "where the subspace comes from: the weights of the naive adapter, or the base model's "
+        "stream on the training answers against that on its own",
+        choices=IDENTIFY,
+    )
     k: int | Literal["auto"] = _option("auto", "number of directions, or 'auto'")
-    side: str = _option("write", "side of the weights that is looked at", choices=SIDES)
+    side: str = _option(
+        "write",
+        "layers that are looked at: those that add to the residual stream, or those that take it "
+        "as input",
+        choices=SIDES,
+    )
     scope: str = _option(
         "auto",
         "one subspace of the residual stream for all layers, or one per layer; "
@@ -62,9 +72,16 @@ class RunConfig:
         "directions; they last up to the latest early checkpoint",
     )
 
-    project: str = _option("residual", "what the retraining projects", choices=PROJECTS)
+    project: str = _option(
+        "residual",
+        "what the retraining projects: the gradient of the residual stream where layers write to "
+        "it, or the adapter's own gradients alone",
+        choices=PROJECTS,
+    )
     closed: bool = _option(True, "keep the adapter's own weights out of the subspace, exactly")
-    backend: str = _option("auto", "implementation of the projected LoRA layer")
+    backend: str = _option(
+        "auto", "implementation of the LoRA layer: auto, reference, aten, triton or cuda"
+    )
 
     reads: str = _option(
         "contrastive",

@@ -24,8 +24,8 @@ TABLE = Path(__file__).with_name("measured.json")
 SAFE = ("aten", "reference")
 _SIZES = ("T", "K", "N", "R", "Q")
 # Rows are times of the GPU, whose launches are queued ahead. With fewer tokens the GPU waits for
-# Python: a decoder layer of Llama-3.1-8B takes 6.3 ms with `aten`, 7.2 with `cuda` and 9.8 with
-# `triton` at T = 2048 on an H200, and 20.2, 19.9 and 19.8 at 8192.
+# Python: a decoder layer of Llama-3.1-8B takes 6.2 ms with `aten`, 7.2 with `cuda` and 9.8 with
+# `triton` at T = 2048 on an H200, and 20.2, 19.8 and 19.8 at 8192.
 LEAST_TOKENS = 4096
 # The same for narrow layers: `T K N` of a square layer of 4096 with 4096 tokens. Predicted from
 # Python's time a layer, which does not depend on its width; narrow models were not measured.

@@ -140,7 +140,7 @@ def both_sources(bench: Workbench, strength: int) -> Any:
 
 @method(
     "supervised",
-    "upper bound: directions between the answers of both personas",
+    "labels: directions between the answers of both personas",
     information="labels",
     strengths=_SIZES,
     origin="control",

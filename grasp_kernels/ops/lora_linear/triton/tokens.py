@@ -57,7 +57,7 @@ class Slab:
 def slab_for(part: Part, itemsize: int, R: int, skinny: bool, tma: bool = True) -> Slab:
     """The slab of a part for rank `R` and elements of `itemsize` bytes. Not measured yet.
 
-    Chosen so that no register spills (`benchmarks/results/kernel-resources.md`): where matrix
+    Chosen so that no register spills (`benchmarks/results/kernel-resources.csv`): where matrix
     instructions read registers, as on all but Hopper and datacentre Blackwell, the skinny factors
     of a slab stay in them through the loop. Without TMA only the wide form is pipelined.
     """
