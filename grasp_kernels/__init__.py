@@ -30,6 +30,7 @@ _HOMES = {
     "Subspace": "subspace",
     "backends": "ops",
     "diagnose": "diagnosis",
+    "extract_adapter": "adapters.extraction",
     "identify": "identification",
     "identify_self_contrast": "identification",
     "leakage": "layers.closure",

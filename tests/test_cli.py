@@ -248,4 +248,4 @@ def test_library_that_is_missing_is_named_with_its_remedy(
     monkeypatch.setitem(sys.modules, "grasp_kernels.adapters.load", None)
     monkeypatch.setitem(sys.modules, "grasp_kernels.adapters.inspection", None)
     assert main(["inspect", "anything"]) == 2
-    assert "pip install 'grasp_kernels[train]'" in capsys.readouterr().err
+    assert "install grasp_kernels with its extra 'train'" in capsys.readouterr().err

@@ -23,7 +23,7 @@ import grasp_kernels as gk
 from grasp_kernels.layers.experts import GraspLoRAExperts
 from grasp_kernels.ops.lora_linear.registry import computes
 from grasp_kernels.sites import RULES, base_name, model_gains, model_sites
-from grasp_kernels.testing import budget, orthonormal
+from grasp_kernels.testing import budget, orthonormal, relative_error
 
 D, LAYERS = 32, 2
 SIZES: dict[str, Any] = {
@@ -289,6 +289,24 @@ def test_folders_are_identified_like_models(family: str, tmp_path: Path) -> None
     for bases, others in ((one.write, other.write), (one.read, other.read)):
         for name, basis in bases.items():
             assert torch.equal(others[name], basis), name
+
+
+@families
+def test_merged_models_come_back_as_adapters(family: str, tmp_path: Path) -> None:
+    """Of models and of folders; stock peft computes what was merged."""
+    model = adapted(family, experts=False)
+    expected, base = logits(model), tiny(family)
+    wanted = {base_name(n) for n, module in model.named_modules() if hasattr(module, "lora_A")}
+    merged = model.merge_and_unload()
+    rounded = relative_error(logits(merged), expected)
+    for name, one in (("merged", merged), ("base", base)):
+        one.save_pretrained(tmp_path / name)
+    for i, given in enumerate([(merged, base), (tmp_path / "merged", tmp_path / "base")]):
+        found = gk.extract_adapter(*given, tmp_path / f"{i}", rank=3)
+        assert found.shares.keys() == wanted and found.outside == []
+        stock = PeftModel.from_pretrained(tiny(family), str(tmp_path / f"{i}"))
+        # The decomposition, its roots and their product round too: at most 6 times as much.
+        assert relative_error(logits(stock), expected) <= 12 * rounded
 
 
 @pytest.mark.parametrize("backend", [name for name, why in gk.backends().items() if why is None])

@@ -65,6 +65,7 @@ def find_weights(source: Path, adapter_name: str | None) -> Path:
     if (folder / "adapter_model.bin").is_file():
         return find_weights(folder / "adapter_model.bin", None)
     _refuse_distributed(source)
+    _refuse_model(source)
     inside = sorted(path.parent.name for path in source.glob(f"*/{WEIGHTS}"))
     if inside:
         raise FileNotFoundError(
@@ -85,6 +86,15 @@ def _refuse_distributed(folder: Path) -> None:
             f"{str(shard.parent)!r} is a sharded checkpoint whose index is a pickle, which can run "
             f"code when it is read; where you trust it, run `accelerate merge-weights "
             f"{shard.parent} OUT`, copy {CONFIG} into OUT and give OUT/model.safetensors."
+        )
+
+
+def _refuse_model(folder: Path) -> None:
+    """Raise for the checkpoint of a whole model."""
+    if (folder / "config.json").is_file() and any(folder.glob("model*.safetensors")):
+        raise ValueError(
+            f"{str(folder)!r} is a whole model; make its adapter first: "
+            f"grasp-kernels extract {folder} --base-model BASE --output ADAPTER."
         )
 
 

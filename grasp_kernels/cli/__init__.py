@@ -44,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _sentence(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
-        return f"{error.name} is not installed: pip install 'grasp_kernels[train]'."
+        return (
+            f"{error.name} is not installed: install grasp_kernels with its extra 'train' "
+            "(in a clone: pip install '.[train]')."
+        )
     if isinstance(error, _EXPECTED):
         return str(error)
     return f"{type(error).__name__}: {error} (--debug shows where)."
@@ -63,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     run_commands.add_run(commands, common)
     adapter_commands.add_identify(commands, common)
     inspect_command.add_inspect(commands, common)
+    adapter_commands.add_extract(commands, common)
     adapter_commands.add_project(commands, common)
     adapter_commands.add_check(commands, common)
     run_commands.add_demo(commands, common)

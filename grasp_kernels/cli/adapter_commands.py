@@ -1,4 +1,4 @@
-"""`grasp-kernels identify`, `project` and `check`: work on finished adapters."""
+"""`grasp-kernels identify`, `extract`, `project` and `check`: work on finished adapters."""
 
 from __future__ import annotations
 
@@ -20,13 +20,34 @@ def add_identify(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="adapter folder or file")
     parser.add_argument("--output", required=True, metavar="FILE", help="subspace file to write")
-    parser.add_argument("--base-model", metavar="FOLDER", help="checkpoint of the base model")
     parser.add_argument(
-        "--k", default="auto", type=number_of_directions, metavar="N", help="directions, or 'auto'"
+        "--base-model",
+        metavar="FOLDER",
+        help="checkpoint of the base model, for its norms (read side) and depth (default: the one "
+        "that the adapter's config names, where it is on this machine)",
     )
-    parser.add_argument("--side", default="write", choices=SIDES)
-    parser.add_argument("--scope", default="shared", choices=SCOPES)
-    parser.add_argument("--seed", default=0, type=int, metavar="N", help="seed of the null")
+    parser.add_argument(
+        "--k",
+        default="auto",
+        type=number_of_directions,
+        metavar="N",
+        help="directions, or 'auto': as many as stand out (default: auto)",
+    )
+    parser.add_argument(
+        "--side",
+        default="write",
+        choices=SIDES,
+        help="layers that add to the residual stream, or that take it as input (default: write)",
+    )
+    parser.add_argument(
+        "--scope",
+        default="shared",
+        choices=SCOPES,
+        help="one subspace for all layers, or one per layer (default: shared)",
+    )
+    parser.add_argument(
+        "--seed", default=0, type=int, metavar="N", help="seed of the null (default: 0)"
+    )
     parser.set_defaults(command=_identify)
 
 
@@ -46,6 +67,43 @@ def _identify(arguments: argparse.Namespace) -> int:
     )
     subspace.save(arguments.output)
     print(subspace.summary())
+    print(f"Written to {arguments.output}.")
+    return 0
+
+
+def add_extract(commands: Any, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
+        "extract",
+        parents=[common],
+        help="make an adapter of a merged or fully fine-tuned model",
+        description="Write the LoRA adapter that is nearest to what was changed in a model, so "
+        "that identify and inspect can look at it. One weight is in memory at a time.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder of the changed model")
+    parser.add_argument(
+        "--base-model", required=True, metavar="FOLDER", help="checkpoint that it was made from"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="adapter folder to write")
+    parser.add_argument(
+        "--rank", type=int, default=16, metavar="N", help="rank of the adapter (default: 16)"
+    )
+    parser.add_argument(
+        "--device", default="cpu", metavar="NAME", help="where to compute (default: cpu)"
+    )
+    parser.set_defaults(command=_extract)
+
+
+def _extract(arguments: argparse.Namespace) -> int:
+    from grasp_kernels import extract_adapter
+
+    extraction = extract_adapter(
+        arguments.model,
+        arguments.base_model,
+        arguments.output,
+        rank=arguments.rank,
+        device=arguments.device,
+    )
+    print(extraction.text())
     print(f"Written to {arguments.output}.")
     return 0
 

@@ -41,8 +41,8 @@ def open_pair(
     if inside == (adapter is not None):
         raise ValueError(
             f"The model is a {type(loaded).__name__} and the adapter {str(adapter)!r}: give the "
-            "plain base model and an adapter folder, or a PeftModel alone; a merged model holds no "
-            "adapter that could be switched off."
+            "plain base model and an adapter folder, or a PeftModel alone; extract_adapter makes "
+            "an adapter folder of a merged or fully fine-tuned model."
         )
     with measuring(loaded), _adapted(loaded, adapter) as wrapped:
         _check(wrapped)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,15 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from grasp_kernels.adapters import load_adapter
-from grasp_kernels.adapters.base_model import read_base_model, read_tensor
 from grasp_kernels.adapters.files import INDEX, WEIGHTS, find_weights, open_weights
+from grasp_kernels.adapters.model_weights import check_merged, model_weights
 from grasp_kernels.files import whole_folder
 from grasp_kernels.ops.projection import project_columns, project_rows
 from grasp_kernels.processes import gathered, refuse_away, whole
 from grasp_kernels.sites import adapted_name, base_name
 from grasp_kernels.subspace import Subspace
 
-_TRANSPOSED = ("gpt2",)  # model types whose linear layers store W[K, N]
 _COPIED = (".json", ".md", ".jinja")  # an adapter folder's configuration, card, tokenizer
 
 
@@ -159,9 +157,9 @@ def _difference_leakage(
     """Leakage of the difference of two models, one weight `[N, K]` of each in memory at a time."""
     if subspace is None or subspace.is_empty:
         raise ValueError("weights have no bases of their own; pass the subspace to measure along.")
-    _check_merged(source, True)
-    _check_merged(base, False)
-    changed, original = _weights(source), _weights(base)
+    check_merged(source, True)
+    check_merged(base, False)
+    changed, original = model_weights(source), model_weights(base)
     found = {}
     for name in dict.fromkeys([*subspace.write, *subspace.read]):
         if name not in changed and name not in original:
@@ -198,62 +196,6 @@ def _delta_leakage(
         None if U is None else float((delta @ U.to(delta)).norm()) / total,
         None if V is None else float((V.to(delta).mT @ delta).norm()) / total,
     )
-
-
-def _weights(source: nn.Module | str | PathLike[str]) -> dict[str, Callable[[], Tensor]]:
-    """A function that reads the weight `[N, K]` of a module, by its name in the base model.
-
-    Of a module with fused experts it reads `[E, N, K]`, by the name of the parameter.
-    """
-    found: dict[str, Callable[[], Tensor]] = {}
-    if isinstance(source, nn.Module):
-        for name, parameter in source.named_parameters():
-            if parameter.ndim == 3:
-                found[base_name(name)] = parameter.detach
-        for name, module in source.named_modules():
-            if isinstance(getattr(module, "weight", None), Tensor):
-                found[base_name(name)] = partial(_untransposed, module)
-        return found
-    from safetensors import safe_open
-
-    transposed = _model_type(Path(source)) in _TRANSPOSED
-    for file in sorted(Path(source).glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118
-                if key.endswith(".weight"):
-                    read = partial(read_tensor, file, key)
-                    name = key.removesuffix(".weight")
-                    found[name] = partial(_transpose, read) if transposed else read
-    if not found:
-        raise FileNotFoundError(
-            f"There are no weights in {str(source)!r}; give a model, or a checkpoint folder with "
-            "safetensors files."
-        )
-    return found
-
-
-def _untransposed(module: Any) -> Tensor:
-    weight = module.weight.detach()
-    return weight.mT if hasattr(module, "nf") else weight  # transformers' Conv1D stores [K, N]
-
-
-def _transpose(read: Callable[[], Tensor]) -> Tensor:
-    tensor = read()
-    return tensor.mT if tensor.ndim == 2 else tensor
-
-
-def _model_type(folder: Path) -> str | None:
-    return read_base_model(folder).model_type if (folder / "config.json").is_file() else None
-
-
-def _check_merged(source: nn.Module | str | PathLike[str], wanted: bool) -> None:
-    """Of a model that still has its adapters; a folder holds weights alone."""
-    for name, module in source.named_modules() if isinstance(source, nn.Module) else ():
-        if getattr(module, "lora_A", None) and getattr(module, "merged", wanted) != wanted:
-            raise ValueError(
-                f"the adapter of {base_name(name)!r} is {'not ' * wanted}merged; give a model with "
-                "merged adapters and as base one without (an adapter needs no base)."
-            )
 
 
 def project_adapter(

@@ -119,7 +119,7 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
             weight.detach() if weight.requires_grad else weight,
             base.bias,
             adapter,
-            write_weight=self._cached_write_weight(weight, dtype),
+            write_weight=self._cached_write_weight(dtype),
             closed_factors=closed_factors,
             padded_weight=self._padding_of(adapter, closed_factors),
         )
@@ -135,14 +135,15 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
         weight = self.base_layer.weight
         return weight.mT if self.fan_in_fan_out else weight
 
-    def _cached_write_weight(self, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """`C = Vᵀ W [Q, K]` of `W[N, K]` in a dtype, which only changes when the weight does.
+    def _cached_write_weight(self, dtype: torch.dtype) -> Tensor | None:
+        """`C = Vᵀ W [Q, K]` in a dtype, which only changes when the base weight does.
 
         None in compiled code, which cannot see that it did: there each backward makes it anew.
         """
         if self.write_basis is None or self.project != "residual" or torch.compiler.is_compiling():
             return None
         key, cached = self._write_weight
+        weight = self._weight
         held = None if self.padded_weight is None else self.padded_parts(self._active()[0], dtype)
         place = None if held is None else held.write_weight
         at = None if place is None else place.data_ptr()

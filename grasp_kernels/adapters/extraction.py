@@ -1,0 +1,189 @@
+"""A model whose weights were changed -> the LoRA adapter that is nearest to the change.
+
+A model that was merged or fully fine-tuned holds no adapter, but `ΔW = W' − W` of its linear layers
+has a best one of every rank (Eckart and Young, 1936): `ΔW ≈ U S Vᵀ`, `lora_B = U √S`,
+`lora_A = √S Vᵀ`, with a scaling of 1. What was merged from rank R comes back with rank R, but for
+what the dtype rounded, which is spread over all directions alike.
+
+Shapes: K in, N out, R LoRA rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from grasp_kernels.adapters.base_model import read_base_model
+from grasp_kernels.adapters.files import WEIGHTS, listed
+from grasp_kernels.adapters.model_weights import (
+    Reader,
+    check_merged,
+    is_transposed,
+    model_weights,
+)
+from grasp_kernels.files import whole_folder
+from grasp_kernels.sites import SiteRules, site_rules
+from grasp_kernels.svd import randomized_svd
+
+
+class Extraction(NamedTuple):
+    """What an extracted adapter has of the change, and what changed elsewhere."""
+
+    shares: dict[str, float]  # of ‖ΔW‖², by module, 0 to 1
+    total: float  # the share over all of them
+    outside: list[str]  # what else is not as in the base: embeddings, norms, biases, experts
+
+    def text(self) -> str:
+        """A line or two for a person."""
+        worst = min(self.shares, key=self.shares.__getitem__)
+        lines = [
+            f"{len(self.shares)} layers changed; the adapter has {self.total:.1%} of the squared "
+            f"change, of {worst} {self.shares[worst]:.1%}."
+        ]
+        if self.outside:
+            lines.append(f"Changed too, and not in the adapter: {listed(self.outside)}.")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def extract_adapter(
+    model: nn.Module | str | PathLike[str],
+    base: nn.Module | str | PathLike[str],
+    out: str | PathLike[str],
+    *,
+    rank: int = 16,
+    sites: SiteRules | None = None,
+    device: torch.device | str | None = None,
+) -> Extraction:
+    """Write what a merged or fully fine-tuned model changed as a peft adapter of its base.
+
+    One weight of each model is in memory at a time, and is decomposed with `randomized_svd`.
+
+    Args:
+        model: the changed model, or its checkpoint folder (safetensors).
+        base: the model that it was made from, or its folder.
+        out: the adapter folder, which must not exist.
+        rank: R of every layer, or all that a narrower one has.
+        sites: writers and readers of an architecture that is not known; they are what is extracted.
+        device: where to decompose; by default where the base weights are.
+
+    Raises:
+        FileExistsError: `out` exists.
+        FileNotFoundError: a folder without safetensors.
+        ValueError: the models do not differ, or are not of one architecture; quantised or
+            non-finite weights; a rank below 1; an adapter that is not merged.
+    """
+    from tqdm import tqdm
+
+    if Path(out).exists():
+        raise FileExistsError(f"{str(out)!r} exists; choose a new folder for the adapter.")
+    if rank < 1:
+        raise ValueError(f"rank is {rank}; choose at least 1.")
+    check_merged(model, True)
+    check_merged(base, False)
+    changed, original = model_weights(model), model_weights(base)
+    rules = site_rules(read_base_model(base).model_type, original, sites)
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    kept: dict[str, tuple[float, float]] = {}
+    names = [name for name in original if rules.site(name) is not None]
+    for name in tqdm(names, desc="extract", unit="layer", leave=False, disable=None):
+        delta = _difference(name, changed, original, device)
+        if delta is not None:
+            factors[name], kept[name] = _factored(delta, rank)
+    if not factors:
+        raise ValueError(
+            "No layer that writes to the residual stream or reads from it differs between the two "
+            "models; give the model that was changed, and as base the one that it was made from."
+        )
+    _write(Path(out), factors, rank, base)
+    return Extraction(
+        {name: part / whole for name, (part, whole) in kept.items()},
+        sum(part for part, _ in kept.values()) / sum(whole for _, whole in kept.values()),
+        [name for name in original if name not in factors and _differs(name, changed, original)],
+    )
+
+
+def _difference(
+    name: str,
+    changed: Mapping[str, Reader],
+    original: Mapping[str, Reader],
+    device: torch.device | str | None,
+) -> Tensor | None:
+    """`ΔW[N, K]` in float32, None where nothing changed or the weight is no matrix."""
+    if name not in changed:
+        raise ValueError(
+            f"The model has no weight of {name!r}, which its base has; give models of one "
+            "architecture."
+        )
+    W, W_changed = original[name](), changed[name]()
+    if W.shape != W_changed.shape:
+        raise ValueError(
+            f"The weights of {name!r} have shapes {tuple(W.shape)} and {tuple(W_changed.shape)}; "
+            "give models of one architecture."
+        )
+    if W.ndim != 2:
+        return None
+    if not (W.is_floating_point() and W_changed.is_floating_point()):
+        raise ValueError(
+            f"The weights of {name!r} are {W.dtype} and {W_changed.dtype}; give models that are "
+            "not quantised."
+        )
+    device = W.device if device is None else device
+    delta = W_changed.to(device, torch.float32) - W.to(device, torch.float32)
+    if not bool(torch.isfinite(delta).all()):
+        raise ValueError(f"A weight of {name!r} is not finite; give an earlier checkpoint.")
+    return delta if bool(delta.any()) else None
+
+
+def _factored(delta: Tensor, rank: int) -> tuple[tuple[Tensor, Tensor], tuple[float, float]]:
+    """`A[R, K]`, `B[N, R]` on the host, and `‖B A‖²` with `‖ΔW‖²`."""
+    U, S, Vh = randomized_svd(delta, min(rank, *delta.shape))
+    root = S.sqrt()
+    A, B = (root[:, None] * Vh).contiguous(), (U * root).contiguous()
+    whole = float(torch.linalg.vector_norm(delta)) ** 2
+    return (A.cpu(), B.cpu()), (min(float(torch.linalg.vector_norm(S)) ** 2, whole), whole)
+
+
+def _differs(name: str, changed: Mapping[str, Reader], original: Mapping[str, Reader]) -> bool:
+    """Whether a tensor is another one; one that the changed model does not store is not."""
+    if name not in changed:
+        return False  # such as a head that is tied to the embedding
+    one, other = original[name](), changed[name]()
+    return one.shape != other.shape or bool((one.to(other.device, other.dtype) != other).any())
+
+
+def _write(
+    target: Path,
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    rank: int,
+    base: nn.Module | str | PathLike[str],
+) -> None:
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    stored = getattr(getattr(base, "config", None), "_name_or_path", "")
+    narrower = {name: A.shape[0] for name, (A, _) in factors.items() if A.shape[0] != rank}
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        rank_pattern=narrower,
+        alpha_pattern=narrower,
+        target_modules=sorted(factors),
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=is_transposed(base),
+        base_model_name_or_path=stored if isinstance(base, nn.Module) else str(base),
+        inference_mode=True,
+    )
+    tensors = {
+        f"base_model.model.{name}.lora_{letter}.weight": factor
+        for name, pair in factors.items()
+        for letter, factor in zip("AB", pair, strict=True)
+    }
+    with whole_folder(target) as folder:
+        config.save_pretrained(str(folder))
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
