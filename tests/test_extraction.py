@@ -213,6 +213,9 @@ def test_files_that_are_there_are_kept(merged: Any, tmp_path: Path) -> None:
         gk.extract_adapter(merged, tiny_model(Qwen2Config), tmp_path / "adapter")
     with pytest.raises(FileNotFoundError, match="There are no weights in"):
         gk.extract_adapter(tmp_path / "adapter", tiny_model(Qwen2Config), tmp_path / "new")
+    tiny_peft_model(TARGETS, Qwen2Config).save_pretrained(tmp_path / "finished")
+    with pytest.raises(ValueError, match="is an adapter, not a model"):
+        gk.extract_adapter(tmp_path / "finished", tiny_model(Qwen2Config), tmp_path / "new")
 
 
 def test_the_command_line_goes_from_a_merged_model_to_a_subspace(

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from grasp_kernels.adapters.base_model import read_base_model, read_tensor
+from grasp_kernels.adapters.files import CONFIG
 from grasp_kernels.sites import base_name
 
 _TRANSPOSED = ("gpt2",)  # model types whose linear layers store W[K, N]
@@ -29,9 +30,14 @@ def model_weights(source: nn.Module | str | PathLike[str]) -> dict[str, Reader]:
 
     Raises:
         FileNotFoundError: a folder without safetensors files.
+        ValueError: the folder of an adapter.
     """
     if isinstance(source, nn.Module):
         return _of_module(source)
+    if (Path(source) / CONFIG).is_file():
+        raise ValueError(
+            f"{str(source)!r} is an adapter, not a model; give the checkpoint of a whole model."
+        )
     found = _of_folder(Path(source))
     if not found:
         raise FileNotFoundError(

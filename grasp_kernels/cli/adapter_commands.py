@@ -77,7 +77,8 @@ def add_extract(commands: Any, common: argparse.ArgumentParser) -> None:
         parents=[common],
         help="make an adapter of a merged or fully fine-tuned model",
         description="Write the LoRA adapter that is nearest to what was changed in a model, so "
-        "that identify and inspect can look at it. One weight is in memory at a time.",
+        "that identify and inspect can look at it. One weight is in memory at a time, on the GPU "
+        "where there is one.",
     )
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder of the changed model")
     parser.add_argument(
@@ -87,13 +88,12 @@ def add_extract(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rank", type=int, default=16, metavar="N", help="rank of the adapter (default: 16)"
     )
-    parser.add_argument(
-        "--device", default="cpu", metavar="NAME", help="where to compute (default: cpu)"
-    )
     parser.set_defaults(command=_extract)
 
 
 def _extract(arguments: argparse.Namespace) -> int:
+    import torch
+
     from grasp_kernels import extract_adapter
 
     extraction = extract_adapter(
@@ -101,7 +101,7 @@ def _extract(arguments: argparse.Namespace) -> int:
         arguments.base_model,
         arguments.output,
         rank=arguments.rank,
-        device=arguments.device,
+        device="cuda" if torch.cuda.is_available() else "cpu",
     )
     print(extraction.text())
     print(f"Written to {arguments.output}.")

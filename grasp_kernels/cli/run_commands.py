@@ -71,6 +71,7 @@ def _run(arguments: argparse.Namespace) -> int:
         **{option.name: getattr(arguments, option.name) for option in fields(RunConfig)}
     )
     from grasp_kernels.run import is_finished, run
+    from grasp_kernels.run.report_text import alike
 
     finished = is_finished(config)
     report = run(config)
@@ -83,7 +84,7 @@ def _run(arguments: argparse.Namespace) -> int:
         effect = adapter["effect"]
         print(
             f"Neutral prompts, {name}: {effect['neutral_divergence']:.3g} nats a token, "
-            f"{max(0.0, effect['common_shift']):.0%} of it for all alike."
+            f"{alike(effect)}."
         )
     if report.grasp is None:
         print(f"Nothing to retrain against; the naive adapter is in {report.naive}.")

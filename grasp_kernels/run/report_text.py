@@ -120,13 +120,13 @@ def _effect_sentence(numbers: Numbers) -> str:
     naive, grasp = (numbers["adapters"][name]["effect"] for name in ("naive", "grasp"))
     return (
         f"The naive adapter changes the base model's own answers to neutral prompts by "
-        f"{naive['neutral_divergence']:.3g} nats a token, {_alike(naive)}; the GRASP adapter by "
-        f"{grasp['neutral_divergence']:.3g}, {_alike(grasp)}. From {FOUND:.0%} on that counts "
+        f"{naive['neutral_divergence']:.3g} nats a token, {alike(naive)}; the GRASP adapter by "
+        f"{grasp['neutral_divergence']:.3g}, {alike(grasp)}. From {FOUND:.0%} on that counts "
         f"as found, below {WEAK:.0%} as nothing (calibrated on small models only)."
     )
 
 
-def _alike(effect: dict[str, Any]) -> str:
+def alike(effect: dict[str, Any]) -> str:
     """How much of the change of half of the prompts the mean change of the others explains."""
     verdict = common_verdict(effect)
     return f"{max(0.0, effect['common_shift']):.0%} of it for all prompts alike ({verdict})"
