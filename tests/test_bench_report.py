@@ -13,7 +13,7 @@ from grasp_kernels.bench.decoder import step_memory
 from grasp_kernels.bench.shapes import LINEARS, MODELS, Linear
 from grasp_kernels.cli import main
 
-STORED = Path(__file__).parents[1] / "benchmarks" / "results" / "cpu-amd-epyc-2-threads.jsonl"
+STORED = Path(__file__).parents[1] / "benchmarks" / "results" / "cpu-first.jsonl"
 WRITER = Linear("down_proj", 30, 50, True)
 READER = WRITER._replace(writes=False)
 
