@@ -65,7 +65,8 @@ def extract_adapter(
     One weight of each model is in memory at a time, and is decomposed with `randomized_svd`.
 
     Args:
-        model: the changed model, or its checkpoint folder (safetensors).
+        model: the changed model, or its checkpoint folder (safetensors). Folders name weights as
+            modules do but for multimodal models, of which models must be given.
         base: the model that it was made from, or its folder.
         out: the adapter folder, which must not exist.
         rank: R of every layer, or all that a narrower one has.
