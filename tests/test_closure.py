@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from test_replacement import a_subspace, logits
 
 import grasp_kernels as gk
+from grasp_kernels.ops.projection import project_columns, project_rows
 from grasp_kernels.sites import base_name
 
 
@@ -94,3 +95,32 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     with pytest.raises(FileNotFoundError):
         gk.project_adapter(tmp_path / "missing", subspace, tmp_path / "out")
+
+
+def test_a_projection_is_as_exact_under_autocast() -> None:
+    M, V = torch.randn(48, 4), torch.linalg.qr(torch.randn(48, 2))[0]
+    expected = project_columns(M, V), project_rows(M.mT, V), project_columns(M[:, 0], V)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = project_columns(M, V), project_rows(M.mT, V), project_columns(M[:, 0], V)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32 and torch.equal(one, other)
+    assert project_columns(M.to("meta"), V.to("meta")).shape == M.shape
+
+
+def test_small_steps_outlive_a_fallback_under_autocast() -> None:
+    """peft's own forward closes the parameters in place, whatever dtype autocast computes in."""
+    model = tiny_peft_model()
+    subspace = a_subspace(model)
+    gk.replace_lora_layers(model, subspace)
+    layer = model.get_base_model().model.layers[0].self_attn.o_proj
+    layer.lora_B["default"].register_forward_hook(lambda *given: None)
+    parameter = layer.lora_B["default"].weight
+    with torch.no_grad():
+        parameter.mul_(1 + 1e-4)  # less than bfloat16 can tell
+        parameter.copy_(project_columns(parameter, layer.write_basis))
+    stepped = parameter.detach().clone()
+    with pytest.warns(UserWarning, match="hooks"), torch.autocast("cpu", torch.bfloat16):
+        logits(model)
+    left = (parameter - stepped).norm() / stepped.norm()
+    assert left <= 8 * torch.finfo(torch.float32).eps
+    assert gk.leakage(model)[base_name("model.layers.0.self_attn.o_proj")].write < 1e-6

@@ -10,23 +10,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grasp_kernels.ops.autocast import without_autocast
+
 
 def project_columns(matrix: Tensor, basis: Tensor | None) -> Tensor:
-    """`(I − V Vᵀ) M` for `M[N, ...]` and `V[N, Q]`, at least in float32; `M` without a basis."""
-    if basis is None:
-        return matrix
-    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    basis = basis.to(wide.dtype)
-    return _less(wide, basis, basis.mT @ wide)
+    """`(I − V Vᵀ) M` for `M[N, ...]` and `V[N, Q]`, at least in float32, under autocast too; `M`
+    without a basis."""
+    return matrix if basis is None else without_autocast(_columns, *_wide(matrix, basis))
 
 
 def project_rows(matrix: Tensor, basis: Tensor | None) -> Tensor:
-    """`M (I − U Uᵀ)` for `M[..., K]` and `U[K, P]`, at least in float32; `M` without a basis."""
-    if basis is None:
-        return matrix
+    """`M (I − U Uᵀ)` for `M[..., K]` and `U[K, P]`, as exact; `M` without a basis."""
+    return matrix if basis is None else without_autocast(_rows, *_wide(matrix, basis))
+
+
+def _columns(matrix: Tensor, basis: Tensor) -> Tensor:
+    return _less(matrix, basis, basis.mT @ matrix)
+
+
+def _rows(matrix: Tensor, basis: Tensor) -> Tensor:
+    return _less(matrix, matrix @ basis, basis.mT)
+
+
+def _wide(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    basis = basis.to(wide.dtype)
-    return _less(wide, wide @ basis, basis.mT)
+    return wide, basis.to(wide.dtype)
 
 
 def _less(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -6,17 +6,17 @@ Shapes: T tokens, K in, N out, R LoRA rank, P read basis size, Q write basis siz
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from grasp_kernels.ops.autocast import without_autocast
 from grasp_kernels.ops.lora_linear.operands import Gradients, Needs, Operands, Saved
 from grasp_kernels.ops.lora_linear.registry import select
 
-_Found = TypeVar("_Found")
 # Registered with Library.define and impl instead of torch.library.custom_op: the same interface at
 # half its cost per call (torch 2.13 on a CPU, 64×64 layer, forward: 136 µs against 291 µs).
 _LIBRARY = torch.library.Library("grasp_kernels", "FRAGMENT")
@@ -46,14 +46,14 @@ def _computed(
 ) -> tuple[Tensor, Saved]:
     """`Y[T, N]` from `X[T, K]`, and what the backward needs."""
     flat = None if base is None else _flat(base)
-    return _without_autocast(module.forward, x, op, flat)
+    return without_autocast(module.forward, x, op, flat)
 
 
 def _differentiated(
     module: ModuleType, dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs
 ) -> Gradients:
     """The gradients in the shapes of what they are of; None where not needed."""
-    found = _without_autocast(module.backward, _flat(dy), _flat(x), saved, op, needs)
+    found = without_autocast(module.backward, _flat(dy), _flat(x), saved, op, needs)
     dx, dbase = found.x, found.base
     return found._replace(
         x=None if dx is None else dx.view(x.shape),
@@ -68,14 +68,6 @@ def _flat(x: Tensor) -> Tensor:
 def _unflattened(y: Tensor, x: Tensor) -> Tensor:
     """`Y[..., N]` of `Y[T, N]`, as `X[..., K]` is shaped."""
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
-
-
-def _without_autocast(run: Callable[..., _Found], x: Tensor, *others: Any) -> _Found:
-    """Inside the operator every dtype is chosen by hand."""
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
-            return run(x, *others)
-    return run(x, *others)
 
 
 def _run_forward(x: Tensor, base: Tensor | None, *operands: Any) -> tuple[Tensor, ...]:
