@@ -158,6 +158,13 @@ def with_weight(model: Any, change: Any) -> Any:
     return model
 
 
+def with_other_head() -> Any:
+    model = tiny_model(Qwen2Config)
+    with torch.no_grad():
+        model.lm_head.weight += 1
+    return model
+
+
 WRONG = {
     "the same model": (lambda: tiny_model(Qwen2Config), {}, "No layer that writes"),
     "another depth": (
@@ -173,7 +180,22 @@ WRONG = {
     "quantised": (
         lambda: with_weight(fully_tuned(), lambda w: w.to(torch.int8)),
         {},
-        "are torch.float32 and torch.int8; give models that are not quantised",
+        "is a (Parameter|Tensor) of torch.int8 on cpu; give models that are loaded whole",
+    ),
+    "in float8": (
+        lambda: with_weight(fully_tuned(), lambda w: w.to(torch.float8_e4m3fn)),
+        {},
+        "of torch.float8_e4m3fn on cpu; give models that are loaded whole",
+    ),
+    "offloaded": (
+        lambda: with_weight(fully_tuned(), lambda w: w.to("meta")),
+        {},
+        "on meta; give models that are loaded whole",
+    ),
+    "changed elsewhere": (
+        lambda: with_other_head(),
+        {},
+        r"\(what differs: lm_head\)",
     ),
     "not finite": (
         lambda: with_weight(fully_tuned(), lambda w: w / 0),
@@ -191,6 +213,47 @@ def test_what_cannot_be_extracted_says_why(case: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=sentence):
         gk.extract_adapter(make(), tiny_model(Qwen2Config), tmp_path / "adapter", **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_rounding_is_no_change(tmp_path: Path) -> None:
+    """A model that was merged in bfloat16, over a base in float32."""
+    base, changed = tiny_model(Qwen2Config), tiny_model(Qwen2Config)
+    with torch.no_grad():
+        changed.model.layers[0].mlp.down_proj.weight += 0.1
+    found = gk.extract_adapter(changed.to(torch.bfloat16), base, tmp_path / "adapter", rank=RANK)
+    assert list(found.shares) == ["model.layers.0.mlp.down_proj"] and found.outside == []
+
+
+def test_a_head_that_was_untied_is_named(tmp_path: Path) -> None:
+    changed = fully_tuned()
+    tied_base().save_pretrained(tmp_path / "base")  # which stores no head
+    found = gk.extract_adapter(changed, tmp_path / "base", tmp_path / "one", rank=RANK)
+    assert "lm_head" in found.outside
+    with torch.no_grad():
+        changed.lm_head.weight.copy_(changed.model.embed_tokens.weight)
+    found = gk.extract_adapter(changed, tmp_path / "base", tmp_path / "two", rank=RANK)
+    assert "lm_head" not in found.outside and "model.embed_tokens" in found.outside
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "vision_config"])
+def test_a_checkpoint_that_is_not_read_by_name_is_refused(
+    key: str, merged: Any, tmp_path: Path
+) -> None:
+    merged.save_pretrained(tmp_path / "merged")
+    path = tmp_path / "merged" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: {"x": 1}}))
+    with pytest.raises(ValueError, match="do not hold the weights of its layers by name"):
+        gk.extract_adapter(tmp_path / "merged", tiny_model(Qwen2Config), tmp_path / "adapter")
+
+
+def test_files_beside_the_checkpoint_are_not_read(merged: Any, tmp_path: Path) -> None:
+    base = tiny_model(Qwen2Config)
+    merged.save_pretrained(tmp_path / "merged", max_shard_size="20KB")
+    base.save_pretrained(tmp_path / "base")
+    stored = tmp_path / "base" / "model.safetensors"
+    (tmp_path / "merged" / "old-model.safetensors").write_bytes(stored.read_bytes())
+    found = gk.extract_adapter(tmp_path / "merged", base, tmp_path / "adapter", rank=RANK)
+    assert len(found.shares) == 9
 
 
 def test_an_unknown_architecture_needs_sites(merged: Any, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 gradient of the stream where a norm or a block takes it.
 """
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -301,12 +302,42 @@ def test_merged_models_come_back_as_adapters(family: str, tmp_path: Path) -> Non
     rounded = relative_error(logits(merged), expected)
     for name, one in (("merged", merged), ("base", base)):
         one.save_pretrained(tmp_path / name)
-    for i, given in enumerate([(merged, base), (tmp_path / "merged", tmp_path / "base")]):
+    pairs = itertools.product((merged, tmp_path / "merged"), (base, tmp_path / "base"))
+    for i, given in enumerate(pairs):
         found = gk.extract_adapter(*given, tmp_path / f"{i}", rank=3)
         assert found.shares.keys() == wanted and found.outside == []
         stock = PeftModel.from_pretrained(tiny(family), str(tmp_path / f"{i}"))
         # The decomposition, its roots and their product round too: at most 6 times as much.
         assert relative_error(logits(stock), expected) <= 12 * rounded
+
+
+def test_what_peft_would_misread_is_left_out_of_an_extracted_adapter(tmp_path: Path) -> None:
+    """The dense block of Qwen3-MoE, whose modules are called like parts of the experts."""
+    base, changed = tiny("qwen3_moe"), tiny("qwen3_moe")
+    with torch.no_grad():
+        changed.model.layers[0].mlp.up_proj.weight += 0.1
+        changed.model.layers[1].self_attn.o_proj.weight += 0.1
+        changed.model.layers[1].mlp.experts.down_proj += 0.1
+    found = gk.extract_adapter(changed, base, tmp_path / "adapter", rank=1)
+    assert list(found.shares) == ["model.layers.1.self_attn.o_proj"]
+    assert set(found.outside) == {
+        "model.layers.0.mlp.up_proj",
+        "model.layers.1.mlp.experts.down_proj",
+    }
+    PeftModel.from_pretrained(tiny("qwen3_moe"), str(tmp_path / "adapter"))
+
+
+def test_autocast_leaves_the_adapters_of_experts_as_they_are() -> None:
+    """Each forward closes them, in float32 whatever autocast computes in."""
+    model = adapted("mixtral")
+    gk.replace_lora_layers(model, a_subspace(model))
+    logits(model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
+    with torch.autocast("cpu", torch.bfloat16):
+        logits(model)
+    for name, parameter in model.named_parameters():
+        if name in before:
+            assert torch.equal(parameter, before[name]), name
 
 
 @pytest.mark.parametrize("backend", [name for name, why in gk.backends().items() if why is None])

@@ -30,6 +30,12 @@ from grasp_kernels.files import whole_folder
 from grasp_kernels.sites import SiteRules, site_rules
 from grasp_kernels.svd import randomized_svd
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_EMBEDDINGS = ("embed_tokens", "embed_in", "wte")  # what a head may be tied to
+_HEADS = ("lm_head", "embed_out")  # of GPT-NeoX, as modules and as folders call it
+# peft takes what ends like this for parts of the fused experts, and would not load it.
+_MISREAD: dict[str, tuple[str, ...]] = {"qwen3_moe": (".gate_proj", ".up_proj", ".down_proj")}
+
 
 class Extraction(NamedTuple):
     """What an extracted adapter has of the change, and what changed elsewhere."""
@@ -65,8 +71,8 @@ def extract_adapter(
     One weight of each model is in memory at a time, and is decomposed with `randomized_svd`.
 
     Args:
-        model: the changed model, or its checkpoint folder (safetensors). Folders name weights as
-            modules do but for multimodal models, of which models must be given.
+        model: the changed model, or its checkpoint folder (safetensors). Where a folder does not
+            name weights as the task's model does (one of a bare backbone), give models.
         base: the model that it was made from, or its folder.
         out: the adapter folder, which must not exist.
         rank: R of every layer, or all that a narrower one has.
@@ -88,24 +94,34 @@ def extract_adapter(
     check_merged(model, True)
     check_merged(base, False)
     changed, original = model_weights(model), model_weights(base)
-    rules = site_rules(read_base_model(base).model_type, original, sites)
+    model_type = read_base_model(base).model_type
+    rules = site_rules(model_type, original, sites)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     kept: dict[str, tuple[float, float]] = {}
-    names = [name for name in original if rules.site(name) is not None]
+    names = [
+        name
+        for name in original
+        if rules.site(name) is not None and not name.endswith(_MISREAD.get(str(model_type), ()))
+    ]
     for name in tqdm(names, desc="extract", unit="layer", leave=False, disable=None):
         delta = _difference(name, changed, original, device)
         if delta is not None:
             factors[name], kept[name] = _factored(delta, rank)
+    outside = [n for n in original if n not in factors and _differs(n, changed, original)]
+    outside += [
+        name for name in changed if name not in original and _is_new(name, changed, original)
+    ]
     if not factors:
         raise ValueError(
             "No layer that writes to the residual stream or reads from it differs between the two "
-            "models; give the model that was changed, and as base the one that it was made from."
+            f"models (what differs: {listed(outside) or 'nothing'}); give the model that was "
+            "changed, and as base the one that it was made from."
         )
     _write(Path(out), factors, rank, base)
     return Extraction(
         {name: part / whole for name, (part, whole) in kept.items()},
         sum(part for part, _ in kept.values()) / sum(whole for _, whole in kept.values()),
-        [name for name in original if name not in factors and _differs(name, changed, original)],
+        outside,
     )
 
 
@@ -115,13 +131,24 @@ def _difference(
     original: Mapping[str, Reader],
     device: torch.device | str | None,
 ) -> Tensor | None:
-    """`ΔW[N, K]` in float32, None where nothing changed or the weight is no matrix."""
+    """`ΔW[N, K]` in float32, None where nothing changed or the weight is no matrix.
+
+    Of two dtypes the finer is rounded to the coarser first: a rounding is no change.
+    """
+    if name not in changed and ".experts." in name:
+        return None  # checkpoints name each expert, modules fuse them
     if name not in changed:
         raise ValueError(
             f"The model has no weight of {name!r}, which its base has; give models of one "
             "architecture."
         )
     W, W_changed = original[name](), changed[name]()
+    for one in (W, W_changed):
+        if type(one) not in (Tensor, nn.Parameter) or one.dtype not in _DTYPES or one.is_meta:
+            raise ValueError(
+                f"A weight of {name!r} is a {type(one).__name__} of {one.dtype} on {one.device}; "
+                "give models that are loaded whole and not quantised."
+            )
     if W.shape != W_changed.shape:
         raise ValueError(
             f"The weights of {name!r} have shapes {tuple(W.shape)} and {tuple(W_changed.shape)}; "
@@ -129,13 +156,10 @@ def _difference(
         )
     if W.ndim != 2:
         return None
-    if not (W.is_floating_point() and W_changed.is_floating_point()):
-        raise ValueError(
-            f"The weights of {name!r} are {W.dtype} and {W_changed.dtype}; give models that are "
-            "not quantised."
-        )
     device = W.device if device is None else device
-    delta = W_changed.to(device, torch.float32) - W.to(device, torch.float32)
+    coarser = max(W.dtype, W_changed.dtype, key=_coarseness)
+    W, W_changed = (one.to(device, coarser).float() for one in (W, W_changed))
+    delta = W_changed - W
     if not bool(torch.isfinite(delta).all()):
         raise ValueError(f"A weight of {name!r} is not finite; give an earlier checkpoint.")
     return delta if bool(delta.any()) else None
@@ -155,7 +179,30 @@ def _differs(name: str, changed: Mapping[str, Reader], original: Mapping[str, Re
     if name not in changed:
         return False  # such as a head that is tied to the embedding
     one, other = original[name](), changed[name]()
-    return one.shape != other.shape or bool((one.to(other.device, other.dtype) != other).any())
+    if one.is_meta or other.is_meta:
+        return one.shape != other.shape
+    coarser = max(one.dtype, other.dtype, key=_coarseness)
+    return one.shape != other.shape or bool(
+        (one.to(other.device, coarser) != other.to(coarser)).any()
+    )
+
+
+def _coarseness(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+
+
+def _is_new(name: str, changed: Mapping[str, Reader], original: Mapping[str, Reader]) -> bool:
+    """Whether a tensor that the base does not have is a bias, or a head that was untied.
+
+    Other names differ where one of the models is a folder, which may call its experts otherwise.
+    """
+    if not name.endswith(_HEADS):
+        return name.endswith(".bias")
+    if any(other.endswith(_HEADS) for other in original):
+        return False
+    head = changed[name]()
+    embeddings = (read() for other, read in changed.items() if other.endswith(_EMBEDDINGS))
+    return not any(head.shape == e.shape and torch.equal(head, e) for e in embeddings)
 
 
 def _write(
@@ -168,6 +215,7 @@ def _write(
     from safetensors.torch import save_file
 
     stored = getattr(getattr(base, "config", None), "_name_or_path", "")
+    generates = not isinstance(base, nn.Module) or hasattr(base, "prepare_inputs_for_generation")
     narrower = {name: A.shape[0] for name, (A, _) in factors.items() if A.shape[0] != rank}
     config = LoraConfig(
         r=rank,
@@ -175,7 +223,7 @@ def _write(
         rank_pattern=narrower,
         alpha_pattern=narrower,
         target_modules=sorted(factors),
-        task_type="CAUSAL_LM",
+        task_type="CAUSAL_LM" if generates else None,
         fan_in_fan_out=is_transposed(base),
         base_model_name_or_path=stored if isinstance(base, nn.Module) else str(base),
         inference_mode=True,

@@ -65,13 +65,13 @@ def find_weights(source: Path, adapter_name: str | None) -> Path:
     if (folder / "adapter_model.bin").is_file():
         return find_weights(folder / "adapter_model.bin", None)
     _refuse_distributed(source)
-    _refuse_model(source)
     inside = sorted(path.parent.name for path in source.glob(f"*/{WEIGHTS}"))
     if inside:
         raise FileNotFoundError(
             f"The folder {str(source)!r} has no {WEIGHTS} but adapters inside: give adapter_name, "
             f"or the folder, of one of {inside[:8]}."
         )
+    _refuse_model(source)
     raise FileNotFoundError(
         f"The folder {str(source)!r} has no {WEIGHTS}; give a folder that peft's save_pretrained "
         "wrote."

@@ -5,6 +5,7 @@ Shapes: E experts, K in, N out.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from os import PathLike
@@ -18,6 +19,8 @@ from grasp_kernels.adapters.files import CONFIG
 from grasp_kernels.sites import base_name
 
 _TRANSPOSED = ("gpt2",)  # model types whose linear layers store W[K, N]
+_EMBEDDINGS = ("wte", "wpe")  # and whose embeddings do not
+_WEIGHTS = "model.safetensors"
 
 Reader = Callable[[], Tensor]
 
@@ -30,7 +33,7 @@ def model_weights(source: nn.Module | str | PathLike[str]) -> dict[str, Reader]:
 
     Raises:
         FileNotFoundError: a folder without safetensors files.
-        ValueError: the folder of an adapter.
+        ValueError: the folder of an adapter, or of a quantised or multimodal checkpoint.
     """
     if isinstance(source, nn.Module):
         return _of_module(source)
@@ -38,6 +41,7 @@ def model_weights(source: nn.Module | str | PathLike[str]) -> dict[str, Reader]:
         raise ValueError(
             f"{str(source)!r} is an adapter, not a model; give the checkpoint of a whole model."
         )
+    _refuse_unreadable(Path(source))
     found = _of_folder(Path(source))
     if not found:
         raise FileNotFoundError(
@@ -63,14 +67,35 @@ def _of_folder(folder: Path) -> dict[str, Reader]:
 
     transposed = is_transposed(folder)
     found: dict[str, Reader] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in _files(folder):
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118
                 read = partial(read_tensor, file, key)
-                found[key.removesuffix(".weight")] = (
-                    partial(_transpose, read) if transposed and key.endswith(".weight") else read
-                )
+                name = key.removesuffix(".weight")
+                turned = transposed and name != key and not name.endswith(_EMBEDDINGS)
+                found[name] = partial(_transpose, read) if turned else read
     return found
+
+
+def _files(folder: Path) -> list[Path]:
+    """Those of the checkpoint; others may lie beside them."""
+    index, whole = folder / f"{_WEIGHTS}.index.json", folder / _WEIGHTS
+    if index.is_file():
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / shard for shard in sorted(set(shards))]
+    return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
+
+
+def _refuse_unreadable(folder: Path) -> None:
+    """Raise for a checkpoint whose tensors are not the weights of its modules by name."""
+    config = folder / "config.json"
+    stored = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    for key, what in (("quantization_config", "quantised"), ("vision_config", "multimodal")):
+        if stored.get(key):
+            raise ValueError(
+                f"The checkpoint {str(folder)!r} is {what}, so that its files do not hold the "
+                "weights of its layers by name; load it and give the model, not quantised."
+            )
 
 
 def is_transposed(source: nn.Module | str | PathLike[str]) -> bool:
