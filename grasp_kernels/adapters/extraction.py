@@ -103,11 +103,15 @@ def extract_adapter(
         for name in original
         if rules.site(name) is not None and not name.endswith(_MISREAD.get(str(model_type), ()))
     ]
+    compared = set()
     for name in tqdm(names, desc="extract", unit="layer", leave=False, disable=None):
         delta = _difference(name, changed, original, device)
-        if delta is not None:
+        if delta is None:
+            continue
+        compared.add(name)
+        if bool(delta.any()):
             factors[name], kept[name] = _factored(delta, rank)
-    outside = [n for n in original if n not in factors and _differs(n, changed, original)]
+    outside = [n for n in original if n not in compared and _differs(n, changed, original)]
     outside += [
         name for name in changed if name not in original and _is_new(name, changed, original)
     ]
@@ -131,10 +135,7 @@ def _difference(
     original: Mapping[str, Reader],
     device: torch.device | str | None,
 ) -> Tensor | None:
-    """`ΔW[N, K]` in float32, None where nothing changed or the weight is no matrix.
-
-    Of two dtypes the finer is rounded to the coarser first: a rounding is no change.
-    """
+    """`ΔW[N, K]` in float32, None where the weight is no matrix."""
     if name not in changed and ".experts." in name:
         return None  # checkpoints name each expert, modules fuse them
     if name not in changed:
@@ -157,12 +158,11 @@ def _difference(
     if W.ndim != 2:
         return None
     device = W.device if device is None else device
-    coarser = max(W.dtype, W_changed.dtype, key=_coarseness)
-    W, W_changed = (one.to(device, coarser).float() for one in (W, W_changed))
-    delta = W_changed - W
+    W, W_changed = _alike(W.to(device), W_changed.to(device))
+    delta = W_changed.float() - W.float()
     if not bool(torch.isfinite(delta).all()):
         raise ValueError(f"A weight of {name!r} is not finite; give an earlier checkpoint.")
-    return delta if bool(delta.any()) else None
+    return delta
 
 
 def _factored(delta: Tensor, rank: int) -> tuple[tuple[Tensor, Tensor], tuple[float, float]]:
@@ -181,10 +181,13 @@ def _differs(name: str, changed: Mapping[str, Reader], original: Mapping[str, Re
     one, other = original[name](), changed[name]()
     if one.is_meta or other.is_meta:
         return one.shape != other.shape
+    return not torch.equal(*_alike(one, other.to(one.device)))
+
+
+def _alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the coarser of their dtypes: a rounding is no change."""
     coarser = max(one.dtype, other.dtype, key=_coarseness)
-    return one.shape != other.shape or bool(
-        (one.to(other.device, coarser) != other.to(coarser)).any()
-    )
+    return one.to(coarser), other.to(coarser)
 
 
 def _coarseness(dtype: torch.dtype) -> float:

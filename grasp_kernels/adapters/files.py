@@ -155,13 +155,21 @@ def open_weights(path: Path) -> Iterator[dict[str, Callable[[], Tensor]]]:
 
 
 def _shards(path: Path) -> list[Path]:
-    if path.name != INDEX:
-        return [path]
+    return indexed(path, "adapter") if path.name == INDEX else [path]
+
+
+def indexed(path: Path, what: str) -> list[Path]:
+    """The shards that an index names, of an adapter or a model.
+
+    Raises:
+        FileNotFoundError: one is missing.
+        ValueError: it is no index.
+    """
     try:
         names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"{str(path)!r} is no index of shards ({error!r}); save the adapter again."
+            f"{str(path)!r} is no index of shards ({error!r}); save the {what} again."
         ) from error
     missing = [name for name in names if not (path.parent / name).is_file()]
     if missing:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from grasp_kernels.adapters.base_model import read_base_model, read_tensor
-from grasp_kernels.adapters.files import CONFIG
+from grasp_kernels.adapters.files import CONFIG, indexed
 from grasp_kernels.sites import base_name
 
 _TRANSPOSED = ("gpt2",)  # model types whose linear layers store W[K, N]
@@ -81,8 +81,7 @@ def _files(folder: Path) -> list[Path]:
     """Those of the checkpoint; others may lie beside them."""
     index, whole = folder / f"{_WEIGHTS}.index.json", folder / _WEIGHTS
     if index.is_file():
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / shard for shard in sorted(set(shards))]
+        return indexed(index, "model")
     return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
 
 

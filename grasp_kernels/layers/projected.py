@@ -82,7 +82,7 @@ class ProjectedLoRA(ClosedLayer):
 
     def why_stock(self, x: Tensor, *args: Any, **kwargs: Any) -> str | None:
         """None when the operator computes this call, else why peft's own forward does."""
-        if args or (kwargs and any(value is not None for value in kwargs.values())):
+        if args or any(value is not None for value in kwargs.values()):
             return f"extra arguments {sorted(kwargs)}"
         if self.disable_adapters:
             return "adapters are disabled"
