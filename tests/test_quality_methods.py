@@ -418,7 +418,7 @@ def test_safe_lora_puts_the_update_where_pretraining_moved(
     for name, update in after.items():
         change = changes[name]
         wanted = change @ change.mT @ before[name] / change.norm()
-        assert torch.allclose(update, wanted, atol=1e-5)
+        assert relative_error(update, wanted) <= 4 * budget(0.0, update.dtype, max(change.shape))
 
 
 def test_safe_lora_takes_the_least_alike_layers_first(

@@ -25,7 +25,7 @@ import grasp_kernels as gk
 from grasp_kernels.layers import quantised
 from grasp_kernels.layers.projected import ProjectedLoRA
 from grasp_kernels.ops.lora_linear.registry import computes
-from grasp_kernels.testing import orthonormal, relative_error
+from grasp_kernels.testing import budget, orthonormal, relative_error
 
 pytest_plugins = ["fixtures_run"]
 
@@ -282,10 +282,14 @@ def test_training_as_for_qlora(kind: str, folder: Path, tmp_path: Path) -> None:
     kinds = {type(layer).__name__ for layer in layers(model)}
     assert kinds <= {"StandIn", "Linear4bit", "Linear8bitLt", "TorchaoLoraLinear"}
     with torch.no_grad():
-        torch.testing.assert_close(model(input_ids=tokens()).logits, expected, rtol=1e-3, atol=1e-3)
+        restored = model(input_ids=tokens()).logits
+    # Two computations in float32, each with what its sums round.
+    longest = max(max(layer.in_features, layer.out_features) for layer in layers(model))
+    rounding = 2 * budget(0.0, torch.float32, longest)
+    assert relative_error(restored, expected) <= rounding
     stock = PeftModel.from_pretrained(base_model(kind, folder), tmp_path / "adapter").eval()
     with torch.no_grad():
-        torch.testing.assert_close(stock(input_ids=tokens()).logits, expected, rtol=1e-3, atol=1e-3)
+        assert relative_error(stock(input_ids=tokens()).logits, expected) <= rounding
 
 
 def test_kernels_and_padding(folder: Path) -> None:
