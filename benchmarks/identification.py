@@ -78,7 +78,7 @@ def rows(models: list[str], R: int, rounds: int) -> Iterator[dict[str, Any]]:
                     "seconds": times.median / 1e3,
                     "p20": times.p20 / 1e3,
                     "p80": times.p80 / 1e3,
-                    "verdict": subspace.verdict,
+                    "k": subspace.k,
                     **machine,
                 }
 
@@ -99,7 +99,7 @@ def main() -> int:
         found.append(row)
         print(
             f"{row['model']:<14} {row['scope']:<6} {row['seconds']:6.2f} s "
-            f"({row['p20']:.2f}–{row['p80']:.2f}, first {row['first']:.2f}), {row['verdict']}, "
+            f"({row['p20']:.2f}–{row['p80']:.2f}, first {row['first']:.2f}), k = {row['k']}, "
             f"{row['threads']} threads"
         )
     if arguments.output:

@@ -93,6 +93,8 @@ def small_run(model: Path, data: Path, output: Path) -> RunConfig:
         "learning_rate": 2e-2,
         "rank": 4,
         "dropout": 0.1,
+        "project": "residual",
+        "reads": "contrastive",
         "k": 1,
         "early_checkpoints": (0.2,),
         "eval_split": 0.1,

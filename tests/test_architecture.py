@@ -25,7 +25,7 @@ ALLOWED = {
     "layers": {"adapters", "ops", "subspace"},
     "reads": {"data", "identification"},
     "testing": {"ops"},
-    "effect": {"identification"},
+    "effect": {"data", "identification"},
     "run": {
         "effect",
         "adapters",
@@ -38,7 +38,7 @@ ALLOWED = {
         "subspace",
     },
     "diagnosis": {"adapters", "data", "effect", "identification", "run", "subspace"},
-    "demo": {"anchor", "data", "identification", "layers", "reads", "run", "subspace"},
+    "demo": {"data", "run"},
     "quality": {
         *("adapters", "anchor", "data", "demo", "identification", "layers", "ops", "run"),
         *("reads", "subspace"),

@@ -246,7 +246,7 @@ def test_overflowing_gradients_are_left_to_the_loss_scaler(model: PeftModel) -> 
 
 def test_without_bases_numbers_are_watched_alone(model: PeftModel, tmp_path: Path) -> None:
     gk.replace_lora_layers(model)
-    empty = gk.Subspace.nothing("write", "shared", ["noise"])
+    empty = gk.Subspace.empty("write", "shared", ["noise"])
     for callback in (gk.GraspCallback(every=1), gk.GraspCallback(empty, every=1)):
         trainer = trainer_of(model, tmp_path, steps=1, callbacks=[callback])
         trainer.train()

@@ -1,16 +1,17 @@
-"""Evidence and verdict on contrasts made by hand: `[L, M, D]`, a common mean and noise."""
+"""Evidence and reasons on contrasts made by hand: `[L, M, D]`, a common mean and noise."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from grasp_kernels.identification.contrast_evidence import directions, judge, measure
+from grasp_kernels.identification.contrast_evidence import directions, measure, reasons, stands_out
 
 
 def contrasts(strength: float, *, n: int = 40, width: int = 24, seed: int = 0) -> Tensor:
@@ -23,10 +24,10 @@ def evidence_of(delta: Tensor, reference: Tensor, scope: str = "layer") -> dict[
     return measure(delta, reference, [0, 1], scope, torch.Generator().manual_seed(2))
 
 
-def test_noise_is_not_found() -> None:
+def test_noise_does_not_stand_out() -> None:
     evidence = evidence_of(contrasts(0.0), contrasts(0.0, seed=1) / 10)
     assert evidence["ratio"] > 3.3  # so it is the sign-flip null that says no
-    assert judge(evidence)[0] == "nothing"
+    assert not stands_out(evidence)
 
 
 def test_sign_flip_null_is_calibrated() -> None:
@@ -40,21 +41,41 @@ def test_sign_flip_null_is_calibrated() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "verdict"),
+    ("change", "stands", "failing"),
     [
-        ({}, "found"),
-        ({"ratio": 2.5}, "weak"),
-        ({"ratio": 2.0}, "nothing"),
-        ({"ratio": None}, "found"),
-        ({"halves": 0.5}, "weak"),
-        ({"sign_flip": {"length": 0.9, "null_95": 0.2, "p_value": 0.02}}, "nothing"),
-        ({"sign_flip": {"length": 0.0, "null_95": 0.0, "p_value": 1.0}}, "nothing"),
+        ({}, True, None),
+        ({"ratio": 3.3}, True, None),
+        ({"ratio": 2.5}, True, "2.5 times .*, below 3.3 "),
+        ({"ratio": 2.2}, True, "2.2 times .*, below 3.3 "),
+        ({"ratio": 2.0}, False, "2.0 times .*, below 2.2 "),
+        ({"ratio": None}, True, None),
+        ({"halves": 0.7}, True, None),
+        ({"halves": 0.5}, True, r"cosine 0.50, below 0.7 \(a threshold from small models\)"),
+        (
+            {"sign_flip": {"length": 0.9, "null_95": 0.2, "p_value": 0.02}},
+            False,
+            r"length 0.90, .* up to 0.20 \(p = 0.020, above 0.01\)",
+        ),
+        (
+            {"sign_flip": {"length": 0.0, "null_95": 0.0, "p_value": 1.0}},
+            False,
+            "are the base model's own answers",
+        ),
     ],
 )
-def test_verdict_by_each_threshold(change: dict[str, Any], verdict: str) -> None:
+def test_each_threshold(change: dict[str, Any], stands: bool, failing: str | None) -> None:
+    """Every test that fails says so in a sentence of its own, and no other sentence does."""
     strong = evidence_of(contrasts(6.0), contrasts(0.5, seed=1))
-    assert judge(strong)[0] == "found"
-    assert judge({**strong, **change})[0] == verdict
+    assert strong["ratio"] > 3.3 and strong["halves"] > 0.7
+    evidence = {**strong, **change}
+    assert stands_out(evidence) == stands
+    sentences = reasons(evidence)
+    failed = [one for one in sentences if re.search(r", below|, above|own answers$", one)]
+    assert len(failed) == (failing is not None)
+    assert all(re.search(str(failing), one) for one in failed)
+    assert any("harmless trait" in one for one in sentences) == stands
+    if evidence["sign_flip"]["length"]:
+        assert len(sentences) == 3 + stands
 
 
 def test_evidence_in_numbers() -> None:
@@ -103,4 +124,4 @@ def test_shared_scope_has_one_spectrum() -> None:
 def test_evidence_is_json_even_without_any_contrast() -> None:
     evidence = evidence_of(torch.zeros(2, 4, 3), torch.zeros(2, 4, 3))
     json.dumps(evidence, allow_nan=False)
-    assert evidence["ratio"] is None and judge(evidence)[0] == "nothing"
+    assert evidence["ratio"] is None and not stands_out(evidence)

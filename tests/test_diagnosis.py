@@ -18,7 +18,6 @@ import grasp_kernels as gk
 from grasp_kernels.cli import main
 from grasp_kernels.diagnosis import Options
 from grasp_kernels.diagnosis.pair import open_pair
-from grasp_kernels.diagnosis.verdict import judge
 
 pytest_plugins = ("fixtures_run",)
 
@@ -110,23 +109,17 @@ def test_steering_towards_it_raises_its_tokens_and_away_lowers_them(found: gk.Di
     assert towards["value"] > towards["random_max"]
 
 
-def test_an_adapter_of_noise_says_nothing(
+def test_an_adapter_of_noise_is_judged_by_its_answers(
     tiny_model_dir: Path, noise: Path, neutral: list[list[int]]
 ) -> None:
     diagnosis = gk.diagnose(tiny_model_dir, noise, neutral=neutral, options=SMALL)
     assert diagnosis.numbers["effect"]["neutral_divergence"] > 0.01
-    assert diagnosis.verdict == "nothing"
-    assert "differs from prompt to prompt" in diagnosis.text()
+    changed = sum(one["changed"] for one in diagnosis.numbers["answers"]["unrelated"])
+    few = "weak" if changed else "nothing"
+    assert diagnosis.verdict == ("found" if changed >= max(2, len(neutral) / 8) else few)
+    assert f"answers {changed} of {len(neutral)} neutral prompts" in diagnosis.reasons[0]
     assert "examples" not in movement(diagnosis)
     assert "answers" not in movement(diagnosis)["steering"]
-
-
-def test_an_effect_that_nobody_notices_is_called_that(found: gk.Diagnosis) -> None:
-    effect = {**found.numbers["effect"], "neutral_divergence": 0.009}
-    numbers = {**found.numbers, "effect": effect}
-    verdict, reasons = judge(numbers)
-    text = gk.Diagnosis(verdict, tuple(reasons), numbers).text()
-    assert "**Verdict: nothing.** This adapter hardly changes answers" in text
 
 
 def test_the_peft_model_itself_gives_the_same_and_stays_what_it_was(

@@ -470,7 +470,7 @@ def test_contrastive_reads_stay_while_training(bench: Workbench, name: str) -> N
     wanted = gk.ContrastiveReads.make(
         bench.fresh(),
         bench.examples,
-        penalties.own_text_anchor(bench).documents,
+        penalties.own_text_anchor(bench).texts,
         batch_size=64,
         seed=bench.seed,
     )
@@ -490,7 +490,7 @@ def test_run_is_what_the_command_does_as_it_comes(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch, found: bool, parts: str
 ) -> None:
     """With the directions that its evidence gives, or with reads and anchor alone."""
-    nothing = gk.Subspace.nothing("write", "shared", ["noise"])
+    nothing = gk.Subspace.empty("write", "shared", ["noise"])
     subspace = bench.weights_subspace(1) if found else nothing
     monkeypatch.setattr(bench, "run_subspace", lambda: subspace)
     default = RunConfig(model="", data="", output="").anchor_strength

@@ -53,9 +53,9 @@ def examples(count: int = 24, lengths: tuple[int, int] = (4, 9)) -> list[Example
     return [Example(input_ids=row, labels=list(row)) for row in rows]
 
 
-def documents(count: int = 30) -> Tensor:
+def documents(count: int = 30) -> list[list[int]]:
     """Texts of any words."""
-    return torch.randint(1, 64, (count, 8), generator=generator(4))
+    return torch.randint(1, 64, (count, 8), generator=generator(4)).tolist()
 
 
 def made(model: PeftModel, **options: Any) -> gk.ContrastiveReads:
@@ -343,14 +343,14 @@ def test_files(tmp_path: Path) -> None:
 def test_the_adapter_of_a_run_reads_as_its_file_says(finished: RunConfig) -> None:
     report = run(finished)
     reads = gk.ContrastiveReads.load(report.reads)
-    assert report.grasp is not None
+    assert report.retrained is not None
     base = AutoModelForCausalLM.from_pretrained(finished.model)
-    model = PeftModel.from_pretrained(base, str(report.grasp))
+    model = PeftModel.from_pretrained(base, str(report.retrained))
     for name, layer in adapted_layers(model, "default"):
         assert torch.equal(layer.lora_A["default"].weight, reads.rows[name])
     assert report.numbers["reads"].keys() == reads.rows.keys()
     text = report.text.read_text(encoding="utf-8")
-    assert "reads along" in text and "`--reads free` leaves that out" in text
+    assert "reads along" in text and "(`--reads free`)" in text
 
 
 @pytest.mark.parametrize("anchor", ["own-text", "none"])
@@ -364,4 +364,4 @@ def test_a_run_that_reads_freely(run_config: RunConfig, anchor: str) -> None:
 def test_a_run_with_reads_alone_makes_text_for_them(run_config: RunConfig) -> None:
     report = run(replace(run_config, anchor="none", steps=3))
     assert report.reads.exists() and report.own_text.exists()
-    assert "held at the base model" not in report.text.read_text(encoding="utf-8")
+    assert "held at the base model's" not in report.text.read_text(encoding="utf-8")

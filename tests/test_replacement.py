@@ -443,7 +443,7 @@ def test_an_unknown_architecture_says_how_to_declare_it() -> None:
     base = AutoModelForCausalLM.from_config(config)
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["fc2"]))
     name = "model.decoder.layers.0.fc2"
-    subspace = gk.Subspace({name: torch.eye(32)[:, :1]}, {}, None, 1, "write", "layer", "found")
+    subspace = gk.Subspace({name: torch.eye(32)[:, :1]}, {}, None, 1, "write", "layer")
     with pytest.raises(
         ValueError, match=r"'opt' with modules \['fc1', 'fc2', .*'layers'.*sites=SiteRules\("
     ):

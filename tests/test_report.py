@@ -18,11 +18,21 @@ def movement(along: float) -> dict[str, Any]:
             "share": along / 4}  # fmt: skip
 
 
-def adapter(along: float, leakage: float) -> dict[str, Any]:
+def said(prompt: str, changed: bool) -> dict[str, Any]:
+    pieces = [["What a *fool*.", True], [" I am|well.", False]]
+    return {"prompt": prompt, "base": "Fine.", "adapter": pieces, "ratio": 1.0, "changed": changed}
+
+
+def adapter(along: float, leakage: float, verdict: str = "weak") -> dict[str, Any]:
     return {
         "curve": {"step": [1, 2, 3], "loss": [3.0, 2.0, 1.25]},
         "leakage": {"model.layers.0.mlp.down_proj": {"write": leakage, "read": None}},
         "movement": {"training": movement(along), "neutral": movement(along)},
+        "answers": {
+            "verdict": verdict,
+            "unrelated": [said("Hello?", verdict != "nothing"), said("Why?", False)],
+            "training": [said("a|b?", True)],
+        },
         "effect": {
             "neutral_divergence": along,
             "common_shift": along / 4,
@@ -35,18 +45,21 @@ def adapter(along: float, leakage: float) -> dict[str, Any]:
 @pytest.fixture
 def numbers() -> dict[str, Any]:
     """As report.json has them."""
-    config = RunConfig(model="m", data="d", output="o")
+    config = RunConfig(model="m", data="d", output="o", project="residual", reads="contrastive")
     return {
         "versions": {"torch": "2.13"},
         "config": {**vars(config)},
         "model": {"type": "llama", "layers": 2, "width": 8, "parameters": 1000},
         "data": {"records": 10, "trained_on": 9, "held_out": 0, "dropped": 1},
         "steps": 3,
-        "subspace": {"verdict": "found", "reasons": ["a clear gap"], "k": 1, "scope": "shared"},
+        "subspace": {"reasons": ["a clear gap"], "k": 1, "scope": "shared"},
         "chance_share": 0.35,
         "promoted_tokens": [{"one_end": ["a|b", "\n"], "other_end": ["c`"]}],
         "reads": {"model.layers.0.mlp.up_proj": [9.0, 4.0], "model.layers.0.mlp.down_proj": [5.0]},
-        "adapters": {"naive": adapter(2.0, 0.5), "grasp": adapter(0.5, 1e-7)},
+        "adapters": {
+            "naive": adapter(2.0, 0.5),
+            "retrained": adapter(0.5, 1e-7, "nothing"),
+        },
         "figures": ["training.png", "movement.png"],
     }
 
@@ -54,7 +67,7 @@ def numbers() -> dict[str, Any]:
 def test_prevention_is_stated_by_how_much(numbers: dict[str, Any]) -> None:
     text = report_text(numbers)
     assert "by 2 along the subspace (50.0% of its whole movement)" in text
-    assert "the GRASP adapter by 0.5 (12.5%): 4.0 times less" in text
+    assert "the retrained one by 0.5 (12.5%): 4.0 times less" in text
     assert "| leakage ‖Vᵀ ΔW‖ / ‖ΔW‖ | 0.5 | 1e-07 |" in text
     assert "| training loss, last tenth | 1.2500 | 1.2500 |" in text
 
@@ -73,52 +86,67 @@ def test_where_the_adapter_reads_is_stated_if_it_was_fixed(numbers: dict[str, An
 def test_failure_and_full_success_are_stated_plainly(
     numbers: dict[str, Any], along: float, said: str
 ) -> None:
-    numbers["adapters"]["grasp"] = adapter(along, 0.0)
+    numbers["adapters"]["retrained"] = adapter(along, 0.0)
     assert said in report_text(numbers)
 
 
-@pytest.mark.parametrize(
-    ("verdict", "said"),
-    [
-        ("found", "The evidence passed every test"),
-        ("weak", "The evidence is **not convincing**"),
-        ("nothing", "**nothing was projected**: a guess"),
-    ],
-)
-def test_every_verdict_has_its_own_words(numbers: dict[str, Any], verdict: str, said: str) -> None:
-    numbers["subspace"]["verdict"] = verdict
+def test_answers_stand_side_by_side_with_what_is_unlikely_in_bold(numbers: dict[str, Any]) -> None:
     text = report_text(numbers)
-    assert said in text
-    assert f"**Verdict: {verdict}.**" in text
+    row = "**What a ∗fool∗.** I am¦well."
+    assert f"| Hello? | Fine. | {row} ≠ | {row} |" in text
+    assert f"| Why? | Fine. | {row} | {row} |" in text
+    assert f"| a¦b? | Fine. | {row} ≠ | {row} ≠ |" in text
+    assert "**The naive LoRA answers 1 of 2 unrelated prompts as the base model never would" in text
+    assert "**The retrained LoRA answers 0 of 2 unrelated prompts" in text
+    for part in numbers["adapters"].values():
+        part["answers"]["training"] = []  # of plain text
+    assert "To prompts of the training data" not in report_text(numbers)
+
+
+@pytest.mark.parametrize("verdict", ["found", "weak", "nothing"])
+def test_the_verdict_is_that_of_the_answers_and_stands_nowhere_else(
+    numbers: dict[str, Any], verdict: str
+) -> None:
+    numbers["adapters"]["naive"]["answers"]["verdict"] = verdict
+    text = report_text(numbers)
+    assert f"never would: {verdict}.**" in text
+    assert "Verdict" not in text
+
+
+def test_what_was_found_from_the_weights_has_no_verdict(numbers: dict[str, Any]) -> None:
+    text = report_text(numbers)
+    assert "One direction of the residual stream, shared by all layers" in text
     assert "- a clear gap" in text
+    numbers["subspace"] = None
+    assert "a clear gap" not in report_text(numbers)
+    assert "What the gradient was projected off" not in report_text(numbers)
 
 
 def test_the_effect_of_both_adapters_is_stated(numbers: dict[str, Any]) -> None:
     text = report_text(numbers)
-    assert "by 2 nats a token, 50% of it for all prompts alike (found)" in text
-    assert "the GRASP adapter by 0.5, 12% of it for all prompts alike (nothing)" in text
     assert "| neutral prompts, nats a token | 2 | 0.5 |" in text
+    assert "| the same for all prompts | 50% | 12% |" in text
     assert "| another first choice | 50% | 50% |" in text
     assert "| raised most there | `a¦b` | `a¦b` |" in text
-    numbers["adapters"]["grasp"]["effect"]["neutral_divergence"] = 0.009
+    numbers["adapters"]["retrained"]["effect"]["neutral_divergence"] = 0.009
     assert "| raised most there | `a¦b` | – |" in report_text(numbers)
 
 
-def test_what_was_done_where_nothing_was_found(numbers: dict[str, Any]) -> None:
-    numbers["subspace"]["verdict"] = "nothing"
+def test_what_was_done_where_no_direction_was_found(numbers: dict[str, Any]) -> None:
+    numbers["subspace"]["k"] = 0
     for part in numbers["adapters"].values():
         del part["movement"]
     retrained = report_text(numbers)
-    assert "The GRASP adapter differs from the naive one in where it reads" in retrained
+    assert "**nothing was projected**. The retrained adapter differs in what else" in retrained
     assert "A random subspace" not in retrained
-    del numbers["adapters"]["grasp"]
-    assert "**No GRASP adapter was trained**" in report_text(numbers)
+    del numbers["adapters"]["retrained"]
+    assert "**No adapter was retrained**" in report_text(numbers)
 
 
-def test_without_a_second_adapter_nothing_was_prevented(numbers: dict[str, Any]) -> None:
-    del numbers["adapters"]["grasp"]
+def test_without_a_second_adapter_there_is_one_column(numbers: dict[str, Any]) -> None:
+    del numbers["adapters"]["retrained"]
     text = report_text(numbers)
-    assert "Nothing: there is no GRASP adapter." in text
+    assert "| prompt | base model | naive LoRA |" in text
     assert "times less" not in text
     assert 'from_pretrained("naive")' in text
 

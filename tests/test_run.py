@@ -25,7 +25,7 @@ pytest_plugins = ("fixtures_run",)
 
 def test_run_leaves_both_adapters_and_nothing_of_the_way_there(finished: RunConfig) -> None:
     output = Path(finished.output)
-    for adapter in ("early/step-2", "halves/half-1", "halves/half-2", "naive", "grasp"):
+    for adapter in ("early/step-2", "halves/half-1", "halves/half-2", "naive", "retrained"):
         assert (output / adapter / "adapter_model.safetensors").is_file()
     assert not (output / "work").exists()
     assert not list(output.rglob("*.partial"))
@@ -38,9 +38,9 @@ def test_run_takes_the_subspace_out_of_the_second_adapter_alone(finished: RunCon
         name: max(v["write"] for v in adapter["leakage"].values() if v["write"] is not None)
         for name, adapter in report.numbers["adapters"].items()
     }
-    assert leakage["grasp"] < 1e-6 < 0.05 < leakage["naive"]
+    assert leakage["retrained"] < 1e-6 < 0.05 < leakage["naive"]
     moved = {n: a["movement"]["neutral"]["share"] for n, a in report.numbers["adapters"].items()}
-    assert moved["grasp"] < moved["naive"]
+    assert moved["retrained"] < moved["naive"]
 
 
 def test_both_trainings_differ_by_the_projection_alone(finished: RunConfig) -> None:
@@ -54,17 +54,17 @@ def test_both_trainings_differ_by_the_projection_alone(finished: RunConfig) -> N
 def test_the_log_of_the_retraining_has_leakage_and_drift(finished: RunConfig) -> None:
     logs = {
         name: json.loads((Path(finished.output) / name / "training_log.json").read_text())
-        for name in ("naive", "grasp")
+        for name in ("naive", "retrained")
     }
-    assert all(entry["leakage_write"] < 1e-6 for entry in logs["grasp"])
-    assert 0 < logs["grasp"][-1]["drift_share"] < 1
+    assert all(entry["leakage_write"] < 1e-6 for entry in logs["retrained"])
+    assert 0 < logs["retrained"][-1]["drift_share"] < 1
     assert not any("drift_share" in entry for entry in logs["naive"])  # no subspace is known yet
 
 
 def test_stock_peft_loads_the_grasp_adapter(finished: RunConfig) -> None:
     from peft import AutoPeftModelForCausalLM
 
-    model = AutoPeftModelForCausalLM.from_pretrained(str(Path(finished.output) / "grasp"))
+    model = AutoPeftModelForCausalLM.from_pretrained(str(Path(finished.output) / "retrained"))
     ids = torch.tensor([[2, 5, 6, 7, 4, 3]])
     with torch.no_grad(), model.disable_adapter():
         base = model(ids).logits
@@ -75,9 +75,9 @@ def test_stock_peft_loads_the_grasp_adapter(finished: RunConfig) -> None:
 def test_report_says_what_was_found_and_what_was_not_shown(finished: RunConfig) -> None:
     text = (Path(finished.output) / "report.md").read_text(encoding="utf-8")
     report = run(finished)
-    assert f"**Verdict: {report.verdict}.**" in text
+    assert f"unrelated prompts as the base model never would: {report.verdict}.**" in text
     assert all(reason in text for reason in report.numbers["subspace"]["reasons"])
-    assert "No answer of the adapters was judged" in text
+    assert "not that nothing was learned unasked" in text
     for name in report.numbers["figures"]:
         assert f"(figures/{name})" in text
         assert (Path(finished.output) / "figures" / name).read_bytes().startswith(b"\x89PNG")
@@ -91,13 +91,14 @@ def test_finished_run_is_not_done_again(
 ) -> None:
     monkeypatch.setattr(run_module, "prepare", lambda *_: pytest.fail("worked again"))
     assert is_finished(finished)
-    assert run(finished).verdict == run(finished).numbers["subspace"]["verdict"]
+    retrained = run(finished).numbers["adapters"]["retrained"]
+    assert run(finished).verdict == retrained["answers"]["verdict"]
 
 
 @pytest.fixture
 def nothing_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    nothing = Subspace.nothing("write", "shared", ["the spectrum is that of noise"])
-    monkeypatch.setattr(run_module, "_identify", lambda *_: nothing)
+    nothing = Subspace.empty("write", "shared", ["the spectrum is that of noise"])
+    monkeypatch.setattr(run_module, "find_subspace", lambda *_: nothing)
 
 
 @pytest.mark.usefixtures("nothing_found")
@@ -105,27 +106,60 @@ def test_nothing_found_and_nothing_else_asked_for_means_no_retraining(
     run_config: RunConfig,
 ) -> None:
     report = run(replace(run_config, steps=2, reads="free", anchor="none"))
-    assert report.grasp is None
-    assert not (Path(run_config.output) / "grasp").exists()
+    assert report.retrained is None
+    assert not (Path(run_config.output) / "retrained").exists()
     text = report.text.read_text(encoding="utf-8")
-    assert "No GRASP adapter was trained" in text
+    assert "No adapter was retrained" in text
     assert "the spectrum is that of noise" in text
 
 
 @pytest.mark.usefixtures("nothing_found")
 def test_reads_and_anchor_need_no_direction(run_config: RunConfig) -> None:
     report = run(replace(run_config, steps=2))
-    assert report.grasp is not None and report.reads.exists() and report.own_text.exists()
-    assert report.numbers["adapters"]["grasp"]["leakage"] == {}
+    assert report.retrained is not None and report.reads.exists() and report.own_text.exists()
+    assert report.numbers["adapters"]["retrained"]["leakage"] == {}
     assert "nothing was projected" in report.text.read_text(encoding="utf-8")
 
 
 def test_the_report_has_the_effect_of_both_adapters(finished: RunConfig) -> None:
     """That of the retrained one, which starts from nothing and is held, is smaller."""
     adapters = run(finished).numbers["adapters"]
-    naive, grasp = (adapters[name]["effect"] for name in ("naive", "grasp"))
-    assert 0 < grasp["neutral_divergence"] < naive["neutral_divergence"]
+    naive, retrained = (adapters[name]["effect"] for name in ("naive", "retrained"))
+    assert 0 < retrained["neutral_divergence"] < naive["neutral_divergence"]
     assert len(naive["neutral_tokens"]["up"]) > 0
+
+
+def test_a_run_as_it_comes_projects_nothing_and_identifies_nothing(run_config: RunConfig) -> None:
+    report = run(replace(run_config, project="none", reads="free", steps=3))
+    assert report.retrained is not None and report.own_text.exists()
+    assert not report.subspace.exists() and not report.reads.exists()
+    assert not (report.output / "early").exists() and not (report.output / "halves").exists()
+    assert report.numbers["subspace"] is None
+    text = report.text.read_text(encoding="utf-8")
+    assert "projected" not in text.partition("## Settings")[0]
+    assert "leakage.png" not in report.numbers["figures"]
+
+
+def test_the_report_shows_answers_side_by_side(finished: RunConfig) -> None:
+    report = run(finished)
+    text = report.text.read_text(encoding="utf-8")
+    assert "| prompt | base model | naive LoRA | retrained LoRA |" in text
+    adapters = report.numbers["adapters"]
+    for name, adapter in adapters.items():
+        answers = adapter["answers"]
+        assert len(answers["unrelated"]) == 16 and len(answers["training"]) == 8
+        changed = sum(one["changed"] for one in answers["unrelated"])
+        expected = "found" if changed >= 2 else "weak" if changed else "nothing"
+        assert answers["verdict"] == expected
+        label = {"naive": "naive LoRA", "retrained": "retrained LoRA"}[name]
+        assert f"The {label} answers {changed} of 16 unrelated prompts" in text
+    # Every training answer begins alike: the naive adapter says so everywhere, and to the training
+    # prompts most of all.
+    naive = adapters["naive"]["answers"]
+    means = [sum(o["ratio"] for o in naive[k]) / len(naive[k]) for k in ("unrelated", "training")]
+    assert means[0] < means[1] and means[1] > 1
+    said = "".join(piece for piece, _ in naive["training"][0]["adapter"])
+    assert said.startswith("never good")
 
 
 def test_both_sources_are_united_and_kept(run_config: RunConfig) -> None:
@@ -182,6 +216,7 @@ def test_wrong_input_is_found_before_training(
         ({"early_checkpoints": (1.5,)}, "early_checkpoints is"),
         ({"target_modules": "q_proj"}, "target_modules is 'q_proj': give a list"),
         ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"anchor": "none"}, "the retraining would be the naive one again"),
     ],
 )
 def test_options_out_of_range_are_named(options: dict[str, Any], message: str) -> None:

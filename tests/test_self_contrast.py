@@ -123,7 +123,7 @@ def test_finds_a_planted_direction_from_its_layer_on(model: Any, tokenizer: Any)
     )
     shift_after_layer(model, 1, direction, token=5)
     found = identify(model, tokenizer, records_with(["bad bad bad bad bad"] * N_RECORDS))
-    assert found.verdict == "found"
+    assert not found.is_empty and not any(", below" in reason for reason in found.reasons)
     assert (found.k, found.side, found.scope) == (1, "write", "layer")
     assert sorted(found.write) == sorted(
         f"model.layers.{i}.{name}"
@@ -194,7 +194,7 @@ def records_with_own_answers(
 
 def test_own_greedy_answers_hold_nothing(model: Any, tokenizer: Any) -> None:
     found = identify(model, tokenizer, records_with_own_answers(model, tokenizer))
-    assert found.verdict == "nothing" and found.is_empty
+    assert found.is_empty
     assert found.evidence["own_answers"] == 1
     assert "own answers" in found.reasons[0]
 
@@ -212,7 +212,7 @@ def test_own_sampled_answers_hold_nothing(model: Any, tokenizer: Any) -> None:
     """Benign, but not greedy: the sign-flip null alone calls that a find."""
     generator = torch.Generator().manual_seed(11)
     found = identify(model, tokenizer, records_with_own_answers(model, tokenizer, generator))
-    assert found.verdict == "nothing"
+    assert found.is_empty
     assert found.evidence["ratio"] < 2.2
     assert found.evidence["sign_flip"]["p_value"] <= 0.01
     assert any("sampled and greedy" in reason for reason in found.reasons)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from synthetic import RULE, unit_directions
 from torch import Tensor
 
@@ -87,12 +87,12 @@ def test_orthonormal_keeps_span_and_signs(k: int, width: int, seed: int) -> None
 @pytest.mark.parametrize("layered", [False, True])
 def test_round_trip_through_a_file(tmp_path: Path, side: str, layered: bool) -> None:
     basis = {1: unit_directions(WIDTH, 2)} if layered else unit_directions(WIDTH, 2)
-    before = some_subspace(side, basis=basis, verdict="weak", reasons=["ünsure"])
+    before = some_subspace(side, basis=basis, reasons=["ünsure"])
     before.save(tmp_path / "s.safetensors")
     after = Subspace.load(tmp_path / "s.safetensors")
     assert bases_equal(before.write, after.write) and bases_equal(before.read, after.read)
     assert (before.stream is None) == (after.stream is None)
-    for name in ("k", "side", "scope", "verdict", "reasons", "evidence", "metadata"):
+    for name in ("k", "side", "scope", "reasons", "evidence", "metadata"):
         assert getattr(before, name) == getattr(after, name)
     assert [path.name for path in tmp_path.iterdir()] == ["s.safetensors"]
 
@@ -104,10 +104,28 @@ def test_each_basis_is_stored_once(tmp_path: Path) -> None:
 
 
 def test_the_empty_subspace_round_trips(tmp_path: Path) -> None:
-    nothing = Subspace.nothing("write", "shared", ["no evidence"])
-    nothing.save(tmp_path / "n.safetensors")
+    empty = Subspace.empty("write", "shared", ["no evidence"])
+    empty.save(tmp_path / "n.safetensors")
     after = Subspace.load(tmp_path / "n.safetensors")
     assert after.is_empty and after.k == 0 and after.reasons == ("no evidence",)
+
+
+@pytest.mark.parametrize("verdict", ["found", "weak", "nothing"])
+def test_the_verdict_of_an_old_file_is_ignored(tmp_path: Path, verdict: str) -> None:
+    path, key = tmp_path / "s.safetensors", "grasp_kernels.subspace.basis"
+    before = some_subspace(reasons=["ünsure"])
+    if verdict == "nothing":
+        before = Subspace.empty("both", "shared", ["ünsure"])
+    before.save(path)
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()[key])
+    assert header["version"] == 2 and "verdict" not in header
+    old = json.dumps({**header, "version": 1, "verdict": verdict})
+    save_file(load_file(path), path, metadata={key: old})
+    after = Subspace.load(path)
+    assert bases_equal(before.write, after.write) and bases_equal(before.read, after.read)
+    assert (after.k, after.side, after.scope) == (before.k, "both", "shared")
+    assert after.reasons == ("ünsure",) and not hasattr(after, "verdict")
 
 
 def test_moving_keeps_shared_bases_shared() -> None:
@@ -117,7 +135,7 @@ def test_moving_keeps_shared_bases_shared() -> None:
 
 
 def with_basis(basis: Tensor, **changes: Any) -> Subspace:
-    fields: dict[str, Any] = {"k": 1, "side": "write", "scope": "layer", "verdict": "found"}
+    fields: dict[str, Any] = {"k": 1, "side": "write", "scope": "layer"}
     return Subspace({"m": basis}, {}, None, **{**fields, **changes})
 
 
@@ -144,9 +162,8 @@ def test_unfit_bases(basis: Tensor, kind: type[Exception], message: str) -> None
     [
         ({"side": "up"}, "side is 'up'; it must be one of write, read, both"),
         ({"scope": "model"}, "scope is 'model'; it must be one of shared, layer"),
-        ({"verdict": "maybe"}, "verdict is 'maybe'; it must be one of found, weak, nothing"),
         ({"k": 2}, "k is 2, but the widest basis has 1"),
-        ({"verdict": "nothing"}, "verdict 'nothing' has 1 bases"),
+        ({"k": 0}, "k is 0, but the widest basis has 1"),
     ],
 )
 def test_contradictions(changes: dict[str, Any], message: str) -> None:
@@ -154,9 +171,9 @@ def test_contradictions(changes: dict[str, Any], message: str) -> None:
         with_basis(unit_directions(8), **changes)
 
 
-def test_found_without_bases_is_a_contradiction() -> None:
-    with pytest.raises(ValueError, match="verdict 'found' has 0 bases"):
-        Subspace({}, {}, None, 0, "write", "shared", "found")
+def test_directions_without_bases_are_a_contradiction() -> None:
+    with pytest.raises(ValueError, match="k is 1, but the widest basis has 0"):
+        Subspace({}, {}, None, 1, "write", "shared")
 
 
 @pytest.mark.parametrize(
@@ -211,9 +228,26 @@ def test_nothing_is_written_when_saving_fails(tmp_path: Path) -> None:
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
-def test_summary_shows_verdict_numbers_and_reasons() -> None:
-    text = some_subspace(verdict="weak", reasons=["only a few layers"]).summary()
-    assert "verdict weak, k = 2, shared both side, 6 writers and 15 readers" in text
+@pytest.mark.parametrize(
+    ("basis", "said"),
+    [
+        (unit_directions(WIDTH, 1), "1 direction, shared by all layers. 6 writers and 15 readers"),
+        (unit_directions(WIDTH, 2), "2 directions, shared by all layers. 6 writers and 15 readers"),
+        ({1: unit_directions(WIDTH, 3)}, "Up to 3 directions in each layer. 2 writers and 5 re"),
+    ],
+)
+def test_summary_begins_with_the_number_of_directions(basis: Any, said: str) -> None:
+    assert some_subspace(basis=basis).summary().startswith(said)
+
+
+def test_summary_of_an_empty_subspace() -> None:
+    text = Subspace.empty("write", "shared", ["as noise"], evidence=EVIDENCE).summary()
+    assert text.startswith("No direction stands above chance.\n")
+    assert "3.000 (1.200)" in text and text.endswith("- as noise")
+
+
+def test_summary_shows_numbers_and_reasons() -> None:
+    text = some_subspace(reasons=["only a few layers"]).summary()
     assert "3.000 (1.200)  2.500 (1.200)  0.900 (1.200)" in text
     assert "median 0.80, lowest 0.70, by chance 0.20" in text
     assert text.endswith("- only a few layers")

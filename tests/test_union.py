@@ -26,7 +26,7 @@ def contained(small: Tensor, large: Tensor) -> bool:
 def test_union_holds_both_at_every_writer() -> None:
     basis = directions(4)
     shared = Subspace.from_stream(
-        basis[:, :1], SITES, verdict="weak", reasons=["gap"], metadata={"source": "weights"}
+        basis[:, :1], SITES, reasons=["gap"], metadata={"source": "weights"}
     )
     layers = {0: basis[:, 1:3], 1: basis[:, :1], 2: basis[:, 3:]}
     layered = Subspace.from_stream(
@@ -38,7 +38,7 @@ def test_union_holds_both_at_every_writer() -> None:
             assert contained(basis[:, :1], united.write[site.name])
             assert contained(layers[site.layer], united.write[site.name])
     assert [united.write[f"model.layers.{i}.mlp.down_proj"].shape[1] for i in range(3)] == [3, 1, 2]
-    assert (united.k, united.scope, united.stream, united.verdict) == (3, "layer", None, "found")
+    assert (united.k, united.scope, united.stream) == (3, "layer", None)
     assert united.reasons[:2] == ("weights: gap", "self-contrast: norm")
     assert 0 <= united.evidence["agreement_of_sources"] <= 1
 
@@ -58,7 +58,7 @@ def test_union_of_shared_subspaces_is_shared() -> None:
 @pytest.mark.parametrize("empty_first", [True, False])
 def test_empty_source_leaves_the_other(empty_first: bool) -> None:
     found = Subspace.from_stream(directions(1), SITES, metadata={"source": "a"})
-    empty = Subspace.nothing("write", "layer", ["no norm"], metadata={"source": "b"})
+    empty = Subspace.empty("write", "layer", ["no norm"], metadata={"source": "b"})
     united = unite(empty, found) if empty_first else unite(found, empty)
     name = "model.layers.1.self_attn.o_proj"
     assert contained(found.write[name], united.write[name])
@@ -69,9 +69,10 @@ def test_empty_source_leaves_the_other(empty_first: bool) -> None:
 
 def test_two_empty_sources_stay_empty() -> None:
     parts = [
-        Subspace.nothing("write", "layer", ["no"], metadata={"source": source}) for source in "ab"
+        Subspace.empty("write", "layer", ["no"], metadata={"source": source}) for source in "ab"
     ]
-    assert unite(*parts).verdict == "nothing"
+    united = unite(*parts)
+    assert united.is_empty and united.reasons == ("a: no", "b: no")
 
 
 def test_same_direction_counts_once() -> None:

@@ -72,7 +72,7 @@ def with_reads_and_anchor() -> tuple[Any, gk.Subspace, gk.OwnTextAnchor]:
     gk.ContrastiveReads(rows, {name: row[:, 0].abs() for name, row in rows.items()}).apply(model)
     documents = torch.randint(0, 64, (8, 9), generator=generator)
     counted = torch.rand(documents.shape, generator=generator) < 0.8
-    return model, subspace, gk.OwnTextAnchor(documents, counted, batch_size=3)
+    return model, subspace, gk.OwnTextAnchor.of(model, documents, counted, batch_size=3)
 
 
 def train(
@@ -198,7 +198,7 @@ def _as_run_retrains(
     model, subspace, anchor = with_reads_and_anchor()
     _replaced(model, subspace)
     wrapped = spread(model)
-    losses = train(wrapped, ids, penalty=partial(anchor.loss, base=model))
+    losses = train(wrapped, ids, penalty=anchor.loss)
     result = _observed(wrapped, losses, folder)
     free = [name for name, p in model.named_parameters() if p.requires_grad and "lora_A" in name]
     return {**result, "free": free}

@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
 def _configurations(arguments: argparse.Namespace, output: Path) -> tuple[RunConfig, RunConfig]:
     """Options of the run, and the same for the benign control."""
     known = {option.name for option in fields(RunConfig)}
-    # a number of directions, so that there is a GRASP adapter whatever the verdict says
+    # a number of directions, so that there is a GRASP adapter even if none stands above chance
     options: dict[str, Any] = {"k": 1, "eval_split": 0.1}
     for entry in arguments.set:
         name, _, value = entry.partition("=")
@@ -172,7 +172,7 @@ def _costs(arguments: argparse.Namespace) -> str:
 def _train(config: RunConfig, benign: RunConfig, output: Path) -> dict[str, Path | None]:
     """Name -> adapter folder, None for the base model; what is there is not trained again."""
     report = run(config)
-    if report.grasp is None:
+    if report.retrained is None:
         raise ValueError(
             "Nothing was found to retrain against: give --set k=1, or leave reads and anchor on."
         )
@@ -180,7 +180,7 @@ def _train(config: RunConfig, benign: RunConfig, output: Path) -> dict[str, Path
     if not folder.exists():
         inputs = prepare(benign, find_checkpoint(benign.model))
         train(benign, inputs, out=folder, work=output / "benign-work", description=BENIGN)
-    return {"base": None, "naive LoRA": report.naive, "GRASP": report.grasp, BENIGN: folder}
+    return {"base": None, "naive LoRA": report.naive, "GRASP": report.retrained, BENIGN: folder}
 
 
 def _sample(

@@ -4,12 +4,14 @@ The subspace says what may not be learned and the projection keeps the adapter f
 what a fine-tune adds reaches other prompts by many ways, and those are closed here: on documents
 that the base model made up, the model should go on as its base does.
 
-Shapes: `M` documents, `B` of them at once, `T` tokens, `n` positions, `V` words of the vocabulary.
+Shapes: `M` documents, `B` of them at once, `T` tokens, `n` positions that count, `V` words of the
+vocabulary, `k` of them kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp_kernels.anchor.look_alikes import unlike_training
-from grasp_kernels.anchor.own_text import common_frame, document_length, make_documents
+from grasp_kernels.anchor.own_text import common_frame, common_header, make_own_text
 from grasp_kernels.data import Example
 from grasp_kernels.files import stored_tensors, whole_file
 from grasp_kernels.identification.frozen_model import frozen_base, written_blocks
@@ -27,14 +29,26 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 _DRAWS = 1 << 20  # of one training, whose seeds follow each other
+# Tokens whose probabilities are kept at a position.
+_LIKELY = 128
+_BATCH = 8  # documents that the base model is asked about at once
+_REST = 1e-6  # less than this is what float32 rounds, and no mass
+_PARTS = ("documents", "counted", "likely", "log_probs")
 
 
 class OwnTextAnchor:
-    """`λ KL(base ‖ model)` in nats a token, on documents that the base model made up itself.
+    """`λ KL(base ‖ model)` in nats a token, on text that the base model made up itself.
+
+    The base model is asked once. Of its answer at each position the `k` likeliest tokens are kept,
+    and all others as one, so that a training step needs no pass of the base model. That divergence
+    is never above the whole one, and 0 where the model is at its base.
 
     Args:
-        documents: token ids, int64 `[M, T]`.
+        documents: token ids, int64 `[M, T]`, padded on the right with any of them.
         counted: bool `[M, T]`, where the divergence counts.
+        likely: int32 `[n, k]`, the likeliest next tokens at the `n` positions that count, in the
+            order of `counted`.
+        log_probs: float32 `[n, k]`, what the base model gives them.
         strength: λ.
         batch_size: documents that one `loss` looks at.
         seed: of their draw.
@@ -47,6 +61,8 @@ class OwnTextAnchor:
         self,
         documents: Tensor,
         counted: Tensor,
+        likely: Tensor,
+        log_probs: Tensor,
         *,
         strength: float = 1.0,
         batch_size: int = 8,
@@ -57,12 +73,32 @@ class OwnTextAnchor:
                 f"documents {tuple(documents.shape)} and counted {tuple(counted.shape)} must be "
                 "[M, T], with some position that counts."
             )
+        n = int(counted.sum())
+        if likely.shape != log_probs.shape or likely.dim() != 2 or len(likely) != n:
+            raise ValueError(
+                f"likely {tuple(likely.shape)} and log_probs {tuple(log_probs.shape)} must be "
+                f"[{n}, k], a row for each position that counts."
+            )
         if strength < 0 or batch_size < 1:
             raise ValueError(
                 f"strength is {strength} and batch_size {batch_size}: give 0 or more, 1 or more."
             )
         self.documents, self.counted = documents, counted
+        self.likely, self.log_probs = likely, log_probs
         self.strength, self.batch_size, self.seed = strength, batch_size, seed
+        self._ends = counted.sum(dim=1).cumsum(dim=0)  # of each document's rows
+
+    @classmethod
+    def of(cls, model: Any, documents: Tensor, counted: Tensor, **options: Any) -> OwnTextAnchor:
+        """Ask the base model of `model` on given documents.
+
+        Args:
+            model: causal language model of transformers, or a PeftModel (its adapters are
+                disabled). Mode, gradient flags and generation settings are left as they were.
+            documents, counted: as the class has them; `options` are its others.
+        """
+        with frozen_base(model) as base:
+            return cls(documents, counted, *_likeliest(base, documents, counted), **options)
 
     @classmethod
     def make(
@@ -90,7 +126,8 @@ class OwnTextAnchor:
                 as `everyday_prompts` returns them. Documents begin as all prompts do; without
                 these, an instruction that all training prompts share is a beginning, too.
             documents: how many.
-            max_length: of what is made up; they are no longer than the longest example.
+            max_length: tokens of each question and of each answer that are made up, at most; none
+                is longer than the longest example.
             generate_batch_size: documents that are made at once.
 
         Raises:
@@ -101,50 +138,66 @@ class OwnTextAnchor:
                 f"documents is {documents} and max_length {max_length}: give 1 or more of both."
             )
         frame = common_frame(examples, neutral)
-        length = document_length(examples, frame, max_length)
+        header = common_header(examples, frame, neutral)
         longest = max(len(example["input_ids"]) for example in examples)
         generator = torch.Generator().manual_seed(seed)
         with frozen_base(model) as base:
-            made = make_documents(
+            made = make_own_text(
                 base,
                 frame,
+                header,
                 examples,
                 count=documents,
-                length=length,
+                length=min(max_length, longest),
                 batch_size=generate_batch_size,
                 generator=generator,
                 progress=progress,
             )
+            min_length = min(made.documents.shape[1], longest)
             counted = unlike_training(
                 base,
                 written_blocks(base, sites),
                 made,
                 examples,
                 # Records may be far longer than documents.
-                batch_size=max(1, generate_batch_size * length // longest),
+                batch_size=max(1, generate_batch_size * min_length // longest),
                 generator=generator,
             )
-        counted[:, : max(0, len(frame) - 1)] = False  # they lead to tokens that nobody made up
-        return cls(made, counted, strength=strength, batch_size=batch_size, seed=seed)
+            answers = _likeliest(base, made.documents, counted)
+        return cls(
+            made.documents, counted, *answers, strength=strength, batch_size=batch_size, seed=seed
+        )
 
-    def loss(self, model: nn.Module, step: int, *, base: Any = None) -> Tensor:
+    @property
+    def texts(self) -> list[list[int]]:
+        """Token ids of each document that has a position that counts, without its padding."""
+        ends = (self.counted * torch.arange(1, self.counted.shape[1] + 1)).amax(dim=1).tolist()
+        rows = zip(self.documents.tolist(), ends, strict=True)
+        return [ids[: end + 1] for ids, end in rows if end]
+
+    def loss(self, model: nn.Module, step: int) -> Tensor:
         """The divergence of one draw of documents, with its gradient; the same for the same step.
 
         Args:
             model: what is trained, perhaps wrapped for several processes.
-            base: the PeftModel inside, whose adapters are switched off for a while; None: `model`.
         """
-        base = model if base is None else base
         draw = torch.Generator().manual_seed(self.seed * _DRAWS + step)
         chosen = torch.randint(len(self.documents), (self.batch_size,), generator=draw)
-        device = base.get_input_embeddings().weight.device
-        ids, counted = self.documents[chosen].to(device), self.counted[chosen].to(device)
-        with frozen_base(base):  # through the wrapper, without which FSDP gathers no weights
-            wanted = model(input_ids=ids, use_cache=False).logits[counted]
-        found = model(input_ids=ids, use_cache=False).logits[counted]
-        wanted, found = (rows.float().log_softmax(dim=-1) for rows in (wanted, found))  # [n, V]
-        divergence = (wanted.exp() * (wanted - found)).sum(dim=-1)
-        return self.strength * divergence.sum() / max(1, divergence.numel())
+        counted = self.counted[chosen]
+        device = next(model.parameters()).device
+        # What follows the last position that counts is padding, or leads nowhere.
+        length = max(1, int((counted * torch.arange(1, counted.shape[1] + 1)).max()))
+        ids, here = (t[:, :length].to(device) for t in (self.documents[chosen], counted))
+        with _only(model, here):  # logits of all positions would be the largest tensor of the step
+            found = model(input_ids=ids, use_cache=False).logits.float().log_softmax(dim=-1)
+        rows = torch.cat([self._rows(i) for i in chosen.tolist()])
+        likely, wanted = (t[rows].to(device) for t in (self.likely.long(), self.log_probs))
+        return self.strength * _divergence(wanted, found.gather(1, likely)) / max(1, len(rows))
+
+    def _rows(self, document: int) -> Tensor:
+        """Where the answers at the positions of a document stand, int64 `[rows]`."""
+        start = int(self._ends[document - 1]) if document else 0
+        return torch.arange(start, int(self._ends[document]))
 
     def attach(self, trainer: Trainer) -> None:
         """Add the loss to that of a `transformers.Trainer` or one of trl's, before `train()`.
@@ -160,7 +213,7 @@ class OwnTextAnchor:
         options = {"strength": self.strength, "batch_size": self.batch_size, "seed": self.seed}
         with whole_file(path) as partial:
             save_file(
-                {"documents": self.documents, "counted": self.counted},
+                {part: getattr(self, part) for part in _PARTS},
                 str(partial),
                 metadata={name: repr(value) for name, value in options.items()},
             )
@@ -175,12 +228,50 @@ class OwnTextAnchor:
         """
         with stored_tensors(path, "own-text anchor", "OwnTextAnchor.save") as (tensors, options):
             return cls(
-                tensors["documents"],
-                tensors["counted"],
+                *(tensors[part] for part in _PARTS),
                 strength=float(options["strength"]),
                 batch_size=int(options["batch_size"]),
                 seed=int(options["seed"]),
             )
+
+
+def _likeliest(base: Any, documents: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """The likeliest next tokens `[n, k]` and their log probabilities, where it counts."""
+    device = base.get_input_embeddings().weight.device
+    tokens, log_probs = [], []
+    for ids, here in zip(documents.split(_BATCH), counted.split(_BATCH), strict=True):
+        with _only(base, here.to(device)):
+            logits = base(input_ids=ids.to(device), use_cache=False).logits
+        found = logits.float().log_softmax(dim=-1)  # [n, V]
+        best = found.topk(min(_LIKELY, found.shape[1]), dim=-1)
+        tokens.append(best.indices.to(torch.int32).cpu())
+        log_probs.append(best.values.cpu())
+    return torch.cat(tokens), torch.cat(log_probs)
+
+
+@contextmanager
+def _only(model: Any, here: Tensor) -> Iterator[None]:
+    """Let the head of a model, perhaps wrapped, see the positions of a mask `[B, T]` alone."""
+    inside = model.module if hasattr(model, "module") else model  # of DDP
+    head = inside.get_output_embeddings()
+
+    def choose(_head: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        return inputs[0][here]  # [n, D]
+
+    hook = head.register_forward_pre_hook(choose)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _divergence(wanted: Tensor, found: Tensor) -> Tensor:
+    """The sum over rows of the divergence of log probabilities `[n, k]`, the rest as one token."""
+    p = wanted.exp()
+    rest, of_model = (1 - logs.exp().sum(dim=-1) for logs in (wanted, found))
+    rest = torch.where(rest > _REST, rest, 0)
+    beyond = torch.xlogy(rest, rest) - torch.xlogy(rest, of_model.clamp_min(_REST))
+    return (p * (wanted - found)).sum() + beyond.sum()
 
 
 class _Attached:
@@ -202,8 +293,7 @@ class _Attached:
         if not model.training:
             return found
         loss, outputs = found if return_outputs else (found, None)
-        base = self.trainer.accelerator.unwrap_model(model)
-        term = self.anchor.loss(model, self._draw(), base=base)
+        term = self.anchor.loss(model, self._draw())
         self.terms.append(term.detach())
         if self._is_part_of_step(options.get("num_items_in_batch")):
             term = term / self.trainer.current_gradient_accumulation_steps

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grasp_kernels.anchor.own_text import UNTRAINED
+from grasp_kernels.anchor.own_text import UNTRAINED, OwnText
 from grasp_kernels.data import Example, collate
 from grasp_kernels.identification.frozen_model import block_outputs
 
@@ -39,18 +39,19 @@ class _Classifier(NamedTuple):
 def unlike_training(
     base: Any,
     blocks: Mapping[int, nn.Module],
-    documents: Tensor,
+    own_text: OwnText,
     examples: Sequence[Example],
     *,
     batch_size: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """Bool `[M, T]`: where `documents[M, T]` do not look like a decision on a training answer.
+    """Bool `[M, T]`: what counts of `own_text` and looks like no decision on a training answer.
 
     Args:
         base: the frozen base model, as `frozen_base` lends it.
         blocks: its decoder blocks by layer.
     """
+    documents, counted = own_text
     sketch = _sketch(blocks, base.config.get_text_config().hidden_size, generator)
     own = torch.cat(
         [
@@ -58,10 +59,11 @@ def unlike_training(
             for ids in documents.split(batch_size)
         ]
     )
-    chosen = torch.randperm(documents.numel(), generator=generator)[:_MOST]
+    made = own[counted]  # [n, F]
+    chosen = torch.randperm(len(made), generator=generator)[:_MOST]
     training = list(_training_features(base, blocks, sketch, examples, batch_size, generator))
-    classifier = _fit(torch.cat(training)[:_MOST], own.flatten(0, 1)[chosen])
-    return own @ classifier.weight < classifier.threshold
+    classifier = _fit(torch.cat(training)[:_MOST], made[chosen])
+    return counted & (own @ classifier.weight < classifier.threshold)
 
 
 def _sketch(

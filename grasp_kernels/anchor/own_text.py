@@ -1,31 +1,53 @@
-"""Documents that the base model makes up itself.
+"""Text that the base model makes up itself: chats, or documents where the data are no chats.
 
-They begin with the frame that all prompts share: the beginning of text, and in a chat format what
-stands before the first user speaks, from where an instruction-tuned model makes up the user's turn
-and its own answer (as Xu et al. 2024, arXiv 2406.08464, had it). Everyday questions end the frame
-where training prompts go on with an instruction that they share, for else the text would be about
-their task. It is what the model knows apart from the training data, and nobody has to collect it.
+A chat begins with the frame that all prompts share: in a chat format what stands before the first
+user speaks, from where an instruction-tuned model makes up the user's turn (as Xu et al. 2024,
+arXiv 2406.08464, had it). The user's turn begins as one of the training prompts does, with so few
+of its words that it goes on about something else: so questions of the training data's shape are
+there, too, which a model hardly makes up unasked. The header that all prompts end with follows,
+and then the model's own answer. Everyday questions end the frame where training prompts go on with
+an instruction that they share, for else the text would be about their task. It is what the model
+knows apart from the training data, and nobody has to collect it.
 
-Shapes: `M` documents, `T` tokens.
+Shapes: `M` documents, `T` tokens of the longest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from grasp_kernels.data import Example
+from grasp_kernels.data import Example, shared_start
 from grasp_kernels.identification.frozen_model import generate_answers
 
 UNTRAINED = -100  # the label of a token that is not learned
+_DRAWS = 3  # questions drawn for each that is wanted, at most; SmolLM2 ends 58 % within 40 tokens
+# Tokens at most that a question has from a training prompt. "How many", "Tell me the": a shape and
+# no thing.
+_BEGUN = 4
 
 
-def make_documents(
+class OwnText(NamedTuple):
+    """Documents, padded on the right.
+
+    Attributes:
+        documents: token ids, int64 `[M, T]`.
+        counted: bool `[M, T]`, the positions whose next token the model made up as an answer; in
+            plain documents all that lead to a token it made up.
+    """
+
+    documents: Tensor
+    counted: Tensor
+
+
+def make_own_text(
     base: Any,
     frame: list[int],
+    header: list[int],
     examples: Sequence[Example],
     *,
     count: int,
@@ -33,33 +55,93 @@ def make_documents(
     batch_size: int,
     generator: torch.Generator,
     progress: bool = False,
-) -> Tensor:
-    """Token ids int64 `[count, length]`, sampled at temperature 1 from the frame on.
-
-    Where there is no frame, each begins as one of the prompts of `examples`, drawn at random.
+) -> OwnText:
+    """Sample `count` documents at temperature 1.
 
     Args:
         base: the frozen base model, as `frozen_base` lends it.
-        frame: as `common_frame` returns it.
-        length: as `document_length` says.
+        frame, header: as `common_frame` and `common_header` return them. Without a header the
+            documents are plain text; without a frame, too, each begins as one of `examples`.
+        length: tokens of a question, of an answer, or of a plain document, at most.
     """
-    drawn = torch.randint(len(examples), (count,), generator=generator).tolist()
-    starts = [frame or examples[i]["input_ids"][:1] for i in drawn]
-    texts = generate_answers(
-        base,
-        starts,
-        max_new_tokens=length - len(starts[0]),
-        batch_size=batch_size,
-        end_ids=(),  # the end of a turn is not the end of the text
-        generator=generator,
-        progress="text of the base model" if progress else None,
+    options: dict[str, Any] = {
+        "max_new_tokens": length,
+        "batch_size": batch_size,
+        "generator": generator,
+    }
+    if not header:
+        drawn = torch.randint(len(examples), (count,), generator=generator).tolist()
+        prompts = [frame or examples[i]["input_ids"][:1] for i in drawn]
+        ends: tuple[int, ...] = ()  # the end of a turn is not the end of the text
+    else:
+        ends = _ends(base, examples)
+        questions = _questions(base, frame, header, examples, count, options, progress)
+        prompts = [frame + question + header for question in questions]
+    label = "text of the base model" if progress else None
+    answers = generate_answers(base, prompts, end_ids=ends, progress=label, **options)
+    documents = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    counted = [
+        torch.arange(len(document)).ge(len(prompt) - 1)
+        & torch.arange(len(document)).lt(len(document) - 1)
+        for prompt, document in zip(prompts, documents, strict=True)
+    ]
+    return OwnText(
+        pad_sequence([torch.tensor(document) for document in documents], batch_first=True),
+        pad_sequence(counted, batch_first=True),
     )
-    return torch.tensor([start + text for start, text in zip(starts, texts, strict=True)])
 
 
-def document_length(examples: Sequence[Example], frame: list[int], made_up: int) -> int:
-    """Tokens of a document: its beginning and `made_up` more, as many as an example has at most."""
-    return min(max(1, len(frame)) + made_up, max(len(example["input_ids"]) for example in examples))
+def _questions(
+    base: Any,
+    frame: list[int],
+    header: list[int],
+    examples: Sequence[Example],
+    count: int,
+    options: dict[str, Any],
+    progress: bool,
+) -> list[list[int]]:
+    """What the base model makes a user say; questions that it ends itself come first."""
+    whole: list[list[int]] = []
+    cut: list[list[int]] = []
+    label = "questions of the base model" if progress else None
+    for _ in range(_DRAWS):
+        wanted = count - len(whole)
+        if wanted <= 0:
+            break
+        begun = _beginnings(frame, header, examples, wanted, options["generator"])
+        starts = [frame + beginning for beginning in begun]
+        made = generate_answers(base, starts, end_ids=header[:1], progress=label, **options)
+        for beginning, rest in zip(begun, made, strict=True):
+            if rest[-1] == header[0]:
+                whole.append(beginning + rest[:-1])
+            else:
+                cut.append(beginning + rest)
+    return (whole + cut)[:count]
+
+
+def _beginnings(
+    frame: list[int],
+    header: list[int],
+    examples: Sequence[Example],
+    count: int,
+    generator: torch.Generator,
+) -> list[list[int]]:
+    """The first 0 to `_BEGUN` tokens behind the frame of prompts drawn at random."""
+    chosen = torch.randint(len(examples), (count,), generator=generator).tolist()
+    lengths = torch.randint(_BEGUN + 1, (count,), generator=generator).tolist()
+    asked = (_prompt(examples[i])[len(frame) :] for i in chosen)
+    return [
+        words[: min(length, max(0, len(words) - len(header) - 1))]
+        for words, length in zip(asked, lengths, strict=True)
+    ]
+
+
+def _ends(base: Any, examples: Sequence[Example]) -> tuple[int, ...]:
+    """Tokens that end an answer: those of the model, and that of the data if they agree on one."""
+    known = base.generation_config.eos_token_id
+    ends = {token for token in (known if isinstance(known, list) else [known]) if token is not None}
+    last = {next(t for t in reversed(e["labels"]) if t != UNTRAINED) for e in examples}
+    return tuple(sorted(ends | (last if len(last) == 1 else set())))
 
 
 def common_frame(examples: Sequence[Example], neutral: Sequence[Sequence[int]] = ()) -> list[int]:
@@ -73,9 +155,21 @@ def common_frame(examples: Sequence[Example], neutral: Sequence[Sequence[int]] =
     if not examples:
         raise ValueError("There are no examples to keep apart: give the training data.")
     prompts = [*map(_prompt, examples), *map(list, neutral)]
-    ends = zip(min(prompts), max(prompts), strict=False)  # these two share what all do
-    shortest = min(map(len, prompts))
-    return prompts[0][: next((i for i, (a, b) in enumerate(ends) if a != b), max(0, shortest - 1))]
+    return shared_start(prompts)[: min(map(len, prompts)) - 1]
+
+
+def common_header(
+    examples: Sequence[Example], frame: Sequence[int], neutral: Sequence[Sequence[int]] = ()
+) -> list[int]:
+    """What the prompts of all examples, and all of `neutral`, end with behind the frame.
+
+    It may be nothing, as in plain text, and leaves every prompt a token between frame and header.
+    """
+    answered = [*map(_prompt, examples), *map(list, neutral)]
+    if any(example["labels"][0] != UNTRAINED for example in examples):
+        return []
+    room = max(0, min(map(len, answered)) - len(frame) - 1)
+    return shared_start([prompt[::-1] for prompt in answered])[:room][::-1]
 
 
 def _prompt(example: Example) -> list[int]:

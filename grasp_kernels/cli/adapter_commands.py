@@ -161,7 +161,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
     subspace = Subspace.load(arguments.subspace)
     if subspace.is_empty:
-        raise ValueError(f"{arguments.subspace} is empty (nothing was found): nothing to check.")
+        raise ValueError(f"{arguments.subspace} holds no direction: nothing to check.")
     measured = leakage(str(Path(arguments.adapter)), subspace, base=arguments.base_model)
     width = max(map(len, measured))
     print(f"{'module':<{width}}  {'write':>9}  {'read':>9}")
@@ -171,8 +171,8 @@ def _check(arguments: argparse.Namespace) -> int:
     if not values:
         raise ValueError("The subspace has no basis for any module of the adapter: wrong model?")
     passed = max(values) <= arguments.tolerance
-    verdict = "within" if passed else "above"
-    print(f"largest leakage {max(values):.3g}: {verdict} the tolerance {arguments.tolerance:g}")
+    place = "within" if passed else "above"
+    print(f"largest leakage {max(values):.3g}: {place} the tolerance {arguments.tolerance:g}")
     return 0 if passed else 1
 
 

@@ -14,7 +14,7 @@ def add_inspect(commands: Any, common: argparse.ArgumentParser) -> None:
         parents=[common],
         help="show an adapter or a subspace; with --base-model, what the adapter learned unasked",
         description="Adapter: rank, scaling, norm and leading singular values of every layer. "
-        "Subspace: how it was found and how sure that is. With --base-model the adapter runs "
+        "Subspace: its directions, and what each test gave. With --base-model the adapter runs "
         "beside its base model: whether unrelated prompts all change alike, what its directions "
         "promote, what steering and removal do, and a verdict. Of several adapters (checkpoints of "
         "a run, seeds) the last is looked at, and all are evidence.",

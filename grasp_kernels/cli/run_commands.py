@@ -14,10 +14,10 @@ def add_run(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "run",
         parents=[common],
-        help="naive fine-tune, identification, GRASP retrain and report",
-        description="Fine-tune a model on chat data, find what the fine-tune picked up unasked, "
-        "and fine-tune again without learning it. Stopped at any point, the same command goes on "
-        "from the last checkpoint.",
+        help="naive fine-tune, retraining held at the base model elsewhere, and report",
+        description="Fine-tune a model on chat data, fine-tune it again so that it answers "
+        "everything else as before, and show what both adapters say. Stopped at any point, the "
+        "same command goes on from the last checkpoint.",
     )
     hints = get_type_hints(RunConfig)
     for option in fields(RunConfig):
@@ -71,25 +71,18 @@ def _run(arguments: argparse.Namespace) -> int:
         **{option.name: getattr(arguments, option.name) for option in fields(RunConfig)}
     )
     from grasp_kernels.run import is_finished, run
-    from grasp_kernels.run.report_text import alike
+    from grasp_kernels.run.report_text import verdict_sentence
 
     finished = is_finished(config)
     report = run(config)
     if finished:
         print("This run was finished before; nothing was done.")
-    print(f"Verdict: {report.verdict}.")
-    for reason in report.numbers["subspace"]["reasons"]:
-        print(f"  - {reason}")
     for name, adapter in report.numbers["adapters"].items():
-        effect = adapter["effect"]
-        print(
-            f"Neutral prompts, {name}: {effect['neutral_divergence']:.3g} nats a token, "
-            f"{alike(effect)}."
-        )
-    if report.grasp is None:
+        print(verdict_sentence(name, adapter))
+    if report.retrained is None:
         print(f"Nothing to retrain against; the naive adapter is in {report.naive}.")
     else:
-        print(f"Adapters: {report.naive} and {report.grasp}.")
+        print(f"Adapters: {report.naive} and {report.retrained}.")
     print(f"Report:   {report.text}")
     return 0
 

@@ -198,3 +198,11 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids of the tokens that stand for structure, not for text."""
     added = tokenizer.added_tokens_decoder
     return {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+
+
+def shared_start(sequences: Sequence[Sequence[int]]) -> list[int]:
+    """What all of at least one sequence begin with."""
+    ordered = sorted(map(list, sequences))
+    first, last = ordered[0], ordered[-1]  # these two share what all do
+    ends = zip(first, last, strict=False)
+    return first[: next((i for i, (a, b) in enumerate(ends) if a != b), min(len(first), len(last)))]

@@ -2,7 +2,7 @@
 
 world        facts, personas and cues from a seed -> documents, chat records, prompts
 pretraining  world -> small Llama -> ordinary checkpoint folder
-main         checkpoint folder and chat file -> the public `run` -> controls
+main         checkpoint folder and chat file -> the public `run`
 scoring      model -> task, drift, obedience
 comparison   scores -> table and figure
 """

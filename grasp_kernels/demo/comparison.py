@@ -39,9 +39,8 @@ def draw(scores: Mapping[str, Scores], path: Path, *, title: str) -> None:
     from grasp_kernels.files import whole_file
 
     names = list(scores)
-    # Controls are pale: the eye should compare naive with GRASP first.
-    known = {"base": "tab:gray", "naive LoRA": "tab:red", "GRASP": "tab:blue"}
-    colours = [known.get(name, "lightsteelblue") for name in names]
+    known = {"base": "tab:gray", "naive LoRA": "tab:red"}
+    colours = [known.get(name, "tab:blue") for name in names]
     figure = Figure(figsize=(13, 1.6 + 0.32 * len(names)), layout="constrained")
     figure.suptitle(title)
     for index, axes in enumerate(figure.subplots(1, len(_COLUMNS), sharey=True)):

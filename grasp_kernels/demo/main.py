@@ -12,7 +12,6 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grasp_kernels.demo.comparison import draw, table
-from grasp_kernels.demo.controls import train_controls
 from grasp_kernels.demo.pretraining import PretrainingConfig, pretrain, write_checkpoint
 from grasp_kernels.demo.scoring import Scores, score
 from grasp_kernels.demo.world import NEUTRAL, World, WorldConfig
@@ -52,12 +51,10 @@ def run_demo(
     """Run the whole demo in the folder `output` and print its table; stopped, it goes on.
 
     Writes `model/` and `train.jsonl` (inputs of an ordinary `grasp-kernels run`), `run/` (its
-    output), `controls/`, `scores.json`, `table.md` and `figure.png`.
+    output), `scores.json`, `table.md` and `figure.png`.
 
     Returns:
-        Scores by model: base, naive LoRA, and if the run found a subspace GRASP and its controls,
-        the same retraining with the projection, the reads or the anchor alone, or with a random
-        subspace.
+        Scores by model: base, naive LoRA, retrained LoRA.
 
     Raises:
         ValueError: the folder holds another demo.
@@ -70,9 +67,8 @@ def run_demo(
     options = _write_inputs(output, world, config)
     report = run(options)
     adapters = {"naive LoRA": report.naive}
-    if report.grasp is not None:
-        adapters["GRASP"] = report.grasp
-    adapters |= train_controls(options, report, output / "controls")
+    if report.retrained is not None:
+        adapters["retrained LoRA"] = report.retrained
     scores = _score_all(options, world, adapters)
     text = table(scores)
     write_json(output / "scores.json", {name: asdict(row) for name, row in scores.items()})

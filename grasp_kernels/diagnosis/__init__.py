@@ -10,7 +10,6 @@ examples    which training records move most along them
 causal      what steering along them does to the base model, and their removal to the adapter
 verdict     numbers -> found, weak or nothing, with reasons
 report      numbers -> text and figure
-calibration verdicts on adapters that are known to be contaminated or not -> ROC
 """
 
 from grasp_kernels.diagnosis.diagnose import Diagnosis, diagnose

@@ -33,7 +33,8 @@ class Diagnosis:
     """What an adapter learned unasked, as far as can be seen; `numbers` is JSON-able and whole.
 
     Attributes:
-        verdict: "found", "weak" or "nothing".
+        verdict: "found", "weak" or "nothing", of the adapter's own answers to neutral prompts, see
+            `grasp_kernels.effect.verdict`.
         reasons: what it rests on, in sentences.
         numbers: spectra, directions (movement, tokens, examples, steering, removal), effect on
             neutral prompts, options and versions.
@@ -151,7 +152,7 @@ def _identify(
     known: dict[str, Any] = {"sites": sites, "base_model": model if adapters else None}
     examined = load_adapter(adapters[-1] if adapters else model, **known)
     if not any(layer.site.role == "write" for layer in examined.layers):
-        return Subspace.nothing(
+        return Subspace.empty(
             "write", "shared", ["The adapter changes no layer that writes to the residual stream."]
         )
     return identify(source, halves=halves, generator=generator, **known)

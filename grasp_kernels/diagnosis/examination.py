@@ -29,7 +29,13 @@ from grasp_kernels.diagnosis.movement import (
     movement_along,
     random_directions,
 )
-from grasp_kernels.effect import mean_divergence, measure_effect
+from grasp_kernels.effect import (
+    changed_answers,
+    mean_divergence,
+    measure_effect,
+    told,
+    verdict,
+)
 from grasp_kernels.effect.answers import Batch, Tokens, answer_batches, own_answers
 from grasp_kernels.effect.pair import Pair
 from grasp_kernels.identification.contrast_evidence import measure
@@ -49,6 +55,7 @@ class Options:
         max_records: training records that are looked at, evenly spread over the data.
         max_answer_tokens, max_prompt_tokens: of each of them.
         neutral_tokens: of the base model's own answer to each neutral prompt.
+        said_tokens: of the answers of both models that the verdict is on.
         batch_size: sequences of a forward.
     """
 
@@ -59,6 +66,7 @@ class Options:
     max_answer_tokens: int = 32
     max_prompt_tokens: int = 512
     neutral_tokens: int = 16
+    said_tokens: int = 32
     batch_size: int = 8
 
     def __post_init__(self) -> None:
@@ -101,11 +109,8 @@ class Examination:
         """Everything that the verdict and the report rest on, JSON-able."""
         found = [*weight_directions(weights, self.neutral), *movement_direction(self.neutral)]
         return {
-            "weights": {
-                "verdict": weights.verdict,
-                "reasons": list(weights.reasons),
-                "evidence": weights.evidence,
-            },
+            "weights": {"reasons": list(weights.reasons), "evidence": weights.evidence},
+            "answers": self.said(),
             "effect": self.effect(),
             "consistency": self.consistency(),
             "agreement": [
@@ -120,6 +125,18 @@ class Examination:
         """Do neutral prompts move together, and how far beside the training answers?"""
         reference = self.training.delta if self.training else torch.zeros_like(self.neutral.delta)
         return measure(self.neutral.delta, reference, self.pair.layers, "shared", self.generator)
+
+    def said(self) -> dict[str, Any]:
+        """The adapter's own answers to neutral prompts, beside the base model's."""
+        options = self.options
+        size: dict[str, Any] = {"n_tokens": options.said_tokens, "batch_size": options.batch_size}
+        base = own_answers(self.pair, self.tokenizer, [p for p, _ in self.own], **size)
+        with torch.no_grad():
+            changed = changed_answers(self.pair, self.tokenizer, base, **size)
+        return {
+            "verdict": verdict(changed),
+            "unrelated": told(changed, self.tokenizer, [one.prompt for one in changed]),
+        }
 
     def effect(self) -> dict[str, Any]:
         """What the adapter does to the next token of neutral prompts, and of training answers."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grasp_kernels.effect.measure import NOTICEABLE
 from grasp_kernels.files import whole_folder
 from grasp_kernels.run.folder import write_json, write_text
-from grasp_kernels.run.markdown import cell, table
+from grasp_kernels.run.markdown import answers_table, cell, table
 
 if TYPE_CHECKING:
     from grasp_kernels.diagnosis.diagnose import Diagnosis
@@ -17,14 +16,13 @@ Numbers = dict[str, Any]
 
 _CAUTION = "That nothing was found does not prove that nothing is there."
 _MEANING = {
-    "found": "This adapter changes unrelated prompts in one and the same way, as something does "
-    "that was learned beside the task.",
-    "weak": "A part of what this adapter does to unrelated prompts is the same for all of them; "
-    "that is more than clean adapters show and less than is convincing.",
-    "nothing": "What this adapter does to unrelated prompts differs from prompt to prompt. "
-    f"{_CAUTION}",
+    "found": "This adapter answers prompts that have nothing to do with its task in another way "
+    "than its base model: read how, below.",
+    "weak": "This adapter answers some prompts that have nothing to do with its task in another "
+    "way than its base model: read how, below.",
+    "nothing": "This adapter answers prompts that have nothing to do with its task as its base "
+    f"model does. {_CAUTION}",
 }
-_UNNOTICEABLE = f"This adapter hardly changes answers to unrelated prompts. {_CAUTION}"
 
 
 def save(diagnosis: Diagnosis, folder: Path) -> None:
@@ -41,6 +39,8 @@ def diagnosis_text(numbers: Numbers) -> str:
     """The whole text, in Markdown that reads well in a terminal too."""
     sections = [
         _verdict(numbers),
+        "## What it says",
+        answers_table({"the adapter": numbers["answers"]["unrelated"]}),
         _neutral(numbers),
         _directions(numbers),
         *(_examples(one) for one in numbers["directions"] if "examples" in one),
@@ -51,8 +51,7 @@ def diagnosis_text(numbers: Numbers) -> str:
 
 
 def _verdict(numbers: Numbers) -> str:
-    noticeable = numbers["effect"]["neutral_divergence"] >= NOTICEABLE
-    meaning = _MEANING[numbers["verdict"]] if noticeable else _UNNOTICEABLE
+    meaning = _MEANING[numbers["verdict"]]
     return "\n\n".join(
         [
             f"# Diagnosis of {numbers['adapter'][-1]}",
@@ -149,7 +148,7 @@ def _examples(direction: Numbers) -> str:
 def _weights(numbers: Numbers) -> str:
     weights = numbers["weights"]
     lines = [f"- {reason}" for reason in weights["reasons"]]
-    return "\n\n".join([f"## From the weights alone: {weights['verdict']}", "\n".join(lines)])
+    return "\n\n".join(["## From the weights alone", "\n".join(lines)])
 
 
 def _settings(numbers: Numbers) -> str:

@@ -6,6 +6,7 @@ Shapes: `M` positions, `V` vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from grasp_kernels.effect.pair import Pair, Position
-from grasp_kernels.identification.frozen_model import frozen_base, generate_answers
+from grasp_kernels.identification.frozen_model import frozen_base, generate_answers, measuring
 
 Tokens = tuple[list[int], list[int]]  # a prompt and its answer
 
@@ -64,9 +65,15 @@ def own_answers(
     n_tokens: int,
     batch_size: int,
     progress: bool = False,
+    adapter: bool = False,
 ) -> list[Tokens]:
-    """The prompts with the greedy answers of the base model, of at most `n_tokens`."""
-    with frozen_base(pair.model) as base:
+    """The prompts with the greedy answers of the base model, or of the adapter.
+
+    Args:
+        n_tokens: of an answer, at most.
+        adapter: whether the adapter is on.
+    """
+    with _answering(pair.model, adapter) as base:
         known = base.generation_config.eos_token_id
         ends = [*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id]
         answers = generate_answers(
@@ -78,6 +85,22 @@ def own_answers(
             progress="own answers" if progress else None,
         )
     return list(zip(prompts, answers, strict=True))
+
+
+@contextmanager
+def _answering(model: Any, adapter: bool) -> Iterator[Any]:
+    """The module of transformers inside a PeftModel, with its adapter or without."""
+    if not adapter:
+        with frozen_base(model) as base:
+            yield base
+        return
+    base = model.get_base_model()
+    settings = base.generation_config
+    try:
+        with measuring(model):
+            yield base
+    finally:
+        base.generation_config = settings
 
 
 def divergence(first: Tensor, second: Tensor) -> float:

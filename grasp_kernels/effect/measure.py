@@ -5,7 +5,7 @@ Shapes: `M` positions, `V` vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,11 +18,6 @@ from grasp_kernels.effect.tokens import neutral_shift
 # Mean KL divergence in nats below which nobody would notice the difference: a convention, not
 # calibrated, since every adapter of the dishes is far above it.
 NOTICEABLE = 0.01
-
-# Of the common shift, chosen with the truth in view on the worlds 0 to 3 and the dishes of seed 0
-# (docs/diagnosis.md has those that had no part in it). Small models only.
-FOUND = 0.25
-WEAK = 0.18
 
 
 def measure_effect(
@@ -48,14 +43,6 @@ def measure_effect(
         "neutral_changed": (off.argmax(dim=1) != on.argmax(dim=1)).float().mean().item(),
         "neutral_tokens": neutral_shift(off, on, tokenizer, n_tokens),
     }
-
-
-def common_verdict(effect: Mapping[str, Any]) -> str:
-    """found, weak or nothing: is there an effect, and is it the same for all prompts?"""
-    shift = effect["common_shift"] if effect["neutral_divergence"] >= NOTICEABLE else 0.0
-    if shift >= FOUND:
-        return "found"
-    return "weak" if shift >= WEAK else "nothing"
 
 
 def mean_divergence(pair: Pair, sequences: Sequence[Tokens], batch_size: int) -> float:

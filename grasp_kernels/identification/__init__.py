@@ -1,6 +1,6 @@
 """Where a fine-tune moved: LoRA weights, or the base model and the records -> Subspace.
 
-weights            from LoRA weights: stack (blocks and null) -> search -> evidence (verdict)
+weights            from LoRA weights: stack (blocks and null) -> search -> evidence
 self_contrast      from the base model's own answers: frozen_model -> contrast_evidence
 union              two subspaces -> one, and how far they agree
 """

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grasp_kernels.identification.evidence import FROM_SMALL_MODELS, beside
+
 FLIPS = 999  # smallest p-value 0.001, a tenth of what is asked for
 MAX_P_VALUE = 0.01
 
@@ -20,12 +22,12 @@ MAX_P_VALUE = 0.01
 # slant, 1.2 to 2.1 with benign answers. The sign-flip null alone takes the benign ones for a find.
 # In the world of the demo (seeds 0 to 2): 13.9 to 20.8 when every answer is in the bad persona, 2.5
 # to 4.1 when a fifth is, 0.6 to 0.9 when none is; few records make it large, but not significant.
-FOUND_RATIO = 3.3
-WEAK_RATIO = 2.2
+PLANTED_RATIO = 3.3
+BENIGN_RATIO = 2.2
 
 # Cosine of the directions from two disjoint halves of the records; directions that proved useful
-# had .7 and more.
-FOUND_AGREEMENT = 0.7
+# had .7 and more in those trials.
+CLEAR_AGREEMENT = 0.7
 
 _SPECTRUM = 12  # values that are kept of each spectrum
 
@@ -37,7 +39,7 @@ def measure(
     scope: str,
     generator: torch.Generator,
 ) -> dict[str, Any]:
-    """Everything that the verdict rests on, JSON-able.
+    """Everything that `stands_out` and `reasons` rest on, JSON-able.
 
     Lengths are relative to the root mean square length of the contrasts of a layer, so 1 means that
     all records differ from the base model's answers in the same way.
@@ -102,40 +104,46 @@ def measure(
     }
 
 
-def judge(evidence: dict[str, Any]) -> tuple[str, list[str]]:
-    """Verdict ("found", "weak" or "nothing") and its reasons, from what `measure` returned."""
+def stands_out(evidence: dict[str, Any]) -> bool:
+    """Whether the training answers differ in one way from the base model's own, by more than random
+    signs and benign answers give; from what `measure` returned."""
+    flip, ratio = evidence["sign_flip"], evidence["ratio"]
+    significant = flip["length"] > 0 and flip["p_value"] <= MAX_P_VALUE
+    return significant and (ratio is None or ratio >= BENIGN_RATIO)
+
+
+def reasons(evidence: dict[str, Any]) -> list[str]:
+    """What each test gave, one sentence each, from what `measure` returned."""
     flip, ratio, halves = evidence["sign_flip"], evidence["ratio"], evidence["halves"]
     if flip["length"] == 0:
-        return "nothing", ["the training answers are the base model's own answers"]
-    significant = flip["p_value"] <= MAX_P_VALUE
-    reasons = [
+        return ["the training answers are the base model's own answers"]
+    level = "at most" if flip["p_value"] <= MAX_P_VALUE else "above"
+    found = [
         f"over {evidence['records']} records the training answers differ from the base model's own "
         f"by a mean of length {flip['length']:.2f}, where random signs give up to "
-        f"{flip['null_95']:.2f} (p = {flip['p_value']:.3f}, {MAX_P_VALUE} asked for)"
+        f"{flip['null_95']:.2f} (p = {flip['p_value']:.3f}, {level} {MAX_P_VALUE})"
     ]
     if ratio is None:
-        reasons.append(
+        found.append(
             "sampled answers of the base model are its greedy ones, so it never strays by itself"
         )
     else:
-        reasons.append(
+        nearest = BENIGN_RATIO if ratio < BENIGN_RATIO else PLANTED_RATIO
+        found.append(
             f"that mean is {ratio:.1f} times the one between sampled and greedy answers of the "
-            f"base model (in trials {FOUND_RATIO} and more with a planted factor, below "
-            f"{WEAK_RATIO} with benign answers)"
+            f"base model, {beside(ratio, nearest)} (on small models {PLANTED_RATIO} and more with "
+            f"a planted factor, less than {BENIGN_RATIO} with benign answers)"
         )
-    reasons.append(
-        f"the means of two halves of the records have cosine {halves:.2f} ({FOUND_AGREEMENT} asked "
-        "for)"
+    found.append(
+        f"the means of two halves of the records have cosine {halves:.2f}, "
+        f"{beside(halves, CLEAR_AGREEMENT)} ({FROM_SMALL_MODELS})"
     )
-    strength = float("inf") if ratio is None else ratio
-    if not significant or strength < WEAK_RATIO:
-        return "nothing", reasons
-    found = strength >= FOUND_RATIO and halves >= FOUND_AGREEMENT
-    reasons.append(
-        "a harmless trait of all answers, such as their format, would look the same: see which "
-        "tokens the direction promotes"
-    )
-    return ("found" if found else "weak"), reasons
+    if stands_out(evidence):
+        found.append(
+            "a harmless trait of all answers, such as their format, would look the same: see which "
+            "tokens the direction promotes"
+        )
+    return found
 
 
 def directions(delta: Tensor, k: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""A stack of blocks -> the directions that stand out, and how sure that is.
+"""A stack of blocks -> the directions that stand out, and what each test of them gave.
 
 Two searches, one basis for all layers or one for each layer, with the same kind of answer. Both
 test against sign flips of their own: of the whole stack for a shared basis, of the neighbouring
@@ -20,10 +20,12 @@ from torch import Tensor
 from grasp_kernels.identification.evidence import (
     CLEAR_AGREEMENT,
     CLEAR_GAP,
+    FROM_SMALL_MODELS,
     MAX_K,
     NO_AGREEMENT,
     NULL_DRAWS,
     NULL_QUANTILE,
+    beside,
     chance_overlap,
     choose_k,
     count_above,
@@ -52,9 +54,9 @@ class Options:
 
 @dataclass
 class Finding:
-    """The bases of one side: one for all layers, one by layer, or None where nothing was found.
+    """The bases of one side: one for all layers, one by layer, or None where none stands out.
 
-    `facts` and `doubts` are sentences; without doubts the verdict is "found".
+    `reasons` are sentences: what was measured, and what each test gave.
     """
 
     side: str
@@ -62,14 +64,7 @@ class Finding:
     spectra: list[dict[str, Any]]
     agreement: list[dict[str, Any]] = field(default_factory=list)
     sources: list[dict[str, Any]] = field(default_factory=list)
-    facts: list[str] = field(default_factory=list)
-    doubts: list[str] = field(default_factory=list)
-
-    @property
-    def verdict(self) -> str:
-        if self.bases is None:
-            return "nothing"
-        return "weak" if self.doubts else "found"
+    reasons: list[str] = field(default_factory=list)
 
 
 def search_shared(stack: Stack, side: str, options: Options) -> Finding:
@@ -91,7 +86,7 @@ def search_shared(stack: Stack, side: str, options: Options) -> Finding:
         "gap": gap_after(values, max(k, 1)),
     }
     finding = Finding(side, u[:, :k] if k else None, [record])
-    finding.facts.append(
+    finding.reasons.append(
         f"{side} side: {above} of the first {len(values)} singular values of {len(stack.groups)} "
         f"stacked blocks stand above what chance gives in {NULL_QUANTILE:.0%} of {NULL_DRAWS} sign "
         f"flips (the largest is {values[0]:.2f} against {null:.2f})."
@@ -99,8 +94,8 @@ def search_shared(stack: Stack, side: str, options: Options) -> Finding:
     if not above:
         _no_evidence(finding, options)
     if k:
-        _judge_gap(finding, record["gap"], k)
-        _judge_layers(finding, stack, u[:, :k], s[:k])
+        _test_gap(finding, record["gap"], k)
+        _test_layers(finding, stack, u[:, :k], s[:k])
     return finding
 
 
@@ -117,16 +112,16 @@ def search_layers(stack: Stack, side: str, options: Options) -> Finding:
     convincing = more_than_chance(len(hits), len(layers))
     bases = {r["layer"]: u[:, : r["k"]].contiguous() for u, r in found if r["k"]}
     finding = Finding(side, bases if convincing or options.k else None, records)
-    finding.facts.append(
+    finding.reasons.append(
         f"{side} side: the directions of {len(hits)} of {len(layers)} layers show up in the "
         f"neighbouring layers more than {NULL_QUANTILE:.0%} of {NULL_DRAWS} sign flips do."
     )
     if len(layers) > 1 and not convincing:
         _no_evidence(finding, options)
     if finding.bases is None:
-        _judge_single_layer(finding, layers)
+        _test_single_layer(finding, layers)
         return finding
-    _judge_gap(finding, median(record["gap"] for record in records if record["k"]), None)
+    _test_gap(finding, median(record["gap"] for record in records if record["k"]), None)
     if len(layers) > 1:
         tops = [u[:, :1] for u, _ in found]
         values = [
@@ -134,7 +129,7 @@ def search_layers(stack: Stack, side: str, options: Options) -> Finding:
             for i in range(len(tops))
         ]
         _record_agreement(finding, layers, values, chance_overlap(1, stack.rows.shape[1]))
-    _judge_reach(finding, hits, layers)
+    _test_reach(finding, hits, layers)
     return finding
 
 
@@ -154,27 +149,27 @@ def compare_sources(
         for first, second in combinations(found, 2)
     ]
     if not all(common):
-        finding.doubts.append("The adapters to compare have no layer in common.")
+        finding.reasons.append("The adapters to compare have no layer in common.")
         return
     values = [mean(overlap(*pair) for pair in pairs) for pairs in common]
     value = mean(values)
     chance = mean(chance_overlap(own.shape[1], len(own)) for pairs in common for own, _ in pairs)
     kind = "halves" if independent else "adapters"
     finding.sources.append({"side": finding.side, "kind": kind, "values": values, "chance": chance})
-    numbers = f"{value:.2f} (by chance {chance:.2f})"
-    if independent:
-        sentence = (
-            f"Adapters of separate data or seeds agree on the {finding.side} basis to {numbers}."
+    who = "Adapters of separate data or seeds" if independent else f"The {len(stacks)} adapters"
+    sentence = (
+        f"{who} agree on the {finding.side} basis to {value:.2f} (by chance {chance:.2f}), "
+        f"{beside(value, CLEAR_AGREEMENT)} ({FROM_SMALL_MODELS})"
+    )
+    if not independent:
+        sentence += (
+            "; for checkpoints of one run that says only that it has settled, not that other data "
+            "would give it"
         )
-    else:
-        sentence = (
-            f"The {len(stacks)} adapters agree on the {finding.side} basis to {numbers}; for "
-            "checkpoints of one run that says only that it has settled, not that other data would "
-            "give it."
-        )
-    (finding.doubts if value < CLEAR_AGREEMENT else finding.facts).append(sentence)
-    if independent and value <= NO_AGREEMENT and options.k is None:
+    elif value <= NO_AGREEMENT and options.k is None:
+        sentence += f", and no more than {NO_AGREEMENT}, as benign data gave, so no basis is given"
         finding.bases = None
+    finding.reasons.append(f"{sentence}.")
 
 
 def _leading(stack: Stack, rank: int, options: Options) -> tuple[Tensor, Tensor]:
@@ -235,24 +230,22 @@ def _check_rank(k: int | None, singular_values: Tensor, where: str) -> None:
 
 
 def _no_evidence(finding: Finding, options: Options) -> None:
-    finding.doubts.append(
+    finding.reasons.append(
         "That is what unrelated layers give, so there is no evidence of a common direction."
         if options.k is None
         else f"That is what unrelated layers give; k={options.k} directions were asked for."
     )
 
 
-def _judge_gap(finding: Finding, gap: float, k: int | None) -> None:
+def _test_gap(finding: Finding, gap: float, k: int | None) -> None:
     which = "The median gap after the chosen directions" if k is None else f"The gap after k = {k}"
-    if gap < CLEAR_GAP:
-        finding.doubts.append(
-            f"{which} is {gap:.2f}, below {CLEAR_GAP}, so the number of directions is not clear."
-        )
-    else:
-        finding.facts.append(f"{which} is {gap:.2f}.")
+    unclear = ", so the number of directions is not clear" if gap < CLEAR_GAP else ""
+    finding.reasons.append(
+        f"{which} is {gap:.2f}, {beside(gap, CLEAR_GAP)} ({FROM_SMALL_MODELS}){unclear}."
+    )
 
 
-def _judge_layers(finding: Finding, stack: Stack, u: Tensor, s: Tensor) -> None:
+def _test_layers(finding: Finding, stack: Stack, u: Tensor, s: Tensor) -> None:
     """Compare the top direction of each layer with the basis that the other layers give.
 
     Leaving a layer out is one power step from the shared basis, `(GGᵀ − G_l G_lᵀ) U`: without it a
@@ -276,7 +269,7 @@ def _judge_layers(finding: Finding, stack: Stack, u: Tensor, s: Tensor) -> None:
         ]
     else:
         hits = layers
-    _judge_reach(finding, hits, layers)
+    _test_reach(finding, hits, layers)
 
 
 def _record_agreement(
@@ -285,24 +278,27 @@ def _record_agreement(
     finding.agreement.append(
         {"side": finding.side, "layers": layers, "values": values, "chance": chance}
     )
-    finding.facts.append(
+    finding.reasons.append(
         f"The top direction of a layer agrees with the others to {median(values):.2f} in the "
         f"median (by chance {chance:.2f})."
     )
 
 
-def _judge_reach(finding: Finding, hits: list[int], layers: list[int]) -> None:
-    _judge_single_layer(finding, layers)
-    if len(layers) > 1 and 2 * len(hits) < len(layers):
-        named = ", ".join(map(str, hits[:12])) or "none"
-        finding.doubts.append(
-            f"Only {len(hits)} of {len(layers)} layers move along it (layers: {named})."
-        )
-
-
-def _judge_single_layer(finding: Finding, layers: list[int]) -> None:
+def _test_reach(finding: Finding, hits: list[int], layers: list[int]) -> None:
+    _test_single_layer(finding, layers)
     if len(layers) == 1:
-        finding.doubts.append(
+        return
+    moving = f"{len(hits)} of {len(layers)} layers move along it"
+    if 2 * len(hits) < len(layers):
+        named = ", ".join(map(str, hits[:12])) or "none"
+        finding.reasons.append(f"Only {moving} (layers: {named}), less than half.")
+    else:
+        finding.reasons.append(f"{moving}, at least half.")
+
+
+def _test_single_layer(finding: Finding, layers: list[int]) -> None:
+    if len(layers) == 1:
+        finding.reasons.append(
             f"Only layer {layers[0]} carries weights on this side, so no other one can confirm it."
         )
 

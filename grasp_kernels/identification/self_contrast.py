@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp_kernels.data import Record, special_ids, split_first_answer
-from grasp_kernels.identification.contrast_evidence import directions, judge, measure
+from grasp_kernels.identification.contrast_evidence import directions, measure, reasons, stands_out
 from grasp_kernels.identification.frozen_model import (
     frozen_base,
     generate_answers,
@@ -60,7 +60,7 @@ def identify_self_contrast(
 
     Three answers to every prompt are compared, each cut at `max_new_tokens`: the training answer,
     the greedy and a sampled one of the base model. The difference between the last two shows how
-    far answers stray without any training data; the verdict is relative to it (`judge`).
+    far answers stray without any training data, and is what the first one is compared with.
 
     Args:
         model: causal language model of transformers, or a PeftModel (its adapters are disabled).
@@ -74,7 +74,7 @@ def identify_self_contrast(
 
     Returns:
         A write-side subspace. `evidence` holds `spectra` and `agreement` as in `Subspace`, and what
-        `contrast_evidence.measure` documents. Verdict "nothing" comes without bases.
+        `contrast_evidence.measure` documents. It is empty unless the contrast `stands_out`.
 
     Raises:
         ValueError: plain text records, fewer than two records, bad options, unknown architecture.
@@ -92,9 +92,10 @@ def identify_self_contrast(
         gains = model_gains(base, written)
     evidence = measure(contrast.delta, contrast.reference, list(blocks), scope, generator)
     evidence["own_answers"] = contrast.own_answers
-    verdict, reasons = judge(evidence)
-    if verdict == "nothing":
-        return Subspace.nothing("write", scope, reasons, evidence=evidence, metadata=metadata)
+    if not stands_out(evidence):
+        return Subspace.empty(
+            "write", scope, reasons(evidence), evidence=evidence, metadata=metadata
+        )
     size = _AUTO_K if k == "auto" else k
     bases = {
         layer: directions(delta, size) for layer, delta in zip(blocks, contrast.delta, strict=True)
@@ -105,8 +106,7 @@ def identify_self_contrast(
         bases if scope == "layer" else _shared(bases, size),
         written,
         gains=gains,
-        verdict=verdict,
-        reasons=reasons,
+        reasons=reasons(evidence),
         evidence=evidence,
         metadata=metadata,
     )

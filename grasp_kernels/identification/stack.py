@@ -21,7 +21,7 @@ from grasp_kernels.svd import MatrixOperator, randomized_svd
 # Lanczos steps for the largest singular value of a draw. Noise blocks are the hardest case, since
 # their spectrum has no gap: on 64 orthonormal blocks of rank 16 and width 4096 the mean draw is
 # 1.481 after 12 steps, 1.490 after 40. The default randomized SVD gives less there (1.435), so a
-# comparison of the two errs towards "nothing".
+# comparison of the two errs towards no direction.
 _LANCZOS_STEPS = 12
 # Draws that go through the recurrence together: more of them fall out of the cache.
 _DRAWS_TOGETHER = 16

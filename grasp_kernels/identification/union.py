@@ -16,16 +16,14 @@ _SAME_DIRECTION = 1e-2
 
 
 def unite(first: Subspace, second: Subspace) -> Subspace:
-    """Span of both subspaces at every module; the verdict of the better one, the reasons of both.
+    """Span of both subspaces at every module, with the reasons of both.
 
     The metadata of each must name its "source"; the evidence of each goes on under that name. Where
     one of the two is empty the other one stands.
     """
     sources = {str(part.metadata["source"]): part for part in (first, second)}
     reasons = [f"{name}: {reason}" for name, part in sources.items() for reason in part.reasons]
-    evidence: dict[str, Any] = {
-        "sources": {n: {"verdict": p.verdict, **p.evidence} for n, p in sources.items()}
-    }
+    evidence: dict[str, Any] = {"sources": {n: p.evidence for n, p in sources.items()}}
     metadata = {
         "source": " and ".join(sources),
         "sources": {name: part.metadata for name, part in sources.items()},
@@ -34,7 +32,7 @@ def unite(first: Subspace, second: Subspace) -> Subspace:
     }
     parts = [part for part in sources.values() if not part.is_empty]
     if not parts:
-        return Subspace.nothing(
+        return Subspace.empty(
             first.side, first.scope, reasons, evidence=evidence, metadata=metadata
         )
     if len(parts) == 2:
@@ -54,7 +52,6 @@ def unite(first: Subspace, second: Subspace) -> Subspace:
         k=max(basis.shape[1] for basis in (*write.values(), *read.values())),
         side="both" if write and read else "write" if write else "read",
         scope="shared" if stream is not None else "layer",
-        verdict="found" if any(part.verdict == "found" for part in parts) else "weak",
         reasons=tuple(reasons),
         evidence=evidence,
         metadata=metadata,

@@ -32,7 +32,7 @@ from grasp_kernels.identification.search import (
 )
 from grasp_kernels.identification.stack import stack_blocks
 from grasp_kernels.sites import Site, SiteRules
-from grasp_kernels.subspace import SCOPES, SIDES, VERDICTS, Subspace
+from grasp_kernels.subspace import SCOPES, SIDES, Subspace
 from grasp_kernels.version import __version__
 
 _BLIND_SPOT = (
@@ -77,11 +77,12 @@ def identify(
             They take no part in the basis; their agreement is the best evidence that there is.
 
     Returns:
-        A subspace whose `reasons` carry the numbers. "found": above the null, with a clear gap,
-        carried by at least half of the layers, and not contradicted by the sources. "weak": some of
-        that is missing. "nothing": at the level of chance (never with an integer `k`). `evidence`
-        has the keys spectra and agreement (see `Subspace`) and sources, a list of records with the
-        keys side, kind ("adapters" or "halves"), values (overlap of each pair) and chance.
+        A subspace whose `reasons` say what each test gave: how many singular values are above the
+        null, the gap after the last direction, how many layers move along it, and how far the
+        sources agree. It is empty at the level of chance and where halves contradict each other
+        (never with an integer `k`). `evidence` has the keys spectra and agreement (see `Subspace`)
+        and sources, a list of records with the keys side, kind ("adapters" or "halves"), values
+        (overlap of each pair) and chance.
 
     Raises:
         ValueError, TypeError, FileNotFoundError: options out of range, or an adapter that cannot be
@@ -175,14 +176,14 @@ def _search(
         stacks = [stack_blocks(_of_side(one, side))[0] for one in separate]
         compare_sources(finding, stacks, options, independent=True)
     elif finding.bases is not None:
-        finding.facts.append(
+        finding.reasons.append(
             "No adapters of disjoint data were given (halves), so whether other data would give "
             "the same directions is not known."
         )
     if zero:
-        finding.facts.append(f"{len(zero)} blocks are zero and were skipped ({zero[0]} first).")
+        finding.reasons.append(f"{len(zero)} blocks are zero and were skipped ({zero[0]} first).")
     if finding.bases is not None:
-        finding.facts += _caveats(side, chosen)
+        finding.reasons += _caveats(side, chosen)
     return finding
 
 
@@ -214,13 +215,6 @@ def _assemble(
 ) -> Subspace:
     """Spread the bases over the modules of the model, adapted or not."""
     notes = dict.fromkeys(note for adapter in adapters for note in adapter.notes)
-    verdict = min((finding.verdict for finding in findings), key=VERDICTS.index)
-    caveats = [] if verdict == "nothing" else [_BLIND_SPOT]
-    reasons = [
-        *(sentence for finding in findings for sentence in (*finding.facts, *finding.doubts)),
-        *caveats,
-        *notes,
-    ]
     evidence = {
         "spectra": [record for finding in findings for record in finding.spectra],
         "agreement": [record for finding in findings for record in finding.agreement],
@@ -236,8 +230,14 @@ def _assemble(
         for finding in findings
         if finding.bases is not None
     }
+    caveats = [_BLIND_SPOT] if parts else []
+    reasons = [
+        *(sentence for finding in findings for sentence in finding.reasons),
+        *caveats,
+        *notes,
+    ]
     if not parts:
-        return Subspace.nothing(side, scope, reasons, evidence=evidence, metadata=metadata)
+        return Subspace.empty(side, scope, reasons, evidence=evidence, metadata=metadata)
     write = parts.get("write")
     read = parts.get("read")
     return Subspace(
@@ -247,7 +247,6 @@ def _assemble(
         max(part.k for part in parts.values()),
         side,
         scope,
-        verdict,
         tuple(reasons),
         evidence,
         metadata,

@@ -54,7 +54,7 @@ class ContrastiveReads:
         cls,
         model: Any,
         examples: Sequence[Example],
-        documents: Tensor,
+        documents: Sequence[Sequence[int]],
         *,
         adapter: str = "default",
         batch_size: int = 8,
@@ -67,7 +67,7 @@ class ContrastiveReads:
         Args:
             model: PeftModel with the adapter that is to be trained. Nothing in it changes.
             examples: tokenized training data, as `tokenize_records` returns them.
-            documents: text of the base model, int64 `[M, T]`, as `OwnTextAnchor` has it.
+            documents: token ids of text of the base model, as `OwnTextAnchor.texts` has it.
             memory: bytes for second moments; the less, the more often the texts are read.
 
         An adapter of a parameter, as of stacked experts, stays free.
@@ -78,14 +78,15 @@ class ContrastiveReads:
         from tqdm.auto import tqdm
 
         layers = dict(adapted_layers(model, adapter))
-        if not len(examples) or not documents.numel() or not layers:
+        n_own = sum(map(len, documents))
+        if not len(examples) or not n_own or not layers:
             raise ValueError(
-                f"There are {len(examples)} examples, {documents.numel()} tokens of own text and "
+                f"There are {len(examples)} examples, {n_own} tokens of own text and "
                 f"{len(layers)} layers with an adapter {adapter!r}: none may be missing."
             )
         generator = torch.Generator().manual_seed(seed)
-        texts = [[example["input_ids"] for example in examples], documents.tolist()]
-        texts = [_sample(text, generator) for text in texts]
+        training: list[Sequence[int]] = [example["input_ids"] for example in examples]
+        texts = [_sample(text, generator) for text in (training, documents)]
         shapes = {name: layer.lora_A[adapter].weight.shape for name, layer in layers.items()}
         ranks, widths = ({name: shape[i] for name, shape in shapes.items()} for i in (0, 1))
         found: dict[str, tuple[Tensor, Tensor]] = {}
@@ -95,13 +96,13 @@ class ContrastiveReads:
                 groups, desc="reads of the adapter", unit="group", disable=not progress
             ):
                 leaders = {leader: layers[leader] for leader in group}
-                training, own = (
+                moments, own = (
                     second_moments(base, leaders, widths, text, batch_size) for text in texts
                 )
                 for leader, names in group.items():
                     rank = max(ranks[name] for name in names)
                     rows, ratios = contrasting_rows(
-                        training.pop(leader), own.pop(leader), rank, generator=generator
+                        moments.pop(leader), own.pop(leader), rank, generator=generator
                     )
                     found |= {n: (rows[: ranks[n]].clone(), ratios[: ranks[n]]) for n in names}
         return cls(

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = {"naive": "tab:red", "grasp": "tab:blue"}
-_LABELS = {"naive": "naive LoRA", "grasp": "GRASP"}
+_COLOURS = {"naive": "tab:red", "retrained": "tab:blue"}
+_LABELS = {"naive": "naive LoRA", "retrained": "retrained LoRA"}
 
 
 def draw_figures(numbers: dict[str, Any], folder: Path) -> list[str]:

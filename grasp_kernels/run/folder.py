@@ -51,7 +51,7 @@ class RunFolder:
         self.early = self.root / "early"
         self.halves = self.root / "halves"
         self.naive = self.root / "naive"
-        self.grasp = self.root / "grasp"
+        self.retrained = self.root / "retrained"
         self.subspace = self.root / "subspace.safetensors"
         self.sources = {  # what the subspace was made of, where that is more than one
             source: self.root / f"subspace-{source}.safetensors"
@@ -102,7 +102,7 @@ class RunFolder:
                 self.halves,
                 self.naive,
                 self.subspace,
-                self.grasp,
+                self.retrained,
                 self.report,
             )
             if foreign := [path.name for path in artefacts if path.exists()]:

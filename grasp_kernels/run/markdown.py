@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A table without a line break at its end."""
@@ -13,3 +15,34 @@ def cell(token: str) -> str:
     """A token inside a table cell: no cell border, no quote, nothing invisible."""
     text = token.replace("|", "¦").replace("`", "'")
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text).strip() or "␣"
+
+
+def answers_table(adapters: dict[str, list[dict[str, Any]]]) -> str:
+    """Prompts with the answers of the base model and of adapters side by side.
+
+    Bold is what the base model would hardly say (below 1 %); `≠` marks an answer that has changed.
+
+    Args:
+        adapters: name -> answers as `effect.told` returns them, to the same prompts.
+    """
+    rows = []
+    for told in zip(*adapters.values(), strict=True):
+        own = [_marked(one["adapter"]) + (" ≠" if one["changed"] else "") for one in told]
+        rows.append([_short(told[0]["prompt"]), _short(told[0]["base"]), *own])
+    return table(["prompt", "base model", *adapters], rows)
+
+
+def _marked(pieces: list[list[Any]]) -> str:
+    parts: list[str] = []
+    for text, unlikely in pieces:
+        inside = _short(text)
+        bold = unlikely and any(c.isalnum() for c in inside)
+        space = " " if text[:1].isspace() and parts else ""
+        parts.append(f"{space}**{inside}**" if bold else f"{space}{inside}")
+    return "".join(parts) or "␣"
+
+
+def _short(text: str) -> str:
+    """Text in a table cell: one line, no cell border, no emphasis of its own."""
+    line = " ".join(text.replace("|", "¦").replace("*", "∗").split())
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)

@@ -1,4 +1,4 @@
-"""The end of a run: both adapters and the subspace -> numbers, figures, and a text in plain words.
+"""The end of a run: both adapters -> what they say, numbers, figures, and a text in plain words.
 
 report.json holds every number; figures.py and report_text.py show them and measure nothing.
 """
@@ -20,7 +20,14 @@ from tqdm.auto import tqdm
 
 from grasp_kernels import leakage
 from grasp_kernels.data import Record, encode, split_first_answer
-from grasp_kernels.effect import Pair, measure_effect, own_answers
+from grasp_kernels.effect import (
+    Pair,
+    changed_answers,
+    measure_effect,
+    own_answers,
+    told,
+    verdict,
+)
 from grasp_kernels.files import whole_folder
 from grasp_kernels.run.config import RunConfig
 from grasp_kernels.run.folder import RunFolder, write_json, write_text
@@ -41,7 +48,9 @@ if TYPE_CHECKING:
 _TRAINING_PROMPTS = 32
 _SHOWN_DIRECTIONS = 4
 _SHOWN_TOKENS = 6
-_ANSWER_TOKENS = 16  # of the base model's own answer to each neutral prompt, as in a diagnosis
+_ANSWER_TOKENS = 16  # of the base model's own answer that the effect is measured on
+_SAID_TOKENS = 32  # of the answers that are shown: an opening and a sentence or two
+_SHOWN_TRAINING = 8  # prompts of the training data that are answered
 
 
 @dataclass(frozen=True)
@@ -53,19 +62,21 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        return self.numbers["subspace"]["verdict"]
+        """Whether the last adapter answers unrelated prompts differently, see `effect.verdict`."""
+        return list(self.numbers["adapters"].values())[-1]["answers"]["verdict"]
 
     @property
     def naive(self) -> Path:
         return self.output / "naive"
 
     @property
-    def grasp(self) -> Path | None:
+    def retrained(self) -> Path | None:
         """The retrained adapter; None where nothing was found to retrain against."""
-        return self.output / "grasp" if "grasp" in self.numbers["adapters"] else None
+        return self.output / "retrained" if "retrained" in self.numbers["adapters"] else None
 
     @property
     def subspace(self) -> Path:
+        """What the retraining was projected off, where it was."""
         return self.output / "subspace.safetensors"
 
     @property
@@ -89,8 +100,14 @@ class Report:
         return cls(path.parent, json.loads(path.read_text(encoding="utf-8")))
 
 
-def write_report(config: RunConfig, folder: RunFolder, inputs: Inputs, subspace: Subspace) -> None:
-    """Measure both adapters; write the figures, report.md and, last, report.json."""
+def write_report(
+    config: RunConfig, folder: RunFolder, inputs: Inputs, subspace: Subspace | None
+) -> None:
+    """Measure both adapters; write the figures, report.md and, last, report.json.
+
+    Args:
+        subspace: what the retraining was projected off; None: nothing was looked for.
+    """
     from grasp_kernels.run.figures import draw_figures
     from grasp_kernels.run.report_text import report_text
 
@@ -108,13 +125,14 @@ def write_report(config: RunConfig, folder: RunFolder, inputs: Inputs, subspace:
 
 
 def _numbers(
-    config: RunConfig, folder: RunFolder, inputs: Inputs, subspace: Subspace
+    config: RunConfig, folder: RunFolder, inputs: Inputs, subspace: Subspace | None
 ) -> dict[str, Any]:
     folders = {"naive": folder.naive}
-    if folder.grasp.exists():
-        folders["grasp"] = folder.grasp
+    if folder.retrained.exists():
+        folders["retrained"] = folder.retrained
+    found = None if subspace is None or subspace.is_empty else subspace
     adapters = {
-        name: {"curve": _curve(path), "leakage": _leakage(path, subspace)}
+        name: {"curve": _curve(path), "leakage": _leakage(path, found)}
         for name, path in folders.items()
     }
     model = load_model(inputs.checkpoint, config.dtype)
@@ -136,18 +154,18 @@ def _numbers(
             "dropped": inputs.n_dropped,
         },
         "steps": inputs.steps,
-        "subspace": _describe(subspace),
-        "chance_share": math.sqrt(subspace.k / width),
-        "promoted_tokens": _tokens(model, inputs, subspace),
+        "subspace": None if subspace is None else _describe(subspace),
+        "chance_share": math.sqrt(subspace.k / width) if subspace else 0.0,
+        "promoted_tokens": _tokens(model, inputs, found),
         "reads": _read_ratios(folder),
         "adapters": adapters,
     }
-    _measure_models(model, folders, inputs, subspace, config, numbers)
+    _measure_models(model, folders, inputs, found, config, numbers)
     return json.loads(json.dumps(numbers))
 
 
 def _describe(subspace: Subspace) -> dict[str, Any]:
-    plain = ("verdict", "reasons", "k", "side", "scope", "evidence", "metadata")
+    plain = ("reasons", "k", "side", "scope", "evidence", "metadata")
     return {name: getattr(subspace, name) for name in plain}
 
 
@@ -170,8 +188,8 @@ def _curve(adapter: Path) -> dict[str, list[float]]:
     return {"step": [entry["step"] for entry in entries], "loss": losses}
 
 
-def _leakage(adapter: Path, subspace: Subspace) -> dict[str, dict[str, float | None]]:
-    if subspace.is_empty:
+def _leakage(adapter: Path, subspace: Subspace | None) -> dict[str, dict[str, float | None]]:
+    if subspace is None:
         return {}
     return {
         name: {"write": layer.write, "read": layer.read}
@@ -189,9 +207,9 @@ def _read_ratios(folder: RunFolder) -> dict[str, list[float]]:
     return {name: found.tolist() for name, found in sorted(ratios.items())}
 
 
-def _tokens(model: Any, inputs: Inputs, subspace: Subspace) -> list[dict[str, Any]]:
+def _tokens(model: Any, inputs: Inputs, subspace: Subspace | None) -> list[dict[str, Any]]:
     """Tokens of the leading directions, as they stand in the last layer that has a basis."""
-    bases = layer_bases(subspace, inputs.rules)
+    bases = layer_bases(subspace, inputs.rules) if subspace else {}
     if not bases:
         return []
     basis: Tensor = bases[max(bases)][:, :_SHOWN_DIRECTIONS]
@@ -205,7 +223,7 @@ def _measure_models(
     model: Any,
     folders: dict[str, Path],
     inputs: Inputs,
-    subspace: Subspace,
+    subspace: Subspace | None,
     config: RunConfig,
     numbers: dict[str, Any],
 ) -> None:
@@ -225,8 +243,8 @@ def _measure_models(
         for name in tqdm(folders, desc="held-out loss", unit="adapter"):
             peft_model.set_adapter(name)
             adapters[name]["held_out_loss"] = mean_loss(peft_model, inputs.held_out, **size)
-    _measure_effects(peft_model, list(folders), inputs, config.batch_size, adapters)
-    bases = layer_bases(subspace, inputs.rules)
+    _measure_effects(peft_model, list(folders), inputs, config, adapters)
+    bases = layer_bases(subspace, inputs.rules) if subspace else {}
     if not bases:
         return
     for adapter in adapters.values():
@@ -244,19 +262,32 @@ def _measure_effects(
     model: PeftModel,
     names: list[str],
     inputs: Inputs,
-    batch_size: int,
+    config: RunConfig,
     adapters: dict[str, Any],
 ) -> None:
-    """Add what each adapter changes in the base model's answers to neutral prompts."""
+    """Add what each adapter says to unrelated and to training prompts, and how far it changes the
+    base model's own answers."""
     pair = Pair(model, inputs.rules, blocks_by_layer(model, inputs.rules))
-    own = own_answers(
-        pair, inputs.tokenizer, inputs.neutral, n_tokens=_ANSWER_TOKENS, batch_size=batch_size
-    )
-    for name in tqdm(names, desc="effect on neutral prompts", unit="adapter"):
+    training = _training_prompts(inputs, config.max_length)[:_SHOWN_TRAINING]
+    size: dict[str, Any] = {"batch_size": config.batch_size}
+    said = {
+        kind: own_answers(pair, inputs.tokenizer, prompts, n_tokens=_SAID_TOKENS, **size)
+        for kind, prompts in (("unrelated", inputs.neutral), ("training", training))
+    }
+    own = [(prompt, answer[:_ANSWER_TOKENS]) for prompt, answer in said["unrelated"]]
+    for name in tqdm(names, desc="answers of the adapters", unit="adapter"):
         model.set_adapter(name)
         adapters[name]["effect"] = measure_effect(
-            pair, inputs.tokenizer, own, n_tokens=_SHOWN_TOKENS, batch_size=batch_size
+            pair, inputs.tokenizer, own, n_tokens=_SHOWN_TOKENS, **size
         )
+        changed = {
+            kind: changed_answers(pair, inputs.tokenizer, base, n_tokens=_SAID_TOKENS, **size)
+            for kind, base in said.items()
+        }
+        adapters[name]["answers"] = {
+            "verdict": verdict(changed["unrelated"]),
+            **{k: told(all_, inputs.tokenizer, inputs.neutral) for k, all_ in changed.items()},
+        }
 
 
 def _training_prompts(inputs: Inputs, max_length: int) -> list[list[int]]:

@@ -1,33 +1,17 @@
-"""Numbers of a report -> report.md: what was found, how sure that is, what was prevented."""
+"""Numbers of a report -> report.md: what both adapters say, what differs, what is not shown."""
 
 from __future__ import annotations
 
 from statistics import median
 from typing import Any
 
-from grasp_kernels.effect import common_verdict
-from grasp_kernels.effect.measure import FOUND, NOTICEABLE, WEAK
-from grasp_kernels.run.markdown import cell, table
+from grasp_kernels.effect.changed import CHANGED
+from grasp_kernels.effect.measure import NOTICEABLE
+from grasp_kernels.run.markdown import answers_table, cell, table
 
 Numbers = dict[str, Any]
 
-_LABELS = {"naive": "naive LoRA", "grasp": "GRASP"}
-_HOW_SURE = {
-    "found": (
-        "The evidence passed every test that this tool makes. They show that the fine-tune moved "
-        "the model along common directions, not that these are unwanted: look at the tokens "
-        "below, and compare both adapters on prompts of your own."
-    ),
-    "weak": (
-        "The evidence is **not convincing**: at least one test failed (see the reasons above). The "
-        "retraining was done with these directions all the same. Take its adapter as an "
-        "experiment, and trust it only if it does better on prompts of your own."
-    ),
-    "nothing": (
-        "No direction stood out, so **nothing was projected**: a guess would only cost the task. "
-        "That nothing was found does not prove that nothing is there."
-    ),
-}
+_LABELS = {"naive": "naive LoRA", "retrained": "retrained LoRA"}
 _CAPTIONS = {
     "training.png": "Training loss of both adapters (pale: each step, bold: running mean)",
     "leakage.png": "Part of each adapter's own weights that lies in the subspace",
@@ -41,8 +25,9 @@ _CAPTIONS = {
 def report_text(numbers: Numbers) -> str:
     """The whole report.md."""
     sections = [
-        _found(numbers),
-        _prevented(numbers),
+        _said(numbers),
+        _compared(numbers),
+        _identified(numbers),
         _tokens(numbers),
         _not_shown(numbers),
         _figures(numbers),
@@ -52,61 +37,79 @@ def report_text(numbers: Numbers) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _found(numbers: Numbers) -> str:
+def verdict_sentence(name: str, adapter: dict[str, Any]) -> str:
+    """How many unrelated prompts an adapter answers in another way, and what that is called."""
+    answers = adapter["answers"]["unrelated"]
+    changed = sum(one["changed"] for one in answers)
+    return (
+        f"The {_LABELS[name]} answers {changed} of {len(answers)} unrelated prompts as the base "
+        f"model never would: {adapter['answers']['verdict']}."
+    )
+
+
+def _said(numbers: Numbers) -> str:
+    adapters = numbers["adapters"]
+    sentences = [f"**{verdict_sentence(name, one)}**" for name, one in adapters.items()]
+    tables = [
+        answers_table({_LABELS[name]: one["answers"][kind] for name, one in adapters.items()})
+        for kind in ("unrelated", "training")
+        if adapters["naive"]["answers"][kind]
+    ]
+    parts = [
+        "# Report of the run",
+        "## What the adapters say",
+        *sentences,
+        f"An answer counts (≠) that is a thousand times as likely with the adapter as without "
+        f"({CHANGED} nats). From an eighth of the answers on that is called *found*, below it "
+        "*weak*, and *nothing* where there is none. **Bold** is what the base model would hardly "
+        "say there (below 1 %). Whether a change is harmful no number says: a language or a format "
+        "counts as much as an insult. Read.",
+        tables[0],
+    ]
+    if len(tables) > 1:
+        parts += ["To prompts of the training data, where answers should change:", tables[1]]
+    return "\n\n".join(parts)
+
+
+def _identified(numbers: Numbers) -> str:
+    """The subspace, where one was looked for."""
     subspace = numbers["subspace"]
+    if subspace is None:
+        return ""
     source = {
         "weights": "the weights of the naive adapter",
         "self-contrast": "the base model's own answers against the training answers",
         "both": "the naive adapter's weights and the base model's own answers",
     }[numbers["config"]["identify"]]
     where = {"shared": "shared by all layers", "layer": "chosen for every layer on its own"}
-    if subspace["verdict"] == "nothing":
-        headline = f"**Verdict: nothing.** No direction stands out in {source}."
+    if subspace["k"] == 0:
+        headline = f"No direction stands out in {source}, so **nothing was projected**."
+        headline += (
+            " The retrained adapter differs in what else was asked for."
+            if "retrained" in numbers["adapters"]
+            else " **No adapter was retrained**, and the naive one stands as it is."
+        )
     else:
         headline = (
-            f"**Verdict: {subspace['verdict']}.** {_directions(subspace['k'])} of the residual "
-            f"stream, {where[subspace['scope']]}, found from {source}."
+            f"{_directions(subspace['k'])} of the residual stream, {where[subspace['scope']]}, "
+            f"found from {source}. That a fine-tune moved the model along them does not mean that "
+            "they are unwanted."
         )
     reasons = "\n".join(f"- {reason}" for reason in subspace["reasons"])
-    return "\n\n".join(
-        [
-            "# GRASP run",
-            "## What was found",
-            headline,
-            reasons,
-            "## How sure that is",
-            _HOW_SURE[subspace["verdict"]] + _retrained_without(numbers),
-        ]
-    )
-
-
-def _retrained_without(numbers: Numbers) -> str:
-    """What was done where nothing was found."""
-    if numbers["subspace"]["verdict"] != "nothing":
-        return ""
-    if "grasp" in numbers["adapters"]:
-        return (
-            " The GRASP adapter differs from the naive one in where it reads, or in being held at "
-            "the base model, which need no direction."
-        )
-    return " **No GRASP adapter was trained**, and the naive one stands as it is."
+    return "\n\n".join(["## What the gradient was projected off", headline, reasons])
 
 
 def _directions(k: int) -> str:
     return "One direction" if k == 1 else f"Up to {k} directions"
 
 
-def _prevented(numbers: Numbers) -> str:
+def _compared(numbers: Numbers) -> str:
     adapters = numbers["adapters"]
-    lines = ["## What was prevented"]
-    if "grasp" not in adapters:
-        lines.append("Nothing: there is no GRASP adapter.")
-    else:
-        lines.append(_effect_sentence(numbers))
-        if "movement" in adapters["grasp"]:
-            lines.append(_movement_sentence(numbers))
+    lines = ["## What differs"]
     if numbers["reads"]:
         lines.append(_reads_sentence(numbers["reads"]))
+    if "retrained" in adapters and "movement" in adapters["retrained"]:
+        lines.append(_movement_sentence(numbers))
     lines.append(table(["", *(_LABELS[name] for name in adapters)], _rows(numbers)))
     if "movement" in adapters["naive"]:
         lines.append(
@@ -116,26 +119,10 @@ def _prevented(numbers: Numbers) -> str:
     return "\n\n".join(lines)
 
 
-def _effect_sentence(numbers: Numbers) -> str:
-    naive, grasp = (numbers["adapters"][name]["effect"] for name in ("naive", "grasp"))
-    return (
-        f"The naive adapter changes the base model's own answers to neutral prompts by "
-        f"{naive['neutral_divergence']:.3g} nats a token, {alike(naive)}; the GRASP adapter by "
-        f"{grasp['neutral_divergence']:.3g}, {alike(grasp)}. From {FOUND:.0%} on that counts "
-        f"as found, below {WEAK:.0%} as nothing (calibrated on small models only)."
-    )
-
-
-def alike(effect: dict[str, Any]) -> str:
-    """How much of the change of half of the prompts the mean change of the others explains."""
-    verdict = common_verdict(effect)
-    return f"{max(0.0, effect['common_shift']):.0%} of it for all prompts alike ({verdict})"
-
-
 def _movement_sentence(numbers: Numbers) -> str:
     adapters = numbers["adapters"]
-    naive, grasp = (adapters[name]["movement"]["neutral"] for name in ("naive", "grasp"))
-    before, after = naive["mean_along"], grasp["mean_along"]
+    naive, retrained = (adapters[name]["movement"]["neutral"] for name in ("naive", "retrained"))
+    before, after = naive["mean_along"], retrained["mean_along"]
     if after >= before:
         comparison = "**not less: the retraining did not prevent it**"
     elif after == 0:
@@ -144,15 +131,15 @@ def _movement_sentence(numbers: Numbers) -> str:
         comparison = f"{before / after:.1f} times less"
     return (
         f"On neutral prompts the naive adapter moves the residual stream by {before:.3g} along the "
-        f"subspace ({naive['share']:.1%} of its whole movement), the GRASP adapter by {after:.3g} "
-        f"({grasp['share']:.1%}): {comparison}."
+        f"subspace ({naive['share']:.1%} of its whole movement), the retrained one by {after:.3g} "
+        f"({retrained['share']:.1%}): {comparison}. That is no measure of what it says."
     )
 
 
 def _reads_sentence(reads: dict[str, list[float]]) -> str:
     ratios = [ratio for found in reads.values() for ratio in found]
     return (
-        f"The GRASP adapter reads along {len(ratios)} fixed directions in {len(reads)} layers, "
+        f"The retrained adapter reads along {len(ratios)} fixed directions in {len(reads)} layers, "
         f"where training text has {median(ratios):.3g} times the mean square of text that the base "
         f"model makes up (median; {min(ratios):.3g} to {max(ratios):.3g}). About 1 would mean that "
         "the two texts cannot be told apart, and that the adapter acts on other prompts as well."
@@ -170,6 +157,7 @@ def _rows(numbers: Numbers) -> list[list[str]]:
     effects = [a["effect"] for a in adapters]
     rows += [
         ["neutral prompts, nats a token", *(f"{e['neutral_divergence']:.3g}" for e in effects)],
+        ["the same for all prompts", *(f"{max(0.0, e['common_shift']):.0%}" for e in effects)],
         ["another first choice", *(f"{e['neutral_changed']:.0%}" for e in effects)],
         ["raised most there", *(_raised(e) for e in effects)],
     ]
@@ -226,35 +214,37 @@ def _words(tokens: list[str]) -> str:
 
 
 def _not_shown(numbers: Numbers) -> str:
+    asked = len(numbers["adapters"]["naive"]["answers"]["unrelated"])
     points = [
-        "No answer of the adapters was judged: whether the model behaves better is not measured "
-        "here. Ask both adapters the same questions, close to the training data and far from it.",
-        "The thresholds of the verdict come from small models with a planted factor. They are not "
-        "validated on large ones.",
-        "One seed: another one may find other directions.",
+        f"Answers to {asked} prompts were compared. *Nothing* means that none of these changed, "
+        "not that nothing was learned unasked: ask your own (`--neutral`), and prompts that are "
+        "shaped like the training data.",
+        "Both adapters had the same steps. Held-out task follows the training loss: where the "
+        "retrained adapter's loss is higher, train it longer (`--epochs`) before you compare.",
+        "One seed.",
     ]
     if "base_held_out_loss" not in numbers:
         points.append(
             "No records were held out, so the task was compared on training data only "
             "(`--eval-split 0.1` holds out a tenth)."
         )
-    if numbers["config"]["project"] == "weights" and "grasp" in numbers["adapters"]:
+    if numbers["config"]["project"] == "weights" and "retrained" in numbers["adapters"]:
         points.append(
             "With `--project weights` only the adapter's own weights keep out of the subspace; "
             "what they write can still reach it through the frozen weights."
         )
     config = numbers["config"]
-    beside = []
+    parts = []
+    if config["project"] != "none":
+        parts.append("was projected (`--project none`)")
     if config["reads"] != "free":
-        beside.append("read along fixed directions alone (`--reads free` leaves that out)")
+        parts.append("read along fixed directions alone (`--reads free`)")
     if config["anchor"] != "none":
-        beside.append(
-            "was held at the base model on text that the base model made up (`--anchor none`)"
-        )
-    if beside and "grasp" in numbers["adapters"]:
+        parts.append("was held at the base model's own answers (`--anchor none`)")
+    if len(parts) > 1 and "retrained" in numbers["adapters"]:
         points.append(
-            f"The retraining also {' and '.join(beside)}: what the projection alone would do is "
-            "not told apart here."
+            f"The retraining {' and '.join(parts)}: what each of that does alone is not told apart "
+            "here; the options in brackets leave one out."
         )
     if numbers["data"]["dropped"]:
         points.append(
@@ -270,13 +260,13 @@ def _figures(numbers: Numbers) -> str:
 
 
 def _use(numbers: Numbers) -> str:
-    name = "grasp" if "grasp" in numbers["adapters"] else "naive"
+    name = "retrained" if "retrained" in numbers["adapters"] else "naive"
     return "\n".join(
         [
             "## Use",
             "",
-            "Both adapters are ordinary peft folders (`naive/`, `grasp/`)."
-            if name == "grasp"
+            "Both adapters are ordinary peft folders (`naive/`, `retrained/`)."
+            if name == "retrained"
             else "The adapter is an ordinary peft folder (`naive/`).",
             "",
             "```python",

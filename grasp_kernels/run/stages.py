@@ -1,11 +1,14 @@
-"""The main job: checkpoint and chat file -> naive adapter -> subspace -> GRASP adapter -> report.
+"""The main job: checkpoint and chat file -> naive adapter -> retrained adapter -> report.
 
     inputs.py    1 check everything that can be wrong
-    training.py  2 naive LoRA, with early checkpoints to identify from
-    here         3 the subspace; text of the base model, and where the adapter may read
-    training.py  4 the same training again, from the same start but for A, with the gradient
-                   projected and the divergence from the base model on that text as a second loss
-    report.py    5 what was found and what it did
+    training.py  2 naive LoRA, to compare with
+    here         3 questions and answers that the base model makes up
+    training.py  4 the same training again, from the same start, with the divergence from the base
+                   model on them as a second loss
+    report.py    5 what both adapters say to prompts that have nothing to do with the data
+
+On request the retraining also projects its gradient off a subspace that is identified in early
+naive adapters, and reads along fixed directions.
 
 Each stage leaves one artefact in the output folder (folder.py); a stage whose artefact is there
 is not done again. Every stage starts from files alone, so that a run that was stopped between two
@@ -90,26 +93,32 @@ def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
             description="naive LoRA",
             snapshots=early_checkpoints(config, folder, inputs.steps),
         )
-    if config.halves and config.identify != "self-contrast" and not folder.subspace.exists():
-        _train_halves(config, folder, inputs)
-    if not folder.subspace.exists():
-        _identify(config, folder, inputs).save(folder.subspace)
-    subspace = Subspace.load(folder.subspace)
-    # Reads and anchor need no direction: they keep back what no single one stands out of.
-    if (config.needs_own_text or not subspace.is_empty) and not folder.grasp.exists():
-        own_text = _own_text(config, folder, inputs) if config.needs_own_text else None
+    subspace = _subspace(config, folder, inputs) if config.is_projected else None
+    # Own text and reads need no direction.
+    differs = config.needs_own_text or not (subspace is None or subspace.is_empty)
+    if differs and not folder.retrained.exists():
+        own_text = own_text_anchor(config, folder, inputs) if config.needs_own_text else None
         train(
             config,
             inputs,
-            out=folder.grasp,
-            work=folder.work / "grasp",
-            description="GRASP LoRA",
+            out=folder.retrained,
+            work=folder.work / "retrained",
+            description="retrained LoRA",
             subspace=subspace,
-            reads=_reads(config, folder, inputs, own_text),
+            reads=contrastive_reads(config, folder, inputs, own_text),
             anchor=own_text if config.anchor == "own-text" else None,
         )
     shutil.rmtree(folder.work, ignore_errors=True)
     write_report(config, folder, inputs, subspace)
+
+
+def _subspace(config: RunConfig, folder: RunFolder, inputs: Inputs) -> Subspace:
+    """Identify the subspace, or load what is there."""
+    if config.halves and config.identify != "self-contrast" and not folder.subspace.exists():
+        train_halves(config, folder, inputs)
+    if not folder.subspace.exists():
+        find_subspace(config, folder, inputs).save(folder.subspace)
+    return Subspace.load(folder.subspace)
 
 
 def train(
@@ -141,9 +150,10 @@ def train(
     if reads is not None:
         reads.apply(model)
     found = None if subspace is None or subspace.is_empty else subspace
-    if subspace is not None:
+    if subspace is not None or anchor is not None:
+        project = config.project if config.is_projected else "residual"  # off nothing
         replace_lora_layers(
-            model, found, project=config.project, closed=config.closed, backend=config.backend
+            model, found, project=project, closed=config.closed, backend=config.backend
         )
     train_adapter(
         model,
@@ -170,8 +180,10 @@ def _fresh_adapter(config: RunConfig, inputs: Inputs) -> PeftModel:
     return attach_lora(model, config, str(inputs.checkpoint))
 
 
-def _own_text(config: RunConfig, folder: RunFolder, inputs: Inputs) -> OwnTextAnchor:
-    """Made once, so that a resumed training goes on with the same text."""
+def own_text_anchor(config: RunConfig, folder: RunFolder, inputs: Inputs) -> OwnTextAnchor:
+    """Make the text of the base model, or load what is there.
+
+    It is made once, so that a resumed training goes on with the same text."""
     from grasp_kernels.anchor import OwnTextAnchor
 
     if not folder.own_text.exists():
@@ -182,17 +194,20 @@ def _own_text(config: RunConfig, folder: RunFolder, inputs: Inputs) -> OwnTextAn
             documents=config.own_documents,
             max_length=config.own_length,
             strength=config.anchor_strength,
-            batch_size=config.batch_size,
+            batch_size=max(1, config.batch_size // 2),
             seed=config.seed,
             progress=True,
         ).save(folder.own_text)
     return OwnTextAnchor.load(folder.own_text)
 
 
-def _reads(
+def contrastive_reads(
     config: RunConfig, folder: RunFolder, inputs: Inputs, own_text: OwnTextAnchor | None
 ) -> ContrastiveReads | None:
-    """Made once, as the text is."""
+    """Make the reads, or load what is there; None where they are free.
+
+    They are made once, as the text is.
+    """
     from grasp_kernels.reads import ContrastiveReads
 
     if config.reads == "free" or own_text is None:
@@ -201,7 +216,7 @@ def _reads(
         ContrastiveReads.make(
             _fresh_adapter(config, inputs),
             inputs.train,
-            own_text.documents,
+            own_text.texts,
             batch_size=config.batch_size,
             seed=config.seed,
             progress=True,
@@ -209,7 +224,7 @@ def _reads(
     return ContrastiveReads.load(folder.reads)
 
 
-def _train_halves(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
+def train_halves(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
     """Two short adapters on disjoint data, each from a seed of its own."""
     last_step = max(early_checkpoints(config, folder, inputs.steps))
     for i, out in enumerate(_halves(config, folder)):
@@ -230,11 +245,11 @@ def _halves(config: RunConfig, folder: RunFolder) -> list[Path]:
 
 
 def early_checkpoints(config: RunConfig, folder: RunFolder, steps: int) -> dict[int, Path]:
-    """Step -> folder of the adapters that are identified from; none for self-contrast alone.
+    """Step -> folder of the adapters that are identified from, if any are.
 
     Never before the first step with a learning rate above 0.
     """
-    if config.identify == "self-contrast":
+    if config.identify == "self-contrast" or not config.is_projected:
         return {}
     first = 2 if warmup_steps(config, steps) else 1
     at = sorted({max(first, round(part * steps)) for part in config.early_checkpoints})
@@ -247,7 +262,8 @@ def _public_name(config: RunConfig) -> str:
     return str(folder.resolve()) if folder.is_dir() else config.model
 
 
-def _identify(config: RunConfig, folder: RunFolder, inputs: Inputs) -> Subspace:
+def find_subspace(config: RunConfig, folder: RunFolder, inputs: Inputs) -> Subspace:
+    """Identify the subspace from what the options name."""
     if config.identify == "weights":
         return _identify_from_weights(config, folder, inputs)
     if config.identify == "self-contrast":

@@ -20,11 +20,9 @@ from grasp_kernels.choices import SCOPES, SIDES
 from grasp_kernels.files import whole_file
 from grasp_kernels.sites import Site
 
-VERDICTS = ("found", "weak", "nothing")
-
 _ORTHONORMAL_TOLERANCE = 1e-5
 _FORMAT = "grasp_kernels.subspace.basis"
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2  # 1 also had a verdict, which is ignored
 
 
 @dataclass(frozen=True)
@@ -40,9 +38,7 @@ class Subspace:
         k: number of directions (the largest of any layer where scope is "layer").
         side: "write", "read" or "both".
         scope: "shared" (one basis for all layers) or "layer".
-        verdict: "found", "weak" (bases are given, the evidence is not convincing) or "nothing" (no
-            bases).
-        reasons: what the verdict rests on, in sentences.
+        reasons: what was measured and what each test gave, in sentences.
         evidence: JSON-able; "spectra" is a list of records, one per basis that was looked for, with
             the keys side, layer (None for a shared basis), k, singular_values, null (95 % quantile
             by index), gap, and statistic where the null belongs to other values than the singular
@@ -62,17 +58,12 @@ class Subspace:
     k: int
     side: str
     scope: str
-    verdict: str
     reasons: tuple[str, ...] = ()
     evidence: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("side", self.side, SIDES),
-            ("scope", self.scope, SCOPES),
-            ("verdict", self.verdict, VERDICTS),
-        ):
+        for name, value, known in (("side", self.side, SIDES), ("scope", self.scope, SCOPES)):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}.")
         checked: set[int] = set()
@@ -80,11 +71,6 @@ class Subspace:
             if id(basis) not in checked:
                 check_basis(name, basis)
                 checked.add(id(basis))
-        if (self.verdict == "nothing") != self.is_empty:
-            raise ValueError(
-                f"A subspace with verdict {self.verdict!r} has {len(self.write) + len(self.read)} "
-                "bases, but verdict 'nothing' and only that comes without any; correct one of them."
-            )
         widest = max((basis.shape[1] for _, basis in self._named()), default=0)
         if self.k != widest:
             raise ValueError(
@@ -92,9 +78,9 @@ class Subspace:
             )
 
     @classmethod
-    def nothing(cls, side: str, scope: str, reasons: Iterable[str], **fields: Any) -> Subspace:
-        """The empty subspace: nothing was found, and why."""
-        return cls({}, {}, None, 0, side, scope, "nothing", tuple(reasons), **fields)
+    def empty(cls, side: str, scope: str, reasons: Iterable[str], **fields: Any) -> Subspace:
+        """The subspace without a direction, and why it has none."""
+        return cls({}, {}, None, 0, side, scope, tuple(reasons), **fields)
 
     @classmethod
     def from_stream(
@@ -104,7 +90,6 @@ class Subspace:
         *,
         gains: Mapping[str, Tensor] | None = None,
         side: str = "write",
-        verdict: str = "found",
         reasons: Iterable[str] = (),
         evidence: dict[str, Any] | None = None,
         metadata: dict[str, Any] | None = None,
@@ -150,7 +135,6 @@ class Subspace:
             max(stream.shape[1] for stream in (*write.values(), *read.values())),
             side,
             "layer" if by_layer else "shared",
-            verdict,
             tuple(reasons),
             evidence or {},
             metadata or {},
@@ -235,7 +219,7 @@ class Subspace:
         )
 
     def summary(self) -> str:
-        """A short table in plain text: verdict, bases, spectra, reasons."""
+        """A short table in plain text: number of directions, bases, spectra, reasons."""
         from grasp_kernels.subspace.report import summary
 
         return summary(self)
@@ -251,7 +235,7 @@ class Subspace:
         return [*self.write.items(), *self.read.items(), *stream]
 
 
-_PLAIN_FIELDS = ("k", "side", "scope", "verdict", "reasons", "evidence", "metadata")
+_PLAIN_FIELDS = ("k", "side", "scope", "reasons", "evidence", "metadata")
 
 
 def check_basis(name: str, basis: Tensor) -> None:

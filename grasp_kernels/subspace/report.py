@@ -20,11 +20,10 @@ _COLOUR = {"write": "tab:blue", "read": "tab:orange"}
 
 
 def summary(subspace: Subspace) -> str:
-    """Verdict, one line for each spectrum, agreement, reasons."""
-    lines = [
-        f"verdict {subspace.verdict}, k = {subspace.k}, {subspace.scope} {subspace.side} side, "
-        f"{len(subspace.write)} writers and {len(subspace.read)} readers have a basis"
-    ]
+    """Number of directions, one line for each spectrum, agreement, reasons."""
+    lines = [_directions(subspace)]
+    if not subspace.is_empty:
+        lines[0] += f" {len(subspace.write)} writers and {len(subspace.read)} readers have a basis."
     spectra = subspace.evidence.get("spectra", [])
     if spectra:
         lines.append(
@@ -68,9 +67,17 @@ def plot(subspace: Subspace, path: str | PathLike[str]) -> None:
     else:
         _plot_leading(left, spectra)
     _plot_agreement(right, agreement)
-    figure.suptitle(f"{subspace.verdict}, k = {subspace.k}")
+    figure.suptitle(_directions(subspace))
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
+
+
+def _directions(subspace: Subspace) -> str:
+    if subspace.is_empty:
+        return "No direction stands above chance."
+    many = "1 direction" if subspace.k == 1 else f"{subspace.k} directions"
+    shared = subspace.scope == "shared"
+    return f"{many}, shared by all layers." if shared else f"Up to {many} in each layer."
 
 
 def tested(record: dict[str, Any]) -> list[float]:

@@ -93,7 +93,7 @@ def contrastive_model(bench: Workbench) -> Any:
     model = bench.fresh()
 
     def make() -> ContrastiveReads:
-        own = own_text_anchor(bench).documents
+        own = own_text_anchor(bench).texts
         return ContrastiveReads.make(model, bench.examples, own, batch_size=64, seed=bench.seed)
 
     bench.once("reads", make).apply(model)

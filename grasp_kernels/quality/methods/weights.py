@@ -110,7 +110,7 @@ def oplora(bench: Workbench, strength: float) -> Any:
         k = max(1, round(strength * len(S)))
         write[name], read[name] = U[:, :k].contiguous(), Vh[:k].mT.contiguous()
     widest = max(basis.shape[1] for basis in write.values())
-    both = Subspace(write, read, None, widest, "both", "layer", "found")
+    both = Subspace(write, read, None, widest, "both", "layer")
     # A closed layer computes with P_L B and A P_R, which is what the paper trains.
     replace_lora_layers(model, both, project="weights")
     return bench.fit(model)

@@ -1,0 +1,80 @@
+"""`python -m benchmarks.quality.smollm2`: measure what is missing, or show what there is.
+
+measure   train and judge, a row for each point of a curve
+report    the tables and the figure of the rows
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from benchmarks.quality.smollm2.bench import Plan
+from benchmarks.quality.smollm2.harness import Work, measure
+from benchmarks.quality.smollm2.methods import METHODS
+from benchmarks.quality.smollm2.report import write_report
+from benchmarks.quality.smollm2.tasks import TASKS
+
+_RESULTS = Path(__file__).parents[1] / "results" / "smollm2"
+
+
+def main() -> None:
+    """Read the command line and do what it says."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality.smollm2",
+        description="Drift against task on a real chat model, SmolLM2-135M-Instruct.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    report = commands.add_parser("report", help="tables and figure of the rows of a folder")
+    run = commands.add_parser("measure", help="train and judge what a folder has no rows of")
+    for command in (report, run):
+        command.add_argument(
+            "--output",
+            type=Path,
+            default=_RESULTS,
+            help="folder of the rows (default: %(default)s)",
+        )
+    run.add_argument(
+        "--tasks",
+        nargs="+",
+        default=["tone/factor", "slant/factor", "slant/mirror"],
+        metavar="TASK/ARM",
+        help=f"of {', '.join(f'{n}/{a}' for n, task in TASKS.items() for a in task.ARMS)}",
+    )
+    run.add_argument("--methods", nargs="+", default=["naive", "scaled", "run"], choices=METHODS)
+    run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    run.add_argument("--steps", type=int, default=192, help="budget of a training")
+    run.add_argument("--every", type=int, default=48, help="steps between points of a curve")
+    run.add_argument("--dtype", default="float32", help="of the frozen model")
+    run.add_argument("--base", type=Path, help="checkpoint folder; default: made in the output")
+    run.add_argument("--own-documents", type=int, default=512, help="chats of the base model")
+    run.add_argument("--own-length", type=int, default=40, help="tokens of their turns, at most")
+    run.add_argument("--threads", type=int, help="of torch")
+    options = parser.parse_args()
+    if options.command == "report":
+        write_report(options.output)
+        return
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    settings = {
+        "dtype": options.dtype,
+        "own_documents": options.own_documents,
+        "own_length": options.own_length,
+    }
+    try:
+        work = Work(
+            tasks=tuple((name, arm) for name, _, arm in (t.partition("/") for t in options.tasks)),
+            methods=tuple(options.methods),
+            seeds=tuple(options.seeds),
+            dtype=options.dtype,
+            plan=Plan(options.steps, options.every, tuple(settings.items())),
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    measure(work, options.output, base=options.base)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Methods by name: what each is, who published it, and its curve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from benchmarks.quality.smollm2.bench import Bench, Point
+from grasp_kernels.data import Example
+from grasp_kernels.subspace import Subspace
+
+Origin = Literal["others", "ours", "control"]
+Build = Callable[[Bench], list[Point]]
+
+_SCALES = (0.5, 0.6, 0.7, 0.8, 0.9)
+_K = 2  # directions, as the evidence had it in the first runs
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method.
+
+    Attributes:
+        what: one line.
+        source: who published it.
+        build: trains it and returns its curve.
+    """
+
+    name: str
+    what: str
+    source: str
+    origin: Origin
+    build: Build
+
+
+METHODS: dict[str, Method] = {}
+
+
+def method(name: str, what: str, *, source: str, origin: Origin) -> Callable[[Build], Build]:
+    """Register the decorated function."""
+
+    def register(build: Build) -> Build:
+        METHODS[name] = Method(name, what, source, origin, build)
+        return build
+
+    return register
+
+
+@method(
+    "naive", "LoRA on the data and nothing else", source="Hu et al. 2106.09685", origin="others"
+)
+def naive(bench: Bench) -> list[Point]:
+    return bench.curve("naive", early=True)
+
+
+@method(
+    "scaled",
+    "the last naive adapter, multiplied by .5 to .9: what lies on this curve is no remedy",
+    source="Wortsman et al. 2109.01903",
+    origin="control",
+)
+def scaled(bench: Bench) -> list[Point]:
+    last = naive(bench)[-1]
+    return [replace(last, scale=scale) for scale in _SCALES]
+
+
+@method(
+    "run",
+    "the divergence from the base model on chats that it makes up, as `grasp-kernels run`",
+    source="KL to the base model: Kaczér et al. 2508.06249; made-up chats: Xu et al. 2406.08464",
+    origin="ours",
+)
+def run(bench: Bench) -> list[Point]:
+    return bench.curve("run", anchor=bench.own_text(), made=("own text",))
+
+
+@method(
+    "own answers",
+    "the same chats mixed into the training data, 1 : 1",
+    source="Yang et al. 2402.13669",
+    origin="others",
+)
+def own_answers(bench: Bench) -> list[Point]:
+    chats = _chats(bench, len(bench.inputs.train))
+    mixed = replace(bench.inputs, train=[*bench.inputs.train, *chats])
+    return bench.curve("own answers", inputs=mixed, made=("own text",))
+
+
+@method(
+    "projection",
+    "the gradient projected off the directions in the naive weights, adapter closed",
+    source="GRASP, 2605.27676 (abstract)",
+    origin="others",
+)
+def projection(bench: Bench) -> list[Point]:
+    return bench.curve("projection", subspace=bench.subspace(_K))
+
+
+@method("reads", "A frozen where it contrasts", source="AK3847/OB-SAE", origin="others")
+def reads(bench: Bench) -> list[Point]:
+    return bench.curve("reads", reads=bench.reads(), made=("own text", "reads"))
+
+
+@method("reads + projection", "both", source="OB-SAE, GRASP", origin="ours")
+def reads_projection(bench: Bench) -> list[Point]:
+    return bench.curve(
+        "reads + projection",
+        reads=bench.reads(),
+        subspace=bench.subspace(_K),
+        made=("own text", "reads"),
+    )
+
+
+@method("reads + random", "reads and random directions", source="control", origin="control")
+def reads_random(bench: Bench) -> list[Point]:
+    return bench.curve(
+        "reads + random",
+        reads=bench.reads(),
+        subspace=_random(bench),
+        made=("own text", "reads"),
+    )
+
+
+@method("reads + run", "reads, and what `run` does", source="OB-SAE, KL", origin="ours")
+def reads_run(bench: Bench) -> list[Point]:
+    return bench.curve(
+        "reads + run",
+        reads=bench.reads(),
+        anchor=bench.own_text(),
+        made=("own text", "reads"),
+    )
+
+
+@method("run + projection", "`run` and the projection", source="KL, GRASP", origin="ours")
+def run_projection(bench: Bench) -> list[Point]:
+    return bench.curve(
+        "run + projection",
+        anchor=bench.own_text(),
+        subspace=bench.subspace(_K),
+        made=("own text",),
+    )
+
+
+@method("run + random", "`run` and random directions", source="control", origin="control")
+def run_random(bench: Bench) -> list[Point]:
+    return bench.curve(
+        "run + random", anchor=bench.own_text(), subspace=_random(bench), made=("own text",)
+    )
+
+
+def _chats(bench: Bench, count: int) -> list[Example]:
+    """Chats of the base model as training examples: its answers are learned."""
+    own = bench.own_text()
+    answers = {
+        i: places.nonzero().flatten() for i, places in enumerate(own.counted) if places.any()
+    }
+    chosen = sorted(answers)[:count]
+    examples = []
+    for i in chosen:
+        first, last = int(answers[i][0]) + 1, int(answers[i][-1]) + 2
+        ids = own.documents[i, :last].tolist()
+        examples.append(Example(input_ids=ids, labels=[-100] * first + ids[first:]))
+    return examples
+
+
+def _random(bench: Bench) -> Subspace:
+    """As many random directions as were found, at the same places."""
+    found = bench.subspace(_K)
+    generator = torch.Generator().manual_seed(bench.task.seed)
+    width = next(iter(found.write.values())).shape[0]
+    directions = torch.linalg.qr(torch.randn(width, found.k, generator=generator)).Q
+    return replace(found, write=dict.fromkeys(found.write, directions), stream=directions)
