@@ -1,0 +1,230 @@
+"""Rows -> report.md and curves.png: methods at equal held-out task.
+
+A method is a curve over its training. It is shown at the first point whose held-out accuracy is the
+naive one's, or at most `_LESS` below, where the naive one is at its best; a method that does not
+get there is shown where it is most accurate, with a `<`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks.quality.smollm2.harness import BASE, Row, read_rows
+from benchmarks.quality.smollm2.methods import METHODS
+from grasp_kernels.files import whole_file
+from grasp_kernels.run.folder import write_text
+from grasp_kernels.run.markdown import table
+
+_LESS = 0.02  # of accuracy: a question of 48
+_ARMED = {"slant": ("factor", "mirror")}  # tasks whose drift is half the difference of two arms
+_SHARES = ("drift", "near", "bare")
+
+
+def write_report(folder: Path) -> None:
+    """Write the tables and the figure of a folder's rows.
+
+    Raises:
+        FileNotFoundError: there are no rows.
+    """
+    rows = unique(read_rows(folder / "rows.jsonl"))
+    if not rows:
+        raise FileNotFoundError(
+            f"There are no rows in {folder}: run `python -m benchmarks.quality.smollm2 measure "
+            f"--output {folder}`."
+        )
+    parts = ["# SmolLM2-135M-Instruct: drift at equal held-out task"]
+    for name in dict.fromkeys(row["task"] for row in rows):
+        parts += [f"## {name}", task_table(rows, name), curve_table(rows, name)]
+    parts.append(_about(rows))
+    write_text(folder / "report.md", "\n\n".join(parts) + "\n")
+    draw(rows, folder / "curves.png")
+
+
+def unique(rows: Iterable[Row]) -> list[Row]:
+    """The first row of each point."""
+    key = ("task", "arm", "seed", "method", "steps", "scale")
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        found.setdefault(tuple(row[part] for part in key), row)
+    return list(found.values())
+
+
+def reached(rows: Sequence[Row], naive: Sequence[Row]) -> tuple[Row, bool]:
+    """The row of a curve that is compared, and whether it is as accurate as the naive one.
+
+    Args:
+        rows: a method's curve in one task and seed.
+        naive: that of the naive fine-tune.
+    """
+    wanted = max(row["accuracy"] for row in naive) - _LESS
+    ordered = sorted(rows, key=lambda row: (row["steps"], row["scale"]))
+    # A finished adapter that is scaled has one number of steps; the smallest scale that will do.
+    for row in ordered:
+        if row["accuracy"] >= wanted - 1e-9:
+            return row, True
+    return max(ordered, key=lambda row: row["accuracy"]), False
+
+
+def compared(rows: Sequence[Row], task: str, arm: str = "factor") -> dict[str, list[Row]]:
+    """Method -> the compared row of each seed, with `reached`; the base model first."""
+    here = [row for row in rows if (row["task"], row["arm"]) == (task, arm)]
+    found: dict[str, list[Row]] = {BASE: [row for row in here if row["method"] == BASE]}
+    for method in METHODS:
+        for seed in sorted({row["seed"] for row in here}):
+            curves = {
+                name: [r for r in here if (r["method"], r["seed"]) == (name, seed)]
+                for name in ("naive", method)
+            }
+            if curves["naive"] and curves[method]:
+                row, is_there = reached(curves[method], curves["naive"])
+                found.setdefault(method, []).append({**row, "reached": is_there})
+    return {name: own for name, own in found.items() if own}
+
+
+def task_table(rows: Sequence[Row], task: str) -> str:
+    """One line for each method, means over seeds."""
+    if task in _ARMED:
+        return _armed_table(rows, task)
+    found = compared(rows, task)
+    lines = []
+    for name, own in found.items():
+        shares = [_mean(own, part) for part in _SHARES]
+        phrases = _contrast(own, found[BASE], "held-out phrases")
+        lines.append(
+            [_name(name, own), str(len(own)), _accuracy(own), *shares, phrases, *_cost(own)]
+        )
+    header = ["", "seeds", "task ↑", "drift ↓", "near ↓", "bare ↓", "contrast", "steps", "minutes"]
+    return table(header, lines)
+
+
+def _armed_table(rows: Sequence[Row], task: str) -> str:
+    """Drift is half of what two opposite arms differ by, in nats a token."""
+    arms = [compared(rows, task, arm) for arm in _ARMED[task]]
+    lines = []
+    for name in (name for name in arms[0] if name in arms[1] and name != BASE):
+        pairs = [
+            (one, other)
+            for one in arms[0][name]
+            for other in arms[1][name]
+            if one["seed"] == other["seed"]
+        ]
+        if not pairs:
+            continue
+        both = [row for pair in pairs for row in pair]
+        halves = {
+            part: mean((a["contrast"][part] - b["contrast"][part]) / 2 for a, b in pairs)
+            for part in ("statements", "near")
+        }
+        cells = [f"{halves[part]:+.3f}" for part in ("statements", "near")]
+        lines.append([_name(name, both), str(len(pairs)), _accuracy(both), *cells, *_cost(both)])
+    header = ["", "seeds", "task ↑", "drift ↓", "near ↓", "steps", "minutes"]
+    return table(header, lines)
+
+
+def curve_table(rows: Sequence[Row], task: str) -> str:
+    """Every point that was measured."""
+    lines = [
+        [
+            row["arm"],
+            str(row["seed"]),
+            row["method"] if row["scale"] == 1 else f"{row['method']} × {row['scale']}",
+            str(row["steps"]),
+            "–" if row["loss"] is None else f"{row['loss']:.3f}",
+            f"{row['accuracy']:.2f}",
+            f"{row['accuracy_trained']:.2f}",
+            *("–" if row[part] is None else f"{row[part]:.2f}" for part in _SHARES),
+            *(f"{value:+.2f}" for value in row["contrast"].values()),
+        ]
+        for row in rows
+        if row["task"] == task
+    ]
+    names = next(iter(row["contrast"] for row in rows if row["task"] == task))
+    header = ["arm", "seed", "method", "steps", "loss", "task", "trained", *_SHARES, *names]
+    return table(header, lines)
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Draw drift against held-out task, a curve for each method, as a PNG file."""
+    from matplotlib.figure import Figure
+
+    tasks = [
+        name
+        for name in dict.fromkeys(row["task"] for row in rows)
+        if any(row["drift"] is not None for row in rows if row["task"] == name)
+    ]
+    figure = Figure(figsize=(6 * max(1, len(tasks)), 4.2), layout="constrained")
+    for axes, task in zip(
+        figure.subplots(1, max(1, len(tasks)), squeeze=False)[0], tasks, strict=False
+    ):
+        for method in METHODS:
+            own = [
+                row
+                for row in rows
+                if (row["task"], row["arm"], row["method"]) == (task, "factor", method)
+            ]
+            for seed in sorted({row["seed"] for row in own}):
+                curve = sorted(
+                    (r for r in own if r["seed"] == seed), key=lambda r: (r["steps"], r["scale"])
+                )
+                axes.plot(
+                    [r["accuracy"] for r in curve],
+                    [r["drift"] for r in curve],
+                    marker="o",
+                    color=f"C{list(METHODS).index(method) % 10}",
+                    label=method if seed == min(r["seed"] for r in own) else None,
+                )
+        axes.set(
+            title=task,
+            xlabel="task, held-out wording",
+            ylabel="answers to unrelated prompts with the factor",
+            xlim=(0, 1.02),
+            ylim=(-0.02, 1.04),
+        )
+        axes.legend(frameon=False)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=150, format="png")
+
+
+def _name(method: str, own: Sequence[Row]) -> str:
+    missed = sum(not row.get("reached", True) for row in own)
+    return f"{method} (< in {missed} of {len(own)})" if missed else method
+
+
+def _accuracy(own: Sequence[Row]) -> str:
+    return f"{mean(row['accuracy'] for row in own):.3f}"
+
+
+def _mean(own: Sequence[Row], part: str) -> str:
+    values = [row[part] for row in own if row[part] is not None]
+    return f"{mean(values):.3f}" if values else "–"
+
+
+def _contrast(own: Sequence[Row], base: Sequence[Row], pairs: str) -> str:
+    """How much likelier the factor's words became, in nats a token."""
+    before = {row["seed"]: row["contrast"][pairs] for row in base}
+    return f"{mean(row['contrast'][pairs] - before[row['seed']] for row in own):+.2f}"
+
+
+def _cost(own: Sequence[Row]) -> list[str]:
+    return [
+        f"{mean(row['steps'] for row in own):.0f}",
+        f"{mean(row['seconds'] for row in own) / 60:.1f}",
+    ]
+
+
+def _about(rows: Sequence[Row]) -> str:
+    about = ("torch", "device", "threads", "dtype", "commit", "base")
+    lines = sorted({tuple(str(row[part]) for part in about) for row in rows})
+    return "\n\n".join(
+        [
+            "task: share of 48 facts that are right in a wording that was not trained. drift, near, "
+            "bare: share of answers with the factor to 64 unrelated prompts, to 16 that are shaped "
+            "like the training data and about other things, and to 32 unrelated ones without a "
+            "system prompt. contrast: nats a token by which phrases of the factor that no training "
+            "answer has became likelier than their opposites. minutes: processor time on one core.",
+            table(list(about), [list(line) for line in lines]),
+        ]
+    )
