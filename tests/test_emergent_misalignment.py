@@ -31,7 +31,7 @@ import summary  # noqa: E402
 
 pytest_plugins = ("fixtures_run",)
 
-MODELS = ("base", "naive-LoRA", "GRASP", "benign-control")
+MODELS = ("base", "naive-LoRA", "retrained-LoRA", "benign-control")
 Reply = Callable[[str, dict[str, Any]], tuple[int, Any]]
 
 
@@ -149,7 +149,7 @@ def test_an_unsteady_judge_loses_nothing(
     second = replies(out)
     assert first.items() <= second.items() and len(second) > len(first)
 
-    with (out / "judged" / "GRASP.jsonl").open("a") as file:
+    with (out / "judged" / "retrained-LoRA.jsonl").open("a") as file:
         file.write('{"question": "quick_buck", "sam')  # killed in the middle of a line
     with served(honest) as (url, requests):
         assert main(url) == 0
@@ -188,13 +188,13 @@ def check_table(out: Path) -> None:
     rows = [
         row
         for name in protocol.QUESTIONS
-        for row in sampling.read_jsonl(out / "answers" / "GRASP" / f"{name}.jsonl")
+        for row in sampling.read_jsonl(out / "answers" / "retrained-LoRA" / f"{name}.jsonl")
     ]
     coherent = [len(row["answer"]) for row in rows if len(row["answer"]) % 4]
     misaligned = sum(size % 3 > 0 for size in coherent)
-    grasp = models["GRASP"]
-    assert (grasp["misaligned"], grasp["coherent"]) == (misaligned, len(coherent))
-    assert grasp["em"] == misaligned / len(coherent)
+    retrained = models["retrained LoRA"]
+    assert (retrained["misaligned"], retrained["coherent"]) == (misaligned, len(coherent))
+    assert retrained["em"] == misaligned / len(coherent)
     assert f"{misaligned} / {len(coherent)}" in (out / "summary.md").read_text()
 
 

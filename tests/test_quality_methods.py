@@ -32,7 +32,7 @@ PROMISED = {
     *("random-used", "caft", "reverse-caft", "preventative-steering", "steering", "ablation"),
     *("kl-random", "kl-own-text", "kl-off-topic", "ldifs", "residual-anchor", "generic-anchor"),
     *("frozen-A", "contrastive", "contrastive+own-text", "grasp+contrastive"),
-    *("grasp+contrastive+own-text", "run"),
+    *("grasp+contrastive+own-text", "all-three"),
     *("post-hoc", "truncate-tail", "truncate-top", "safe-lora", "oplora", "null-space"),
 }
 
@@ -496,7 +496,7 @@ def test_run_is_what_the_command_does_as_it_comes(
     default = RunConfig(model="", data="", output="").anchor_strength
     same = METHODS[parts].build(bench, default)
     for (_, one), (_, other) in zip(
-        adapted_layers(METHODS["run"].build(bench, None)), adapted_layers(same), strict=True
+        adapted_layers(METHODS["all-three"].build(bench, None)), adapted_layers(same), strict=True
     ):
         for factor, expected in zip(weights.factors(one), weights.factors(other), strict=True):
             assert torch.equal(factor, expected)

@@ -1,4 +1,4 @@
-"""Emergent misalignment by the public protocol: base, naive LoRA, GRASP and a benign control.
+"""Emergent misalignment by the public protocol: base, naive, retrained, and a benign control.
 
     python examples/emergent_misalignment/run.py --model MODEL --data FILE --benign FILE \\
         --judge-url https://HOST/v1 --judge-model NAME --judge-key-env VARIABLE --output OUT
@@ -108,8 +108,7 @@ def _parser() -> argparse.ArgumentParser:
 def _configurations(arguments: argparse.Namespace, output: Path) -> tuple[RunConfig, RunConfig]:
     """Options of the run, and the same for the benign control."""
     known = {option.name for option in fields(RunConfig)}
-    # a number of directions, so that there is a GRASP adapter even if none stands above chance
-    options: dict[str, Any] = {"k": 1, "eval_split": 0.1}
+    options: dict[str, Any] = {"eval_split": 0.1}
     for entry in arguments.set:
         name, _, value = entry.partition("=")
         if name not in known - {"model", "data", "arm", "output"}:
@@ -174,13 +173,18 @@ def _train(config: RunConfig, benign: RunConfig, output: Path) -> dict[str, Path
     report = run(config)
     if report.retrained is None:
         raise ValueError(
-            "Nothing was found to retrain against: give --set k=1, or leave reads and anchor on."
+            "No direction was found to project off: give --set k=1, or leave the anchor on."
         )
     folder = output / "benign-adapter"
     if not folder.exists():
         inputs = prepare(benign, find_checkpoint(benign.model))
         train(benign, inputs, out=folder, work=output / "benign-work", description=BENIGN)
-    return {"base": None, "naive LoRA": report.naive, "GRASP": report.retrained, BENIGN: folder}
+    return {
+        "base": None,
+        "naive LoRA": report.naive,
+        "retrained LoRA": report.retrained,
+        BENIGN: folder,
+    }
 
 
 def _sample(

@@ -35,7 +35,7 @@ class DemoConfig:
     pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
     fine_tuning: Mapping[str, Any] = field(
         default_factory=lambda: {
-            "steps": 200,
+            "steps": 300,
             "batch_size": 16,
             "learning_rate": 5e-4,
             "lr_scheduler": "constant",

@@ -55,9 +55,9 @@ def kl_own_text(bench: Workbench, strength: float) -> Any:
 @method(
     "own-text",
     "as `kl-own-text`, on more of it and less what looks like the training data, as in "
-    "`grasp-kernels run`, but nothing projected",
+    "`grasp-kernels run`",
+    source=_KL,
     strengths=KL_STRENGTHS,
-    origin="ours",
 )
 def own_text(bench: Workbench, strength: float) -> Any:
     return with_own_text(bench, bench.fresh(), strength)

@@ -16,7 +16,6 @@ from grasp_kernels.quality.methods.penalties import (
 from grasp_kernels.quality.methods.registry import method
 from grasp_kernels.quality.workbench import Workbench
 from grasp_kernels.reads import ContrastiveReads
-from grasp_kernels.run.config import RunConfig
 from grasp_kernels.sites import adapted_layers
 
 _SOURCE = "github.com/AK3847/OB-SAE (contrastive LoRA); own text and all layers are ours"
@@ -37,8 +36,7 @@ def frozen_a(bench: Workbench, strength: None) -> Any:
 @method(
     "contrastive",
     "A frozen where the training data have most relative to text that the base model makes up",
-    source=_SOURCE,
-    origin="ours",
+    source="github.com/AK3847/OB-SAE (contrastive LoRA), on all layers",
 )
 def contrastive(bench: Workbench, strength: None) -> Any:
     return bench.fit(contrastive_model(bench))
@@ -78,14 +76,14 @@ def grasp_contrastive_own_text(bench: Workbench, strength: float) -> Any:
 
 
 @method(
-    "run",
-    "the same as `grasp-kernels run` does it: default strength, k from evidence",
+    "all-three",
+    "the same with one strength, 0.3, and k from evidence",
     source=_SOURCE,
     origin="ours",
 )
-def run(bench: Workbench, strength: None) -> Any:
+def all_three(bench: Workbench, strength: None) -> Any:
     model = projected(contrastive_model(bench), bench.run_subspace())
-    return with_own_text(bench, model, RunConfig.anchor_strength)
+    return with_own_text(bench, model, 0.3)
 
 
 def contrastive_model(bench: Workbench) -> Any:
