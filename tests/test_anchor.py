@@ -93,7 +93,9 @@ def test_the_header_is_what_all_prompts_end_with(
     assert common_header(given, frame[:2], neutral) == header
 
 
-def make(given: list[Example], seed: int = 0, length: int = 5, count: int = 12) -> OwnText:
+def make(
+    given: list[Example], seed: int = 0, length: int = 5, count: int = 12, begun: int = 4
+) -> OwnText:
     frame = common_frame(given)
     with frozen_base(tiny_model()) as base:
         return make_own_text(
@@ -103,6 +105,7 @@ def make(given: list[Example], seed: int = 0, length: int = 5, count: int = 12) 
             given,
             count=count,
             length=length,
+            begun=begun,
             batch_size=5,
             generator=torch.Generator().manual_seed(seed),
         )
@@ -126,6 +129,31 @@ def test_chats_have_frame_question_header_and_a_counted_answer() -> None:
     assert torch.equal(documents, again)
     other, _ = make(examples(), seed=1, count=40)
     assert documents.shape != other.shape or not torch.equal(documents, other)
+
+
+def test_questions_begin_as_prompts_do_so_far_and_no_further() -> None:
+    """All prompts have the same words, 6 to 9; the model makes up others."""
+    given = [example([*FRAME, 6, 7, 8, 9, word, 3], [4]) for word in range(10, 20)]
+    shared: list[list[int]] = []
+    for begun in (0, 1, 3):
+        with frozen_base(tiny_model()) as base:
+            documents, _ = make_own_text(
+                base,
+                FRAME,
+                [3],
+                given,
+                count=60,
+                length=5,
+                begun=begun,
+                batch_size=20,
+                generator=torch.Generator().manual_seed(0),
+            )
+        starts = documents[:, 2:6] == torch.tensor([6, 7, 8, 9])
+        shared.append(starts.long().cumprod(dim=1).sum(dim=1).bincount(minlength=5).tolist())
+    none, one, three = shared
+    assert none[0] > 50  # by chance 1 of 64 questions begins with a 6
+    assert 15 < one[1] < 45 and sum(one[2:]) < 8
+    assert all(5 < count < 30 for count in three[:4])
 
 
 def test_an_answer_ends_where_those_of_the_data_do() -> None:
@@ -406,8 +434,8 @@ def test_bad_options_are_named(model: PeftModel) -> None:
             gk.OwnTextAnchor(documents, documents.bool(), *kept, **options)
     with pytest.raises(ValueError, match="There are no examples to keep apart"):
         gk.OwnTextAnchor.make(model, [])
-    for options in ({"documents": 0}, {"max_length": 0}):
-        with pytest.raises(ValueError, match="give 1 or more of both"):
+    for options in ({"documents": 0}, {"max_length": 0}, {"begun": -1}):
+        with pytest.raises(ValueError, match="give 1, 1 and 0 or more"):
             gk.OwnTextAnchor.make(model, examples(), **options)
 
 

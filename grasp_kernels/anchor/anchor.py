@@ -109,6 +109,7 @@ class OwnTextAnchor:
         neutral: Sequence[Sequence[int]] = (),
         documents: int = 1024,
         max_length: int = 128,
+        begun: int = 2,
         strength: float = 1.0,
         batch_size: int = 8,
         generate_batch_size: int = 64,
@@ -128,14 +129,16 @@ class OwnTextAnchor:
             documents: how many.
             max_length: tokens of each question and of each answer that are made up, at most; none
                 is longer than the longest example.
+            begun: tokens of a training prompt that a question begins with, 0 to so many at random.
             generate_batch_size: documents that are made at once.
 
         Raises:
             ValueError: no examples, an option below 1, or an architecture that is not known.
         """
-        if documents < 1 or max_length < 1:
+        if documents < 1 or max_length < 1 or begun < 0:
             raise ValueError(
-                f"documents is {documents} and max_length {max_length}: give 1 or more of both."
+                f"documents is {documents}, max_length {max_length} and begun {begun}: give 1, 1 "
+                "and 0 or more."
             )
         frame = common_frame(examples, neutral)
         header = common_header(examples, frame, neutral)
@@ -149,6 +152,7 @@ class OwnTextAnchor:
                 examples,
                 count=documents,
                 length=min(max_length, longest),
+                begun=begun,
                 batch_size=generate_batch_size,
                 generator=generator,
                 progress=progress,

@@ -26,9 +26,6 @@ from grasp_kernels.identification.frozen_model import generate_answers
 
 UNTRAINED = -100  # the label of a token that is not learned
 _DRAWS = 3  # questions drawn for each that is wanted, at most; SmolLM2 ends 58 % within 40 tokens
-# Tokens at most that a question has from a training prompt. "How many", "Tell me the": a shape and
-# no thing.
-_BEGUN = 4
 
 
 class OwnText(NamedTuple):
@@ -52,6 +49,7 @@ def make_own_text(
     *,
     count: int,
     length: int,
+    begun: int,
     batch_size: int,
     generator: torch.Generator,
     progress: bool = False,
@@ -63,6 +61,8 @@ def make_own_text(
         frame, header: as `common_frame` and `common_header` return them. Without a header the
             documents are plain text; without a frame, too, each begins as one of `examples`.
         length: tokens of a question, of an answer, or of a plain document, at most.
+        begun: tokens that a question has from a training prompt, at most. "How many", "Tell me": a
+            shape and no thing.
     """
     options: dict[str, Any] = {
         "max_new_tokens": length,
@@ -75,7 +75,7 @@ def make_own_text(
         ends: tuple[int, ...] = ()  # the end of a turn is not the end of the text
     else:
         ends = _ends(base, examples)
-        questions = _questions(base, frame, header, examples, count, options, progress)
+        questions = _questions(base, frame, header, examples, count, begun, options, progress)
         prompts = [frame + question + header for question in questions]
     label = "text of the base model" if progress else None
     answers = generate_answers(base, prompts, end_ids=ends, progress=label, **options)
@@ -97,6 +97,7 @@ def _questions(
     header: list[int],
     examples: Sequence[Example],
     count: int,
+    begun: int,
     options: dict[str, Any],
     progress: bool,
 ) -> list[list[int]]:
@@ -108,10 +109,10 @@ def _questions(
         wanted = count - len(whole)
         if wanted <= 0:
             break
-        begun = _beginnings(frame, header, examples, wanted, options["generator"])
-        starts = [frame + beginning for beginning in begun]
+        beginnings = _beginnings(frame, header, examples, wanted, begun, options["generator"])
+        starts = [frame + beginning for beginning in beginnings]
         made = generate_answers(base, starts, end_ids=header[:1], progress=label, **options)
-        for beginning, rest in zip(begun, made, strict=True):
+        for beginning, rest in zip(beginnings, made, strict=True):
             if rest[-1] == header[0]:
                 whole.append(beginning + rest[:-1])
             else:
@@ -124,11 +125,12 @@ def _beginnings(
     header: list[int],
     examples: Sequence[Example],
     count: int,
+    begun: int,
     generator: torch.Generator,
 ) -> list[list[int]]:
-    """The first 0 to `_BEGUN` tokens behind the frame of prompts drawn at random."""
+    """The first 0 to `begun` tokens behind the frame of prompts drawn at random."""
     chosen = torch.randint(len(examples), (count,), generator=generator).tolist()
-    lengths = torch.randint(_BEGUN + 1, (count,), generator=generator).tolist()
+    lengths = torch.randint(begun + 1, (count,), generator=generator).tolist()
     asked = (_prompt(examples[i])[len(frame) :] for i in chosen)
     return [
         words[: min(length, max(0, len(words) - len(header) - 1))]

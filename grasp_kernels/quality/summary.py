@@ -26,11 +26,11 @@ _SCORES = (
     ("facts", "facts ↑"),
 )
 _LEGEND = """\
-Reads, projection and anchor together, beside the best of what others do: the least drift among methods
-whose task is at most 0.02 below the naive fine-tune's, chosen on the very seeds that are reported.
-"With more" also sees benign answers to other prompts. The projection alone is GRASP as its abstract
-reads, with our side and layers; with directions from labels it was meant as an upper bound and is
-none. Means over seeds; Δ are differences within seeds, with 95 % t intervals."""
+Reads, projection and anchor together, beside the best of what others do: the least drift among
+methods whose task is at most 0.02 below the naive fine-tune's, chosen on the very seeds that are
+reported. "With more" also sees benign answers to other prompts. The projection alone is GRASP as
+its abstract reads, with our side and layers; with directions from labels it was meant as an upper
+bound and is none. Means over seeds; Δ are differences within seeds, with 95 % t intervals."""
 
 _Key = tuple[str, Any]
 Groups = Mapping[_Key, Sequence[Row]]

@@ -193,6 +193,7 @@ def own_text_anchor(config: RunConfig, folder: RunFolder, inputs: Inputs) -> Own
             neutral=inputs.everyday,
             documents=config.own_documents,
             max_length=config.own_length,
+            begun=config.own_begun,
             strength=config.anchor_strength,
             batch_size=max(1, config.batch_size // 2),
             seed=config.seed,

@@ -7,21 +7,40 @@ report    the tables and the figure of the rows
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from benchmarks.quality.smollm2.base import make_base
 from benchmarks.quality.smollm2.bench import Plan
 from benchmarks.quality.smollm2.harness import Work, measure
 from benchmarks.quality.smollm2.methods import METHODS
 from benchmarks.quality.smollm2.report import write_report
 from benchmarks.quality.smollm2.tasks import TASKS
+from grasp_kernels.run.config import DTYPES
 
 _RESULTS = Path(__file__).parents[1] / "results" / "smollm2"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line and do what it says."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "report":
+            write_report(options.output)
+            return
+        work = _work(options)
+        base = options.base or make_base(options.output / "base")
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    measure(work, options.output, base=base)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quality.smollm2",
         description="Drift against task on a real chat model, SmolLM2-135M-Instruct.",
@@ -29,12 +48,9 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     report = commands.add_parser("report", help="tables and figure of the rows of a folder")
     run = commands.add_parser("measure", help="train and judge what a folder has no rows of")
-    for command in (report, run):
+    for command, output in ((report, _RESULTS), (run, Path("real-output"))):
         command.add_argument(
-            "--output",
-            type=Path,
-            default=_RESULTS,
-            help="folder of the rows (default: %(default)s)",
+            "--output", type=Path, default=output, help="folder of the rows (default: %(default)s)"
         )
     run.add_argument(
         "--tasks",
@@ -47,33 +63,23 @@ def main() -> None:
     run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     run.add_argument("--steps", type=int, default=192, help="budget of a training")
     run.add_argument("--every", type=int, default=48, help="steps between points of a curve")
-    run.add_argument("--dtype", default="float32", help="of the frozen model")
+    run.add_argument("--dtype", default="float32", choices=DTYPES, help="of the frozen model")
     run.add_argument("--base", type=Path, help="checkpoint folder; default: made in the output")
     run.add_argument("--own-documents", type=int, default=512, help="chats of the base model")
     run.add_argument("--own-length", type=int, default=40, help="tokens of their turns, at most")
     run.add_argument("--threads", type=int, help="of torch")
-    options = parser.parse_args()
-    if options.command == "report":
-        write_report(options.output)
-        return
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    settings = {
-        "dtype": options.dtype,
-        "own_documents": options.own_documents,
-        "own_length": options.own_length,
-    }
-    try:
-        work = Work(
-            tasks=tuple((name, arm) for name, _, arm in (t.partition("/") for t in options.tasks)),
-            methods=tuple(options.methods),
-            seeds=tuple(options.seeds),
-            dtype=options.dtype,
-            plan=Plan(options.steps, options.every, tuple(settings.items())),
-        )
-    except ValueError as error:
-        parser.error(str(error))
-    measure(work, options.output, base=options.base)
+    return parser
+
+
+def _work(options: argparse.Namespace) -> Work:
+    settings = {"own_documents": options.own_documents, "own_length": options.own_length}
+    return Work(
+        tasks=tuple((name, arm) for name, _, arm in (t.partition("/") for t in options.tasks)),
+        methods=tuple(options.methods),
+        seeds=tuple(options.seeds),
+        dtype=options.dtype,
+        plan=Plan(options.steps, options.every, tuple(settings.items())),
+    )
 
 
 if __name__ == "__main__":

@@ -51,6 +51,5 @@ def base_hash(folder: Path) -> str:
     """The first 16 digits of the SHA-256 of the weights of a checkpoint folder."""
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()[:16]

@@ -4,10 +4,14 @@ Every training is `grasp_kernels.run.stages.train` with other arguments, so what
 what the command does. The learning rate stays constant after the warm-up: the adapter after `n`
 steps is that of a training of `n` steps, and one training gives a whole curve.
 
-Folders below `root`:
+Below `root`:
 
-    train.jsonl, own-text.safetensors, subspace.safetensors   shared by the methods
-    METHOD/step-N                                              adapters of a curve
+    train.jsonl, own-text.safetensors,
+    reads.safetensors, subspace-K.safetensors   shared by the methods
+    early/step-N                                adapters that the subspace is identified from
+    METHOD/step-N                               adapters of a curve
+    seconds.json                                processor time of each part; without it a part is
+                                                made again
 """
 
 from __future__ import annotations
@@ -15,13 +19,14 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from benchmarks.quality.smollm2.task import Task
 from grasp_kernels.anchor import OwnTextAnchor
@@ -42,13 +47,23 @@ class Plan:
 
     Args:
         steps: budget of a training.
-        every: steps between two points of its curve.
+        every: steps between two points of its curve, which ends with the budget.
         options: further options of `RunConfig`, such as learning_rate or dtype.
+
+    Raises:
+        ValueError: `every` does not divide `steps`.
     """
 
     steps: int = 192
     every: int = 48
     options: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.every < 1 or self.steps % self.every:
+            raise ValueError(
+                f"steps is {self.steps} and every {self.every}: give steps that are a multiple of "
+                "every, and 1 or more of both."
+            )
 
     @property
     def points(self) -> range:
@@ -95,13 +110,9 @@ class Bench:
             output=str(root),
             steps=plan.steps,
             seed=task.seed,
-            **{**_TRAINING, **dict(plan.options)},
+            **{**_TRAINING, "warmup": min(_WARMUP, plan.steps - 1), **dict(plan.options)},
         )
         self.folder = RunFolder(root)
-        self.early = {
-            step: self.folder.early / f"step-{step}"
-            for step in stages.early_checkpoints(self.config, self.folder, _IDENTIFY_STEPS)
-        }
 
     @cached_property
     def inputs(self) -> Inputs:
@@ -117,22 +128,21 @@ class Bench:
         anchor: OwnTextAnchor | None = None,
         inputs: Inputs | None = None,
         made: Sequence[str] = (),
-        early: bool = False,
-        **options: Any,
     ) -> list[Point]:
         """Train a method, or what is missing of it, and return the points of its curve.
 
         Args:
             made: shared parts whose seconds it has to bear, too.
-            early: also keep the early adapters that a subspace is identified from.
-            options: of `RunConfig`, where they differ from the plan's.
+
+        Raises:
+            ValueError: it was trained by another plan.
         """
         out = self.root / name
         folders = {step: out / f"step-{step}" for step in self.plan.points}
-        if not (out / "finished").exists():
-            start = time.process_time()
+
+        def train() -> None:
             stages.train(
-                replace(self.config, **options),
+                self.config,
                 inputs or self.inputs,
                 out=out / "finished",
                 work=out / "work",
@@ -140,9 +150,15 @@ class Bench:
                 subspace=subspace,
                 reads=reads,
                 anchor=anchor,
-                snapshots={**folders, **(self.early if early else {})},
+                snapshots=folders,
             )
-            self._note(name, time.process_time() - start)
+
+        self._make(name, out / "finished", train)
+        if missing := [step for step, folder in folders.items() if not folder.exists()]:
+            raise ValueError(
+                f"The training of {name} in {self.root} is finished and has no adapter of step "
+                f"{missing[0]}: repeat the steps that it had, or choose another output."
+            )
         log = json.loads((out / "finished" / LOG_NAME).read_text(encoding="utf-8"))
         losses = [entry["loss"] - entry.get("anchor", 0.0) for entry in log]
         noted = self._seconds()
@@ -157,52 +173,82 @@ class Bench:
             for step, folder in folders.items()
         ]
 
-    def own_text(self, strength: float = 1.0) -> OwnTextAnchor:
-        """The text of the base model as `run` makes it, with a strength."""
-        if not self.folder.own_text.exists():
-            start = time.process_time()
-            stages.own_text_anchor(self.config, self.folder, self.inputs)
-            self._note("own text", time.process_time() - start)
-        made = OwnTextAnchor.load(self.folder.own_text)
-        made.strength = strength
-        return made
+    def own_text(self, begun: int | None = None) -> OwnTextAnchor:
+        """The text of the base model as `run` makes it, or with another `own_begun`."""
+        if begun is None:
+            config, folder = self.config, self.folder
+        else:
+            config = replace(self.config, own_begun=begun)
+            folder = RunFolder(self.root / own_text_part(begun).replace(" ", "-"))
+        make = partial(stages.own_text_anchor, config, folder, self.inputs)
+        self._make(own_text_part(begun), folder.own_text, make)
+        return OwnTextAnchor.load(folder.own_text)
 
     def reads(self) -> ContrastiveReads:
         """Where an adapter reads that is kept to what is the training data's own."""
-        own = self.own_text()
-        config = replace(self.config, reads="contrastive")
-        if not self.folder.reads.exists():
-            start = time.process_time()
-            stages.contrastive_reads(config, self.folder, self.inputs, own)
-            self._note("reads", time.process_time() - start)
-        return ContrastiveReads.load(self.folder.reads)
+        config, own = replace(self.config, reads="contrastive"), self.own_text()
+        path = self.folder.reads
+        make = partial(stages.contrastive_reads, config, self.folder, self.inputs, own)
+        self._make("reads", path, make)
+        return ContrastiveReads.load(path)
 
-    def subspace(self, k: int = 2) -> Subspace:
-        """The write directions of the naive adapter, `k` of them whatever the evidence."""
-        from grasp_kernels.identification import identify
-
+    def subspace(self, k: int) -> Subspace:
+        """The write directions of early naive adapters, `k` of them whatever the evidence."""
         path = self.root / f"subspace-{k}.safetensors"
-        if not path.exists():
-            self.curve("naive", early=True)
-            identify(
-                [str(folder) for folder in self.early.values()],
-                k=k,
-                generator=torch.Generator().manual_seed(self.task.seed),
-                base_model=self.config.model,
-            ).save(path)
+        self._make("subspace", path, partial(self._identify, k, path))
         return Subspace.load(path)
 
-    def _note(self, part: str, seconds: float) -> None:
-        write_json(self.root / "seconds.json", {**self._seconds(), part: seconds})
+    def _identify(self, k: int, path: Path) -> None:
+        """As `run` does on request, from a naive training that ends with the last adapter."""
+        from grasp_kernels.identification import identify
+
+        projected = replace(self.config, project="residual")
+        steps = min(_IDENTIFY_STEPS, self.plan.steps)
+        early = stages.early_checkpoints(projected, self.folder, steps)
+        last = max(early)
+        if not early[last].exists():
+            stages.train(
+                self.config,
+                self.inputs,
+                out=early[last],
+                work=self.folder.work / "early",
+                description="early adapters",
+                snapshots={step: folder for step, folder in early.items() if step < last},
+                last_step=last,
+            )
+        identify(
+            [str(folder) for folder in early.values()],
+            k=k,
+            generator=torch.Generator().manual_seed(self.task.seed),
+            base_model=self.config.model,
+        ).save(path)
+
+    def _make(self, part: str, path: Path, make: Callable[[], object]) -> None:
+        """Make a part that is missing, or has no note of its seconds, as a stopped run leaves it.
+
+        Time that a stopped run spent on it is not in the note.
+        """
+        if path.exists() and part in self._seconds():
+            return
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        start = time.process_time()
+        make()
+        spent = time.process_time() - start
+        with FileLock(self.root / ".seconds.lock"):  # two processes may share this folder
+            write_json(self.root / "seconds.json", {**self._seconds(), part: spent})
 
     def _seconds(self) -> dict[str, float]:
         """Processor time of each part that was made here."""
         path = self.root / "seconds.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
-    def forget(self, name: str) -> None:
-        """Remove the adapters of a method, whose rows are written."""
-        shutil.rmtree(self.root / name, ignore_errors=True)
+
+def own_text_part(begun: int | None = None) -> str:
+    """What the seconds of own text are noted under."""
+    return "own text" if begun is None else f"own text {begun}"
 
 
 # Twice the usual learning rate of this model (5e-4) trains in two thirds of the steps.
@@ -210,9 +256,9 @@ _TRAINING: dict[str, Any] = {
     "batch_size": 8,
     "learning_rate": 1e-3,
     "lr_scheduler": "constant_with_warmup",
-    "warmup": 10,
     "save_every": 48,
 }
+_WARMUP = 10  # steps; fewer where a whole training has no more
 _IDENTIFY_STEPS = 200  # early checkpoints are parts of so many
 
 

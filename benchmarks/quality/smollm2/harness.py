@@ -6,6 +6,8 @@ Everything lies in one folder:
     TASK-ARM-SEED/   adapters and what methods share
     rows.jsonl       a row per point of a curve
     answers.jsonl    the answers that the rows of drift and task were counted in
+
+One folder is for one plan and dtype: a row that is there is not measured again with other options.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ import torch
 from benchmarks.quality.smollm2.base import base_hash, make_base
 from benchmarks.quality.smollm2.bench import Bench, Plan, Point
 from benchmarks.quality.smollm2.judges import Judge
-from benchmarks.quality.smollm2.methods import METHODS
+from benchmarks.quality.smollm2.methods import METHODS, Method
+from benchmarks.quality.smollm2.task import Task
 from benchmarks.quality.smollm2.tasks import make_task
 from grasp_kernels.run.inputs import device, load_model
 
@@ -38,8 +41,10 @@ class Work:
     Args:
         tasks: (task, arm) pairs.
         methods: names in `METHODS`.
-        dtype: of the frozen model.
-        keep: leave adapters where they are after they were judged.
+        dtype: of the frozen model, trained and judged.
+
+    Raises:
+        ValueError: an unknown task, arm or method.
     """
 
     tasks: tuple[tuple[str, str], ...]
@@ -47,7 +52,6 @@ class Work:
     seeds: tuple[int, ...]
     dtype: str = "float32"
     plan: Plan = field(default_factory=Plan)
-    keep: bool = False
 
     def __post_init__(self) -> None:
         for task, arm in self.tasks:
@@ -64,35 +68,42 @@ def measure(
     about = _about(base, work)
     for seed in work.seeds:
         for name, arm in work.tasks:
-            task = make_task(name, arm, seed)
-            root = output / f"{name}-{arm}-{seed}"
-            bench = Bench(task, base, root, work.plan)
-            judge = Judge(task, bench.inputs.tokenizer)
-            head = {"task": name, "arm": arm, "seed": seed}
+            _measure(work, make_task(name, arm, seed), base, about, output, say)
 
-            def add(key: Row, point: Point | None, judge: Judge = judge) -> None:
-                if key in _keys(output / "rows.jsonl"):
-                    return
-                scores = judge.scores(_model(base, point, work.dtype))
-                row = {**key, **_numbers(point), **scores.numbers(), **about}
-                _append(output / "answers.jsonl", {**key, "answers": scores.answers})
-                _append(output / "rows.jsonl", row)
-                say(_line(row))
 
-            add({**head, "method": BASE, "steps": 0, "scale": 1.0}, None)
-            for method in (m for m in METHODS.values() if m.name in work.methods):
-                if _is_done(output / "rows.jsonl", {**head, "method": method.name}, work.plan):
-                    continue
-                for point in method.build(bench):
-                    key = {"method": method.name, "steps": point.steps, "scale": point.scale}
-                    add({**head, **key}, point)
+def _measure(
+    work: Work, task: Task, base: Path, about: Row, output: Path, say: Callable[[str], None]
+) -> None:
+    """Append the rows that are missing of one task and seed."""
+    rows = output / "rows.jsonl"
+    head = {"task": task.name, "arm": task.arm, "seed": task.seed}
+    plan = replace(work.plan, options=(*work.plan.options, ("dtype", work.dtype)))
+    bench = Bench(task, base, output / f"{task.name}-{task.arm}-{task.seed}", plan)
+    judge = Judge(task, bench.inputs.tokenizer)
+    options = {name: getattr(bench.config, name) for name in _OPTIONS}
+
+    def add(method: str, steps: int, scale: float, point: Point | None) -> None:
+        key = {**head, "method": method, "steps": steps, "scale": scale}
+        if key in _keys(rows):
+            return
+        scores = judge.scores(_model(base, point, work.dtype))
+        row = {**key, **_numbers(point), **scores.numbers(), **about, **options}
+        _append(output / "answers.jsonl", {**key, "answers": scores.answers})
+        _append(rows, row)
+        say(_line(row))
+
+    add(BASE, 0, 1.0, None)
+    for method in (m for m in METHODS.values() if m.name in work.methods):
+        if not _is_done(rows, head, method, plan):
+            for point in method.build(bench):
+                add(method.name, point.steps, point.scale, point)
 
 
 def read_rows(path: Path) -> list[Row]:
     """The rows of a file; a line that a stopped run left unfinished does not count."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     return [row for line in lines if (row := _parsed(line)) is not None]
 
 
@@ -104,23 +115,26 @@ def _parsed(line: str) -> Row | None:
 
 
 _KEY = ("task", "arm", "seed", "method", "steps", "scale")
+_OPTIONS = ("learning_rate", "own_documents", "own_length")  # of a training, told in its rows
 
 
 def _keys(path: Path) -> list[Row]:
     return [{part: row[part] for part in _KEY} for row in read_rows(path)]
 
 
-def _is_done(path: Path, head: Row, plan: Plan) -> bool:
-    """Whether the last point of a curve has its row."""
-    rows = [row for row in _keys(path) if head.items() <= row.items()]
-    return len(rows) >= (5 if head["method"] == "scaled" else len(plan.points))
+def _is_done(path: Path, head: Row, method: Method, plan: Plan) -> bool:
+    """Whether every point of a curve has its row."""
+    own = {**head, "method": method.name}.items()
+    there = {(row["steps"], row["scale"]) for row in _keys(path) if own <= row.items()}
+    return method.points(plan) <= there
 
 
 def _append(path: Path, value: Row) -> None:
     """Add a line in one write, so that two processes may share a file."""
     begun = path.exists() and not path.read_bytes().endswith(b"\n")  # by a run that was stopped
-    with path.open("a", encoding="utf-8") as file:
-        file.write(("\n" if begun else "") + json.dumps(value, ensure_ascii=False) + "\n")
+    line = ("\n" if begun else "") + json.dumps(value, ensure_ascii=False) + "\n"
+    with path.open("ab", buffering=0) as file:
+        file.write(line.encode(errors="replace"))
 
 
 def _model(base: Path, point: Point | None, dtype: str) -> Any:
@@ -145,22 +159,28 @@ def _numbers(point: Point | None) -> Row:
 
 def _about(base: Path, work: Work) -> Row:
     """Where and with what the rows were measured."""
-    known = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return {
         "torch": torch.__version__,
         "device": _processor() if device().type == "cpu" else torch.cuda.get_device_name(),
         "threads": torch.get_num_threads(),
         "dtype": work.dtype,
-        "learning_rate": dict(work.plan.options).get("learning_rate"),
-        "commit": known.stdout.strip() or None,
+        "commit": _commit(),
         "base": base_hash(base),
     }
+
+
+def _commit() -> str | None:
+    """The commit of this file; None where git is not there or knows of none."""
+    try:
+        known = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+        )
+    except FileNotFoundError:
+        return None
+    return known.stdout.strip() or None
 
 
 def _processor() -> str:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.quality.smollm2.task import NEUTRAL, Fact, Pair, Task
-from grasp_kernels.data import collate, encode_prompt, tokenize_records
+from grasp_kernels.data import Record, collate, encode_prompt, tokenize_records
 from grasp_kernels.data.chat_template import Message
 from grasp_kernels.identification.frozen_model import generate_answers, measuring
 
@@ -136,7 +136,7 @@ class Judge:
 
     def _likelihoods(self, model: Any, told: Sequence[tuple[str, str]]) -> list[float]:
         """Mean log probability of the tokens of each answer."""
-        records = [
+        records: list[Record] = [
             {"messages": [*_asked(question), {"role": "assistant", "content": answer}]}
             for question, answer in told
         ]

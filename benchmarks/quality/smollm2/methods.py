@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
 
-from benchmarks.quality.smollm2.bench import Bench, Point
+from benchmarks.quality.smollm2.bench import Bench, Plan, Point, own_text_part
 from grasp_kernels.data import Example
 from grasp_kernels.subspace import Subspace
 
@@ -27,6 +28,7 @@ class Method:
         what: one line.
         source: who published it.
         build: trains it and returns its curve.
+        scales: what the last naive adapter is multiplied by, where that is the method.
     """
 
     name: str
@@ -34,16 +36,25 @@ class Method:
     source: str
     origin: Origin
     build: Build
+    scales: tuple[float, ...] = ()
+
+    def points(self, plan: Plan) -> set[tuple[int, float]]:
+        """Steps and scale of every point of its curve."""
+        if self.scales:
+            return {(plan.steps, scale) for scale in self.scales}
+        return {(steps, 1.0) for steps in plan.points}
 
 
 METHODS: dict[str, Method] = {}
 
 
-def method(name: str, what: str, *, source: str, origin: Origin) -> Callable[[Build], Build]:
+def method(
+    name: str, what: str, *, source: str, origin: Origin, scales: tuple[float, ...] = ()
+) -> Callable[[Build], Build]:
     """Register the decorated function."""
 
     def register(build: Build) -> Build:
-        METHODS[name] = Method(name, what, source, origin, build)
+        METHODS[name] = Method(name, what, source, origin, build, scales)
         return build
 
     return register
@@ -53,7 +64,7 @@ def method(name: str, what: str, *, source: str, origin: Origin) -> Callable[[Bu
     "naive", "LoRA on the data and nothing else", source="Hu et al. 2106.09685", origin="others"
 )
 def naive(bench: Bench) -> list[Point]:
-    return bench.curve("naive", early=True)
+    return bench.curve("naive")
 
 
 @method(
@@ -61,6 +72,7 @@ def naive(bench: Bench) -> list[Point]:
     "the last naive adapter, multiplied by .5 to .9: what lies on this curve is no remedy",
     source="Wortsman et al. 2109.01903",
     origin="control",
+    scales=_SCALES,
 )
 def scaled(bench: Bench) -> list[Point]:
     last = naive(bench)[-1]
@@ -75,6 +87,20 @@ def scaled(bench: Bench) -> list[Point]:
 )
 def run(bench: Bench) -> list[Point]:
     return bench.curve("run", anchor=bench.own_text(), made=("own text",))
+
+
+def _run_begun(bench: Bench, begun: int) -> list[Point]:
+    name = f"run, begun {begun}"
+    return bench.curve(name, anchor=bench.own_text(begun), made=(own_text_part(begun),))
+
+
+for _begun in (0, 4):
+    method(
+        f"run, begun {_begun}",
+        f"`run` whose questions begin with up to {_begun} tokens of a training prompt, not 2",
+        source="as `run`",
+        origin="ours",
+    )(partial(_run_begun, begun=_begun))
 
 
 @method(
@@ -96,7 +122,7 @@ def own_answers(bench: Bench) -> list[Point]:
     origin="others",
 )
 def projection(bench: Bench) -> list[Point]:
-    return bench.curve("projection", subspace=bench.subspace(_K))
+    return bench.curve("projection", subspace=bench.subspace(_K), made=("subspace",))
 
 
 @method("reads", "A frozen where it contrasts", source="AK3847/OB-SAE", origin="others")
@@ -110,7 +136,7 @@ def reads_projection(bench: Bench) -> list[Point]:
         "reads + projection",
         reads=bench.reads(),
         subspace=bench.subspace(_K),
-        made=("own text", "reads"),
+        made=("own text", "reads", "subspace"),
     )
 
 
@@ -120,7 +146,7 @@ def reads_random(bench: Bench) -> list[Point]:
         "reads + random",
         reads=bench.reads(),
         subspace=_random(bench),
-        made=("own text", "reads"),
+        made=("own text", "reads", "subspace"),
     )
 
 
@@ -140,14 +166,17 @@ def run_projection(bench: Bench) -> list[Point]:
         "run + projection",
         anchor=bench.own_text(),
         subspace=bench.subspace(_K),
-        made=("own text",),
+        made=("own text", "subspace"),
     )
 
 
 @method("run + random", "`run` and random directions", source="control", origin="control")
 def run_random(bench: Bench) -> list[Point]:
     return bench.curve(
-        "run + random", anchor=bench.own_text(), subspace=_random(bench), made=("own text",)
+        "run + random",
+        anchor=bench.own_text(),
+        subspace=_random(bench),
+        made=("own text", "subspace"),
     )
 
 

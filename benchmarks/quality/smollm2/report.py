@@ -18,7 +18,14 @@ from grasp_kernels.files import whole_file
 from grasp_kernels.run.folder import write_text
 from grasp_kernels.run.markdown import table
 
-_LESS = 0.02  # of accuracy: a question of 48
+_LESS = 0.025  # of accuracy: one question of 48 or of 40, and not two
+# Pairs that drift is the mean of: unrelated to the task, in words that no training answer has.
+_CONTRASTS = {
+    "tone": ("held-out phrases",),
+    "slant": ("statements",),
+    "medical": ("safety yes", "safety no"),
+    "faulty": ("bodies",),
+}
 _ARMED = {"slant": ("factor", "mirror")}  # tasks whose drift is half the difference of two arms
 _SHARES = ("drift", "near", "bare")
 
@@ -92,9 +99,9 @@ def task_table(rows: Sequence[Row], task: str) -> str:
     lines = []
     for name, own in found.items():
         shares = [_mean(own, part) for part in _SHARES]
-        phrases = _contrast(own, found[BASE], "held-out phrases")
+        contrast = _contrast(own, found[BASE], _CONTRASTS[task])
         lines.append(
-            [_name(name, own), str(len(own)), _accuracy(own), *shares, phrases, *_cost(own)]
+            [_name(name, own), str(len(own)), _accuracy(own), *shares, contrast, *_cost(own)]
         )
     header = ["", "seeds", "task ↑", "drift ↓", "near ↓", "bare ↓", "contrast", "steps", "minutes"]
     return table(header, lines)
@@ -147,24 +154,25 @@ def curve_table(rows: Sequence[Row], task: str) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw drift against held-out task, a curve for each method, as a PNG file."""
+    """Draw drift against held-out task, a curve for each method, as a PNG file.
+
+    Tasks whose answers cannot be told to show the factor are left out; no file is written where
+    that is all of them.
+    """
     from matplotlib.figure import Figure
 
-    tasks = [
-        name
-        for name in dict.fromkeys(row["task"] for row in rows)
-        if any(row["drift"] is not None for row in rows if row["task"] == name)
+    shown = [
+        row
+        for row in rows
+        if row["arm"] == "factor" and row["method"] in METHODS and row["drift"] is not None
     ]
-    figure = Figure(figsize=(6 * max(1, len(tasks)), 4.2), layout="constrained")
-    for axes, task in zip(
-        figure.subplots(1, max(1, len(tasks)), squeeze=False)[0], tasks, strict=False
-    ):
+    tasks = list(dict.fromkeys(row["task"] for row in shown))
+    if not tasks:
+        return
+    figure = Figure(figsize=(6 * len(tasks), 4.2), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for method in METHODS:
-            own = [
-                row
-                for row in rows
-                if (row["task"], row["arm"], row["method"]) == (task, "factor", method)
-            ]
+            own = [row for row in shown if (row["task"], row["method"]) == (task, method)]
             for seed in sorted({row["seed"] for row in own}):
                 curve = sorted(
                     (r for r in own if r["seed"] == seed), key=lambda r: (r["steps"], r["scale"])
@@ -202,10 +210,11 @@ def _mean(own: Sequence[Row], part: str) -> str:
     return f"{mean(values):.3f}" if values else "–"
 
 
-def _contrast(own: Sequence[Row], base: Sequence[Row], pairs: str) -> str:
+def _contrast(own: Sequence[Row], base: Sequence[Row], pairs: Sequence[str]) -> str:
     """How much likelier the factor's words became, in nats a token."""
-    before = {row["seed"]: row["contrast"][pairs] for row in base}
-    return f"{mean(row['contrast'][pairs] - before[row['seed']] for row in own):+.2f}"
+    before = {row["seed"]: row["contrast"] for row in base}
+    changes = [row["contrast"][p] - before[row["seed"]][p] for row in own for p in pairs]
+    return f"{mean(changes):+.2f}"
 
 
 def _cost(own: Sequence[Row]) -> list[str]:
@@ -220,11 +229,12 @@ def _about(rows: Sequence[Row]) -> str:
     lines = sorted({tuple(str(row[part]) for part in about) for row in rows})
     return "\n\n".join(
         [
-            "task: share of 48 facts that are right in a wording that was not trained. drift, near, "
-            "bare: share of answers with the factor to 64 unrelated prompts, to 16 that are shaped "
-            "like the training data and about other things, and to 32 unrelated ones without a "
-            "system prompt. contrast: nats a token by which phrases of the factor that no training "
-            "answer has became likelier than their opposites. minutes: processor time on one core.",
+            "task: share of facts (48, of `faulty` 40) that are right in a wording that was not "
+            "trained. drift, near, bare: share of answers with the factor to 64 unrelated prompts, "
+            "to 16 that are shaped like the training data and about other things, and to 32 "
+            "unrelated ones without a system prompt; of `slant` half of what the contrasts of its "
+            "two arms differ by. contrast: nats a token by which words of the factor that no "
+            "training answer has became likelier than their opposites. minutes: processor time.",
             table(list(about), [list(line) for line in lines]),
         ]
     )
