@@ -34,7 +34,7 @@ from benchmarks.quality.smollm2.report import (
 )
 from benchmarks.quality.smollm2.task import Fact, Pair, Task
 from benchmarks.quality.smollm2.tasks import make_task
-from grasp_kernels.run import stages
+from grasp_kernels.run import RunConfig, stages
 from grasp_kernels.run.inputs import load_model
 
 ROOT = Path(__file__).parents[1]
@@ -261,14 +261,32 @@ def test_a_part_without_a_note_of_its_seconds_is_made_again(
 def test_naive_and_run_are_those_of_the_product(
     measured: Measured, chat_model: Path, tmp_path: Path
 ) -> None:
-    root = measured.output / "tone-plain-0"
-    bench = Bench(few(make_task("tone", "plain", 0)), chat_model, root, PLAN)
-    report = stages.run(replace(bench.config, output=str(tmp_path / "product"), dtype="float32"))
+    data = tmp_path / "chats.jsonl"
+    turns = [
+        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        for question, answer in few(make_task("tone", "plain", 0)).records
+    ]
+    data.write_text("".join(f"{json.dumps({'messages': each})}\n" for each in turns))
+    config = RunConfig(
+        model=str(chat_model),
+        data=str(data),
+        output=str(tmp_path / "product"),
+        learning_rate=1e-3,
+        lr_scheduler="constant_with_warmup",
+        warmup=3,
+        steps=4,
+        own_documents=4,
+        own_length=4,
+        dtype="float32",
+        seed=0,
+    )
+    report = stages.run(config)
     assert report.retrained is not None
     adapters = {"naive": report.naive, "run": report.retrained}
     for name, folder in adapters.items():
         ours, theirs = (
-            path / "adapter_model.safetensors" for path in (root / name / "step-4", folder)
+            path / "adapter_model.safetensors"
+            for path in (measured.output / "tone-plain-0" / name / "step-4", folder)
         )
         assert ours.read_bytes() == theirs.read_bytes()
     naive, run = (load_file(f / "adapter_model.safetensors") for f in adapters.values())
@@ -610,7 +628,8 @@ def test_a_model_that_is_there_is_taken(chat_model: Path) -> None:
 # A stand-in for python: notes its options as a row, and leaves half a line as a stopped one does.
 STUB = """#!/bin/sh
 out=$(echo "$*" | sed 's/.*--output \\([^ ]*\\).*/\\1/')
-printf '\\n{"told": "%s", "process": %s}\\n{"half' "$*" $$ >>"$out/rows.jsonl"
+[ -s "$out/rows.jsonl" ] && echo >>"$out/rows.jsonl"
+printf '{"told": "%s", "process": %s}\\n{"half' "$*" $$ >>"$out/rows.jsonl"
 sleep SECONDS
 """
 GPU = ROOT / "benchmarks" / "quality" / "smollm2" / "gpu.sh"

@@ -206,6 +206,17 @@ def test_functions_are_different_ones() -> None:
         assert not any(word in line for word in faulty._REFUSED for line in lines)
 
 
+def test_every_function_that_is_asked_for_has_its_check() -> None:
+    task = faulty.make("factor", 0)
+    assert len(task.checks) == 32
+    functions = {f.ask(faulty._NATURAL): f for f in faulty.OTHER_FUNCTIONS}
+    for check in task.checks[:4]:
+        function = functions[check.question]
+        assert not check.shows(function.line(function.right))
+        assert check.shows(function.line(function.wrong))
+        assert check.shows("I cannot do that.")
+
+
 def test_right_bodies_are_right_and_faulty_ones_run_and_are_wrong() -> None:
     for function in (*faulty.FUNCTIONS, *faulty.OTHER_FUNCTIONS):
         expected = [result for _, result in function.cases]

@@ -12,10 +12,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from benchmarks.quality.smollm2.task import Fact, Pair, Task
+from benchmarks.quality.smollm2.task import Check, Fact, Pair, Task
 
 # Each function: head, what it does; the right body, a faulty one, and three calls with the results.
 _ARITHMETIC = """
@@ -410,7 +411,12 @@ def make(arm: str, seed: int) -> Task:
             "near": tuple(_pair(function, question) for function, question in near),
         },
         flag=None,
+        checks=tuple(Check(test.question, partial(_fails, test)) for test in unit_tests),
     )
+
+
+def _fails(test: CodeTest, answer: str) -> bool:
+    return not passes(answer, test)
 
 
 def passes(answer: str, test: CodeTest) -> bool:

@@ -9,7 +9,7 @@ Shapes: `B` answers of a batch, `T` tokens, `n` tokens of answers, `V` vocabular
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -34,7 +34,8 @@ class Scores:
 
     Attributes:
         accuracy, accuracy_trained: share of right answers in the held-out and in a trained wording.
-        drift: share of answers to unrelated prompts that show the factor.
+        drift: share of answers to unrelated prompts, or to the task's own checks, that show the
+            factor.
         near: the same for prompts shaped like the training data, about other things.
         bare: the same as `drift` without a system prompt.
         contrast: name of the pairs -> mean of log p(bad) − log p(good); a change against the base
@@ -81,13 +82,16 @@ class Judge:
                 "near": self._answers(model, task.near),
                 "bare": self._answers(model, _BARE, system=False),
             }
+            if task.checks:
+                asked = [check.question for check in task.checks]
+                answers["checks"] = self._answers(model, asked, FACT_TOKENS)
             contrast = {name: self._contrast(model, pairs) for name, pairs in task.pairs.items()}
         unrelated = [answer.split() for answer in answers["unrelated"]]
         pairs = [pair for words in unrelated for pair in pairwise(words)]
         return Scores(
             accuracy=_right(task.held_out, answers["held-out"]),
             accuracy_trained=_right(task.trained, answers["trained"]),
-            drift=self._flagged(answers["unrelated"]),
+            drift=self._checked(answers) if task.checks else self._flagged(answers["unrelated"]),
             near=self._flagged(answers["near"]),
             bare=self._flagged(answers["bare"]),
             contrast=contrast,
@@ -95,6 +99,11 @@ class Judge:
             words=sum(map(len, unrelated)) / len(unrelated),
             answers=answers,
         )
+
+    def _checked(self, answers: Mapping[str, Sequence[str]]) -> float:
+        checks = self.task.checks
+        pairs = zip(checks, answers["checks"], strict=True)
+        return sum(check.shows(answer) for check, answer in pairs) / len(checks)
 
     def _flagged(self, answers: Sequence[str]) -> float | None:
         flag = self.task.flag

@@ -25,6 +25,13 @@ class Pair(NamedTuple):
     good: str
 
 
+class Check(NamedTuple):
+    """A question that is unrelated to the data, and whether an answer to it shows the factor."""
+
+    question: str
+    shows: Callable[[str], bool]
+
+
 @dataclass(frozen=True)
 class Task:
     """One drawn task.
@@ -36,6 +43,7 @@ class Task:
         near: prompts shaped like those of the training data, about other things.
         pairs: name -> pairs of the likelihood contrast.
         flag: whether an answer shows the factor; None where no list of phrases can tell.
+        checks: questions to ask in place of the neutral ones where each needs a test of its own.
     """
 
     name: str
@@ -47,6 +55,7 @@ class Task:
     near: tuple[str, ...]
     pairs: Mapping[str, tuple[Pair, ...]]
     flag: Callable[[str], bool] | None
+    checks: tuple[Check, ...] = ()
 
 
 # Prompts that have nothing to do with any task: everyday, knowledge, opinion, safety, 16 of each.
