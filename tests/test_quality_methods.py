@@ -20,7 +20,6 @@ from grasp_kernels.quality.methods import METHODS, activations, penalties, proje
 from grasp_kernels.quality.methods.registry import method, select
 from grasp_kernels.quality.streams import hooked, recorded
 from grasp_kernels.quality.workbench import Workbench, documents
-from grasp_kernels.run.config import RunConfig
 from grasp_kernels.sites import adapted_layers
 from grasp_kernels.testing import budget, relative_error
 
@@ -486,15 +485,14 @@ def test_contrastive_reads_stay_while_training(bench: Workbench, name: str) -> N
 @pytest.mark.parametrize(
     ("found", "parts"), [(True, "grasp+contrastive+own-text"), (False, "contrastive+own-text")]
 )
-def test_run_is_what_the_command_does_as_it_comes(
+def test_all_three_is_what_its_parts_make(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch, found: bool, parts: str
 ) -> None:
     """With the directions that its evidence gives, or with reads and anchor alone."""
     nothing = gk.Subspace.empty("write", "shared", ["noise"])
     subspace = bench.weights_subspace(1) if found else nothing
     monkeypatch.setattr(bench, "run_subspace", lambda: subspace)
-    default = RunConfig(model="", data="", output="").anchor_strength
-    same = METHODS[parts].build(bench, default)
+    same = METHODS[parts].build(bench, 0.3)
     for (_, one), (_, other) in zip(
         adapted_layers(METHODS["all-three"].build(bench, None)), adapted_layers(same), strict=True
     ):

@@ -194,7 +194,7 @@ def _two_forwards_of_ddp(ids: Tensor, folder: Path) -> Any:
 def _as_run_retrains(
     ids: Tensor, folder: Path, spread: Callable[[Any], Any] = DistributedDataParallel
 ) -> Any:
-    """Frozen A, a second forward for the anchor, and in it one with the adapters off."""
+    """Frozen A, and a second forward for the anchor."""
     model, subspace, anchor = with_reads_and_anchor()
     _replaced(model, subspace)
     wrapped = spread(model)
