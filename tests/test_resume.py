@@ -28,9 +28,9 @@ ADAPTER_FILES = (
     "naive/adapter_model.safetensors",
     "naive/adapter_config.json",
     "naive/training_log.json",
-    "grasp/adapter_model.safetensors",
-    "grasp/adapter_config.json",
-    "grasp/training_log.json",
+    "retrained/adapter_model.safetensors",
+    "retrained/adapter_config.json",
+    "retrained/training_log.json",
 )
 
 _DRIVER = """
@@ -79,7 +79,7 @@ KILL_POINTS = (
     ("grasp_kernels.run.training:write_json", 2),  # the finished adapter without its log
     ("grasp_kernels.run.callback:GraspCallback.on_log", 3),  # on the second half of the data
     ("grasp_kernels.subspace.basis:Subspace.save", 1),
-    ("grasp_kernels.run.callback:GraspCallback.on_log", 4),  # in the GRASP training
+    ("grasp_kernels.run.callback:GraspCallback.on_log", 4),  # in the retraining
     ("transformers:TrainerState.save_to_json", 3),
     ("grasp_kernels.run.report:write_json", 1),
 )
