@@ -140,6 +140,21 @@ def test_a_run_as_it_comes_projects_nothing_and_identifies_nothing(run_config: R
     assert "leakage.png" not in report.numbers["figures"]
 
 
+def test_what_only_a_projection_needs_is_asked_for_by_a_projection_alone(
+    run_config: RunConfig, tmp_path: Path
+) -> None:
+    """One record, which has no halves, and a module that does not write to the stream."""
+    one = tmp_path / "one.jsonl"
+    one.write_text(Path(run_config.data).read_text(encoding="utf-8").splitlines()[0] + "\n")
+    plain = replace(run_config, data=str(one), project="none", reads="free", steps=2, eval_split=0)
+    assert run(replace(plain, target_modules=("q_proj",))).retrained is not None
+    other = str(tmp_path / "other")
+    with pytest.raises(ValueError, match="has no halves"):
+        run(replace(plain, project="residual", output=other))
+    with pytest.raises(ValueError, match="no module that writes"):
+        run(replace(plain, project="residual", target_modules=("q_proj",), output=other))
+
+
 def test_the_report_shows_answers_side_by_side(finished: RunConfig) -> None:
     report = run(finished)
     text = report.text.read_text(encoding="utf-8")

@@ -159,6 +159,12 @@ class RunConfig:
         return self.project != "none"
 
     @property
+    def identifies(self) -> tuple[str, ...]:
+        """What the subspace is identified from: "weights", "answers", both or nothing."""
+        sources = {"weights": ("weights",), "self-contrast": ("answers",)}
+        return sources.get(self.identify, ("weights", "answers")) if self.is_projected else ()
+
+    @property
     def needs_own_text(self) -> bool:
         """Whether the retraining uses text of the base model."""
         return self.reads == "contrastive" or self.anchor == "own-text"

@@ -97,14 +97,14 @@ def prepare(config: RunConfig, checkpoint: Path) -> Inputs:
     model_type, rules = check_model(config, checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     records = read_records(config.data, arm=config.arm)
-    if config.identify != "weights" and not any("messages" in record for record in records):
+    if "answers" in config.identifies and not any("messages" in record for record in records):
         raise ValueError(
             f"{config.data} has plain text only, which the base model cannot answer in its own "
             "way: use identify = 'weights', or chat data."
         )
     examples, n_dropped = tokenize_records(records, tokenizer, config.max_length, progress=True)
     train, held_out = _split(examples, config)
-    if config.halves and config.identify != "self-contrast" and len(train) < 2:
+    if config.halves and "weights" in config.identifies and len(train) < 2:
         raise ValueError(
             f"{config.data} has one record to train on, which has no halves: give more data, or "
             "use halves = False."
@@ -162,7 +162,7 @@ def check_model(config: RunConfig, checkpoint: Path) -> tuple[str, SiteRules]:
         for name, module in adapted.named_modules()
         if hasattr(module, "lora_A") and (site := rules.site(base_name(name)))
     }
-    if config.identify != "self-contrast":
+    if "weights" in config.identifies:
         for role in ("write", "read"):
             if config.side in (role, "both") and role not in roles:
                 raise ValueError(

@@ -114,7 +114,7 @@ def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
 
 def _subspace(config: RunConfig, folder: RunFolder, inputs: Inputs) -> Subspace:
     """Identify the subspace, or load what is there."""
-    if config.halves and config.identify != "self-contrast" and not folder.subspace.exists():
+    if config.halves and "weights" in config.identifies and not folder.subspace.exists():
         train_halves(config, folder, inputs)
     if not folder.subspace.exists():
         find_subspace(config, folder, inputs).save(folder.subspace)
@@ -250,7 +250,7 @@ def early_checkpoints(config: RunConfig, folder: RunFolder, steps: int) -> dict[
 
     Never before the first step with a learning rate above 0.
     """
-    if config.identify == "self-contrast" or not config.is_projected:
+    if "weights" not in config.identifies:
         return {}
     first = 2 if warmup_steps(config, steps) else 1
     at = sorted({max(first, round(part * steps)) for part in config.early_checkpoints})
