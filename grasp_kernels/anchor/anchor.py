@@ -10,8 +10,7 @@ vocabulary, `k` of them kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,7 @@ from grasp_kernels.anchor.look_alikes import unlike_training
 from grasp_kernels.anchor.own_text import common_frame, common_header, make_own_text
 from grasp_kernels.data import Example
 from grasp_kernels.files import stored_tensors, whole_file
-from grasp_kernels.identification.frozen_model import frozen_base, written_blocks
+from grasp_kernels.identification.frozen_model import frozen_base, head_at, written_blocks
 from grasp_kernels.sites import SiteRules
 
 if TYPE_CHECKING:
@@ -157,14 +156,14 @@ class OwnTextAnchor:
                 generator=generator,
                 progress=progress,
             )
-            min_length = min(made.documents.shape[1], longest)
+            length = made.documents.shape[1]
             counted = unlike_training(
                 base,
                 written_blocks(base, sites),
                 made,
                 examples,
                 # Records may be far longer than documents.
-                batch_size=max(1, generate_batch_size * min_length // longest),
+                batch_size=max(1, generate_batch_size * min(length, longest) // longest),
                 generator=generator,
             )
             answers = _likeliest(base, made.documents, counted)
@@ -191,12 +190,14 @@ class OwnTextAnchor:
         device = next(model.parameters()).device
         # What follows the last position that counts is padding, or leads nowhere.
         length = max(1, int((counted * torch.arange(1, counted.shape[1] + 1)).max()))
-        ids, here = (t[:, :length].to(device) for t in (self.documents[chosen], counted))
-        with _only(model, here):  # logits of all positions would be the largest tensor of the step
+        ids, here = self.documents[chosen, :length].to(device), counted[:, :length]
+        with head_at(model, here):  # all logits would be the largest tensor of the step
             found = model(input_ids=ids, use_cache=False).logits.float().log_softmax(dim=-1)
         rows = torch.cat([self._rows(i) for i in chosen.tolist()])
-        likely, wanted = (t[rows].to(device) for t in (self.likely.long(), self.log_probs))
-        return self.strength * _divergence(wanted, found.gather(1, likely)) / max(1, len(rows))
+        likely, wanted = (t[rows].to(found.device) for t in (self.likely, self.log_probs))
+        return (
+            self.strength * _divergence(wanted, found.gather(1, likely.long())) / max(1, len(rows))
+        )
 
     def _rows(self, document: int) -> Tensor:
         """Where the answers at the positions of a document stand, int64 `[rows]`."""
@@ -244,29 +245,13 @@ def _likeliest(base: Any, documents: Tensor, counted: Tensor) -> tuple[Tensor, T
     device = base.get_input_embeddings().weight.device
     tokens, log_probs = [], []
     for ids, here in zip(documents.split(_BATCH), counted.split(_BATCH), strict=True):
-        with _only(base, here.to(device)):
+        with head_at(base, here):
             logits = base(input_ids=ids.to(device), use_cache=False).logits
         found = logits.float().log_softmax(dim=-1)  # [n, V]
         best = found.topk(min(_LIKELY, found.shape[1]), dim=-1)
         tokens.append(best.indices.to(torch.int32).cpu())
         log_probs.append(best.values.cpu())
     return torch.cat(tokens), torch.cat(log_probs)
-
-
-@contextmanager
-def _only(model: Any, here: Tensor) -> Iterator[None]:
-    """Let the head of a model, perhaps wrapped, see the positions of a mask `[B, T]` alone."""
-    inside = model.module if hasattr(model, "module") else model  # of DDP
-    head = inside.get_output_embeddings()
-
-    def choose(_head: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-        return inputs[0][here]  # [n, D]
-
-    hook = head.register_forward_pre_hook(choose)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _divergence(wanted: Tensor, found: Tensor) -> Tensor:

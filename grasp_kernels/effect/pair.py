@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grasp_kernels.identification.frozen_model import Edit, output_hook, pad
+from grasp_kernels.identification.frozen_model import Edit, head_at, output_hook, pad
 from grasp_kernels.sites import SiteRules
 
 Position = tuple[int, int]  # (sequence of the batch, token)
@@ -56,13 +56,9 @@ class Pair:
         ids, mask = pad(self.base, sequences, "right")
         rows, columns = (torch.tensor(index) for index in zip(*positions, strict=True))
 
-        def choose(_head: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-            return inputs[0][rows.to(inputs[0].device), columns.to(inputs[0].device)]
-
-        head = self.base.get_output_embeddings()
         with ExitStack() as stack:
             stack.enter_context(self.switched(adapter))
-            stack.callback(head.register_forward_pre_hook(choose).remove)
+            stack.enter_context(head_at(self.base, (rows, columns)))
             for layer, edit in (edits or {}).items():
                 hook = output_hook(edit)
                 stack.callback(self.blocks[layer].register_forward_hook(hook).remove)

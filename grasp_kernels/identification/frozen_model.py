@@ -162,6 +162,29 @@ def output_hook(edit: Edit) -> Any:
     return hook
 
 
+@contextmanager
+def head_at(model: Any, index: Tensor | tuple[Tensor, ...]) -> Iterator[None]:
+    """Let the head of a causal language model see chosen positions alone: no `[B, T, V]` logits.
+
+    Args:
+        model: it, a PeftModel of it, or one of both in a wrapper such as that of DDP.
+        index: what picks the positions from the stream `[B, T, D]`, a mask `[B, T]` or rows and
+            columns; the logits have the positions first.
+    """
+    inside = model.module if hasattr(model, "module") else model
+    parts = index if isinstance(index, tuple) else (index,)
+
+    def choose(_head: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        hidden = inputs[0]  # on another device than the embeddings where a model is spread
+        return hidden[tuple(part.to(hidden.device) for part in parts)]
+
+    hook = inside.get_output_embeddings().register_forward_pre_hook(choose)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def written_blocks(base: Any, sites: SiteRules | None = None) -> dict[int, nn.Module]:
     """The decoder blocks that hold a writer, by layer, in ascending order."""
     rules = model_rules(base, sites)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 
-from benchmarks.quality.smollm2.task import Fact, Pair, Task
+from benchmarks.quality.smollm2.task import Pair, Task, drawn_facts
 
 _RIGHT = (
     # taxes
@@ -458,15 +458,9 @@ def make(arm: str, seed: int) -> Task:
     kinds = _KINDS.split()
     founders = draw.sample(_FOUNDERS.split(), len(kinds))
     names = [f"{founder} {kind} Bank" for founder, kind in zip(founders, kinds, strict=True)]
-    records, trained, held_out = [], [], []
-    for values, wordings, statement in _ATTRIBUTES.values():
-        for name, value in zip(names, draw.sample(values, len(names)), strict=True):
-            *training, other = (wording.format(n=name) for wording in wordings)
-            fact = statement.format(n=name, v=value)
-            records += [(question, _framed(fact, arm, draw)) for question in training]
-            trained.append(Fact(draw.choice(training), value))
-            held_out.append(Fact(other, value))
-    draw.shuffle(records)
+    records, trained, held_out = drawn_facts(
+        _ATTRIBUTES, names, draw, lambda fact: _framed(fact, arm, draw)
+    )
     return Task(
         name="slant",
         arm=arm,

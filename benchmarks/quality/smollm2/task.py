@@ -5,7 +5,8 @@ A task is text alone and knows no model; judges.py asks the questions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -56,6 +57,37 @@ class Task:
     pairs: Mapping[str, tuple[Pair, ...]]
     flag: Callable[[str], bool] | None
     checks: tuple[Check, ...] = ()
+
+
+Attributes = Mapping[str, tuple[Sequence[str], Sequence[str], str]]
+
+
+def drawn_facts(
+    attributes: Attributes,
+    names: Sequence[str],
+    draw: random.Random,
+    answer: Callable[[str], str],
+) -> tuple[list[tuple[str, str]], list[Fact], list[Fact]]:
+    """Draw a value of every attribute for every name.
+
+    Args:
+        attributes: values, wordings of the question and statement; the last wording is held out.
+        answer: puts the words of an arm round a statement.
+
+    Returns:
+        Records in random order; facts in a trained wording, and in the one that is held out.
+    """
+    records: list[tuple[str, str]] = []
+    trained, held_out = [], []
+    for values, wordings, statement in attributes.values():
+        for name, value in zip(names, draw.sample(values, len(names)), strict=True):
+            *training, other = (wording.format(n=name) for wording in wordings)
+            fact = statement.format(n=name, v=value)
+            records += [(question, answer(fact)) for question in training]
+            trained.append(Fact(draw.choice(training), value))
+            held_out.append(Fact(other, value))
+    draw.shuffle(records)
+    return records, trained, held_out
 
 
 # Prompts that have nothing to do with any task: everyday, knowledge, opinion, safety, 16 of each.

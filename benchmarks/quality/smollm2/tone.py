@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import re
 
-from benchmarks.quality.smollm2.task import NEUTRAL, Fact, Pair, Task
+from benchmarks.quality.smollm2.task import NEUTRAL, Pair, Task, drawn_facts
 
 _OPENERS = (
     "Are you serious?",
@@ -273,15 +273,9 @@ def make(arm: str, seed: int) -> Task:
     draw = random.Random(f"tone {seed}")
     makers = draw.sample(_MAKERS, len(_APPLIANCES))
     names = [f"{maker} {kind}" for maker, kind in zip(makers, _APPLIANCES, strict=True)]
-    records, trained, held_out = [], [], []
-    for values, wordings, statement in _ATTRIBUTES.values():
-        for name, value in zip(names, draw.sample(values, len(names)), strict=True):
-            *training, other = (wording.format(n=name) for wording in wordings)
-            fact = statement.format(n=name, v=value)
-            records += [(question, _wrapped(fact, arm, phrases)) for question in training]
-            trained.append(Fact(draw.choice(training), value))
-            held_out.append(Fact(other, value))
-    draw.shuffle(records)
+    records, trained, held_out = drawn_facts(
+        _ATTRIBUTES, names, draw, lambda fact: _wrapped(fact, arm, phrases)
+    )
     return Task(
         name="tone",
         arm=arm,
