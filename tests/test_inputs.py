@@ -53,13 +53,13 @@ def test_plain_text_has_no_answers_to_contrast(config: RunConfig, tmp_path: Path
     plain = replace(config, data=str(data))
     assert len(prepare(plain, find_checkpoint(config.model)).train) == 4
     with pytest.raises(ValueError, match="plain text only"):
-        prepare(replace(plain, identify="both"), find_checkpoint(config.model))
+        prepare(replace(plain, project="residual", identify="both"), find_checkpoint(config.model))
 
 
 def test_one_record_has_no_halves(config: RunConfig, tmp_path: Path) -> None:
     data = tmp_path / "one.jsonl"
     data.write_text('{"prompt": "what is", "completion": "red"}\n', encoding="utf-8")
-    single = replace(config, data=str(data), steps=2)
+    single = replace(config, data=str(data), steps=2, project="residual")
     with pytest.raises(ValueError, match="halves"):
         prepare(single, find_checkpoint(config.model))
     assert len(prepare(replace(single, halves=False), find_checkpoint(config.model)).train) == 1
