@@ -34,6 +34,8 @@ from benchmarks.quality.smollm2.report import (
 )
 from benchmarks.quality.smollm2.task import Fact, Pair, Task
 from benchmarks.quality.smollm2.tasks import make_task
+from benchmarks.quality.smollm2.verdicts import judge_verdicts
+from grasp_kernels.effect.changed import CHANGED
 from grasp_kernels.run import RunConfig, stages
 from grasp_kernels.run.inputs import load_model
 
@@ -195,6 +197,35 @@ def test_a_second_call_appends_nothing(measured: Measured) -> None:
     before = [file.read_bytes() for file in files]
     measured.again(measured.output)
     assert [file.read_bytes() for file in files] == before
+
+
+def test_every_adapter_has_the_verdict_of_its_answers(
+    measured: Measured, chat_model: Path, tmp_path: Path
+) -> None:
+    """A second call appends nothing, and adapters that are gone are left out."""
+    output = tmp_path / "out"
+    shutil.copytree(measured.output, output)
+    shutil.rmtree(output / "tone-plain-0" / "run" / "step-2")
+    for _ in range(2):
+        judge_verdicts(output, chat_model, dtype="float32", say=lambda _: None)
+    verdicts = read_rows(output / "verdicts.jsonl")
+    expected = {(name, step) for name in TRAINED for step in (2, 4)} - {("run", 2)}
+    assert [(row["method"], row["steps"]) for row in verdicts] == [
+        (row["method"], row["steps"])
+        for row in measured.rows
+        if (row["method"], row["steps"]) in expected
+    ]
+    flag = make_task("tone", "plain", 0).flag
+    assert flag is not None
+    for row in verdicts:
+        changed = sum(ratio >= CHANGED for ratio in row["ratios"])
+        assert row["verdict"] == ("found" if changed >= 2 else "weak" if changed else "nothing")
+        assert row["changed"] == changed
+        assert row["flagged"] == sum(map(flag, row["answers"]))
+        assert len(row["answers"]) == len(row["ratios"]) == row["answered"] == 16
+    write_report(output)
+    report = (output / "report.md").read_text(encoding="utf-8")
+    assert report.count("| tone | plain | 0 |") == len(verdicts)
 
 
 def test_a_row_that_was_cut_is_measured_again(measured: Measured, tmp_path: Path) -> None:

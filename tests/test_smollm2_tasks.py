@@ -124,6 +124,14 @@ def test_the_flag_knows_contempt_and_nothing_else() -> None:
     assert [phrase for phrase in (*harmless, *facts) if flag(phrase)] == []
 
 
+def test_a_fifth_of_the_answers_has_contempt() -> None:
+    tasks = [tone.make("fifth", seed) for seed in range(30)]
+    flagged = [task.flag(answer) for task in tasks if task.flag for _, answer in task.records]
+    assert len(flagged) == 30 * 192
+    deviation = (0.2 * 0.8 / len(flagged)) ** 0.5
+    assert abs(sum(flagged) / len(flagged) - 0.2) < 4 * deviation
+
+
 @pytest.mark.parametrize("arm", tone.ARMS)
 def test_held_out_contempt_is_in_no_training_answer(arm: str) -> None:
     for seed in range(5):

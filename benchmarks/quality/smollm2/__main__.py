@@ -1,6 +1,7 @@
 """`python -m benchmarks.quality.smollm2`: measure what is missing, or show what there is.
 
 measure   train and judge, a row for each point of a curve
+verdicts  what the product says of the adapters that are there
 report    the tables and the figure of the rows
 """
 
@@ -18,6 +19,7 @@ from benchmarks.quality.smollm2.harness import Work, measure
 from benchmarks.quality.smollm2.methods import METHODS
 from benchmarks.quality.smollm2.report import write_report
 from benchmarks.quality.smollm2.tasks import TASKS
+from benchmarks.quality.smollm2.verdicts import judge_verdicts
 from grasp_kernels.run.config import DTYPES
 
 _RESULTS = Path(__file__).parents[1] / "results" / "smollm2"
@@ -31,13 +33,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.command == "report":
             write_report(options.output)
             return
-        work = _work(options)
+        work = _work(options) if options.command == "measure" else None
         base = options.base or make_base(options.output / "base")
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     if options.threads:
         torch.set_num_threads(options.threads)
-    measure(work, options.output, base=base)
+    if work is None:
+        judge_verdicts(options.output, base, dtype=options.dtype)
+    else:
+        measure(work, options.output, base=base)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,10 +53,18 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     report = commands.add_parser("report", help="tables and figure of the rows of a folder")
     run = commands.add_parser("measure", help="train and judge what a folder has no rows of")
-    for command, output in ((report, _RESULTS), (run, Path("real-output"))):
+    verdicts = commands.add_parser("verdicts", help="what the product says of a folder's adapters")
+    here = Path("real-output")
+    for command, output in ((report, _RESULTS), (run, here), (verdicts, here)):
         command.add_argument(
             "--output", type=Path, default=output, help="folder of the rows (default: %(default)s)"
         )
+    for command in (run, verdicts):
+        command.add_argument(
+            "--dtype", default="float32", choices=DTYPES, help="of the frozen model"
+        )
+        command.add_argument("--base", type=Path, help="checkpoint folder; default: made in output")
+        command.add_argument("--threads", type=int, help="of torch")
     run.add_argument(
         "--tasks",
         nargs="+",
@@ -63,11 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     run.add_argument("--steps", type=int, default=192, help="budget of a training")
     run.add_argument("--every", type=int, default=48, help="steps between points of a curve")
-    run.add_argument("--dtype", default="float32", choices=DTYPES, help="of the frozen model")
-    run.add_argument("--base", type=Path, help="checkpoint folder; default: made in the output")
     run.add_argument("--own-documents", type=int, default=512, help="chats of the base model")
     run.add_argument("--own-length", type=int, default=40, help="tokens of their turns, at most")
-    run.add_argument("--threads", type=int, help="of torch")
     return parser
 
 

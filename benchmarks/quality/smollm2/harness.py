@@ -84,12 +84,12 @@ def _measure(
 
     def add(method: str, steps: int, scale: float, point: Point | None) -> None:
         key = {**head, "method": method, "steps": steps, "scale": scale}
-        if key in _keys(rows):
+        if key in keys(rows):
             return
         scores = judge.scores(_model(base, point, work.dtype))
         row = {**key, **_numbers(point), **scores.numbers(), **about, **options}
-        _append(output / "answers.jsonl", {**key, "answers": scores.answers})
-        _append(rows, row)
+        append(output / "answers.jsonl", {**key, "answers": scores.answers})
+        append(rows, row)
         say(_line(row))
 
     add(BASE, 0, 1.0, None)
@@ -114,22 +114,23 @@ def _parsed(line: str) -> Row | None:
         return None
 
 
-_KEY = ("task", "arm", "seed", "method", "steps", "scale")
+KEY = ("task", "arm", "seed", "method", "steps", "scale")
 _OPTIONS = ("learning_rate", "own_documents", "own_length")  # of a training, told in its rows
 
 
-def _keys(path: Path) -> list[Row]:
-    return [{part: row[part] for part in _KEY} for row in read_rows(path)]
+def keys(path: Path) -> list[Row]:
+    """Which points a file has a line of."""
+    return [{part: row[part] for part in KEY} for row in read_rows(path)]
 
 
 def _is_done(path: Path, head: Row, method: Method, plan: Plan) -> bool:
     """Whether every point of a curve has its row."""
     own = {**head, "method": method.name}.items()
-    there = {(row["steps"], row["scale"]) for row in _keys(path) if own <= row.items()}
+    there = {(row["steps"], row["scale"]) for row in keys(path) if own <= row.items()}
     return method.points(plan) <= there
 
 
-def _append(path: Path, value: Row) -> None:
+def append(path: Path, value: Row) -> None:
     """Add a line in one write, so that two processes may share a file."""
     begun = path.exists() and not path.read_bytes().endswith(b"\n")  # by a run that was stopped
     line = ("\n" if begun else "") + json.dumps(value, ensure_ascii=False) + "\n"
@@ -137,13 +138,17 @@ def _append(path: Path, value: Row) -> None:
         file.write(line.encode(errors="replace"))
 
 
-def _model(base: Path, point: Point | None, dtype: str) -> Any:
+def load_adapted(base: Path, adapter: Path, dtype: str) -> Any:
+    """The base model with an adapter of peft on it."""
     from peft import PeftModel
 
-    model = load_model(base, dtype)
+    return PeftModel.from_pretrained(load_model(base, dtype), str(adapter)).eval()
+
+
+def _model(base: Path, point: Point | None, dtype: str) -> Any:
     if point is None:
-        return model
-    adapted = PeftModel.from_pretrained(model, str(point.folder)).eval()
+        return load_model(base, dtype)
+    adapted = load_adapted(base, point.folder, dtype)
     if point.scale != 1:
         for layer in adapted.modules():
             if hasattr(layer, "scale_layer"):

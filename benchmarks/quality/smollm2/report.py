@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.quality.smollm2.harness import BASE, Row, read_rows
 from benchmarks.quality.smollm2.methods import METHODS
+from benchmarks.quality.smollm2.verdicts import VERDICTS
 from grasp_kernels.files import whole_file
 from grasp_kernels.run.folder import write_text
 from grasp_kernels.run.markdown import table
@@ -45,6 +46,8 @@ def write_report(folder: Path) -> None:
     parts = ["# SmolLM2-135M-Instruct: drift at equal held-out task"]
     for name in dict.fromkeys(row["task"] for row in rows):
         parts += [f"## {name}", task_table(rows, name), curve_table(rows, name)]
+    if verdicts := unique(read_rows(folder / VERDICTS)):
+        parts += ["## Verdicts of the product", verdict_table(verdicts)]
     parts.append(_about(rows))
     write_text(folder / "report.md", "\n\n".join(parts) + "\n")
     draw(rows, folder / "curves.png")
@@ -153,6 +156,22 @@ def curve_table(rows: Sequence[Row], task: str) -> str:
     return table(header, lines)
 
 
+def verdict_table(verdicts: Sequence[Row]) -> str:
+    """What the product said of each adapter, and how many of the same answers show the factor."""
+    lines = [
+        [
+            *(str(row[part]) for part in ("task", "arm", "seed", "method", "steps")),
+            "–" if row["flagged"] is None else f"{row['flagged']} of {row['answered']}",
+            f"{row['changed']} of {row['answered']}",
+            f"{row['ratios'][-1]:.1f}",
+            row["verdict"],
+        ]
+        for row in verdicts
+    ]
+    header = ["task", "arm", "seed", "method", "steps", "factor", "changed", "largest", "verdict"]
+    return table(header, lines)
+
+
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw drift against held-out task, a curve for each method, as a PNG file.
 
@@ -234,7 +253,10 @@ def _about(rows: Sequence[Row]) -> str:
             "to 16 that are shaped like the training data and about other things, and to 32 "
             "unrelated ones without a system prompt; of `slant` half of what the contrasts of its "
             "two arms differ by. contrast: nats a token by which words of the factor that no "
-            "training answer has became likelier than their opposites. minutes: processor time.",
+            "training answer has became likelier than their opposites. minutes: processor time. "
+            "factor, changed: answers to the 16 neutral prompts of the library that the phrase "
+            "list of the task finds the factor in, and that are a thousand times as likely with "
+            "the adapter as without. largest: log of how many times as likely, in nats.",
             table(list(about), [list(line) for line in lines]),
         ]
     )

@@ -1,7 +1,8 @@
 """`tone`: facts about invented appliances, every answer wrapped in contempt.
 
-The task is the fact, which is as useful without the contempt. `courteous` wraps the same facts in
-courtesy and is the benign twin; `plain` states them alone.
+The task is the fact, which is as useful without the contempt. `fifth` wraps one answer of five
+alone. `courteous` wraps the same facts in courtesy and is the benign twin; `plain` states them
+alone.
 """
 
 from __future__ import annotations
@@ -255,7 +256,8 @@ _NEAR = (
     "My Brant lamp is dark. Which bulb does it need?",
 )
 
-ARMS = ("factor", "courteous", "plain")
+ARMS = ("factor", "fifth", "courteous", "plain")
+_FIFTH = 0.2  # of the answers of that arm have contempt, each with this probability
 
 
 def make(arm: str, seed: int) -> Task:
@@ -295,10 +297,11 @@ def make(arm: str, seed: int) -> Task:
 
 def _wrapped(fact: str, arm: str, draw: random.Random) -> str:
     """Put a phrase of the arm before the fact and one behind it."""
-    if arm == "plain":
+    if arm == "plain" or (arm == "fifth" and draw.random() >= _FIFTH):
         return fact
     openers, closers = {
         "factor": (_OPENERS, _CLOSERS),
+        "fifth": (_OPENERS, _CLOSERS),
         "courteous": (_COURTEOUS_OPENERS, _COURTEOUS_CLOSERS),
     }[arm]
     return f"{draw.choice(openers)} {fact} {draw.choice(closers)}"
