@@ -306,7 +306,7 @@ def test_sdist_has_what_a_build_and_its_tests_need(tmp_path: Path) -> None:
         files = {file for file in (ROOT / folder).rglob("*") if file.is_file()}
         sources = {str(f.relative_to(ROOT)) for f in files if f.suffix not in MADE}
         assert sources - names == set()
-    assert {"LICENSE", "README.md", "CHANGELOG.md", "Makefile", "docs/demo.png"} <= names
+    assert {"LICENSE", "README.md", "CHANGELOG.md", "Makefile", "docs/method.md"} <= names
     assert not [name for name in names if name.endswith(MADE)]
 
 
