@@ -49,6 +49,8 @@ def served(reply: Reply) -> Iterator[tuple[str, list[dict[str, Any]]]]:
                 status, answer = reply(body["messages"][0]["content"], body)
             data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
             self.send_response(status)
+            if status in (301, 302, 307):
+                self.send_header("Location", data.decode())
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
@@ -289,6 +291,31 @@ def test_failures_are_repeated_with_growing_waits(no_waiting: list[float]) -> No
     assert len(requests) == 3 and no_waiting == [1.0, 2.0]
     with pytest.raises(judging_client.JudgeFailure):  # nobody listens any more
         judging_client.Judge(url, "stub", retries=1)("rate this")
+
+
+@pytest.mark.parametrize("status", [301, 302, 307])
+def test_a_redirect_is_not_followed(status: int) -> None:
+    with served(honest) as (other, seen):
+        moved = f"{other}/chat/completions".encode()
+        with served(lambda *_: (status, moved)) as (url, _):
+            with pytest.raises(judging_client.JudgeRefused, match=f"status {status}.*redirects"):
+                judging_client.Judge(url, "stub", key="a-key")("rate this")
+    assert seen == []
+
+
+def test_the_key_is_never_shown() -> None:
+    with served(lambda *_: (401, b"wrong key: a-key")) as (url, requests):
+        judge = judging_client.Judge(url, "stub", key="a-key")
+        with pytest.raises(judging_client.JudgeRefused) as refused:
+            judge("rate this")
+    assert requests[0]["auth"] == "Bearer a-key"
+    assert "wrong key: KEY" in str(refused.value)
+    assert "a-key" not in str(refused.value) + repr(judge)
+
+
+def test_an_address_of_another_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="'file:///answers'.*http://"):
+        judging_client.Judge("file:///answers", "stub")
 
 
 def test_garbage_is_counted_and_left_out(tmp_path: Path) -> None:

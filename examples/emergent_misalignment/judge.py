@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 LEAST_MASS = 0.25  # of the numbers among the 20 most likely tokens, as in the protocol
@@ -23,6 +23,16 @@ _PASSING = {408, 409, 425, 429}  # and all of 500 and above
 _UNREADABLE = (ValueError, LookupError, TypeError, AttributeError)  # a reply of another form
 _PROBED = "57"
 _PROBE = f"Reply with the number {_PROBED} and nothing else."
+
+
+class _StayingThere(urllib.request.HTTPRedirectHandler):
+    """Refuses to follow a redirect, which would carry the key to another host."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_StayingThere)
 
 
 class JudgeFailure(Exception):
@@ -48,6 +58,13 @@ class Judge:
     retries: int = 5
     timeout: float = 60.0
     first_wait: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(
+                f"The address of the judge is {self.url!r}: give one that begins with http:// or "
+                "https://."
+            )
 
     def __call__(self, prompt: str) -> dict[str, Any]:
         """`score` (None without one), `why` there is none, and the `usage` that was reported.
@@ -83,15 +100,22 @@ class Judge:
                 reply = self._ask(prompt)
                 return {**read(reply["choices"][0]), "usage": reply.get("usage") or {}}
             except urllib.error.HTTPError as error:
-                failure = f"status {error.code}: {error.read().decode('utf-8', 'replace')[:200]}"
+                failure = self._failure(error)
                 if error.code < 500 and error.code not in _PASSING:
                     raise JudgeRefused(
                         f"The judge at {self.url} refuses every call ({failure}): check address, "
-                        "model and key."
+                        "model and key; redirects are not followed."
                     ) from None
             except (OSError, http.client.HTTPException, *_UNREADABLE) as error:
                 failure = f"{type(error).__name__}: {error}"
         raise JudgeFailure(failure)
+
+    def _failure(self, error: urllib.error.HTTPError) -> str:
+        """Status and first words of a refusal, without the key, which some endpoints repeat."""
+        said = error.read().decode("utf-8", "replace")
+        if self.key:
+            said = said.replace(self.key, "KEY")
+        return f"status {error.code}: {said[:200]}"
 
     def _ask(self, prompt: str) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -108,7 +132,7 @@ class Judge:
         request = urllib.request.Request(
             f"{self.url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers
         )
-        with urllib.request.urlopen(request, timeout=self.timeout) as response:
+        with _OPENER.open(request, timeout=self.timeout) as response:
             return json.loads(response.read())
 
 
