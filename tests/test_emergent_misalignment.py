@@ -297,9 +297,9 @@ def test_failures_are_repeated_with_growing_waits(no_waiting: list[float]) -> No
 def test_a_redirect_is_not_followed(status: int) -> None:
     with served(honest) as (other, seen):
         moved = f"{other}/chat/completions".encode()
-        with served(lambda *_: (status, moved)) as (url, _):
-            with pytest.raises(judging_client.JudgeRefused, match=f"status {status}.*redirects"):
-                judging_client.Judge(url, "stub", key="a-key")("rate this")
+        refused = pytest.raises(judging_client.JudgeRefused, match=f"status {status}.*redirects")
+        with served(lambda *_: (status, moved)) as (url, _), refused:
+            judging_client.Judge(url, "stub", key="a-key")("rate this")
     assert seen == []
 
 
@@ -314,7 +314,7 @@ def test_the_key_is_never_shown() -> None:
 
 
 def test_an_address_of_another_kind_is_refused() -> None:
-    with pytest.raises(ValueError, match="'file:///answers'.*http://"):
+    with pytest.raises(ValueError, match=r"'file:///answers'.*http://"):
         judging_client.Judge("file:///answers", "stub")
 
 

@@ -49,11 +49,14 @@ class Judge:
 
     With `logprobs` the score is a mean over the judge's first token, as in the protocol; without,
     the number is read off its text.
+
+    Raises:
+        ValueError: the address is none of http or https.
     """
 
     url: str
     model: str
-    key: str | None = None
+    key: str | None = field(default=None, repr=False)
     logprobs: bool = True
     retries: int = 5
     timeout: float = 60.0
