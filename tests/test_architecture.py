@@ -39,14 +39,10 @@ ALLOWED = {
     },
     "diagnosis": {"adapters", "data", "effect", "identification", "run", "subspace"},
     "demo": {"data", "run"},
-    "quality": {
-        *("adapters", "anchor", "data", "demo", "identification", "layers", "ops", "run"),
-        *("reads", "subspace"),
-    },
     "bench": {"layers", "ops", "testing"},
     "cli": {
         *("adapters", "bench", "data", "demo", "diagnosis", "identification", "layers", "ops"),
-        *("quality", "run", "subspace"),
+        *("run", "subspace"),
     },
 }
 
