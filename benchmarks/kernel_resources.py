@@ -32,7 +32,6 @@ from grasp_kernels.ops.gpu.resources import compile_for, resources
 from grasp_kernels.ops.lora_linear.operands import Needs, Operands
 from grasp_kernels.ops.lora_linear.padding import spare
 from grasp_kernels.ops.lora_linear.triton import backward, forward
-from grasp_kernels.ops.sketch import triton as sketch
 
 TABLE = Path(__file__).parent / "results" / "kernel-resources.csv"
 COLUMNS = (
@@ -93,7 +92,6 @@ MORE = (
     Case(dtype=torch.float32, dropout_p=0.1),
     Case(dtype=torch.float32, **ODD),
 )
-SKETCHED = (CASES[0], *(case for case in CASES if case.T == 8191 or case.dtype == torch.float32))
 
 
 def compiled(part: str) -> Iterator[tuple[Case, Launch, Any]]:
@@ -103,8 +101,6 @@ def compiled(part: str) -> Iterator[tuple[Case, Launch, Any]]:
         torch.set_float32_matmul_precision("high" if case.tf32 else "highest")
         with dry_run(PARTS[part]) as run:
             _call(case)
-            if case in SKETCHED:
-                _sketch(case)
         for made in run.launches:
             kernel = compile_for(part, made)
             if kernel.hash not in seen:
@@ -154,14 +150,6 @@ def _call(case: Case) -> None:
     backward(torch.empty_like(y), x, saved, op, needs)
 
 
-def _sketch(case: Case) -> None:
-    """Of a weight `[N, K]`, as it lies and transposed."""
-    seed = torch.empty(1, dtype=torch.int64, device="meta")
-    weight = torch.empty(1, case.N, case.K, dtype=case.dtype, device="meta")
-    for matrix in (weight, weight.mT):
-        sketch.sketch(matrix, 24, seed)
-
-
 def rows_of(part: str) -> list[dict[str, str]]:
     """The table of one part."""
     return [_row(part, *found) for found in compiled(part)]
@@ -197,7 +185,7 @@ def problems(row: dict[str, str]) -> Iterator[str]:
     products = ("down_kernel", "token_pass_kernel", "extended_gemm_kernel")
     half = "float32" not in row["case"]
     opcode = wanted.get(row["part"], "v_mfma")
-    if half and row["kernel"] in (*products, "sketch_kernel") and opcode not in row["instructions"]:
+    if half and row["kernel"] in products and opcode not in row["instructions"]:
         yield f"{name} has no {opcode} instruction but {row['instructions'] or 'none'}."
     aligned = half and "4095" not in row["case"]
     if aligned and part.tma and row["kernel"] in products and "UTMALDG" not in row["instructions"]:
