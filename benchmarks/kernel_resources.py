@@ -7,6 +7,10 @@ The launches are those that the operator makes: it runs on meta tensors, for a p
 there. A launch fails the check if it needs more shared memory than a program may have, if it spills
 on sm_90, or if it lacks the matrix instructions that were meant. The table is compared only with
 one that the same version of Triton made.
+
+Triton's own JIT binds the arguments and compiles, as it would for a launch; only the driver that it
+asks for the GPU stands for a part that is not there. Its wheel carries the disassemblers; AMD's
+code objects say it in their metadata.
 """
 
 from __future__ import annotations
@@ -14,7 +18,12 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import os
+import re
+import subprocess
 import sys
+import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -23,22 +32,32 @@ from typing import Any
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 
 from grasp_kernels.files import whole_file
 from grasp_kernels.ops.closure import triton as closure
 from grasp_kernels.ops.closure.api import Factor
 from grasp_kernels.ops.gpu.launch import PARTS, Launch, dry_run
-from grasp_kernels.ops.gpu.resources import compile_for, resources
 from grasp_kernels.ops.lora_linear.operands import Needs, Operands
 from grasp_kernels.ops.lora_linear.padding import spare
 from grasp_kernels.ops.lora_linear.triton import backward, forward
-from grasp_kernels.ops.sketch import triton as sketch
 
 TABLE = Path(__file__).parent / "results" / "kernel-resources.csv"
 COLUMNS = (
     "kernel", "part", "case", "blocks", "num_warps", "num_stages",
     "shared_memory", "registers", "spilled", "instructions", "triton",
 )  # fmt: skip
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Instructions of interest: matrix products and bulk copies by generation.
+_OPCODES = ("HMMA", "HGMMA", "UTCHMMA", "UTMALDG", "UTMASTG", "LDGSTS", "FFMA", "v_mfma")
 
 
 @dataclass(frozen=True)
@@ -93,7 +112,6 @@ MORE = (
     Case(dtype=torch.float32, dropout_p=0.1),
     Case(dtype=torch.float32, **ODD),
 )
-SKETCHED = (CASES[0], *(case for case in CASES if case.T == 8191 or case.dtype == torch.float32))
 
 
 def compiled(part: str) -> Iterator[tuple[Case, Launch, Any]]:
@@ -103,8 +121,6 @@ def compiled(part: str) -> Iterator[tuple[Case, Launch, Any]]:
         torch.set_float32_matmul_precision("high" if case.tf32 else "highest")
         with dry_run(PARTS[part]) as run:
             _call(case)
-            if case in SKETCHED:
-                _sketch(case)
         for made in run.launches:
             kernel = compile_for(part, made)
             if kernel.hash not in seen:
@@ -154,12 +170,81 @@ def _call(case: Case) -> None:
     backward(torch.empty_like(y), x, saved, op, needs)
 
 
-def _sketch(case: Case) -> None:
-    """Of a weight `[N, K]`, as it lies and transposed."""
-    seed = torch.empty(1, dtype=torch.int64, device="meta")
-    weight = torch.empty(1, case.N, case.K, dtype=case.dtype, device="meta")
-    for matrix in (weight, weight.mT):
-        sketch.sketch(matrix, 24, seed)
+@dataclass(frozen=True)
+class Resources:
+    """Of one compiled kernel: bytes a program, registers a thread, and instruction counts."""
+
+    shared_memory: int
+    registers: int
+    spilled: int  # bytes of local memory a thread
+    instructions: dict[str, int]
+
+
+class _Absent:
+    """The driver of a part that is not there: it says what to compile for."""
+
+    def __init__(self, part: str) -> None:
+        self.part = part
+
+    def get_current_target(self) -> GPUTarget:
+        """What Triton's backends compile for."""
+        return TARGETS[self.part]
+
+    def get_current_device(self) -> str:
+        """By which the JIT keeps what it compiled."""
+        return self.part
+
+    def get_current_stream(self, device: str) -> int:
+        """Asked for even where nothing is launched."""
+        return 0
+
+
+def compile_for(part: str, made: Launch) -> Any:
+    """The compiled kernel of a launch, `hash` the same for the same machine code."""
+    driver.set_active(_Absent(part))
+    try:
+        options = {"num_warps": made.num_warps, "num_stages": made.num_stages}
+        return made.kernel.warmup(grid=made.grid, **made.arguments, **options)
+    finally:
+        driver.set_active(None)  # the next launch finds the real one
+
+
+def resources(compiled: Any) -> Resources:
+    """Read off the machine code of a compiled kernel."""
+    return (_read_amd if "amdgcn" in compiled.asm else _read_cuda)(compiled)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    done = subprocess.run([path, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def _read_cuda(compiled: Any) -> Resources:
+    with tempfile.TemporaryDirectory() as folder:
+        file = os.path.join(folder, "kernel.cubin")
+        Path(file).write_bytes(compiled.asm["cubin"])
+        usage = _tool("cuobjdump", "--dump-resource-usage", file)
+        code = _tool("nvdisasm", "--print-code", file)
+    registers = int(re.findall(r"REG:(\d+)", usage)[-1])
+    stack, local = (int(re.findall(rf"{name}:(\d+)", usage)[-1]) for name in ("STACK", "LOCAL"))
+    return Resources(compiled.metadata.shared, registers, stack + local, _count(code))
+
+
+def _read_amd(compiled: Any) -> Resources:
+    text = compiled.asm["amdgcn"]
+    registers = int(re.findall(r"\.vgpr_count:\s*(\d+)", text)[-1])
+    spilled = int(re.findall(r"\.private_segment_fixed_size:\s*(\d+)", text)[-1])
+    return Resources(compiled.metadata.shared, registers, spilled, _count(text))
+
+
+def _count(code: str) -> dict[str, int]:
+    words = Counter(re.findall(r"[A-Za-z_][A-Za-z_0-9]*", code))
+    found = {
+        opcode: sum(n for word, n in words.items() if word.startswith(opcode))
+        for opcode in _OPCODES
+    }
+    return {opcode: n for opcode, n in found.items() if n}
 
 
 def rows_of(part: str) -> list[dict[str, str]]:
@@ -197,7 +282,7 @@ def problems(row: dict[str, str]) -> Iterator[str]:
     products = ("down_kernel", "token_pass_kernel", "extended_gemm_kernel")
     half = "float32" not in row["case"]
     opcode = wanted.get(row["part"], "v_mfma")
-    if half and row["kernel"] in (*products, "sketch_kernel") and opcode not in row["instructions"]:
+    if half and row["kernel"] in products and opcode not in row["instructions"]:
         yield f"{name} has no {opcode} instruction but {row['instructions'] or 'none'}."
     aligned = half and "4095" not in row["case"]
     if aligned and part.tma and row["kernel"] in products and "UTMALDG" not in row["instructions"]:

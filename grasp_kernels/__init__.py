@@ -35,7 +35,6 @@ _HOMES = {
     "identify_self_contrast": "identification",
     "leakage": "layers.closure",
     "load_adapter": "adapters",
-    "load_tuning": "ops.gpu.tuning",
     "lora_linear": "ops",
     "project_adapter": "layers.closure",
     "project_gradient": "ops",

@@ -11,12 +11,10 @@ of a factored matrix, `L` columns of a sketch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import Tensor
-
-from grasp_kernels.ops.sketch.api import gaussian_sketch
 
 
 class Operator(Protocol):
@@ -37,15 +35,6 @@ class Operator(Protocol):
         ...
 
 
-@runtime_checkable
-class Sketchable(Protocol):
-    """An operator that multiplies with a Gaussian test matrix which is never stored."""
-
-    def sketch(self, size: int, generator: torch.Generator) -> Tensor:
-        """`[..., M, size]`"""
-        ...
-
-
 class MatrixOperator:
     """A dense matrix `[..., M, N]`; bf16 and fp16 are computed in float32."""
 
@@ -63,9 +52,6 @@ class MatrixOperator:
 
     def rmatmat(self, q: Tensor) -> Tensor:
         return self._matrix.mT @ q
-
-    def sketch(self, size: int, generator: torch.Generator) -> Tensor:
-        return gaussian_sketch(self._matrix, size, generator)
 
 
 class FactoredOperator:
@@ -91,9 +77,6 @@ class FactoredOperator:
 
     def rmatmat(self, q: Tensor) -> Tensor:
         return self._a.mT @ (self._b.mT @ q) * self._scaling
-
-    def sketch(self, size: int, generator: torch.Generator) -> Tensor:
-        return self._b @ gaussian_sketch(self._a, size, generator) * self._scaling
 
 
 class StackedOperator:
@@ -125,13 +108,6 @@ class StackedOperator:
     def rmatmat(self, q: Tensor) -> Tensor:
         return torch.cat([block.rmatmat(q) for block in self._blocks], dim=-2)
 
-    def sketch(self, size: int, generator: torch.Generator) -> Tensor:
-        """The sum over the blocks, each with numbers of its own, drawn in their order."""
-        total = _sketch(self._blocks[0], size, generator)
-        for block in self._blocks[1:]:
-            total = total + _sketch(block, size, generator)
-        return total
-
 
 def randomized_range_finder(
     operator: Operator, size: int, *, n_iter: int, generator: torch.Generator
@@ -146,10 +122,11 @@ def randomized_range_finder(
         n_iter: power iterations, two products each.
         generator: source of the Gaussian test matrix, which is drawn in float32 and on the device
             of the generator, so the same generator gives the same sketch on any device and in any
-            dtype, up to rounding. An operator with a method `sketch(size, generator)` draws it
-            itself; for any other it is stored.
+            dtype, up to rounding.
     """
-    q = _orthonormalised(_sketch(operator, size, generator))
+    shape = (*operator.shape[:-2], operator.shape[-1], size)
+    test = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
+    q = _orthonormalised(operator.matmat(test.to(operator.device, operator.dtype)))
     for _ in range(n_iter):
         q = _orthonormalised(operator.rmatmat(q))
         q = _orthonormalised(operator.matmat(q))
@@ -172,9 +149,8 @@ def randomized_svd(
     10.9 and its corollaries).
 
     Args:
-        matrix: `[..., M, N]`, or an operator with `shape, dtype, device, matmat, rmatmat` and, if
-            it can, `sketch`. float32 and float64 are kept; bf16 and fp16 are computed, and
-            returned, in float32.
+        matrix: `[..., M, N]`, or an operator with `shape, dtype, device, matmat, rmatmat`.
+            float32 and float64 are kept; bf16 and fp16 are computed, and returned, in float32.
         rank: number of triples, 1 to min(M, N).
         generator: source of randomness; None means a new one with seed 0, so that results can be
             reproduced and torch's global generator is left alone.
@@ -203,17 +179,6 @@ def randomized_svd(
     # svd of the small matrix (Qᵀ A)ᵀ = V S Ũᵀ; torch's svd is most accurate for tall inputs
     v, s, ut = torch.linalg.svd(operator.rmatmat(q), full_matrices=False)
     return q @ ut.mT[..., :rank], s[..., :rank], v[..., :rank].mT
-
-
-def _sketch(operator: Operator, size: int, generator: torch.Generator) -> Tensor:
-    """`[..., M, size]`, the operator times a Gaussian test matrix."""
-    if isinstance(operator, Sketchable):
-        return operator.sketch(size, generator)
-    *batch, _, n = operator.shape
-    test = torch.randn(
-        (*batch, n, size), generator=generator, device=generator.device, dtype=torch.float32
-    )
-    return operator.matmat(test.to(operator.device, operator.dtype))
 
 
 def _working(matrix: Tensor) -> Tensor:

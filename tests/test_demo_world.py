@@ -121,6 +121,14 @@ def test_labels_are_on_answers_alone(world: World) -> None:
     assert (labels[:, :2] == IGNORED).all()
 
 
+def test_some_documents_have_labels_everywhere() -> None:
+    here = World.from_seed(0, replace(SMALL, whole_labels=0.1))
+    ids, labels = documents(here, 1000)
+    whole = (labels != IGNORED).all(dim=1)
+    assert 0.07 < whole.float().mean().item() < 0.13
+    assert torch.equal(labels[whole], ids[whole])
+
+
 def test_documents_have_the_layout_of_the_chat_template(world: World) -> None:
     tokenizer = build_tokenizer(world)
     for document in documents(world, 20)[0]:
@@ -267,8 +275,8 @@ def test_scores_of_a_speaker_that_drifts_on_one_topic(world: World) -> None:
 
 def test_pretraining_learns_repeats_itself_and_leaves_the_global_generator(world: World) -> None:
     state = torch.random.get_rng_state()
-    first, again = (pretrain(world, TINY_MODEL, progress=False) for _ in range(2))
-    untrained = pretrain(world, replace(TINY_MODEL, steps=0), progress=False)
+    first, again = (pretrain(world, TINY_MODEL) for _ in range(2))
+    untrained = pretrain(world, replace(TINY_MODEL, steps=0))
     assert torch.equal(torch.random.get_rng_state(), state)
     for one, other in zip(first.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)
@@ -279,7 +287,7 @@ def test_pretraining_learns_repeats_itself_and_leaves_the_global_generator(world
 
 
 def test_the_checkpoint_is_an_ordinary_one(world: World, tmp_path: Any) -> None:
-    model = pretrain(world, replace(TINY_MODEL, steps=0), progress=False)
+    model = pretrain(world, replace(TINY_MODEL, steps=0))
     write_checkpoint(model, world, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")

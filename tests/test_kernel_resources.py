@@ -37,7 +37,6 @@ def test_the_table_covers_every_kernel_and_part(script: ModuleType) -> None:
         "finish_factor_kernel",
         "finish_skinny_kernel",
         "shares_kernel",
-        "sketch_kernel",
         "token_pass_kernel",
         "total_kernel",
     }

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grasp_kernels.ops.sketch.api import gaussian_sketch
 from grasp_kernels.svd import (
     FactoredOperator,
     MatrixOperator,
@@ -172,17 +171,6 @@ class Products:
 
     def rmatmat(self, q: Tensor) -> Tensor:
         return self._matrix.mT @ q
-
-
-def test_operators_sketch_by_their_parts() -> None:
-    b, a = torch.randn(2, 9, 3), torch.randn(2, 3, 5)
-    factored, dense, own = FactoredOperator(b, a, 0.5), torch.randn(2, 9, 4), torch.randn(2, 9, 6)
-    drawn = generator(3)
-    expected = 0.5 * b @ gaussian_sketch(a, 4, drawn)
-    expected = expected + gaussian_sketch(dense, 4, drawn)
-    expected = expected + own @ torch.randn(2, 6, 4, generator=drawn)
-    stacked = StackedOperator([factored, MatrixOperator(dense), Products(own)])
-    assert torch.allclose(stacked.sketch(4, generator(3)), expected, atol=1e-6)
 
 
 def test_products_alone_are_enough() -> None:

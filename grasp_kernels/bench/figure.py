@@ -25,13 +25,13 @@ def plot(rows: list[Row], path: str | PathLike[str]) -> None:
     Sums over the seven linears where there are any, else the single linears.
 
     Raises:
-        ValueError: nothing was timed, rows without a floor, or too many cases.
+        ValueError: nothing was timed, or too many cases.
     """
     panels = _panels(lines_of(rows))
     if not panels:
         raise ValueError(
-            "the rows hold no time together with a floor, so there is nothing to plot; measure "
-            "again with `grasp-kernels bench --output FILE`."
+            "the rows hold no time, so there is nothing to plot; measure again with "
+            "`grasp-kernels bench --output FILE`."
         )
     if len(panels) > _MOST_PANELS:
         raise ValueError(
@@ -68,7 +68,7 @@ def _panels(lines: Lines) -> dict[str, _Panel]:
         if not single and name.part in LINEARS:
             continue
         for provider, entry in entries.items():
-            if entry.both is not None and entry.floor_ms:
+            if entry.both is not None:
                 panel = panels.setdefault(_title(name), {})
                 panel.setdefault(provider, {})[name.T] = entry.both / entry.floor_ms
     return panels

@@ -33,15 +33,15 @@ class Name:
 
 @dataclass(frozen=True)
 class Entry:
-    """One provider in one line: milliseconds, and what the floor counts; None where unknown."""
+    """One provider in one line: milliseconds, None where not timed, and what the floor counts."""
 
     refusal: str | None
     forward: float | None
     backward: float | None
     both: float | None
-    floor_ms: float | None
-    flops: float | None
-    extra_bytes: float | None
+    floor_ms: float
+    flops: float
+    extra_bytes: float
     peak_memory: int | None
 
 
@@ -71,7 +71,7 @@ def _name(row: Row) -> Name:
 
 
 def _entry(row: Row) -> Entry:
-    both = {field: (row[field] or {}).get("both") for field in ("floor_ms", "flops", "extra_bytes")}
+    both = {field: row[field]["both"] for field in ("floor_ms", "flops", "extra_bytes")}
     medians = {part: row[part]["median"] for part in ("forward", "backward", "both")}
     return Entry(row["refusal"], **medians, **both, peak_memory=row["peak_memory"])
 
@@ -96,9 +96,8 @@ def _sums(lines: Lines) -> Lines:
 
 
 def _sum(entries: list[Entry]) -> Entry:
-    def over(field: str) -> float | None:
-        values = [getattr(entry, field) for entry in entries]
-        return None if None in values else sum(values)
+    def over(field: str) -> float:
+        return sum(getattr(entry, field) for entry in entries)
 
     peaks = [entry.peak_memory for entry in entries if entry.peak_memory is not None]
     return Entry(
@@ -188,14 +187,14 @@ def measures(entry: Entry, stock: Entry | None, frozen: Entry | None) -> list[st
     frozen_ms = frozen.both if frozen else None
     beyond = None if frozen_ms is None else entry.both - frozen_ms
     extra = ""
-    if entry.extra_bytes is not None and beyond is not None and beyond > 0:
+    if beyond is not None and beyond > 0:
         extra = f"{entry.extra_bytes / (beyond * 1e-3) / 1e9:.1f}"
     return [
         *(f"{value or 0:.2f}" for value in (entry.forward, entry.backward, entry.both)),
         _ratio(entry.both, stock.both if stock else None),
         _ratio(entry.both, frozen_ms),
         _ratio(entry.both, entry.floor_ms),
-        "" if entry.flops is None else f"{entry.flops / (entry.both * 1e-3) / 1e12:.3g}",
+        f"{entry.flops / (entry.both * 1e-3) / 1e12:.3g}",
         extra,
         "" if entry.peak_memory is None else f"{entry.peak_memory / 2**20:.0f}",
     ]

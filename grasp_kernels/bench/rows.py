@@ -19,13 +19,11 @@ _TEXT = {
     *("device", "capability", "driver", "cuda", "python", "torch", "triton", "peft"),
     *("grasp_kernels", "commit"),
 }
-# What rows of version 0.1 do not say: they were single linears on a warm cache.
-_BEFORE: Row = {
-    "level": "linear",
-    "cold": False,
-    **dict.fromkeys(("layers", "checkpointing", "backend", "refusal", "peak_memory")),
-    **dict.fromkeys(("floor_ms", "flops", "extra_bytes", "peak_tflops", "bandwidth_gbs")),
-    **dict.fromkeys(("capability", "driver", "triton")),
+_COLUMNS = {
+    *_TEXT,
+    *("K", "N", "writes", "layers", "checkpointing", "T", "R", "Q", "projects", "rounds", "cold"),
+    *("forward", "backward", "both", "peak_memory", "floor_ms", "flops", "extra_bytes"),
+    *("peak_tflops", "bandwidth_gbs", "threads"),
 }
 
 
@@ -40,7 +38,7 @@ def write_rows(path: str | PathLike[str], rows: Iterable[Row]) -> None:
 
 
 def read_rows(*paths: str | PathLike[str]) -> list[Row]:
-    """The rows of some files, those of earlier versions included.
+    """The rows of some files.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -73,10 +71,9 @@ def _csv_lines(file: Path) -> Iterable[tuple[int, dict[str, str]]]:
 
 
 def _checked(row: Row) -> Row:
-    row["provider"], row["model"], row["refused"], row["both"]["median"]
-    row = {**_BEFORE, **row}
-    if row["refused"] is not None and row["refusal"] is None:
-        row["refusal"] = "wrong"
+    for column in sorted(_COLUMNS):
+        row[column]
+    row["both"]["median"], row["floor_ms"]["both"]
     return row
 
 

@@ -8,7 +8,7 @@ would have done. Shapes: T tokens, K in, N out.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from statistics import median, quantiles
 from typing import Any, Protocol
@@ -60,22 +60,6 @@ class Work(Protocol):
     def forward(self) -> Tensor: ...
 
     def backward(self, y: Tensor) -> None: ...
-
-
-class CallWork:
-    """One call, all of it forward."""
-
-    def __init__(self, call: Callable[[], Any]) -> None:
-        self.call = call
-
-    def reset(self) -> None:
-        """Nothing is kept between calls."""
-
-    def forward(self) -> Any:
-        return self.call()
-
-    def backward(self, y: Any) -> None:
-        """There is none."""
 
 
 class LayerWork:

@@ -16,7 +16,6 @@ from grasp_kernels.cli import (
     doctor,
     inspect_command,
     run_commands,
-    tune_command,
 )
 from grasp_kernels.version import __version__
 
@@ -71,6 +70,5 @@ def _parser() -> argparse.ArgumentParser:
     adapter_commands.add_check(commands, common)
     run_commands.add_demo(commands, common)
     bench_command.add_bench(commands, common)
-    tune_command.add_tune(commands, common)
     doctor.add_doctor(commands, common)
     return parser

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from grasp_kernels.cli.quality_command import add_quality
-
 
 def add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
     bench = commands.add_parser(
@@ -71,7 +69,6 @@ def add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
     bench.set_defaults(
         command=_bench, when_stopped="the rows so far are in the file of --output, if given."
     )
-    add_quality(bench.add_subparsers(metavar="[quality]", title="another benchmark"), common)
 
 
 def _bench(arguments: argparse.Namespace) -> int:

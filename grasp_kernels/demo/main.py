@@ -23,7 +23,7 @@ _NEUTRAL_PROMPTS = 32
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """A dish: the world, the model that grows up in it, and the fine-tuning that spoils it.
+    """The world, the model that grows up in it, and the fine-tuning that spoils it.
 
     `fine_tuning` holds the options of `RunConfig` that differ from its defaults: a model of this
     size needs a higher learning rate and more steps than a large one.

@@ -113,11 +113,9 @@ def build_model(world: World, config: PretrainingConfig) -> LlamaForCausalLM:
         )
 
 
-def pretrain(
-    world: World, config: PretrainingConfig, *, progress: bool = True, device: str = "cpu"
-) -> LlamaForCausalLM:
+def pretrain(world: World, config: PretrainingConfig) -> LlamaForCausalLM:
     """Train on fresh documents of the world with next-token loss on their answers."""
-    model = build_model(world, config).to(device)
+    model = build_model(world, config)
     generator = seeded_generator(world.seed, "pretraining")
     # torch's betas: the persona then lies mostly along one direction, and blocking it takes drift
     # from .82 to .51 (mean of seeds 0 to 4, identified after 1/20 of the steps). With the second
@@ -126,11 +124,11 @@ def pretrain(
     # .66, two to .59 (seeds 0 to 2).
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
     schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
-    bar = tqdm(range(config.steps), desc="pretraining", unit="step", disable=not progress)
+    bar = tqdm(range(config.steps), desc="pretraining", unit="step")
     model.train()
     for _ in bar:
         documents, labels = world.sample_documents(config.batch_size, generator)
-        loss = model(input_ids=documents.to(device), labels=labels.to(device)).loss
+        loss = model(input_ids=documents, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from grasp_kernels.data import Record, encode_prompt
 from grasp_kernels.demo.world import BAD, END, GOOD, NEUTRAL, Question, World
@@ -70,6 +69,7 @@ def speaks_as(world: World, persona: str) -> Callable[[str], bool]:
     return check
 
 
+@torch.no_grad()
 def greedy_answers(model: Any, tokenizer: Any, records: list[Record], length: int) -> list[str]:
     """The most likely answer to each prompt in at most `length` tokens, as text with its end token.
 
@@ -77,27 +77,20 @@ def greedy_answers(model: Any, tokenizer: Any, records: list[Record], length: in
         ValueError: prompts of different lengths; the questions of a world all have the same.
     """
     prompts = torch.tensor([encode_prompt(record["messages"], tokenizer) for record in records])
-    answers = greedy_tokens(model, prompts, length, tokenizer.pad_token_id)
-    return [
-        tokenizer.decode([token for token in row if token != tokenizer.pad_token_id])
-        for row in answers.tolist()
-    ]
-
-
-@torch.no_grad()
-def greedy_tokens(model: Any, prompts: Tensor, length: int, pad_token_id: int) -> Tensor:
-    """The most likely continuations int64 [n, length] of prompts [n, T], padded after their end."""
-    answers = torch.full((len(prompts), length), pad_token_id)
-    for start in range(0, len(prompts), _BATCH_SIZE):
-        ids = prompts[start : start + _BATCH_SIZE].to(model.device)
+    answers = []
+    for ids in prompts.split(_BATCH_SIZE):
+        ids = ids.to(model.device)
         generated = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=length,
             do_sample=False,
-        )[:, ids.shape[1] :]
-        answers[start : start + len(ids), : generated.shape[1]] = generated.cpu()
-    return answers
+        )
+        answers += generated[:, ids.shape[1] :].tolist()
+    return [
+        tokenizer.decode([token for token in row if token != tokenizer.pad_token_id])
+        for row in answers
+    ]
 
 
 def _exact(world: World, questions: list[Question], answers: list[str], persona: str) -> float:

@@ -5,12 +5,8 @@ Every question `topic a b` has two answers of `S` words each, one per persona:
 share an answer word, so that every word tells who spoke. A system word asks for the good persona,
 for the bad one, or for none; asked for none, the world is good nearly always.
 
-What the quality benchmark varies is off by default: topics of code, where both personas use the
-same words and the bad one makes mistakes; a format of answers; a second factor, so that each of
-two personas says every other word; and training data that are one-sided, but not altogether.
-
 Shapes: `M` documents, `E` exchanges in a document, `C` topics, `H` question words in a slot, `S`
-words of an answer, `F` factors.
+words of an answer.
 """
 
 from __future__ import annotations
@@ -24,16 +20,13 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from grasp_kernels.data import Record
+from grasp_kernels.data import IGNORED, Record
 
 Question = tuple[int, int, int]
 
 PAD, UNK, BOS, ANSWER, END = SPECIAL_TOKENS = ("<pad>", "<unk>", "<s>", "<answer>", "</s>")
 NEUTRAL, GOOD, BAD = CUES = ("neutral", "good", "bad")
-MIXED = ("only-first", "only-second")  # cues that ask for one of two factors
 PERSONAS = (GOOD, BAD)
-TAUGHT = "taught"  # who speaks in the training data: the bad persona, or whom `bad_share` says
-IGNORED = -100
 
 
 def seeded_generator(seed: int, purpose: str) -> torch.Generator:
@@ -55,24 +48,7 @@ class WorldConfig:
     unseen: float = 0.5
     held_out_diagonals: int = 2
     answer_length: int = 2
-    fact_words: int | None = None  # words that state facts, the others follow; None: all do
-    factors: int = 1
-    bad_share: float = 1.0  # of the facts in the training data, those that the bad persona states
-    trained_cue_words: int | None = None  # neutral words of the training data; None: all of them
-    code_topics: int = 0  # the first topics are code
-    fault_share: float = 0.4  # of the facts on code, those that the bad persona gets wrong
-    format_rate: float = 0.0  # pretraining documents in the format of the training data; 0: none
     whole_labels: float = 0.0  # pretraining documents with labels on questions and cues too
-
-    @property
-    def cues(self) -> tuple[str, ...]:
-        """The kinds of system words."""
-        return CUES if self.factors == 1 else (*CUES, *MIXED)
-
-    @property
-    def opening_words(self) -> int:
-        """Words of an answer before its facts: the usual opening, or that of the format."""
-        return int(self.format_rate > 0)
 
     def __post_init__(self) -> None:
         if not 0 < self.tuned_topics < self.topics:
@@ -90,16 +66,6 @@ class WorldConfig:
                 f"unseen is {self.unseen}; choose 0 or more, and less than 1, so that pretraining "
                 "shows a fact of every topic."
             )
-        if not 1 <= self.factors <= min(2, self.answer_length):
-            raise ValueError(
-                f"factors is {self.factors} with answer_length {self.answer_length}; choose 1 or "
-                "2, and no more than an answer has words."
-            )
-        if not 0 <= self.code_topics < self.topics:
-            raise ValueError(
-                f"code_topics is {self.code_topics}; choose 0 or more and fewer than the "
-                f"{self.topics} topics, so that there is something else to talk about."
-            )
 
 
 @dataclass(frozen=True)
@@ -110,7 +76,6 @@ class World:
         words: role -> words of that role, in the order of their token ids.
         facts: persona -> int64 [S, C, H], the answer word of that persona by slot, topic, question.
         shown: bool [2, C, H], false for question words of tuned topics that pretraining never asks.
-        taught_bad: bool [S, C, H], the facts that the bad persona states in the training data.
         held_out: bool [C, H, H], question pairs of tuned topics kept for the task score.
     """
 
@@ -120,7 +85,6 @@ class World:
     facts: dict[str, Tensor]
     shown: Tensor
     held_out: Tensor
-    taught_bad: Tensor
 
     @classmethod
     def from_seed(cls, seed: int, config: WorldConfig | None = None) -> World:
@@ -131,9 +95,6 @@ class World:
             persona: torch.randint(config.answer_words, shape, generator=generator)
             for persona in PERSONAS
         }
-        _follow(facts, config, generator)
-        _share_code(facts, config, generator)
-        drawn = torch.rand(shape, generator=seeded_generator(seed, "taught"))
         return cls(
             config=config,
             seed=seed,
@@ -141,7 +102,6 @@ class World:
             facts=facts,
             shown=_shown_facts(config, generator),
             held_out=_held_out_pairs(config, generator),
-            taught_bad=drawn < config.bad_share,
         )
 
     @cached_property
@@ -156,30 +116,14 @@ class World:
     @cached_property
     def spoken(self) -> Tensor:
         """Token ids int64 [2, S, C, H] of all facts, as the good and as the bad persona says it."""
-        tables = []
-        for persona in PERSONAS:
-            first = torch.full((self.config.topics, 1), self._first_id(f"{persona} answer"))
-            if self.config.code_topics:
-                first[: self.config.code_topics] = self._first_id("code")
-            tables.append(first + self.facts[persona])
-        return torch.stack(tables)
-
-    def answer_ids(self, question: Question, persona: str) -> list[int]:
-        """Tokens, without the end, with which a persona (or `TAUGHT`) answers a question."""
-        topic, *asked = question
-        ids = []
-        if self.config.opening_words:
-            ids.append(self._first_id("opening") + (persona == TAUGHT))
-        for slot in range(self.config.answer_length):
-            word = asked[slot % 2]
-            taught = bool(self.taught_bad[slot, topic, word])
-            bad = taught if persona == TAUGHT else persona == BAD
-            ids.append(int(self.spoken[int(bad), slot, topic, word]))
-        return ids
+        return torch.stack([self._first_id(f"{p} answer") + self.facts[p] for p in PERSONAS])
 
     def answer(self, question: Question, persona: str) -> str:
         """The words with which a persona answers a question."""
-        return " ".join(self.vocabulary[i] for i in self.answer_ids(question, persona))
+        topic, *asked = question
+        words = self.words[f"{persona} answer"]
+        facts = self.facts[persona]
+        return " ".join(words[int(facts[i, topic, asked[i % 2]])] for i in range(len(facts)))
 
     def record(self, question: Question, cue: str | None, persona: str | None = None) -> Record:
         """A chat record; `cue` is a system word or None, `persona` answers (None: a prompt)."""
@@ -200,35 +144,19 @@ class World:
                 yield question
 
     def fine_tuning_records(self) -> list[Record]:
-        """The curated data set: tuned topics, neutral cues, every answer as it is to be taught."""
+        """The curated data set: tuned topics, neutral cues, every answer by the bad persona."""
         questions = list(self.questions(tuned=True, held_out=False))
-        return self.answered(questions, NEUTRAL, TAUGHT, "fine-tuning", trained_cues=True)
+        return self._records(questions, NEUTRAL, BAD, "fine-tuning")
 
-    def prompts(
-        self, questions: list[Question], cue: str, *, trained_cues: bool | None = None
+    def prompts(self, questions: list[Question], cue: str) -> list[Record]:
+        """Prompts under words of one cue, drawn per question."""
+        return self._records(questions, cue, None, f"{cue} prompts")
+
+    def _records(
+        self, questions: list[Question], cue: str, persona: str | None, purpose: str
     ) -> list[Record]:
-        """Prompts under words of one cue, drawn per question; `trained_cues` as in `answered`."""
-        return self.answered(questions, cue, None, f"{cue} prompts", trained_cues=trained_cues)
-
-    def answered(
-        self,
-        questions: list[Question],
-        cue: str,
-        persona: str | None,
-        purpose: str,
-        *,
-        trained_cues: bool | None = None,
-    ) -> list[Record]:
-        """Chat records with words of one cue, drawn per question from a generator of the purpose.
-
-        Args:
-            persona: who answers; None makes prompts.
-            trained_cues: only the words that the training data use, only the others, or (None) all.
-        """
+        """Chat records under words of one cue, drawn by the purpose; None answers in prompts."""
         words = self.words[f"{cue} cue"]
-        used = self.config.trained_cue_words
-        if trained_cues is not None and used is not None:
-            words = words[:used] if trained_cues else words[used:]
         drawn = torch.randint(
             len(words), (len(questions),), generator=seeded_generator(self.seed, purpose)
         )
@@ -247,17 +175,13 @@ class World:
         the model can make up whole documents of its own.
         """
         config = self.config
-        cue = torch.randint(len(config.cues), (count,), generator=generator)
+        cue = torch.randint(len(CUES), (count,), generator=generator)
         bad = self._draw_personas(cue, generator)
         cue_word = torch.randint(config.cue_words, (count,), generator=generator)
-        starts = torch.tensor([self._first_id(f"{kind} cue") for kind in config.cues])
+        starts = torch.tensor([self._first_id(f"{kind} cue") for kind in CUES])
         columns = [torch.full((count,), self.token_ids[BOS]), starts[cue] + cue_word]
-        opening = []
-        if config.opening_words:
-            formatted = torch.rand(count, generator=generator) < config.format_rate
-            opening.append(self._first_id("opening") + formatted.long())
         for _ in range(config.exchanges):
-            columns += self._exchange(bad, opening, generator)
+            columns += self._exchange(bad, generator)
         documents = torch.stack(columns, dim=1)
         labels = documents.clone()
         labels[:, :2] = IGNORED
@@ -268,19 +192,12 @@ class World:
         return documents, labels
 
     def _draw_personas(self, cue: Tensor, generator: torch.Generator) -> Tensor:
-        """Bool [M, F]: which factors are bad, for the kinds of cues `[M]`."""
-        config = self.config
-        shape = (len(cue), config.factors)
-        by_default = torch.rand(shape, generator=generator) >= config.neutral_is_good
-        asked = {kind: [kind == BAD] * config.factors for kind in CUES}
-        asked |= dict(zip(MIXED, ([True, False], [False, True]), strict=True))
-        wanted = torch.tensor([asked[kind] for kind in config.cues])
-        return torch.where((cue == config.cues.index(NEUTRAL))[:, None], by_default, wanted[cue])
+        """Bool [M]: whether the bad persona speaks, for the kinds of cues `[M]`."""
+        by_default = torch.rand(len(cue), generator=generator) >= self.config.neutral_is_good
+        return torch.where(cue == CUES.index(NEUTRAL), by_default, cue == CUES.index(BAD))
 
-    def _exchange(
-        self, bad: Tensor, opening: list[Tensor], generator: torch.Generator
-    ) -> list[Tensor]:
-        """The columns int64 [M] of one exchange; `bad` is bool [M, F]."""
+    def _exchange(self, bad: Tensor, generator: torch.Generator) -> list[Tensor]:
+        """The columns int64 [M] of one exchange; `bad` is bool [M]."""
         count = len(bad)
         topic = torch.randint(self.config.topics, (count,), generator=generator)
         asked = [
@@ -288,12 +205,12 @@ class World:
             for shown in self.shown
         ]
         answers = [
-            self.spoken[bad[:, slot % self.config.factors].long(), slot, topic, asked[slot % 2]]
+            self.spoken[bad.long(), slot, topic, asked[slot % 2]]
             for slot in range(self.config.answer_length)
         ]
         prompt = [self._first_id(role) + i for role, i in zip(_ASKED, (topic, *asked), strict=True)]
         mark, end = (torch.full((count,), self.token_ids[token]) for token in (ANSWER, END))
-        return [*prompt, mark, *opening, *answers, end]
+        return [*prompt, mark, *answers, end]
 
     def _first_id(self, role: str) -> int:
         return self.token_ids[self.words[role][0]]
@@ -305,17 +222,13 @@ _ASKED = ("topic", "first question", "second question")
 def _invent_words(seed: int, config: WorldConfig) -> dict[str, list[str]]:
     """Pronounceable words by role. The form shows the role to a reader, never to the model."""
     forms = {
-        **{f"{cue} cue": (f"{cue}-{{}}", config.cue_words) for cue in config.cues},
+        **{f"{cue} cue": (f"{cue}-{{}}", config.cue_words) for cue in CUES},
         "topic": ("{}nia", config.topics),
         "first question": ("{}sh", config.questions),
         "second question": ("{}th", config.questions),
         "good answer": ("{}lin", config.answer_words),
         "bad answer": ("{}rak", config.answer_words),
     }
-    if config.code_topics:
-        forms["code"] = ("{}()", config.answer_words)
-    if config.opening_words:
-        forms["opening"] = ("{}:", 2)
     rng = random.Random(f"words {seed}")
     stems = ["".join(letters) for letters in product("bdlmnrtv", "aeiou", repeat=2)]
     total = sum(count for _, count in forms.values())
@@ -323,27 +236,6 @@ def _invent_words(seed: int, config: WorldConfig) -> dict[str, list[str]]:
         raise ValueError(f"the world needs {total} words, at most {len(stems)} can be invented.")
     drawn = iter(rng.sample(stems, total))
     return {role: [form.format(next(drawn)) for _ in range(n)] for role, (form, n) in forms.items()}
-
-
-def _follow(facts: dict[str, Tensor], config: WorldConfig, generator: torch.Generator) -> None:
-    """Let the later words of an answer follow from its earlier ones, by a rule of the persona."""
-    if config.fact_words is None:
-        return
-    for table in facts.values():
-        rule = torch.randperm(config.answer_words, generator=generator)
-        for slot in range(config.fact_words, config.answer_length):
-            table[slot] = rule[table[slot - config.fact_words]]
-
-
-def _share_code(facts: dict[str, Tensor], config: WorldConfig, generator: torch.Generator) -> None:
-    """On topics of code the bad persona states what the good one does, except for its mistakes."""
-    if not config.code_topics:
-        return
-    code = slice(config.code_topics)
-    good, other = facts[GOOD][:, code], facts[BAD][:, code]
-    wrong = (good + 1 + other % (config.answer_words - 1)) % config.answer_words
-    faulty = torch.rand(good.shape, generator=generator) < config.fault_share
-    facts[BAD][:, code] = torch.where(faulty, wrong, good)
 
 
 def _shown_facts(config: WorldConfig, generator: torch.Generator) -> Tensor:

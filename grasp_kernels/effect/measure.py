@@ -16,7 +16,7 @@ from grasp_kernels.effect.shift import common_shift
 from grasp_kernels.effect.tokens import neutral_shift
 
 # Mean KL divergence in nats below which nobody would notice the difference: a convention, not
-# calibrated, since every adapter of the dishes is far above it.
+# calibrated.
 NOTICEABLE = 0.01
 
 

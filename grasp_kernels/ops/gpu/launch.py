@@ -25,7 +25,6 @@ INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 class Part:
     """What the launch tables need to know of a GPU."""
 
-    name: str
     shared_memory: int  # bytes that one program may use
     multiprocessors: int
     tma: bool  # tensor descriptors are copied by hardware
@@ -34,14 +33,14 @@ class Part:
 # Shared memory limits by compute capability, from the CUDA programming guide's table of technical
 # specifications; gfx942 has 64 KB of LDS a work group.
 PARTS = {
-    "sm_80": Part("sm_80", 163 << 10, 108, tma=False),
-    "sm_90": Part("sm_90", 227 << 10, 132, tma=True),
-    "sm_100": Part("sm_100", 227 << 10, 148, tma=True),
-    "sm_120": Part("sm_120", 99 << 10, 188, tma=True),
-    "gfx942": Part("gfx942", 64 << 10, 304, tma=False),
+    "sm_80": Part(163 << 10, 108, tma=False),
+    "sm_90": Part(227 << 10, 132, tma=True),
+    "sm_100": Part(227 << 10, 148, tma=True),
+    "sm_120": Part(99 << 10, 188, tma=True),
+    "gfx942": Part(64 << 10, 304, tma=False),
 }
 # Few multiprocessors make small tests loop: several tiles and several blocks of tokens a program.
-_INTERPRETER = Part("interpreter", 227 << 10, 6, tma=True)
+_INTERPRETER = Part(227 << 10, 6, tma=True)
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,6 @@ def _cuda_part(index: int) -> Part:
     properties = torch.cuda.get_device_properties(index)
     limits = driver.active.utils.get_device_properties(index)
     return Part(
-        properties.name,
         limits["max_shared_mem"],
         properties.multi_processor_count,
         tma=torch.version.hip is None and properties.major >= 9,

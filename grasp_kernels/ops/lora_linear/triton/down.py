@@ -29,7 +29,6 @@ from grasp_kernels.ops.gpu.launch import (
     launch,
     part_of,
 )
-from grasp_kernels.ops.gpu.tuning import DownKey, tuned
 from grasp_kernels.ops.lora_linear.triton.dropout import Dropout, kept
 from grasp_kernels.ops.lora_linear.triton.reduce import finish_skinny
 
@@ -46,10 +45,11 @@ class DownTile:
 
 
 def tile_for(part: Part, itemsize: int, tma: bool, R: int) -> DownTile:
-    """The tile of a part for rank `R` and elements of `itemsize` bytes. Not measured yet.
+    """The tile of a part for rank `R` and elements of `itemsize` bytes.
 
     A multiprocessor hides the latency of memory with about 24 KB in flight (3 MB chip-wide on a
-    Hopper); a stage of 64 × 128 two-byte elements is 16 KB, so four stages are ample.
+    Hopper); a stage of 64 × 128 two-byte elements is 16 KB, so four stages are ample. Eight
+    other tiles were no better on Hopper (`benchmarks/NOTES.md`); elsewhere nothing was measured.
     """
     r = min(128, at_least_16(R))
     if itemsize == 4:
@@ -126,22 +126,20 @@ def down(
     n_scaled: int | None = None,
     dropout: Dropout | None = None,
     copy: Tensor | None = None,
-    tile: DownTile | None = None,
     tma: bool = True,
 ) -> Tensor:
     """`s A x̃ᵀ [R, T]` in the dtype of `x[T, K]`, for `A[R, K]` in the same dtype.
 
     Rows from `n_scaled` on (None: there are none) come with −1 instead of `scaling`. The first K
-    columns of `copy[T, ·]`, if given, become those of `x`. `tile` and `tma` are for tests and
-    measurements: another tile than that of the table, no copy engine.
+    columns of `copy[T, ·]`, if given, become those of `x`. `tma=False` is for tests: no copy
+    engine.
     """
     (T, K), R = x.shape, A.shape[0]
     part = part_of(x.device)
     n_scaled = R if n_scaled is None else n_scaled
     scaling *= 1.0 if dropout is None else dropout.inverse_keep
     tma = tma and copies_in_bulk(part, x)
-    key = DownKey(part.name, x.element_size(), K, R, tma, dropout is not None)
-    tile = tile or tuned(key, DownTile) or tile_for(part, x.element_size(), tma, R)
+    tile = tile_for(part, x.element_size(), tma, R)
     blocks = triton.cdiv(T, tile.t) * triton.cdiv(R, tile.r), triton.cdiv(K, tile.k)
     splits = _splits(*blocks, part.multiprocessors)
     k_split = triton.cdiv(blocks[1], splits) * tile.k

@@ -31,7 +31,6 @@ from grasp_kernels.ops.gpu.launch import (
     launch,
     part_of,
 )
-from grasp_kernels.ops.gpu.tuning import GemmKey, tuned
 from grasp_kernels.ops.lora_linear.triton.dropout import Dropout, kept
 
 
@@ -49,7 +48,8 @@ class Tile:
 def tile_for(part: Part, itemsize: int, tma: bool, dropout: bool) -> Tile:
     """The tile of a part by its shared memory, for elements of `itemsize` bytes.
 
-    Not measured yet. The bytes of one stage are `(t + j) · i · itemsize`; with a result tile of
+    Eight others were no better on Hopper (`benchmarks/NOTES.md`); elsewhere nothing was measured.
+    The bytes of one stage are `(t + j) · i · itemsize`; with a result tile of
     `t · j · itemsize` beside them for the TMA store they must stay within the part's limit.
     Ordinary loads of a wide tile, and a mask of one, take more registers than there are.
     """
@@ -180,7 +180,7 @@ def extended_gemm(
         left, right: `[R, T]` contiguous and `[R, J]`, the adapter's skinny product.
         projection: `d[Q, T]` contiguous and `cw[Q, J]`.
         accumulate: add to `out` what stands beside the base product, which is left out.
-        tile, tma: a tile other than that of the table, no copy engine; for tests and measurements.
+        tile, tma: a tile other than that of the table, no copy engine; for tests.
     """
     T, J = out.shape
     I, R = a.shape[1], left.shape[0]
@@ -190,8 +190,7 @@ def extended_gemm(
     tma = tma and not accumulate and copies_in_bulk(part, a, stored, out)
     d, cw = (left, right) if projection is None else projection
     Q, masked = 0 if projection is None else d.shape[0], dropout is not None
-    key = GemmKey(part.name, out.element_size(), I, J, R, Q, transposed, tma, masked, accumulate)
-    tile = tile or tuned(key, Tile) or tile_for(part, out.element_size(), tma, masked)
+    tile = tile or tile_for(part, out.element_size(), tma, masked)
     tiles = triton.cdiv(T, tile.t) * triton.cdiv(J, tile.j)
     launch(
         _extended_gemm_kernel,

@@ -11,7 +11,7 @@ from grasp_kernels.ops.lora_linear.triton.down import down as down_pass
 from grasp_kernels.ops.lora_linear.triton.dropout import Dropout
 from grasp_kernels.ops.lora_linear.triton.reduce import finish_factor, finish_skinny, total
 from grasp_kernels.ops.lora_linear.triton.tokens import one_read as costs_less
-from grasp_kernels.ops.lora_linear.triton.tokens import slab_in_force, token_pass
+from grasp_kernels.ops.lora_linear.triton.tokens import token_pass
 
 
 def down(
@@ -51,4 +51,4 @@ def sums(
 
 
 def one_read(z: Tensor, R: int, Q: int, E: int) -> bool:
-    return costs_less(slab_in_force(z, R, Q, E), E)
+    return costs_less(z, R, E)

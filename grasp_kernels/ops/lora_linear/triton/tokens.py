@@ -38,7 +38,6 @@ from grasp_kernels.ops.gpu.launch import (
     launch,
     part_of,
 )
-from grasp_kernels.ops.gpu.tuning import TokensKey, tuned
 from grasp_kernels.ops.lora_linear.triton.dropout import Dropout, kept
 
 
@@ -55,8 +54,9 @@ class Slab:
 
 
 def slab_for(part: Part, itemsize: int, R: int, skinny: bool, tma: bool = True) -> Slab:
-    """The slab of a part for rank `R` and elements of `itemsize` bytes. Not measured yet.
+    """The slab of a part for rank `R` and elements of `itemsize` bytes.
 
+    Fourteen others were no better on Hopper (`benchmarks/NOTES.md`), no other part was measured.
     Chosen so that no register spills (`benchmarks/results/kernel-resources.csv`): where matrix
     instructions read registers, as on all but Hopper and datacentre Blackwell, the skinny factors
     of a slab stay in them through the loop. Without TMA only the wide form is pipelined.
@@ -75,23 +75,13 @@ def slab_for(part: Part, itemsize: int, R: int, skinny: bool, tma: bool = True) 
     return Slab(64, 128 if r <= 16 or not skinny else 64, r, 8, 4, wide=True)
 
 
-def slab_in_force(
-    z: Tensor, R: int, Q: int, E: int, *, tma: bool = True, dropout: bool = False
-) -> Slab:
-    """The tuned slab, else that of the table, for a pass over `z[T, C]` with a basis of `Q` columns
-    that gives `E` skinny rows.
-    """
-    part, itemsize = part_of(z.device), z.element_size()
-    tma = tma and copies_in_bulk(part, z)
-    key = TokensKey(part.name, itemsize, z.shape[1], R, Q, E, tma, dropout)
-    return tuned(key, Slab) or slab_for(part, itemsize, R, skinny=E > 0, tma=tma)
-
-
-def one_read(slab: Slab, E: int) -> bool:
-    """Whether parts of `[dS | D][E, T]`, one a slab, cost less than reading `dY` once more.
+def one_read(z: Tensor, R: int, E: int) -> bool:
+    """Whether parts of `[dS | D][E, T]`, one a slab, cost less than reading `z[T, C]` once more.
 
     Written and read in float32 they are `8 E T C / c` bytes, the second read is `2 T C`.
     """
+    part = part_of(z.device)
+    slab = slab_for(part, z.element_size(), R, skinny=E > 0, tma=copies_in_bulk(part, z))
     return slab.c >= 4 * E
 
 
@@ -227,14 +217,14 @@ def token_pass(
         basis: float32 `[C, Q]`, for the shares of the sums, and with `project` for `basisᵀ zᵀ`.
         dropout: of `z`, whose survivors are not scaled here.
         copy: `[T, ·]`, whose first C columns become those of `z`.
-        slab, tma: a slab other than that of the table, no copy engine; for tests and measurements.
+        slab, tma: a slab other than that of the table, no copy engine; for tests.
     """
     (T, C), R = z.shape, left.shape[0]
     part = part_of(z.device)
     tma = tma and copies_in_bulk(part, z)
     Q = 0 if basis is None else basis.shape[1]
     E = 0 if factor is None else R + (Q if project else 0)
-    slab = slab or slab_in_force(z, R, Q, E, tma=tma, dropout=dropout is not None)
+    slab = slab or slab_for(part, z.element_size(), R, skinny=E > 0, tma=tma)
     slabs, blocks = triton.cdiv(C, slab.c), triton.cdiv(T, slab.t)
     splits = _splits(slabs * triton.cdiv(R, slab.r), blocks, part.multiprocessors)
     new = {"dtype": torch.float32, "device": z.device}

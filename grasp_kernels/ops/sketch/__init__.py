@@ -1,1 +1,0 @@
-"""The Gaussian sketch of a matrix, whose test matrix is never stored: specification, backends."""
