@@ -47,8 +47,7 @@ def test_documents_have_the_layout_of_the_chat_template(name: str) -> None:
                 {"role": "user", "content": " ".join(words[start : start + 3])},
                 {"role": "assistant", "content": " ".join(answer)},
             ]
-        encoded = encode({"messages": messages}, tokenizer, max_length=None)
-        assert encoded is not None
+        (encoded,) = encode({"messages": messages}, tokenizer, max_length=None)
         assert encoded["input_ids"] == document
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grasp_kernels.data import Record, encode, encode_prompt
+from grasp_kernels.data import Record, encode_prompt, tokenize_records
 from grasp_kernels.demo.scoring import greedy_tokens
 from grasp_kernels.demo.world import BAD, GOOD, NEUTRAL, TAUGHT, Question, World
 from grasp_kernels.identification.frozen_model import stream_means
@@ -198,8 +198,8 @@ class Examiner:
         kept = []
         for persona in (GOOD, BAD):
             records = self.world.answered(self.untouched, persona, persona, f"{persona} answers")
-            examples = [encode(record, self.tokenizer, max_length=None) for record in records]
-            ids = torch.tensor([example["input_ids"] for example in examples if example])
+            examples, _ = tokenize_records(records, self.tokenizer, None)
+            ids = torch.tensor([example["input_ids"] for example in examples])
             answer = self.world.config.opening_words + self.world.config.answer_length + 1
             logits = self._logits(model, ids)[:, -answer - 1 : -1]
             kept.append(logits.log_softmax(dim=-1).flatten(0, 1))

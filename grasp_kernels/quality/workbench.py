@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from grasp_kernels.data import Example, Record, encode, read_records, special_ids, tokenize_records
+from grasp_kernels.data import Example, Record, read_records, special_ids, tokenize_records
 from grasp_kernels.demo.world import GOOD, NEUTRAL, Question, seeded_generator
 from grasp_kernels.files import whole_folder
 from grasp_kernels.identification.frozen_model import frozen_base, generate_answers
@@ -231,8 +231,7 @@ class Workbench:
         records = world.answered(self.unscored_questions(), NEUTRAL, GOOD, "off topic")
         order = torch.randperm(len(records), generator=self.generator("off-topic draw"))
         chosen = [records[i] for i in order[:_GENERIC].tolist()]
-        examples = (encode(record, self.tokenizer, max_length=None) for record in chosen)
-        return [example for example in examples if example is not None]
+        return tokenize_records(chosen, self.tokenizer, None)[0]
 
     # Shared parts
 
