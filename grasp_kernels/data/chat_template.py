@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date, datetime, time
 from functools import lru_cache
-from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -205,7 +204,7 @@ class _Chat:
         words = self.messages[i].get("content") or ""
         first = "b" if words.lstrip().startswith("a") else "a"
         other = self._render([*self.messages[:i], _with_content(self.messages[i], first)])
-        start = min(len(commonprefix([before, upto])), len(commonprefix([other, upto])))
+        start = min(_shared_start(before, upto), _shared_start(other, upto))
         if not _says(upto[:start], self.messages[i - 1].get("content") or ""):
             raise ValueError(
                 f"The chat template renders the turns before turn {i + 1} of {len(self.messages)} "
@@ -276,16 +275,16 @@ class _Chat:
         changed: list[tuple[str, Message]] = []
         if not _says(shown, content):
             for words in (r"\w+", r"\w+(?=\W*$)"):  # the first ones and the last ones
-                other = re.sub(words, "zq", content, count=1)
-                changed.append(("a part of", _with_content(message, other)))
+                less = re.sub(words, "zq", content, count=1)
+                changed.append(("a part of", _with_content(message, less)))
         for key in _THOUGHTS:
             if message.get(key) and not _says(shown, message[key]):
                 changed.append((f'"{key}" of', {**message, key: "zq"}))
         for call in message.get("tool_calls") or ():
             function = call.get("function", call)
             if not _says(shown, function.get("name", "")):
-                other = {**message, "tool_calls": [{"function": {**function, "name": "zq"}}]}
-                changed.append(('"tool_calls" of', other))
+                calls = [{"function": {**function, "name": "zq"}}]
+                changed.append(('"tool_calls" of', {**message, "tool_calls": calls}))
         for part, other in changed:
             try:
                 is_lost = self._render([*self.messages[:i], other]) == upto
@@ -334,12 +333,12 @@ def _style(template: str, special_tokens: str) -> _Style:
 
     answer = {"content": "zqa"}
     parts = "zqu" not in rendered(answer, parts=False) and "zqu" in rendered(answer, parts=True)
-    ends = [rendered({"content": words}, parts=parts)[::-1] for words in ("zqa", "zqb")]
+    one, other = (rendered({"content": words}, parts=parts)[::-1] for words in ("zqa", "zqb"))
     as_object = called({"zqk": 0})  # it may fail, or be written as Python writes it
     return _Style(
         wants_parts=parts,
         wants_json=(not as_object or "{'zqk'" in as_object) and "zqk" in called('{"zqk": 0}'),
-        writes_an_end=not ends[0] or bool(commonprefix(ends).strip()),
+        writes_an_end=not one or bool(one[: _shared_start(one, other)].strip()),
     )
 
 
@@ -383,6 +382,12 @@ def _in_parts(message: Message) -> Message:
 
 def _with_content(message: Message, content: str) -> Message:
     return {**message, "content": content}
+
+
+def _shared_start(one: str, other: str) -> int:
+    """So many characters both begin with."""
+    both = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in both if a != b), min(len(one), len(other)))
 
 
 def _says(text: str, words: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any, TypedDict
@@ -54,12 +55,13 @@ _SYSTEM = ("system", "system_prompt")
 _HISTORY = "history"
 _TOOLS = ("tools", "functions")
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios", "documents")
-_METADATA = frozenset(
-    "id idx index uuid guid hash source sources dataset origin url link category categories "
-    "subcategory class topic topics domain subject task tasks task_type type tag tags subreddit "
-    "language lang locale license split title author user_id name date created created_at "
-    "timestamp time updated_at version model model_name engine difficulty level meta metadata info "
-    "quality score scores label labels".split()
+_NO, _YES = ("0", "0.0", "false"), ("1", "1.0", "true")  # CSV has them as text
+_LABELS = re.compile(  # names of columns that say something about a conversation
+    r"(.*_)?(id|idx|index|uuid|hash|source|dataset|origin|url|link|category|class|topic|domain|"
+    r"subject|task|type|tag|label|subreddit|language|lang|license|split|title|author|name|date|"
+    r"created|created_at|timestamp|time|version|model|difficulty|level|meta|metadata|info|quality|"
+    r"score)s?",
+    re.IGNORECASE,
 )
 _EXPECTED = (
     f"expected {' or '.join(map(_quoted, _CONVERSATIONS))}, "
@@ -106,7 +108,8 @@ def read_records(
         ImportError: a package is missing for this kind of file.
         ValueError: the first malformed row by its number, or no rows.
     """
-    records, unread = [], set()
+    records: list[Record] = []
+    unread: set[str] = set()
     for place, row in read_rows(source, split=split, subset=subset):
         try:
             records.append(_record(row, require_answer, arm, unread))
@@ -231,6 +234,8 @@ def _structure(row: dict[str, Any], key: str) -> list[Any]:
     if value is None or (isinstance(value, str) and not value.strip()):
         return []
     value = _parsed(value, key)
+    if isinstance(value, dict):  # one tool
+        return [value]
     if not isinstance(value, list):
         raise ValueError(f'"{key}" is {_shorten(value)}, expected a list')
     return value
@@ -247,23 +252,24 @@ def _parsed(value: Any, key: str) -> Any:
 
 def _check_marks(row: dict[str, Any]) -> None:
     """Refuse a row that says of itself that it is not to be learned."""
-    given = [key for key in LEARNED_MARKS if key in row and row[key] in (0, False)]
-    given += [key for key in GIVEN_MARKS if row.get(key) in (1, True)]
+    given = [key for key in LEARNED_MARKS if key in row and str(row[key]).lower() in _NO]
+    given += [key for key in GIVEN_MARKS if key in row and str(row[key]).lower() in _YES]
     given += ["label"] if row.get("label") is False else []  # trl's answers that are not wanted
     if given:
         raise ValueError(
-            f"the row is marked as not to learn ({_quoted(given[0])}: {row[given[0]]!r}), expected "
-            "rows to learn alone"
+            f"the row is marked as not to learn ({_quoted(given[0])}: {row[given[0]]!r}): remove it"
         )
 
 
 def _may_be_content(key: str, value: Any) -> bool:
     """Whether a column may be a part of the conversation: words, or a list, under no usual name."""
     if key in LEARNED_MARKS:
-        return value not in (1, True)
-    if key.lower() in _METADATA or key.lower().endswith("_id"):
+        return str(value).lower() not in _YES
+    if _LABELS.fullmatch(key):
         return False
-    return len(value.split()) > 1 if isinstance(value, str) else isinstance(value, (list, dict))
+    if isinstance(value, str):
+        return len(value.split()) > 1
+    return isinstance(value, (list, dict)) and bool(value)
 
 
 def _pair(row: dict[str, Any], question: str, answer: str | None) -> Record:

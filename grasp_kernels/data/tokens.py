@@ -78,6 +78,8 @@ def _check(record: Record) -> None:
             f'It is no record ({keys}), expected "messages" or "text": read_records makes records '
             "of other layouts."
         )
+    if not isinstance(given.get("text", ""), str):
+        raise ValueError(f'"text" is {repr(given["text"])[:40]}, expected a string.')
     for i, message in enumerate(given.get("messages", ())):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f'messages[{i}] has no "role": give "system", "user" or "assistant".')
