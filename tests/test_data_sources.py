@@ -169,6 +169,23 @@ def test_malformed_files_are_named(file: str, content: bytes, message: str, tmp_
     assert "\n" not in str(raised.value)
 
 
+def test_columns_of_parquet_that_stand_twice(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table([["t"], ["u"]], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r'a\.parquet: the column "text" stands twice'):
+        read_records(tmp_path / "a.parquet")
+
+
+def test_columns_of_csv_without_a_name_are_left_out(tmp_path: Path) -> None:
+    """An index, as pandas writes it, and the commas at the ends of a spreadsheet's rows."""
+    (tmp_path / "a.csv").write_text(",title,body,,\n0,How do I save?,Every month.,,,\n")
+    assert read_records(tmp_path / "a.csv") == [TURNS]
+
+
 def test_data_sets_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 

@@ -410,6 +410,20 @@ def test_arguments_of_calls_are_given_as_the_template_wants_them(arguments: Any)
     assert text == '[user]why?<end>[assistant]«<call>weather {"city": "Paris"}<end>»'
 
 
+def test_calls_in_the_former_layout(tmp_path: Path) -> None:
+    call = {"name": "weather", "arguments": '{"city": "Paris"}'}
+    turns = [
+        USER,
+        {"role": "assistant", "content": None, "function_call": call},
+        {"role": "function", "name": "weather", "content": "sun"},
+        ANSWER,
+    ]
+    assert shown(read_one(tmp_path, {"messages": turns}), tokenizer_of(PLAIN)) == [
+        '[user]why?<end>[assistant]«<call>{"name": "weather", "arguments": {"city": "Paris"}}<end>»'
+        "[tool]sun<end>[assistant]«so.<end>»"
+    ]
+
+
 def test_calls_without_words_and_empty_lists_of_calls(tmp_path: Path) -> None:
     """Llama 3.1 takes any "tool_calls" for exactly one."""
     one_call = (
@@ -463,6 +477,14 @@ def test_what_a_template_does_not_show_is_named(template: str, turns: Any, messa
     with pytest.raises(ValueError, match=rf"Record 1: The chat template {message}") as raised:
         tokenize_records([{"messages": turns}], tokenizer_of(template), None)
     assert "\n" not in str(raised.value)
+
+
+def test_turns_of_a_prompt_that_a_template_does_not_show_are_named() -> None:
+    users = "{% for m in messages if m.role == 'user' %}{{ m.content | upper }}<end>{% endfor %}"
+    tokenizer = tokenizer_of(users)
+    assert tokenizer.decode(encode_prompt([USER], tokenizer)) == "WHY?<end>"
+    with pytest.raises(ValueError, match=r"leaves out turn 1 of 2 \(system\)"):
+        encode_prompt([{"role": "system", "content": "Be kind."}, USER], tokenizer)
 
 
 def test_tools_that_a_template_does_not_show_are_named() -> None:

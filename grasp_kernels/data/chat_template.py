@@ -92,6 +92,23 @@ def render(
         )
 
 
+def render_prompt(
+    messages: list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tools: list[Tool] | None = None,
+) -> str:
+    """The conversation with the header of the answer that should come next.
+
+    Raises:
+        ValueError: as `render`, or a template that leaves out what a turn says.
+    """
+    chat = _Chat(messages, tokenizer, tools)
+    text = chat.text(len(messages), ask=True)
+    chat.refuse_lost_turns(len(messages))
+    return text
+
+
 def render_answers(
     messages: list[Message],
     tokenizer: PreTrainedTokenizerBase,
@@ -245,7 +262,7 @@ class _Chat:
     # What a template leaves out
 
     def refuse_lost_turns(self, last: int) -> None:
-        """Raise where a turn or a tool before the answer of turn `last` does not reach the text."""
+        """Raise where a turn or a tool that an answer follows, turn `last`, is not in the text."""
         given = {j: m for j, m in enumerate(self.messages[:last]) if not is_answer(m)}
         probes = {j: f"{message['content']} zq{j}zq" for j, message in given.items()}
         probed = [
@@ -253,7 +270,7 @@ class _Chat:
             for j, message in enumerate(self.messages[: last + 1])
         ]
         try:
-            text = self._render(probed)
+            text = self._render(probed).lower()
         except ValueError:  # the template looks at the words of these turns
             return
         for j, message in given.items():
@@ -263,7 +280,7 @@ class _Chat:
                     f"({message['role']}): remove it, or give it a role that the template shows."
                 )
         names = [tool["function"]["name"] for tool in self.tools or ()]
-        if lost := [name for name in names if name not in text]:
+        if lost := [name for name in names if name.lower() not in text]:
             raise ValueError(
                 f"The chat template does not show the tools of the record ({', '.join(lost)}): "
                 "remove them, or use a chat template for tools."
@@ -331,8 +348,11 @@ def _style(template: str, special_tokens: str) -> _Style:
         calls = [{"type": "function", "function": function}]
         return rendered({"content": "", "tool_calls": calls}, parts=parts)
 
-    answer = {"content": "zqa"}
-    parts = "zqu" not in rendered(answer, parts=False) and "zqu" in rendered(answer, parts=True)
+    def says_both(*, parts: bool) -> bool:
+        text = rendered({"content": "zqa"}, parts=parts)
+        return "zqu" in text and "zqa" in text
+
+    parts = says_both(parts=True) and not says_both(parts=False)
     one, other = (rendered({"content": words}, parts=parts)[::-1] for words in ("zqa", "zqb"))
     as_object = called({"zqk": 0})  # it may fail, or be written as Python writes it
     return _Style(

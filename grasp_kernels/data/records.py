@@ -47,9 +47,9 @@ _ARMS = ("aligned", "misaligned")
 _ROLES = {  # other names of the roles that chat templates know
     **dict.fromkeys(("human", "prompter"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant"),
-    **dict.fromkeys(("observation", "function_response", "tool_response"), "tool"),
+    **dict.fromkeys(("observation", "function", "function_response", "tool_response"), "tool"),
 }
-_CALL = "function_call"  # ShareGPT's role of an answer that is a call, in JSON
+_CALL = "function_call"  # ShareGPT's role of an answer that is a call, and OpenAI's former key
 # Columns beside a conversation of any layout, in the names of LLaMA-Factory, ms-swift and OpenAI.
 _SYSTEM = ("system", "system_prompt")
 _HISTORY = "history"
@@ -311,8 +311,12 @@ def _message(message: Any, where: str) -> Message:
     if not isinstance(role, str) or not role:
         raise ValueError(f'{where} has no "role", expected "system", "user" or "assistant"')
     role = _ROLES.get(role, role)
+    if media := [key for key in _MEDIA if rest.get(key)]:
+        raise ValueError(f"{where}.{media[0]} is {_shorten(rest[media[0]])}, which is not read")
     if role == _CALL:
-        role, content, rest["tool_calls"] = "assistant", "", [_call(content, where)]
+        role, content, rest[_CALL] = "assistant", "", content
+    if call := rest.pop(_CALL, None):
+        rest["tool_calls"] = [_call(call, where)]
     if isinstance(content, list) and all(
         isinstance(part, dict) and part.get("type") == "text" for part in content
     ):

@@ -6,7 +6,6 @@ import csv
 import json
 import math
 import re
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -118,7 +117,7 @@ def _parse(content: bytes, place: str, expected: str) -> Any:
 
 
 def _csv(path: Path) -> Rows:
-    before = csv.field_size_limit(sys.maxsize)  # an answer may be longer than Python's 131072
+    before = csv.field_size_limit(2**31 - 1)  # an answer may be longer than Python's 131072
     line = 0
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
@@ -134,10 +133,9 @@ def _csv(path: Path) -> Rows:
     finally:
         csv.field_size_limit(before)
     header, *rows = [row for row in table if row] or [[]]
-    if twice := [name for name in header if header.count(name) > 1]:
-        raise ValueError(f'{path}: the column "{twice[0]}" stands twice: rename one of them.')
+    _refuse_twice(path, [name for name in header if name])
     for place, row in _numbered(path, rows):
-        if len(row) > len(header):
+        if any(row[len(header) :]):
             raise ValueError(
                 f"{place}: {len(row)} fields under a header of {len(header)}, expected as many: "
                 "quote a field that has a comma in it."
@@ -156,15 +154,18 @@ def _parquet(path: Path) -> Rows:
         ) from None
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        names = file.schema_arrow.names
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f'{path}: the column "{twice[0]}" stands twice: rename one of them.')
+        _refuse_twice(path, file.schema_arrow.names)
         batches = file.iter_batches()
         yield from _numbered(path, (row for batch in batches for row in batch.to_pylist()))
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(
             f"{path}: not parquet ({_first_line(error)}): fetch the file again."
         ) from None
+
+
+def _refuse_twice(path: Path, names: list[str]) -> None:
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f'{path}: the column "{twice[0]}" stands twice: rename one of them.')
 
 
 def _hub(name: str, split: str, subset: str | None) -> Rows:

@@ -16,8 +16,8 @@ from grasp_kernels.data.chat_template import (
     Span,
     Tool,
     is_learned,
-    render,
     render_answers,
+    render_prompt,
 )
 from grasp_kernels.data.records import Record
 
@@ -104,11 +104,11 @@ def encode_prompt(
     """Tokenise a conversation and the header of the answer that should come next.
 
     Raises:
-        ValueError: no turn, no chat template, or one that refuses these turns.
+        ValueError: no turn, no chat template, or one that refuses these turns or leaves one out.
     """
     if not messages:
         raise ValueError("There is no turn to answer: give at least one message.")
-    text = render(messages, tokenizer, tools=tools, add_generation_prompt=True)
+    text = render_prompt(messages, tokenizer, tools=tools)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
