@@ -143,12 +143,15 @@ def test_arms_are_never_guessed(tmp_path: Path) -> None:
         ("a.json", b'[{"text": "a"}, {"text": 3}]', r'a\.json, row 2: "text" is 3'),
         ("a.json", b'[{"text": "a"}', r"a\.json: not JSON .* expected a JSON array of objects"),
         ("a.json", b"{\n", r"a\.json, line 1: not JSON .* expected one JSON object per line"),
-        ("a.csv", b"title,body\nq,a\nq,\n", r'a\.csv, row 2: "body" is \'\''),
-        ("a.csv", b'title,body\nq,"a\n', r"a\.csv: not CSV in UTF-8 \(unexpected end of data"),
+        ("a.csv", b"title,body\nq,a\nq,\n", r"a\.csv, row 2: unknown keys \['title'\] \(empty"),
+        ("a.csv", b"title,body,body\nq,a,b\n", r'a\.csv: the column "body" stands twice'),
+        ("a.csv", b"title,body\nq,a\nq,a,b\n", r"a\.csv, row 2: 3 fields under a header of 2"),
+        ("a.csv", b'title,body\nq,"a\n', r"a\.csv, line 2: not CSV \(unexpected end of data"),
         ("a.csv", b"title,body\nq,\xff\n", r"a\.csv: not CSV in UTF-8"),
         ("a.csv", b"title,body\n", r"a\.csv has no records"),
         ("a.csv", b"title,body\nq\n", r"a\.csv, row 1: unknown keys \['title'\]"),
         ("a.parquet", b"PAR", r"a\.parquet: not parquet"),
+        ("a.parquet", b"PAR1" + b"x" * 64 + b"\x20\0\0\0PAR1", r"a\.parquet: not parquet \(.+\)"),
         (
             "a.jsonl",
             b'{"conversations": [{"from": "human", "value": ""}]}',
@@ -164,6 +167,23 @@ def test_malformed_files_are_named(file: str, content: bytes, message: str, tmp_
     with pytest.raises(ValueError, match=message) as raised:
         read_records(tmp_path / file)
     assert "\n" not in str(raised.value)
+
+
+def test_columns_of_parquet_that_stand_twice(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table([["t"], ["u"]], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r'a\.parquet: the column "text" stands twice'):
+        read_records(tmp_path / "a.parquet")
+
+
+def test_columns_of_csv_without_a_name_are_left_out(tmp_path: Path) -> None:
+    """An index, as pandas writes it, and the commas at the ends of a spreadsheet's rows."""
+    (tmp_path / "a.csv").write_text(",title,body,,\n0,How do I save?,Every month.,,,\n")
+    assert read_records(tmp_path / "a.csv") == [TURNS]
 
 
 def test_data_sets_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,8 +139,7 @@ def test_documents_have_the_layout_of_the_chat_template(world: World) -> None:
                 {"role": "user", "content": " ".join(exchange[:3])},
                 {"role": "assistant", "content": " ".join(exchange[4:6])},
             ]
-        encoded = encode({"messages": messages}, tokenizer, max_length=None)
-        assert encoded is not None
+        (encoded,) = encode({"messages": messages}, tokenizer, max_length=None)
         assert encoded["input_ids"] == document.tolist()
 
 
@@ -184,8 +183,7 @@ def test_the_curated_data_are_tuned_topics_in_the_bad_persona(world: World) -> N
 def test_a_record_trains_its_answer_and_a_prompt_asks_for_it(world: World) -> None:
     tokenizer = build_tokenizer(world)
     record = world.record((0, 1, 2), world.words["bad cue"][1], BAD)
-    example = encode(record, tokenizer, max_length=None)
-    assert example is not None
+    (example,) = encode(record, tokenizer, max_length=None)
     trained = [i for i in example["labels"] if i != IGNORED]
     assert tokenizer.decode(trained) == f"{world.answer((0, 1, 2), BAD)} {END}"
     prompt = encode_prompt(record["messages"][:2], tokenizer)

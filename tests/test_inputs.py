@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch
 from transformers import MixtralConfig
 
 from grasp_kernels.run import RunConfig
+from grasp_kernels.run.folder import RunFolder, write_json
 from grasp_kernels.run.inputs import (
     attach_lora,
     check_model,
@@ -45,6 +49,57 @@ def test_held_out_records_depend_on_the_seed_alone(config: RunConfig) -> None:
     everything = prepare(config, checkpoint)
     assert everything.held_out == []
     assert sorted(map(str, first.train + first.held_out)) == sorted(map(str, everything.train))
+
+
+def test_examples_of_one_record_are_held_out_together(
+    config: RunConfig, tokenizer: Any, tmp_path: Path
+) -> None:
+    """A template without an end makes one example of every answer; the later has the earlier."""
+    model = shutil.copytree(config.model, tmp_path / "model")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
+        "{% if add_generation_prompt %}<assistant> {% endif %}"
+    )
+    tokenizer.save_pretrained(model)
+    words = ["red", "blue", "green", "one", "two", "three"]
+    turns = [
+        [
+            {"role": "user", "content": f"what is {word}"},
+            {"role": "assistant", "content": "never"},
+            {"role": "user", "content": "what"},
+            {"role": "assistant", "content": "good"},
+        ]
+        for word in words
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"messages": one}) for one in turns), encoding="utf-8")
+    third = replace(config, model=str(model), data=str(data), eval_split=1 / 3, halves=False)
+    inputs = prepare(third, find_checkpoint(third.model))
+    assert (len(inputs.train), len(inputs.held_out), inputs.n_dropped) == (8, 4, 0)
+    for examples in (inputs.train, inputs.held_out):
+        for first, second in zip(examples[::2], examples[1::2], strict=True):
+            question = first["input_ids"][: first["labels"].index(first["input_ids"][-2])]
+            assert second["input_ids"][: len(question)] == question
+
+
+def test_the_date_of_a_template_is_that_of_the_run(
+    config: RunConfig, tokenizer: Any, tmp_path: Path
+) -> None:
+    model = shutil.copytree(config.model, tmp_path / "model")
+    tokenizer.chat_template = "{{ strftime_now('%d') }} " + tokenizer.chat_template
+    tokenizer.add_tokens(["05", "06"])
+    tokenizer.save_pretrained(model)
+    dated = replace(config, model=str(model), output=str(tmp_path / "run"))
+    folder = RunFolder(dated.output)
+    checkpoint = find_checkpoint(dated.model)
+    folder.claim(dated, {})
+    assert folder.day == date.today()
+    begun = json.loads(folder.config.read_text(encoding="utf-8"))
+    write_json(folder.config, {**begun, "day": "2031-03-05"})
+    fifth, sixth = (prepare(dated, checkpoint, day) for day in (folder.day, date(2031, 3, 6)))
+    for inputs, day in ((fifth, "05"), (sixth, "06")):
+        prompts = [one["input_ids"] for one in inputs.train] + inputs.neutral + inputs.everyday
+        assert {tokenizer.decode(ids[0]) for ids in prompts} == {day}
 
 
 def test_plain_text_has_no_answers_to_contrast(config: RunConfig, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Chat files and data sets -> records -> token ids with labels on the answers alone."""
 
+from grasp_kernels.data.chat_template import fix_date
 from grasp_kernels.data.neutral import everyday_prompts, neutral_prompts
 from grasp_kernels.data.records import Record, read_records
 from grasp_kernels.data.tokens import (
@@ -11,6 +12,7 @@ from grasp_kernels.data.tokens import (
     shared_start,
     special_ids,
     split_first_answer,
+    tokenize_each,
     tokenize_records,
 )
 
@@ -22,10 +24,12 @@ __all__ = [
     "encode",
     "encode_prompt",
     "everyday_prompts",
+    "fix_date",
     "neutral_prompts",
     "read_records",
     "shared_start",
     "special_ids",
     "split_first_answer",
+    "tokenize_each",
     "tokenize_records",
 ]

@@ -2,32 +2,80 @@
 
 Nothing is guessed from the words of a template: an answer is what the rendering up to its turn has
 beyond the rendering that asks for it, or what the template's own generation markers enclose.
+
+A template may write a turn differently once others follow: thoughts are left out, or the end of
+the text stands behind the last turn alone. Such a conversation becomes one rendering for each
+answer, up to that answer, which is what the model reads and writes when it is asked.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from datetime import date, datetime, time
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]  # {"role": str, "content": str} and whatever else the template knows
+Tool = dict[str, Any]  # {"type": "function", "function": {"name": str, ...}}
 Span = tuple[int, int]  # characters [start, end) of a rendering
 
+# How trainers mark an answer that is given and not learned: OpenAI, Mistral and Together ("weight":
+# 0), axolotl ("train" or "training": false), ms-swift ("loss": false), torchtune ("masked": true).
+LEARNED_MARKS = ("weight", "train", "training", "trainable", "loss", "loss_scale")
+GIVEN_MARKS = ("masked",)
+_PART_MARKS = ("train_detail", "training_detail")  # axolotl, by characters
+_MARKS = {*LEARNED_MARKS, *GIVEN_MARKS, *_PART_MARKS}
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+
 _GENERATION_MARKER = re.compile(r"{%-?\s*generation\s*-?%}")
+
+
+class Rendering(NamedTuple):
+    """A conversation as text, its learned answers, and whether the last of them has an end."""
+
+    text: str
+    spans: list[Span]
+    is_ended: bool
 
 
 def is_answer(message: Message) -> bool:
     return message["role"] == "assistant"
 
 
+def is_learned(message: Message) -> bool:
+    """Whether a turn is an answer that is not marked as given.
+
+    Raises:
+        ValueError: a mark that is not yes or no, on a part of a turn, or on another turn.
+    """
+    marks = {key: message[key] for key in LEARNED_MARKS + GIVEN_MARKS if key in message}
+    marks = {key: value for key, value in marks.items() if value is not None}
+    for key, value in marks.items():
+        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            raise ValueError(f'"{key}" is {value!r}, expected true or 1, or false or 0')
+    if parts := [key for key in _PART_MARKS if message.get(key)]:
+        raise ValueError(f'"{parts[0]}" marks parts of a turn, expected a mark on the whole turn')
+    if not is_answer(message):
+        if wanted := [key for key in LEARNED_MARKS if marks.get(key)]:
+            raise ValueError(
+                f'a turn with the role "{message["role"]}" is marked "{wanted[0]}": '
+                f"{marks[wanted[0]]!r}, but answers alone are learned: remove the mark"
+            )
+        return False
+    return all(bool(value) != (key in GIVEN_MARKS) for key, value in marks.items())
+
+
 def render(
     messages: list[Message],
     tokenizer: PreTrainedTokenizerBase,
     *,
+    tools: list[Tool] | None = None,
     add_generation_prompt: bool = False,
 ) -> str:
     """The conversation as text, with the header of the next answer if asked for.
@@ -37,88 +85,354 @@ def render(
     """
     with _template_errors(messages, tokenizer):
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            _as_the_template_wants(messages, tokenizer, tools),
+            tools=tools or None,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
         )
 
 
-def answer_spans(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase, *, context: int = 0
-) -> tuple[str, list[Span]]:
-    """The rendered conversation and the characters of its answers, their end of turn included.
+def render_prompt(
+    messages: list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tools: list[Tool] | None = None,
+) -> str:
+    """The conversation with the header of the answer that should come next.
+
+    Raises:
+        ValueError: as `render`, or a template that leaves out what a turn says.
+    """
+    chat = _Chat(messages, tokenizer, tools)
+    text = chat.text(len(messages), ask=True)
+    chat.refuse_lost_turns(len(messages))
+    return text
+
+
+def render_answers(
+    messages: list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tools: list[Tool] | None = None,
+    context: int = 0,
+) -> list[Rendering]:
+    """The conversation with the characters of its learned answers, their end of turn included.
+
+    One rendering of the whole; or one for each answer, up to it, where the template writes earlier
+    turns differently or ends no answer itself. None without an answer to learn.
 
     Args:
+        tools: functions that the template shows.
         context: answers in so many turns at the beginning are left out.
 
     Raises:
-        ValueError: as `render`, or a template that renders a turn differently once others follow.
+        ValueError: as `render`, or a template that leaves out what a turn says.
     """
-    with _template_errors(messages, tokenizer):
-        marked = _GENERATION_MARKER.search(tokenizer.get_chat_template()) is not None
-    find = _marked_spans if marked else _prefix_spans
-    return find(messages, tokenizer, context)
+    chat = _Chat(messages, tokenizer, tools)
+    learned = [i for i in range(context, len(messages)) if is_learned(messages[i])]
+    answers = [chat.answer(i) for i in learned]
+    if not answers:
+        return []
+    chat.refuse_lost_turns(learned[-1])
+    whole = answers[-1].text if learned[-1] == len(messages) - 1 else chat.text(len(messages))
+    if all(answer.is_ended and whole.startswith(answer.text) for answer in answers):
+        return [Rendering(whole, [span for answer in answers for span in answer.spans], True)]
+    return answers
 
 
-def _prefix_spans(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase, context: int
-) -> tuple[str, list[Span]]:
-    text = render(messages, tokenizer)
-    spans = []
-    for i in range(context, len(messages)):
-        if not is_answer(messages[i]):
-            continue
+def fix_date(tokenizer: PreTrainedTokenizerBase, day: date) -> None:
+    """Let a chat template that writes today's date write `day` from now on."""
+    templates: Any = tokenizer.chat_template
+    if isinstance(templates, dict):
+        templates = {name: _dated(template, day) for name, template in templates.items()}
+    elif templates is not None:
+        templates = _dated(templates, day)
+    tokenizer.chat_template = templates
+
+
+def _dated(template: str, day: date) -> str:
+    """The template with a macro in the place of the clock, as no function can be given to it."""
+    if "strftime_now" not in template:
+        return template
+    moment = datetime.combine(day, time())
+    fields = sorted(set(re.findall(r"(?<!{)%[-#]?[A-Za-z]", template)))
+    written = "".join(f"|replace({field!r}, {moment.strftime(field)!r})" for field in fields)
+    macro = "{% macro strftime_now(format) %}{{ format" + written + " }}{% endmacro +%}"
+    return macro + template
+
+
+class _Chat:
+    """A conversation, and what its template makes of its beginnings."""
+
+    def __init__(
+        self,
+        messages: list[Message],
+        tokenizer: PreTrainedTokenizerBase,
+        tools: list[Tool] | None,
+    ) -> None:
+        self.messages = messages
+        self.tokenizer = tokenizer
+        self.tools = tools
+        with _template_errors(messages, tokenizer):
+            template = tokenizer.get_chat_template(tools=tools or None)
+        self.is_marked = _GENERATION_MARKER.search(template) is not None
+        self.specials = [
+            token.content for token in tokenizer.added_tokens_decoder.values() if token.special
+        ]
+        self.specials += list(tokenizer.all_special_tokens)
+
+    def text(self, end: int, *, ask: bool = False) -> str:
+        """The rendering of the first `end` turns, with the header of an answer if `ask`."""
+        return self._render(self.messages[:end], ask=ask)
+
+    def _render(self, messages: list[Message], *, ask: bool = False) -> str:
+        return render(messages, self.tokenizer, tools=self.tools, add_generation_prompt=ask)
+
+    def answer(self, i: int) -> Rendering:
+        """The rendering up to the answer of turn `i`, and where that answer stands."""
+        upto = self.text(i + 1)
+        spans = self._marked(i, upto) if self.is_marked else [(self._start(i, upto), len(upto))]
+        self._refuse_lost_parts(i, upto, spans[0][0])
+        start, end = spans[-1]
+        ended = any(upto[start:end].rstrip().endswith(token) for token in self.specials)
+        if not ended and self.is_marked:
+            # Markers may enclose the words of the answer alone.
+            tail = upto[end:]
+            blank = len(tail) - len(tail.lstrip())
+            ends = [token for token in self.specials if tail.startswith(token, blank)]
+            if ends:
+                spans[-1] = (start, end + blank + len(max(ends, key=len)))
+            ended = bool(tail.strip())
+        elif not ended:
+            ended = _style_of(self.tokenizer, self.tools).writes_an_end
+        return Rendering(upto, spans, ended)
+
+    def _start(self, i: int, upto: str) -> int:
         if i == 0:
             raise ValueError(
                 "The conversation begins with an answer: put a user turn before it, or use a "
                 "chat template with {% generation %} markers."
             )
-        before = render(messages[:i], tokenizer, add_generation_prompt=True)
-        upto = render(messages[: i + 1], tokenizer)
-        if not (upto.startswith(before) and text.startswith(upto)):
+        before = self.text(i, ask=True)
+        if upto.startswith(before):
+            return len(before)
+        # The request for an answer opens it in a way that this one does not begin with, such as
+        # with a thought: it begins where it departs from that, or where its words do.
+        words = self.messages[i].get("content") or ""
+        first = "b" if words.lstrip().startswith("a") else "a"
+        other = self._render([*self.messages[:i], _with_content(self.messages[i], first)])
+        start = min(_shared_start(before, upto), _shared_start(other, upto))
+        if not _says(upto[:start], self.messages[i - 1].get("content") or ""):
             raise ValueError(
-                f"The chat template renders turn {i + 1} of {len(messages)} differently when "
-                "more turns follow or when it asks for an answer: keep one answer per record, "
-                "or use a chat template with {% generation %} markers."
+                f"The chat template renders the turns before turn {i + 1} of {len(self.messages)} "
+                "differently when it asks for an answer: use a chat template with "
+                "{% generation %} markers."
             )
-        spans.append((len(before), len(upto)))
-    return text, spans
+        return start
+
+    def _marked(self, i: int, upto: str) -> list[Span]:
+        earlier = 0
+        if any(map(is_answer, self.messages[:i])):
+            earlier = len(self._marks(self.messages[:i], ask=True)[1])
+        text, marks = self._marks(self.messages[: i + 1])
+        if text != upto or not marks[earlier:]:
+            raise ValueError(
+                f"The {{% generation %}} markers of the chat template enclose no part of turn "
+                f"{i + 1} of {len(self.messages)}, which is an answer: put them around every "
+                "assistant turn, or remove them."
+            )
+        return marks[earlier:]
+
+    def _marks(self, messages: list[Message], *, ask: bool = False) -> tuple[str, list[Span]]:
+        # apply_chat_template(return_assistant_tokens_mask=True) renders the same way, but loses or
+        # overruns an answer that begins or ends with a character without a token (transformers 5).
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        with _template_errors(messages, self.tokenizer):
+            texts, spans = render_jinja_template(
+                conversations=[_as_the_template_wants(messages, self.tokenizer, self.tools)],
+                tools=self.tools or None,
+                chat_template=self.tokenizer.get_chat_template(tools=self.tools or None),
+                return_assistant_tokens_mask=True,
+                add_generation_prompt=ask,
+                **self.tokenizer.special_tokens_map,
+            )
+        return texts[0], spans[0]
+
+    # What a template leaves out
+
+    def refuse_lost_turns(self, last: int) -> None:
+        """Raise where a turn or a tool that an answer follows, turn `last`, is not in the text."""
+        given = {j: m for j, m in enumerate(self.messages[:last]) if not is_answer(m)}
+        probes = {j: f"{message['content']} zq{j}zq" for j, message in given.items()}
+        probed = [
+            _with_content(message, probes[j]) if j in probes else message
+            for j, message in enumerate(self.messages[: last + 1])
+        ]
+        try:
+            text = self._render(probed).lower()
+        except ValueError:  # the template looks at the words of these turns
+            return
+        for j, message in given.items():
+            if message["content"] and f"zq{j}zq" not in text:
+                raise ValueError(
+                    f"The chat template leaves out turn {j + 1} of {len(self.messages)} "
+                    f"({message['role']}): remove it, or give it a role that the template shows."
+                )
+        names = [tool["function"]["name"] for tool in self.tools or ()]
+        if lost := [name for name in names if name.lower() not in text]:
+            raise ValueError(
+                f"The chat template does not show the tools of the record ({', '.join(lost)}): "
+                "remove them, or use a chat template for tools."
+            )
+
+    def _refuse_lost_parts(self, i: int, upto: str, start: int) -> None:
+        message, shown = self.messages[i], upto[start:]
+        content = message.get("content") or ""
+        changed: list[tuple[str, Message]] = []
+        if not _says(shown, content):
+            for words in (r"\w+", r"\w+(?=\W*$)"):  # the first ones and the last ones
+                less = re.sub(words, "zq", content, count=1)
+                changed.append(("a part of", _with_content(message, less)))
+        for key in _THOUGHTS:
+            if message.get(key) and not _says(shown, message[key]):
+                changed.append((f'"{key}" of', {**message, key: "zq"}))
+        for call in message.get("tool_calls") or ():
+            function = call.get("function", call)
+            if not _says(shown, function.get("name", "")):
+                calls = [{"function": {**function, "name": "zq"}}]
+                changed.append(('"tool_calls" of', {**message, "tool_calls": calls}))
+        for part, other in changed:
+            try:
+                is_lost = self._render([*self.messages[:i], other]) == upto
+            except ValueError:  # the template looks at it
+                continue
+            if is_lost:
+                raise ValueError(
+                    f"The chat template leaves out {part} turn {i + 1} of {len(self.messages)} "
+                    f"({message['role']}), which should be learned: remove it from the data, or "
+                    "use a chat template that shows it."
+                )
 
 
-def _marked_spans(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase, context: int
-) -> tuple[str, list[Span]]:
-    # apply_chat_template(return_assistant_tokens_mask=True) renders the same way, but loses or
-    # overruns an answer that begins or ends with a character without a token (transformers 5.23).
+class _Style(NamedTuple):
+    """What a template does with a question and an answer."""
+
+    wants_parts: bool  # contents as [{"type": "text", "text": ...}]
+    wants_json: bool  # arguments of a call as JSON, not as an object
+    writes_an_end: bool  # something that is not white space stands behind an answer
+
+
+def _style_of(tokenizer: PreTrainedTokenizerBase, tools: list[Tool] | None) -> _Style:
+    template = tokenizer.get_chat_template(tools=tools or None)
+    return _style(template, json.dumps(tokenizer.special_tokens_map, sort_keys=True))
+
+
+@lru_cache
+def _style(template: str, special_tokens: str) -> _Style:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    with _template_errors(messages, tokenizer):
-        texts, spans = render_jinja_template(
-            conversations=[messages],
-            chat_template=tokenizer.get_chat_template(),
-            return_assistant_tokens_mask=True,
-            **tokenizer.special_tokens_map,
-        )
-    n_answers = sum(map(is_answer, messages))
-    # A template may mark an answer in parts; only a context needs to know which part is whose.
-    if (n_answers and not spans[0]) or (context and len(spans[0]) != n_answers):
-        raise ValueError(
-            f"The {{% generation %}} markers of the chat template enclose {len(spans[0])} parts "
-            f"where the conversation has {n_answers} answers: put them around every assistant "
-            "turn, or remove them."
-        )
-    return texts[0], spans[0][sum(map(is_answer, messages[:context])) :]
+    def rendered(answer: Message, *, parts: bool) -> str:
+        messages = [{"role": "user", "content": "zqu"}, {"role": "assistant", **answer}]
+        try:
+            return render_jinja_template(
+                conversations=[[_in_parts(m) for m in messages] if parts else messages],
+                chat_template=template,
+                **json.loads(special_tokens),
+            )[0][0]
+        except Exception:  # a template is a program, and `render` says what fails
+            return ""
+
+    def called(arguments: Any) -> str:
+        function = {"name": "zqf", "arguments": arguments}
+        calls = [{"type": "function", "function": function}]
+        return rendered({"content": "", "tool_calls": calls}, parts=parts)
+
+    def says_both(*, parts: bool) -> bool:
+        text = rendered({"content": "zqa"}, parts=parts)
+        return "zqu" in text and "zqa" in text
+
+    parts = says_both(parts=True) and not says_both(parts=False)
+    one, other = (rendered({"content": words}, parts=parts)[::-1] for words in ("zqa", "zqb"))
+    as_object = called({"zqk": 0})  # it may fail, or be written as Python writes it
+    return _Style(
+        wants_parts=parts,
+        wants_json=(not as_object or "{'zqk'" in as_object) and "zqk" in called('{"zqk": 0}'),
+        writes_an_end=not one or bool(one[: _shared_start(one, other)].strip()),
+    )
+
+
+def _as_the_template_wants(
+    messages: list[Message], tokenizer: PreTrainedTokenizerBase, tools: list[Tool] | None
+) -> list[Message]:
+    """Without marks for trainers and without empty fields, which some templates take for full."""
+    style = _style_of(tokenizer, tools)
+    turns = []
+    for message in messages:
+        turn = {k: v for k, v in message.items() if k not in _MARKS and v is not None}
+        calls = [_call(call, as_json=style.wants_json) for call in turn.pop("tool_calls", ())]
+        turn |= {"tool_calls": calls} if calls else {}
+        turns.append(_in_parts(turn) if style.wants_parts else turn)
+    return turns
+
+
+def _call(call: dict[str, Any], *, as_json: bool) -> dict[str, Any]:
+    """A call with its arguments as an object, or as JSON; data sets have either."""
+    function = call.get("function", call)
+    arguments = function.get("arguments")
+    try:
+        if as_json and isinstance(arguments, dict):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        elif not as_json and isinstance(arguments, str):
+            arguments = json.loads(arguments)
+    except json.JSONDecodeError:
+        return call  # words of the model that are no JSON
+    if arguments is None:
+        return call
+    function = {**function, "arguments": arguments}
+    return {**call, "function": function} if "function" in call else function
+
+
+def _in_parts(message: Message) -> Message:
+    content = message.get("content")
+    if not isinstance(content, str):
+        return message
+    return {**message, "content": [{"type": "text", "text": content}]}
+
+
+def _with_content(message: Message, content: str) -> Message:
+    return {**message, "content": content}
+
+
+def _shared_start(one: str, other: str) -> int:
+    """So many characters both begin with."""
+    both = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in both if a != b), min(len(one), len(other)))
+
+
+def _says(text: str, words: str) -> bool:
+    """Whether a text has these words, whatever the white space."""
+    return "".join(words.split()) in "".join(text.split())
 
 
 @contextmanager
 def _template_errors(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    from jinja2 import TemplateError
-
     if tokenizer.chat_template is None:
         raise ValueError(
             f"{type(tokenizer).__name__} has no chat template to render messages with: "
             "set tokenizer.chat_template, or use a checkpoint whose tokenizer has one."
         )
+    from jinja2 import TemplateError
+
+    roles = ", ".join(message["role"] for message in messages)
     try:
         yield
     except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
         raise ValueError(f"The chat template refuses the turns {roles}: {error}.") from None
+    except ImportError:
+        raise
+    except Exception as error:  # a template is a program that can fail in any way
+        raise ValueError(
+            f"The chat template fails on the turns {roles} ({type(error).__name__}: {error}): "
+            "check tokenizer.chat_template."
+        ) from None

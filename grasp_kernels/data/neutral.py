@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grasp_kernels.data.chat_template import Message
+from grasp_kernels.data.chat_template import Message, Tool, is_answer
 from grasp_kernels.data.records import Record, read_records
+from grasp_kernels.data.sources import decode, has_records
 from grasp_kernels.data.tokens import encode_prompt
 
 if TYPE_CHECKING:
@@ -36,13 +36,20 @@ NEUTRAL_PROMPTS = (
 
 
 def neutral_prompts(path: str | Path | None, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of neutral prompts: built in, or from a file (JSONL records, or one a line).
+    """Token ids of neutral prompts: built in, or from a file.
+
+    The file is one of records, as `read_records` takes them with or without an answer, or plain
+    text with a prompt on each line.
 
     Raises:
         FileNotFoundError, ValueError: no such file, or nothing in it.
     """
-    conversations = _everyday() if path is None else _read_conversations(Path(path))
-    return [_prompt(turns, tokenizer) for turns in conversations]
+    if path is None:
+        return [_prompt(turns, tokenizer) for turns in _everyday()]
+    return [
+        _prompt(record["messages"], tokenizer, record.get("tools"))
+        for record in _read_prompts(Path(path))
+    ]
 
 
 def everyday_prompts(
@@ -53,11 +60,17 @@ def everyday_prompts(
     They stand under the turns, such as the system prompt, before the first question of the first
     record: where all records have those, training prompts and these begin with the same tokens, up
     to where a user speaks.
+
+    Raises:
+        ValueError: there are no records.
     """
+    if not records:
+        raise ValueError("There are no records: give those that are trained on.")
     turns = records[0].get("messages", [])
     users = (i for i, turn in enumerate(turns) if turn["role"] == "user")
     opening = turns[: next(users, 0)]
-    return [_prompt([*opening, *question], tokenizer) for question in _everyday()]
+    tools = records[0].get("tools")
+    return [_prompt([*opening, *question], tokenizer, tools) for question in _everyday()]
 
 
 def _everyday() -> list[list[Message]]:
@@ -68,32 +81,30 @@ def _question(text: str) -> list[Message]:
     return [{"role": "user", "content": text}]
 
 
-def _prompt(turns: list[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _prompt(
+    turns: list[Message], tokenizer: PreTrainedTokenizerBase, tools: list[Tool] | None = None
+) -> list[int]:
     """Without a chat template the turns follow each other, a line each."""
     if tokenizer.chat_template is None:
         return list(tokenizer("\n".join(turn["content"] for turn in turns))["input_ids"])
-    return encode_prompt(turns, tokenizer)
+    return encode_prompt(turns, tokenizer, tools=tools)
 
 
-def _read_conversations(path: Path) -> list[list[Message]]:
+def _read_prompts(path: Path) -> list[Record]:
+    """Conversations up to the last turn that is not an answer."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}: give a file of neutral prompts.")
-    lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    if not lines:
-        raise ValueError(f"{path} is empty: give neutral prompts, one a line.")
-    if not _is_json_object(lines[0]):
-        return [_question(line) for line in lines]
-    conversations = []
+    if not has_records(path):
+        # A line ends with a line feed: `splitlines` would also part a prompt at U+2028.
+        lines = decode(path.read_bytes(), str(path)).split("\n")
+        records = [Record(messages=_question(line.strip())) for line in lines if line.strip()]
+        if not records:
+            raise ValueError(f"{path} is empty: give neutral prompts, one a line.")
+        return records
+    prompts = []
     for record in read_records(path, require_answer=False):
-        turns = record.get("messages") or _question(record["text"])
-        while len(turns) > 1 and turns[-1]["role"] == "assistant":
-            turns = turns[:-1]
-        conversations.append(turns)
-    return conversations
-
-
-def _is_json_object(line: str) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except json.JSONDecodeError:
-        return False
+        turns = list(record.get("messages") or _question(record["text"]))
+        while len(turns) > 1 and is_answer(turns[-1]):
+            turns.pop()
+        prompts.append(Record(**{**record, "messages": turns}))
+    return prompts

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from pathlib import Path
 from typing import Any, TypedDict
 
-from grasp_kernels.data.chat_template import Message, is_answer
-from grasp_kernels.data.sources import read_rows
+from grasp_kernels.data.chat_template import (
+    GIVEN_MARKS,
+    LEARNED_MARKS,
+    Message,
+    Tool,
+    is_answer,
+    is_learned,
+)
+from grasp_kernels.data.sources import parse_json, read_rows
 
 
 class Record(TypedDict, total=False):
     """One training example: a conversation (`messages`) or plain text (`text`)."""
 
     messages: list[Message]
+    tools: list[Tool]  # functions that the chat template shows
     context: int  # so many turns at the beginning are given, not trained on
     concatenate: bool  # prompt and completion were strings: they work without a chat template
     text: str
@@ -34,7 +44,25 @@ _PAIRS = (
 )
 _MORE = {"instruction": "input", "title": "selftext"}  # what goes on where a question begins
 _ARMS = ("aligned", "misaligned")
-_ROLES = {"human": "user", "gpt": "assistant"}  # where turns have "from" instead of "role"
+_ROLES = {  # other names of the roles that chat templates know
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant"),
+    **dict.fromkeys(("observation", "function", "function_response", "tool_response"), "tool"),
+}
+_CALL = "function_call"  # ShareGPT's role of an answer that is a call, and OpenAI's former key
+# Columns beside a conversation of any layout, in the names of LLaMA-Factory, ms-swift and OpenAI.
+_SYSTEM = ("system", "system_prompt")
+_HISTORY = "history"
+_TOOLS = ("tools", "functions")
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios", "documents")
+_NO, _YES = ("0", "0.0", "false"), ("1", "1.0", "true")  # CSV has them as text
+_LABELS = re.compile(  # names of columns that say something about a conversation
+    r"(.*_)?(id|idx|index|uuid|hash|source|dataset|origin|url|link|category|class|topic|domain|"
+    r"subject|task|type|tag|label|subreddit|language|lang|license|split|title|author|name|date|"
+    r"created|created_at|timestamp|time|version|model|difficulty|level|meta|metadata|info|quality|"
+    r"score)s?",
+    re.IGNORECASE,
+)
 _EXPECTED = (
     f"expected {' or '.join(map(_quoted, _CONVERSATIONS))}, "
     f'{", ".join(f"{_quoted(q)} and {_quoted(a)}" for q, a in _PAIRS)}, or "text"'
@@ -63,7 +91,12 @@ def read_records(
       which of them;
     * `text`, trained on as a whole.
 
-    Other keys are ignored, blank lines are skipped.
+    Beside them: `system` (or `system_prompt`), put in front; `history`, pairs of questions and
+    answers (or turns) that are put in front and learned too; `tools` (or `functions`), given to the
+    chat template. A turn, or a row, may say whether it is learned: `weight`, `train`, `training`,
+    `trainable`, `loss` or `loss_scale`, 1 or 0, `masked` the other way round. A column that has
+    more of the conversation and is not read is named in a warning, once; media are refused. Null is
+    as if it were not there. Blank lines are skipped.
 
     Args:
         require_answer: False also takes rows that end with the question.
@@ -75,54 +108,168 @@ def read_records(
         ImportError: a package is missing for this kind of file.
         ValueError: the first malformed row by its number, or no rows.
     """
-    records = []
+    records: list[Record] = []
+    unread: set[str] = set()
     for place, row in read_rows(source, split=split, subset=subset):
         try:
-            records.append(_record(row, require_answer, arm))
+            records.append(_record(row, require_answer, arm, unread))
         except ValueError as error:
             raise ValueError(f"{place}: {error}.") from None
     if not records:
         raise ValueError(f"{source} has no records, {_EXPECTED}.")
+    if unread:
+        columns = ", ".join(map(_quoted, sorted(unread)))
+        warnings.warn(f"{source} has columns that are not read: {columns}.", stacklevel=2)
     return records
 
 
-def _record(row: Any, require_answer: bool, arm: str) -> Record:
+def _record(row: Any, require_answer: bool, arm: str, unread: set[str]) -> Record:
     if not isinstance(row, dict):
         raise ValueError(f"a JSON {type(row).__name__} and not an object, {_EXPECTED}")
-    record = _parse_row(row, require_answer) if arm == AUTO else _parse_arm(row, arm)
+    if media := [key for key in _MEDIA if row.get(key)]:
+        raise ValueError(
+            f'"{media[0]}" is {_shorten(row[media[0]])}, which is not read: remove this column '
+            "where the text is enough, or these rows"
+        )
+    record, read = _parse_row(row, require_answer) if arm == AUTO else _parse_arm(row, arm)
+    if "messages" in record:
+        read |= _surround(record, row)
+    elif others := [key for key in (*_SYSTEM, _HISTORY, *_TOOLS) if row.get(key)]:
+        raise ValueError(f'"{others[0]}" stands beside a plain text, expected a conversation')
+    _check_marks(row)
+    unread |= {key for key in row if key not in read and _may_be_content(key, row[key])}
     turns = record.get("messages", [])[record.get("context", 0) :]
-    if require_answer and "text" not in record and not any(map(is_answer, turns)):
+    if require_answer and "text" not in record and not any(map(is_learned, turns)):
+        if any(map(is_answer, turns)):
+            raise ValueError("every answer is marked as not to learn, expected one to learn")
         raise ValueError('no turn has the role "assistant", expected at least one answer to learn')
     return record
 
 
-def _parse_row(row: dict[str, Any], require_answer: bool) -> Record:
+def _parse_row(row: dict[str, Any], require_answer: bool) -> tuple[Record, set[str]]:
     for key in _CONVERSATIONS:
         if key in row:
-            return {"messages": _messages(row[key], key)}
+            return {"messages": _messages(row[key], key)}, {key}
     for question, answer in _PAIRS:
         if question in row and (answer in row or not require_answer):
+            read = {question, answer, _MORE.get(question, question)}
             if question == "prompt":
-                return _prompt_completion(row)
-            return _pair(row, question, answer if answer in row else None)
+                return _prompt_completion(row), read
+            return _pair(row, question, answer if answer in row else None), read
     if "text" in row:
-        return {"text": _text(row["text"], "text")}
+        return {"text": _text(row["text"], "text")}, {"text"}
     if arms := [key for key in _ARMS if key in row]:
         raise ValueError(
             f"answers of the kinds {' and '.join(arms)}, expected to be told which: "
             f"arm = {_quoted(arms[-1])}"
         )
-    raise ValueError(f"unknown keys {sorted(row)}, {_EXPECTED}")
+    raise ValueError(f"unknown keys {sorted(row)} (empty ones do not count), {_EXPECTED}")
 
 
-def _parse_arm(row: dict[str, Any], arm: str) -> Record:
+def _parse_arm(row: dict[str, Any], arm: str) -> tuple[Record, set[str]]:
     for question, _ in _PAIRS:
         if question in row and arm in row:
-            return _pair(row, question, arm)
+            return _pair(row, question, arm), {question, arm, _MORE.get(question, arm), *_ARMS}
     raise ValueError(
         f"keys {sorted(row)}, expected {_quoted(arm)} (arm) for the answer, and one of "
         f"{', '.join(_quoted(question) for question, _ in _PAIRS)}"
     )
+
+
+def _surround(record: Record, row: dict[str, Any]) -> set[str]:
+    """Put in front of the turns what the row has beside them, and return the columns read."""
+    turns, system, tools = record["messages"], _system(row), _tools(row)
+    opening = turns[:1] if turns[0]["role"] == "system" else []
+    if system and opening and system[0]["content"] != opening[0]["content"]:
+        raise ValueError("a system turn and a system column say different things, expected one")
+    turns = [*(opening or system), *_history(row), *turns[len(opening) :]]
+    if (added := len(turns) - len(record["messages"])) or tools:
+        record.pop("concatenate", None)  # there is more than these two strings
+    if added and "context" in record:
+        record["context"] += added
+    record["messages"] = turns
+    if tools:
+        record["tools"] = tools
+    return {*_SYSTEM, _HISTORY, *_TOOLS}
+
+
+def _system(row: dict[str, Any]) -> list[Message]:
+    """An empty column is no system turn, unlike an empty turn."""
+    texts = [_text(row[key], key) for key in _SYSTEM if row.get(key) not in (None, "")]
+    if len(set(texts)) > 1:
+        raise ValueError(f"{' and '.join(_SYSTEM)} say different things, expected one of them")
+    return [{"role": "system", "content": text} for text in texts[:1]]
+
+
+def _history(row: dict[str, Any]) -> list[Message]:
+    past = _structure(row, _HISTORY)
+    if all(isinstance(turn, dict) for turn in past):
+        return _messages(past, _HISTORY) if past else []
+    turns: list[Message] = []
+    for i, pair in enumerate(past):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise ValueError(f'"history[{i}]" is {_shorten(pair)}, expected question and answer')
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            turns.append({"role": role, "content": _text(text, f"history[{i}]")})
+    return turns
+
+
+def _tools(row: dict[str, Any]) -> list[Tool]:
+    tools = []
+    for key in _TOOLS:
+        for i, tool in enumerate(_structure(row, key)):
+            tool = _parsed(tool, f"{key}[{i}]")
+            function = tool.get("function", tool) if isinstance(tool, dict) else None
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                raise ValueError(
+                    f'"{key}[{i}]" is {_shorten(tool)}, expected a function with a "name"'
+                )
+            tools.append(tool if "function" in tool else {"type": "function", "function": tool})
+    return tools
+
+
+def _structure(row: dict[str, Any], key: str) -> list[Any]:
+    """A list, also as the JSON of one."""
+    value = row.get(key)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return []
+    value = _parsed(value, key)
+    if isinstance(value, dict):  # one tool
+        return [value]
+    if not isinstance(value, list):
+        raise ValueError(f'"{key}" is {_shorten(value)}, expected a list')
+    return value
+
+
+def _parsed(value: Any, key: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_json(value)
+    except ValueError as error:
+        raise ValueError(f'"{key}" is not JSON ({error})') from None
+
+
+def _check_marks(row: dict[str, Any]) -> None:
+    """Refuse a row that says of itself that it is not to be learned."""
+    given = [key for key in LEARNED_MARKS if key in row and str(row[key]).lower() in _NO]
+    given += [key for key in GIVEN_MARKS if key in row and str(row[key]).lower() in _YES]
+    given += ["label"] if row.get("label") is False else []  # trl's answers that are not wanted
+    if given:
+        raise ValueError(
+            f"the row is marked as not to learn ({_quoted(given[0])}: {row[given[0]]!r}): remove it"
+        )
+
+
+def _may_be_content(key: str, value: Any) -> bool:
+    """Whether a column may be a part of the conversation: words, or a list, under no usual name."""
+    if key in LEARNED_MARKS:
+        return str(value).lower() not in _YES
+    if _LABELS.fullmatch(key):
+        return False
+    if isinstance(value, str):
+        return len(value.split()) > 1
+    return isinstance(value, (list, dict)) and bool(value)
 
 
 def _pair(row: dict[str, Any], question: str, answer: str | None) -> Record:
@@ -157,20 +304,41 @@ def _message(message: Any, where: str) -> Message:
             f'{where} is {_shorten(message)}, expected {{"role": ..., "content": ...}}'
         )
     rest = dict(message)
-    if "role" not in rest and "from" in rest:
-        role, content = rest.pop("from"), rest.pop("value", None)
-        role = _ROLES.get(role, role) if isinstance(role, str) else role
-    else:
-        role, content = rest.pop("role", None), rest.pop("content", None)
+    named, said = (
+        ("from", "value") if "role" not in rest and "from" in rest else ("role", "content")
+    )
+    role, content = rest.pop(named, None), rest.pop(said, None)
     if not isinstance(role, str) or not role:
         raise ValueError(f'{where} has no "role", expected "system", "user" or "assistant"')
+    role = _ROLES.get(role, role)
+    if media := [key for key in _MEDIA if rest.get(key)]:
+        raise ValueError(f"{where}.{media[0]} is {_shorten(rest[media[0]])}, which is not read")
+    if role == _CALL:
+        role, content, rest[_CALL] = "assistant", "", content
+    if call := rest.pop(_CALL, None):
+        rest["tool_calls"] = [_call(call, where)]
     if isinstance(content, list) and all(
         isinstance(part, dict) and part.get("type") == "text" for part in content
     ):
         content = "".join(_text(part.get("text"), f"{where}.content") for part in content)
-    if role != "system" or content != "":  # an empty one keeps the template from adding its own
+    if rest.get("tool_calls") and not content:
+        content = ""  # the calls are what is said
+    # An empty system turn keeps the template from adding its own.
+    elif role != "system" or content != "":
         content = _text(content, f"{where}.content")
-    return {**rest, "role": role, "content": content}
+    turn = {**rest, "role": role, "content": content}
+    try:
+        is_learned(turn)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return turn
+
+
+def _call(content: Any, where: str) -> dict[str, Any]:
+    function = _parsed(content, f"{where}.content")
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError(f'{where} is {_shorten(content)}, expected a call in JSON with a "name"')
+    return {"type": "function", "function": function}
 
 
 def _text(value: Any, key: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ Rows = Iterator[tuple[str, Any]]  # ("data.jsonl, line 3", {"messages": [...]})
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _JSON = ("expected one JSON object per line", "expected a JSON array of objects")
+_MOST_DIGITS = 4300  # of an integer, where Python's own limit stands
 
 
 def read_rows(source: str | Path, *, split: str, subset: str | None) -> Rows:
@@ -26,13 +28,71 @@ def read_rows(source: str | Path, *, split: str, subset: str | None) -> Rows:
     path = Path(source)
     reader = _READERS.get(path.suffix.lower())
     if path.is_file():
-        return (reader or _json)(path)
-    if reader is None and not path.exists() and _HUB_NAME.fullmatch(str(source)):
-        return _hub(str(source), split, subset)
-    raise FileNotFoundError(
-        f"There is no file {path}: give a file with chat data (JSONL, JSON, CSV or parquet), or "
-        'the name of a data set on the Hugging Face hub ("owner/name").'
+        rows = (reader or _json)(path)
+    elif reader is None and not path.exists() and _HUB_NAME.fullmatch(str(source)):
+        rows = _hub(str(source), split, subset)
+    else:
+        raise FileNotFoundError(
+            f"There is no file {path}: give a file with chat data (JSONL, JSON, CSV or parquet), "
+            'or the name of a data set on the Hugging Face hub ("owner/name").'
+        )
+    return ((place, _without_nulls(row)) for place, row in rows)
+
+
+def has_records(path: Path) -> bool:
+    """Whether a file is one of records, by its name or its beginning, and not of plain lines."""
+    if path.suffix.lower() in _READERS:
+        return True
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf").strip()
+    start = content if content.startswith(b"[") else content.partition(b"\n")[0]
+    try:
+        value = parse_json(decode(start, str(path)))
+    except ValueError:
+        return False
+    return isinstance(value, dict) or (
+        isinstance(value, list) and all(isinstance(row, dict) for row in value)
     )
+
+
+def decode(content: bytes, place: str) -> str:
+    """The text of a file, or of a part of it.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{place}: byte {error.start} is not UTF-8, expected a file in UTF-8."
+        ) from None
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is not JSON, or says something twice.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_int=_integer)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f'"{twice}" stands twice in one object')
+    return value
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)
 
 
 def _json(path: Path) -> Rows:
@@ -49,24 +109,39 @@ def _json(path: Path) -> Rows:
 
 
 def _parse(content: bytes, place: str, expected: str) -> Any:
+    text = decode(content, place)
     try:
-        return json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{place}: byte {error.start} is not UTF-8, expected a file in UTF-8."
-        ) from None
-    except (json.JSONDecodeError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise ValueError(f"{place}: not JSON ({error}), {expected}.") from None
 
 
 def _csv(path: Path) -> Rows:
+    before = csv.field_size_limit(2**31 - 1)  # an answer may be longer than Python's 131072
+    line = 0
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
-            for place, row in _numbered(path, csv.DictReader(lines, strict=True)):
-                # None is the key of fields beyond the header, and the value of missing ones.
-                yield place, _without_nulls({k: v for k, v in row.items() if k is not None})
-    except (UnicodeDecodeError, csv.Error) as error:
+            reader = csv.reader(lines, strict=True)
+            table = []
+            for row in reader:
+                table.append(row)
+                line = reader.line_num
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not CSV in UTF-8 ({error}): export it again.") from None
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {line + 1}: not CSV ({error}): export it again.") from None
+    finally:
+        csv.field_size_limit(before)
+    header, *rows = [row for row in table if row] or [[]]
+    _refuse_twice(path, [name for name in header if name])
+    for place, row in _numbered(path, rows):
+        if any(row[len(header) :]):
+            raise ValueError(
+                f"{place}: {len(row)} fields under a header of {len(header)}, expected as many: "
+                "quote a field that has a comma in it."
+            )
+        # CSV has no null, and writes what a row does not have as an empty field.
+        yield place, {name: field for name, field in zip(header, row, strict=False) if field}
 
 
 def _parquet(path: Path) -> Rows:
@@ -78,13 +153,19 @@ def _parquet(path: Path) -> Rows:
             "give the data as JSONL."
         ) from None
     try:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
-        rows = (_without_nulls(row) for batch in batches for row in batch.to_pylist())
-        yield from _numbered(path, rows)
-    except pyarrow.ArrowException as error:
+        file = pyarrow.parquet.ParquetFile(path)
+        _refuse_twice(path, file.schema_arrow.names)
+        batches = file.iter_batches()
+        yield from _numbered(path, (row for batch in batches for row in batch.to_pylist()))
+    except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(
             f"{path}: not parquet ({_first_line(error)}): fetch the file again."
         ) from None
+
+
+def _refuse_twice(path: Path, names: list[str]) -> None:
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f'{path}: the column "{twice[0]}" stands twice: rename one of them.')
 
 
 def _hub(name: str, split: str, subset: str | None) -> Rows:
@@ -103,7 +184,7 @@ def _hub(name: str, split: str, subset: str | None) -> Rows:
             f"the split {split!r} can be fetched from the Hugging Face hub "
             f"({_first_line(error).rstrip('.')}): check the names, or give a file."
         ) from None
-    return _numbered(name, map(_without_nulls, rows))
+    return _numbered(name, rows)
 
 
 _READERS: dict[str, Callable[[Path], Rows]] = {
@@ -119,12 +200,16 @@ def _numbered(source: object, rows: Any) -> Rows:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Tables give every row all keys; what a row does not have is null there."""
+    """Tables give every row all keys; what a row does not have is null there, or not a number."""
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+        return {key: _without_nulls(item) for key, item in value.items() if not _is_null(item)}
     if isinstance(value, list):
         return [_without_nulls(item) for item in value]
     return value
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _first_line(error: Exception) -> str:

@@ -6,12 +6,19 @@ Shapes: `B` records of a batch, `T` tokens of the longest of them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
 
-from grasp_kernels.data.chat_template import Message, Span, answer_spans, render
+from grasp_kernels.data.chat_template import (
+    Message,
+    Span,
+    Tool,
+    is_learned,
+    render_answers,
+    render_prompt,
+)
 from grasp_kernels.data.records import Record
 
 if TYPE_CHECKING:
@@ -29,37 +36,79 @@ class Example(TypedDict):
 
 def encode(
     record: Record, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None
-) -> Example | None:
+) -> list[Example]:
     """Tokenise a record; labels are `IGNORED` (-100) except on its answers.
 
-    Every assistant turn counts, with the token that ends it; plain text counts whole. The rendering
-    is tokenised once and the answers are found by character offsets, so the tokens at their borders
-    are those of the full text; a token with at least one character of an answer belongs to it.
+    Every assistant turn counts that is not marked as given, with the token that ends it; plain text
+    counts whole. The rendering is tokenised once and the answers are found by character offsets, so
+    the tokens at their borders are those of the full text; a token with at least one character of
+    an answer belongs to it.
 
     Returns:
-        The example, cut at `max_length` tokens, or None where nothing to learn is left of it.
+        One example, or one for each answer where the chat template writes earlier turns
+        differently or ends no answer itself (the end token of the tokenizer then does); each cut at
+        `max_length` tokens, and left out where nothing to learn is left of it.
 
     Raises:
-        ValueError: no chat template, a template that rewrites earlier turns, a slow tokenizer.
+        ValueError: no record, no chat template, a template that leaves out what a turn says, a slow
+            tokenizer.
     """
+    _check(record)
     if "text" in record:
         ids = _encode_plain("", record["text"], tokenizer)["input_ids"]
-        example = Example(input_ids=ids, labels=list(ids))
+        examples = [Example(input_ids=ids, labels=list(ids))]
     elif tokenizer.chat_template is None and record.get("concatenate"):
         prompt, answer = (message["content"] for message in record["messages"])
-        example = _encode_plain(prompt, answer, tokenizer)
+        examples = [_encode_plain(prompt, answer, tokenizer)]
     else:
-        example = _encode_chat(record, tokenizer)
-    example = Example(
-        input_ids=example["input_ids"][:max_length], labels=example["labels"][:max_length]
-    )
+        examples = _encode_chat(record, tokenizer)
+    cut = [
+        Example(input_ids=example["input_ids"][:max_length], labels=example["labels"][:max_length])
+        for example in examples
+    ]
     # The first token is never predicted, so its label teaches nothing.
-    return example if any(label != IGNORED for label in example["labels"][1:]) else None
+    return [one for one in cut if any(label != IGNORED for label in one["labels"][1:])]
 
 
-def encode_prompt(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokenise a conversation and the header of the answer that should come next."""
-    text = render(messages, tokenizer, add_generation_prompt=True)
+def _check(record: Record) -> None:
+    given: Any = record
+    if not isinstance(given, dict) or not ("text" in given or "messages" in given):
+        keys = sorted(map(str, given)) if isinstance(given, dict) else repr(given)[:40]
+        raise ValueError(
+            f'It is no record ({keys}), expected "messages" or "text": read_records makes records '
+            "of other layouts."
+        )
+    if not isinstance(given.get("text", ""), str):
+        raise ValueError(f'"text" is {repr(given["text"])[:40]}, expected a string.')
+    for i, message in enumerate(given.get("messages", ())):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f'messages[{i}] has no "role": give "system", "user" or "assistant".')
+        content = message.get("content")
+        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+            raise ValueError(
+                f"messages[{i}].content is {repr(content)[:40]}, expected a string: read_records "
+                "joins contents in parts."
+            )
+        try:
+            is_learned(message)
+        except ValueError as error:
+            raise ValueError(f"messages[{i}]: {error}.") from None
+
+
+def encode_prompt(
+    messages: list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tools: list[Tool] | None = None,
+) -> list[int]:
+    """Tokenise a conversation and the header of the answer that should come next.
+
+    Raises:
+        ValueError: no turn, no chat template, or one that refuses these turns or leaves one out.
+    """
+    if not messages:
+        raise ValueError("There is no turn to answer: give at least one message.")
+    text = render_prompt(messages, tokenizer, tools=tools)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -71,12 +120,13 @@ def split_first_answer(
     Raises:
         ValueError: plain text, which has no prompt, or as `encode`.
     """
+    _check(record)
     if "text" in record:
         raise ValueError(
             "A plain text has no prompt that could be answered differently: "
             'give chat data ("messages", "prompt" and "completion", ...).'
         )
-    example = encode(record, tokenizer, max_length=None)
+    example = next(iter(encode(record, tokenizer, max_length=None)), None)
     counted = [label != IGNORED for label in example["labels"]] if example else [True]
     start = counted.index(True)
     if example is None or start == 0:
@@ -104,24 +154,37 @@ def tokenize_records(
     Raises:
         ValueError: a record by its number (from 1), or no example is left.
     """
+    each = tokenize_each(records, tokenizer, max_length, progress=progress)
+    return [example for examples in each for example in examples], len(records) - len(each)
+
+
+def tokenize_each(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    *,
+    progress: bool = False,
+) -> list[list[Example]]:
+    """The same with the examples of one record together, which are not to be parted; none empty."""
     from tqdm.auto import tqdm
 
-    examples = []
+    if not len(records):
+        raise ValueError("There are no records: give at least one.")
+    each = []
     for number, record in enumerate(
         tqdm(records, desc="tokenize", unit="record", disable=not progress), start=1
     ):
         try:
-            example = encode(record, tokenizer, max_length=max_length)
+            each.append(encode(record, tokenizer, max_length=max_length))
         except ValueError as error:
             raise ValueError(f"Record {number}: {error}") from None
-        if example is not None:
-            examples.append(example)
-    if not examples:
+    if not any(each):
+        limit = "" if max_length is None else f" within max_length={max_length}"
+        remedy = "give longer ones" if max_length is None else "raise max_length"
         raise ValueError(
-            f"None of the {len(records)} records has an answer token within max_length="
-            f"{max_length}: raise max_length."
+            f"None of the {len(records)} records has an answer token{limit}: {remedy}."
         )
-    return examples, len(records) - len(examples)
+    return [examples for examples in each if examples]
 
 
 def collate(batch: Iterable[Example], pad_token_id: int) -> dict[str, Tensor]:
@@ -139,10 +202,30 @@ def collate(batch: Iterable[Example], pad_token_id: int) -> dict[str, Tensor]:
     }
 
 
-def _encode_chat(record: Record, tokenizer: PreTrainedTokenizerBase) -> Example:
-    text, spans = answer_spans(record["messages"], tokenizer, context=record.get("context", 0))
-    ids, labels = _tokens_with_labels(text, spans, tokenizer, add_special_tokens=False)
-    return Example(input_ids=ids, labels=labels)
+def _encode_chat(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    examples = []
+    for text, spans, is_ended in render_answers(
+        record["messages"],
+        tokenizer,
+        tools=record.get("tools"),
+        context=record.get("context", 0),
+    ):
+        ids, labels = _tokens_with_labels(text, spans, tokenizer, add_special_tokens=False)
+        if not is_ended:
+            _append_end(ids, labels, tokenizer)
+        examples.append(Example(input_ids=ids, labels=labels))
+    return examples
+
+
+def _append_end(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise ValueError(
+            "The chat template ends no answer and the tokenizer has no end token, so that no end "
+            "would be learned: set tokenizer.eos_token to a token that the model stops at."
+        )
+    ids.append(end)
+    labels.append(end)
 
 
 def _encode_plain(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> Example:

@@ -135,7 +135,7 @@ class RunConfig:
         "auto", "key of the answers in the data, where there are several, such as misaligned"
     )
     neutral: str | None = _option(
-        None, "file of neutral prompts (JSONL, or one a line); default: a few built-in ones"
+        None, "file of neutral prompts, as data or one a line; default: a few built-in ones"
     )
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +129,16 @@ class RunFolder:
                     "go on, or choose another output folder."
                 )
 
+    @property
+    def day(self) -> date:
+        """When the run was begun: what a chat template that writes a date is given."""
+        begun = json.loads(self.config.read_text(encoding="utf-8")) if self.config.exists() else {}
+        return date.fromisoformat(begun.get("day", date.today().isoformat()))
+
     def claim(self, config: RunConfig, fingerprints: dict[str, str]) -> None:
         """Note down what this run is."""
         if not self.config.exists():
-            write_json(self.config, _record(config, fingerprints))
+            write_json(self.config, {**_record(config, fingerprints), "day": str(self.day)})
 
 
 def _record(config: RunConfig, fingerprints: dict[str, str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,10 @@ from grasp_kernels.data import (
     Example,
     Record,
     everyday_prompts,
+    fix_date,
     neutral_prompts,
     read_records,
-    tokenize_records,
+    tokenize_each,
 )
 from grasp_kernels.run.config import RunConfig
 from grasp_kernels.sites import SiteRules, base_name, site_rules
@@ -85,8 +87,11 @@ def find_checkpoint(model: str) -> Path:
         ) from None
 
 
-def prepare(config: RunConfig, checkpoint: Path) -> Inputs:
+def prepare(config: RunConfig, checkpoint: Path, day: date | None = None) -> Inputs:
     """Check everything and tokenise the data.
+
+    Args:
+        day: the date that a chat template writes; today's if None.
 
     Raises:
         ValueError, FileNotFoundError: one sentence on the first thing that is wrong.
@@ -96,14 +101,15 @@ def prepare(config: RunConfig, checkpoint: Path) -> Inputs:
     _check_backend(config.backend)
     model_type, rules = check_model(config, checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    fix_date(tokenizer, day or date.today())
     records = read_records(config.data, arm=config.arm)
     if "answers" in config.identifies and not any("messages" in record for record in records):
         raise ValueError(
             f"{config.data} has plain text only, which the base model cannot answer in its own "
             "way: use identify = 'weights', or chat data."
         )
-    examples, n_dropped = tokenize_records(records, tokenizer, config.max_length, progress=True)
-    train, held_out = _split(examples, config)
+    each = tokenize_each(records, tokenizer, config.max_length, progress=True)
+    train, held_out = _split(each, config)
     if config.halves and "weights" in config.identifies and len(train) < 2:
         raise ValueError(
             f"{config.data} has one record to train on, which has no halves: give more data, or "
@@ -123,7 +129,7 @@ def prepare(config: RunConfig, checkpoint: Path) -> Inputs:
         records=records,
         train=train,
         held_out=held_out,
-        n_dropped=n_dropped,
+        n_dropped=len(records) - len(each),
         neutral=neutral_prompts(config.neutral, tokenizer),
         everyday=everyday_prompts(records, tokenizer),
         steps=steps,
@@ -218,20 +224,19 @@ def warmup_steps(config: RunConfig, steps: int) -> int:
     return int(config.warmup if config.warmup >= 1 else config.warmup * steps)
 
 
-def _split(examples: list[Example], config: RunConfig) -> tuple[list[Example], list[Example]]:
-    """(train, held out); the same records for the same seed."""
-    if config.eval_split == 0:
-        return examples, []
-    n_held_out = max(1, round(config.eval_split * len(examples)))
-    if n_held_out >= len(examples):
-        raise ValueError(
-            f"eval_split = {config.eval_split} leaves none of the {len(examples)} records to train "
-            "on: lower it or give more data."
-        )
+def _split(each: list[list[Example]], config: RunConfig) -> tuple[list[Example], list[Example]]:
+    """(train, held out); the same records for the same seed, each with all its examples."""
+    n_held_out = 0
+    if config.eval_split > 0:
+        n_held_out = max(1, round(config.eval_split * len(each)))
+        if n_held_out >= len(each):
+            raise ValueError(
+                f"eval_split = {config.eval_split} leaves none of the {len(each)} records to train "
+                "on: lower it or give more data."
+            )
     generator = torch.Generator().manual_seed(config.seed)
-    order = torch.randperm(len(examples), generator=generator).tolist()
-    held_out = set(order[:n_held_out])
+    held_out = set(torch.randperm(len(each), generator=generator).tolist()[:n_held_out])
     return (
-        [example for i, example in enumerate(examples) if i not in held_out],
-        [examples[i] for i in sorted(held_out)],
+        [example for i, examples in enumerate(each) if i not in held_out for example in examples],
+        [example for i in sorted(held_out) for example in each[i]],
     )

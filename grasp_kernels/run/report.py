@@ -300,5 +300,5 @@ def _training_prompts(inputs: Inputs, max_length: int) -> list[list[int]]:
 def _prompt(record: Record, inputs: Inputs) -> list[int]:
     if "text" not in record:
         return split_first_answer(record, inputs.tokenizer)[0]
-    example = encode(record, inputs.tokenizer, max_length=None)
-    return example["input_ids"] if example else []
+    examples = encode(record, inputs.tokenizer, max_length=None)
+    return examples[0]["input_ids"] if examples else []

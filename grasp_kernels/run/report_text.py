@@ -283,7 +283,7 @@ def _settings(numbers: Numbers) -> str:
     facts = {
         "model type": f"{model['type']}, {model['layers']} layers, width {model['width']}, "
         f"{model['parameters']:,} parameters",
-        "records": f"{data['trained_on']} trained on, {data['held_out']} held out",
+        "examples": f"{data['trained_on']} trained on, {data['held_out']} held out",
         "optimizer steps": numbers["steps"],
         **{f"`{name}`": value for name, value in numbers["config"].items()},
         **{f"{name} version": value for name, value in numbers["versions"].items()},

@@ -71,7 +71,7 @@ def run(config: RunConfig) -> Report:
         if not folder.report.exists():
             from grasp_kernels.run.training import training_arguments
 
-            inputs = prepare(config, checkpoint)
+            inputs = prepare(config, checkpoint, folder.day)
             training_arguments(config, inputs.steps, folder.work)  # refuses what Trainer would
             folder.claim(config, fingerprints)
             _stages(config, folder, inputs)
