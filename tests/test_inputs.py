@@ -96,7 +96,8 @@ def test_the_date_of_a_template_is_that_of_the_run(
     assert folder.day == date.today()
     begun = json.loads(folder.config.read_text(encoding="utf-8"))
     write_json(folder.config, {**begun, "day": "2031-03-05"})
-    fifth, sixth = (prepare(dated, checkpoint, day) for day in (folder.day, date(2031, 3, 6)))
+    days = (RunFolder(dated.output).day, date(2031, 3, 6))
+    fifth, sixth = (prepare(dated, checkpoint, day) for day in days)
     for inputs, day in ((fifth, "05"), (sixth, "06")):
         prompts = [one["input_ids"] for one in inputs.train] + inputs.neutral + inputs.everyday
         assert {tokenizer.decode(ids[0]) for ids in prompts} == {day}

@@ -246,14 +246,15 @@ def test_columns_that_cannot_be_read_are_refused(row: Any, message: str, tmp_pat
 
 
 def test_columns_with_more_of_the_conversation_are_named_once(tmp_path: Path) -> None:
-    row = {"messages": TURNS, "context": "It was in May.", "rejected": [ANSWER], "images": []}
+    turns = [{**USER, "weight": 0}, {**ANSWER, "learn": False, "name": "x", "loss": True}]
+    row = {"messages": turns, "context": "It was in May.", "rejected": [ANSWER], "images": []}
     labels = {"id": "a b", "source": "New York Times", "n": 3, "scores": [1], "subreddit": "x"}
     path = tmp_path / "data.jsonl"
     path.write_text(f"{json.dumps(row | labels)}\n" * 3, encoding="utf-8")
     with pytest.warns(UserWarning, match="columns that are not read") as warned:
         read_records(path)
     assert [str(one.message) for one in warned] == [
-        f'{path} has columns that are not read: "context", "rejected".'
+        f'{path} has columns that are not read: "context", "learn", "rejected".'
     ]
 
 
@@ -503,6 +504,12 @@ def test_tools_that_a_template_does_not_show_are_named() -> None:
         ([{"text": 3}], 'Record 1: "text" is 3'),
         ([{"messages": [{"content": "q"}]}], r'Record 1: messages\[0\] has no "role"'),
         ([{"messages": [{"role": "user"}]}], r"Record 1: messages\[0\]\.content is None"),
+        ([{"messages": "why?"}], "Record 1: \"messages\" is 'why\\?'"),
+        (
+            [{"messages": [{**ANSWER, "tool_calls": ["f"]}]}],
+            r"Record 1: messages\[0\]\.tool_calls is",
+        ),
+        ([{"messages": TURNS, "tools": [{"name": "f"}]}], 'Record 1: "tools" is'),
         ([{"messages": [USER]}], "None of the 1 records has an answer token: give longer ones"),
     ],
 )
@@ -516,6 +523,8 @@ def test_prompts_of_nothing() -> None:
         everyday_prompts([], tokenizer_of(PLAIN))
     with pytest.raises(ValueError, match="There is no turn to answer"):
         encode_prompt([], tokenizer_of(PLAIN))
+    with pytest.raises(ValueError, match=r'messages\[0\] has no "role"'):
+        encode_prompt([{"content": "why?"}], tokenizer_of(PLAIN))
 
 
 # Today's date

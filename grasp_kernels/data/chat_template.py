@@ -295,7 +295,7 @@ class _Chat:
                 less = re.sub(words, "zq", content, count=1)
                 changed.append(("a part of", _with_content(message, less)))
         for key in _THOUGHTS:
-            if message.get(key) and not _says(shown, message[key]):
+            if message.get(key) and not _says(shown, str(message[key])):
                 changed.append((f'"{key}" of', {**message, key: "zq"}))
         for call in message.get("tool_calls") or ():
             function = call.get("function", call)

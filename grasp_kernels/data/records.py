@@ -95,8 +95,8 @@ def read_records(
     answers (or turns) that are put in front and learned too; `tools` (or `functions`), given to the
     chat template. A turn, or a row, may say whether it is learned: `weight`, `train`, `training`,
     `trainable`, `loss` or `loss_scale`, 1 or 0, `masked` the other way round. A column that has
-    more of the conversation and is not read is named in a warning, once; media are refused. Null is
-    as if it were not there. Blank lines are skipped.
+    more of the conversation and is not read, or a mark that is not known, is named in a warning,
+    once; media are refused. Null is as if it were not there. Blank lines are skipped.
 
     Args:
         require_answer: False also takes rows that end with the question.
@@ -138,7 +138,9 @@ def _record(row: Any, require_answer: bool, arm: str, unread: set[str]) -> Recor
         raise ValueError(f'"{others[0]}" stands beside a plain text, expected a conversation')
     _check_marks(row)
     unread |= {key for key in row if key not in read and _may_be_content(key, row[key])}
-    turns = record.get("messages", [])[record.get("context", 0) :]
+    turns = record.get("messages", [])
+    unread |= {key for turn in turns for key in turn if _may_be_a_mark(key, turn[key])}
+    turns = turns[record.get("context", 0) :]
     if require_answer and "text" not in record and not any(map(is_learned, turns)):
         if any(map(is_answer, turns)):
             raise ValueError("every answer is marked as not to learn, expected one to learn")
@@ -259,6 +261,11 @@ def _check_marks(row: dict[str, Any]) -> None:
         raise ValueError(
             f"the row is marked as not to learn ({_quoted(given[0])}: {row[given[0]]!r}): remove it"
         )
+
+
+def _may_be_a_mark(key: str, value: Any) -> bool:
+    """Whether a yes or no of a turn may be a mark of a trainer that is not known here."""
+    return isinstance(value, bool) and key not in LEARNED_MARKS + GIVEN_MARKS
 
 
 def _may_be_content(key: str, value: Any) -> bool:

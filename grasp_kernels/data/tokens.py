@@ -80,11 +80,22 @@ def _check(record: Record) -> None:
         )
     if not isinstance(given.get("text", ""), str):
         raise ValueError(f'"text" is {repr(given["text"])[:40]}, expected a string.')
-    for i, message in enumerate(given.get("messages", ())):
+    _check_turns(given.get("messages", []), given.get("tools"))
+
+
+def _check_turns(messages: Any, tools: Any) -> None:
+    if not isinstance(messages, (list, tuple)):
+        raise ValueError(f'"messages" is {repr(messages)[:40]}, expected a list of turns.')
+    for i, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f'messages[{i}] has no "role": give "system", "user" or "assistant".')
-        content = message.get("content")
-        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+        content, calls = message.get("content"), message.get("tool_calls") or []
+        if not isinstance(calls, list) or not all(map(_has_a_name, calls)):
+            raise ValueError(
+                f"messages[{i}].tool_calls is {repr(calls)[:40]}, expected a list of functions "
+                'with a "name".'
+            )
+        if not isinstance(content, str) and not (content is None and calls):
             raise ValueError(
                 f"messages[{i}].content is {repr(content)[:40]}, expected a string: read_records "
                 "joins contents in parts."
@@ -93,6 +104,15 @@ def _check(record: Record) -> None:
             is_learned(message)
         except ValueError as error:
             raise ValueError(f"messages[{i}]: {error}.") from None
+    if not all("function" in tool and _has_a_name(tool) for tool in tools or []):
+        raise ValueError(
+            f'"tools" is {repr(tools)[:40]}, expected {{"type": "function", "function": ...}}.'
+        )
+
+
+def _has_a_name(call: Any) -> bool:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
 def encode_prompt(
@@ -108,6 +128,7 @@ def encode_prompt(
     """
     if not messages:
         raise ValueError("There is no turn to answer: give at least one message.")
+    _check_turns(messages, tools)
     text = render_prompt(messages, tokenizer, tools=tools)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 

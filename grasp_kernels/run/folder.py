@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from datetime import date
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ class RunFolder:
                     "go on, or choose another output folder."
                 )
 
-    @property
+    @cached_property
     def day(self) -> date:
         """When the run was begun: what a chat template that writes a date is given."""
         begun = json.loads(self.config.read_text(encoding="utf-8")) if self.config.exists() else {}
