@@ -12,7 +12,8 @@ import torch
 
 from grasp_kernels.cli import main
 from grasp_kernels.run import RunConfig
-from grasp_kernels.run.inputs import attach_lora, load_model
+from grasp_kernels.run.checkpoint import load_model
+from grasp_kernels.run.inputs import attach_lora
 from grasp_kernels.sites import model_sites
 from grasp_kernels.subspace import Subspace
 

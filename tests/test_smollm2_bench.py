@@ -35,7 +35,7 @@ from benchmarks.quality.smollm2.report import (
 from benchmarks.quality.smollm2.task import Fact, Pair, Task
 from benchmarks.quality.smollm2.tasks import make_task
 from grasp_kernels.run import RunConfig, stages
-from grasp_kernels.run.inputs import load_model
+from grasp_kernels.run.checkpoint import load_model
 
 ROOT = Path(__file__).parents[1]
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
