@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -145,6 +145,34 @@ def _new(path: str | PathLike[str]) -> Path:
     if os.path.lexists(target):
         raise FileExistsError(f"There is a {target} already: choose a new path, or remove it.")
     return target
+
+
+def check_own_folder(path: str | PathLike[str], note: str, *, beside: Collection[str] = ()) -> None:
+    """Check that a command may work in a folder: one that is new, empty, or has its own note.
+
+    Args:
+        note: name of the file by which a command knows its folders.
+        beside: names that may be there before it.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+        ValueError: it is somebody else's.
+    """
+    folder = Path(path)
+    above = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    if not above.is_dir():
+        raise NotADirectoryError(
+            f"The output folder {folder} cannot be made ({above} is no folder): choose another one."
+        )
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise PermissionError(f"The output folder {folder} is not writable: choose another one.")
+    if above == folder and not (folder / note).exists():
+        ours = {*(folder / name for name in beside), *left_behind(folder / note)}
+        if foreign := sorted({*folder.iterdir()} - ours):
+            raise ValueError(
+                f"The output folder {folder} has a {foreign[0].name} but no {note} that says how "
+                "it was made: choose an empty or a new folder."
+            )
 
 
 def read_json(path: str | PathLike[str], remedy: str) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from grasp_kernels.cli.options import seed
+
 
 def add_quality(kinds: Any, common: argparse.ArgumentParser) -> None:
     quality = kinds.add_parser(
@@ -24,7 +26,7 @@ def add_quality(kinds: Any, common: argparse.ArgumentParser) -> None:
     quality.add_argument(
         "--seeds",
         nargs="+",
-        type=int,
+        type=seed,
         metavar="N",
         default=[0, 1, 2, 3, 4],
         help="worlds that are reported (default: 0 1 2 3 4)",

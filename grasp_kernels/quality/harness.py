@@ -20,7 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from grasp_kernels.quality.dishes import Dish, find_dish
+from grasp_kernels.files import check_own_folder
+from grasp_kernels.quality.dishes import Dish, find_dish, sized
 from grasp_kernels.quality.folder import open_dish
 from grasp_kernels.quality.memory import peak_bytes, reset_peak
 from grasp_kernels.quality.methods import Method, select
@@ -32,6 +33,7 @@ from grasp_kernels.version import __version__
 
 TUNING_SEEDS = (100, 101)
 TASK_TOLERANCE = 0.01  # of the naive task score; less is no loss that two seeds can show
+_ROWS = "rows.jsonl"
 BASE = "base"  # the pretrained model, as a method of its own in the rows
 
 Row = dict[str, Any]
@@ -50,7 +52,7 @@ class Plan:
         device: where models are trained.
 
     Raises:
-        ValueError: an unknown name, or a reported seed that strengths are tuned on.
+        ValueError: an unknown name or size, or a reported seed that strengths are tuned on.
     """
 
     dishes: tuple[str, ...]
@@ -63,7 +65,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name in self.dishes:
-            find_dish(name)
+            sized(find_dish(name), self.size)
         select(self.methods)
         if both := sorted(set(self.seeds) & set(self.tuning_seeds)):
             raise ValueError(
@@ -75,8 +77,9 @@ class Plan:
 def run_plan(plan: Plan, output: str | Path, *, progress: bool = False) -> list[Row]:
     """Run what is missing of a plan in the folder `output` and return all rows of that folder."""
     output = Path(output)
+    check_own_folder(output, _ROWS, beside=["dishes"])
     output.mkdir(parents=True, exist_ok=True)
-    ledger = Ledger(output / "rows.jsonl")
+    ledger = Ledger(output / _ROWS)
     for name in plan.dishes:
         dish = find_dish(name)
         methods = [m for m in select(plan.methods) if m.fits(dish)]

@@ -24,6 +24,7 @@ from grasp_kernels.identification.frozen_model import frozen_base, generate_answ
 from grasp_kernels.quality.fitting import Penalty, fit
 from grasp_kernels.quality.folder import DishFolder
 from grasp_kernels.quality.scores import scored_questions
+from grasp_kernels.run.checkpoint import load_model, load_tokenizer
 from grasp_kernels.run.inputs import attach_lora
 from grasp_kernels.subspace import Subspace
 
@@ -43,14 +44,12 @@ class Workbench:
     """
 
     def __init__(self, folder: DishFolder, work: Path, *, device: str = "cpu") -> None:
-        from transformers import AutoTokenizer
-
         self.folder = folder
         self.work = work
         self.device = device
         self.seed = folder.seed
         self.config = folder.dish.fine_tuning
-        self.tokenizer = AutoTokenizer.from_pretrained(folder.model)
+        self.tokenizer = load_tokenizer(folder.model)
         self.records: list[Record] = read_records(folder.train)
         self.examples, _ = tokenize_records(self.records, self.tokenizer, None)
         self.borrowed_seconds = 0.0
@@ -60,9 +59,7 @@ class Workbench:
 
     def base(self) -> Any:
         """The pretrained model, frozen."""
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(self.folder.model).to(self.device)
+        model: Any = load_model(self.folder.model, where=torch.device(self.device))
         return model.requires_grad_(False).eval()
 
     def fresh(self) -> Any:

@@ -175,12 +175,13 @@ def _weight_files(checkpoint: Path) -> list[Path]:
     files = [checkpoint / _WEIGHTS]
     if not files[0].is_file() and (checkpoint / _INDEX).is_file():
         named = read_json(checkpoint / _INDEX, _RESTORE).get("weight_map")
-        shards = set(named.values()) if isinstance(named, dict) else {None}
-        if not all(isinstance(name, str) and Path(name).name == name for name in shards):
+        shards = [*map(str, named.values())] if isinstance(named, dict) else [""]
+        if odd := [name for name in shards if Path(name).name != name or not name]:
             raise ValueError(
-                f"The weight_map of {checkpoint / _INDEX} does not name files beside it: {_RESTORE}."
+                f"The weight_map of {checkpoint / _INDEX} names {odd[0]!r}, which is no file beside "
+                f"it: {_RESTORE}."
             )
-        files = [checkpoint / name for name in sorted(shards)]
+        files = [checkpoint / name for name in sorted(set(shards))]
     for file in files:
         if not file.is_file():
             raise ValueError(

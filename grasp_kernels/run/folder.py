@@ -16,7 +16,13 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from grasp_kernels.files import left_behind, read_json, whole_file, whole_folder
+from grasp_kernels.files import (
+    check_own_folder,
+    left_behind,
+    read_json,
+    whole_file,
+    whole_folder,
+)
 from grasp_kernels.run.config import RunConfig
 from grasp_kernels.version import __version__
 
@@ -93,7 +99,7 @@ class RunFolder:
                 values.
         """
         if not self.config.exists():
-            self._check_place()
+            check_own_folder(self.root, self.config.name, beside=[_LOCK])
             return
         begun = read_json(self.config, _UNKNOWN)
         options, inputs = (begun.get(part) for part in ("config", "fingerprints"))
@@ -116,26 +122,6 @@ class RunFolder:
                 )
         self._check_artefacts()
 
-    def _check_place(self) -> None:
-        """Raise unless a run can begin here: what lies in the folder is somebody else's."""
-        above = next(p for p in (self.root, *self.root.absolute().parents) if os.path.lexists(p))
-        if not above.is_dir():
-            raise NotADirectoryError(
-                f"The output folder {self.root} cannot be made ({above} is no folder): choose "
-                "another one."
-            )
-        if not os.access(above, os.W_OK | os.X_OK):
-            raise PermissionError(
-                f"The output folder {self.root} is not writable: choose another one."
-            )
-        if above == self.root:
-            ours = {self.root / _LOCK, *left_behind(self.config)}
-            if foreign := sorted(set(self.root.iterdir()) - ours):
-                raise ValueError(
-                    f"The output folder {self.root} has a {foreign[0].name} but no run.json that "
-                    "says how it was made: choose an empty or a new folder."
-                )
-
     def _check_artefacts(self) -> None:
         """Raise for what is no longer as a stage left it: adapters and files appear whole."""
         for file in (self.own_text, self.reads, self.subspace, *self.sources.values()):
@@ -157,11 +143,11 @@ class RunFolder:
         if not self.report.exists():
             return False
         numbers = read_json(self.report, _AGAIN.format(self.report))
-        told = [numbers.get(part) for part in ("adapters", "figures")]
-        if None in told:
+        if not {"adapters", "figures"} <= numbers.keys():
             raise ValueError(f"{self.report} holds no report: {_AGAIN.format(self.report)}.")
-        paths = [self.report_text, *map(self.root.joinpath, told[0])]
-        return all(path.exists() for path in (*paths, *map(self.figures.joinpath, told[1])))
+        told = [self.root / name for name in numbers["adapters"]]
+        told += [self.figures / name for name in numbers["figures"]]
+        return all(path.exists() for path in (self.report_text, *told))
 
     def claim(self, config: RunConfig, fingerprints: dict[str, str]) -> None:
         """Note down what this run is, and remove what killed processes were writing for it."""

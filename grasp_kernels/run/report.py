@@ -29,9 +29,9 @@ from grasp_kernels.effect import (
     verdict,
 )
 from grasp_kernels.files import whole_folder
+from grasp_kernels.run.checkpoint import load_model
 from grasp_kernels.run.config import RunConfig
 from grasp_kernels.run.folder import LOG_NAME, RunFolder, write_json, write_text
-from grasp_kernels.run.checkpoint import load_model
 from grasp_kernels.run.inputs import ANSWER_TOKENS, Inputs
 from grasp_kernels.run.stream import (
     blocks_by_layer,
