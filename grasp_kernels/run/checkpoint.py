@@ -178,7 +178,7 @@ def _weight_files(checkpoint: Path) -> list[Path]:
         shards = [*map(str, named.values())] if isinstance(named, dict) else [""]
         if odd := [name for name in shards if Path(name).name != name or not name]:
             raise ValueError(
-                f"The weight_map of {checkpoint / _INDEX} names {odd[0]!r}, which is no file beside "
+                f"The weight_map of {checkpoint / _INDEX} names {odd[0]!r}, no file beside "
                 f"it: {_RESTORE}."
             )
         files = [checkpoint / name for name in sorted(set(shards))]
