@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 _PARTIAL = ".partial"
+_NO_ROOM = ("No space left", "PytorchStreamWriter failed")  # as safetensors and torch have it
 _NAME = 64  # characters of the name, so that what is added to a long one does not pass 255
 
 
@@ -94,7 +95,8 @@ def room_for(target: str | PathLike[str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
+        said = any(text in str(error) for text in _NO_ROOM)
+        if getattr(error, "errno", None) != errno.ENOSPC and not said:
             raise
         raise OSError(
             f"There is no room left on the disk for {str(target)!r}: free some, and repeat the "
