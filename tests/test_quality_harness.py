@@ -318,3 +318,12 @@ def test_the_command_runs_a_plan(tmp_path: Path) -> None:
 def test_timing_is_still_what_bench_does_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--list"]) == 0
     assert "providers" in capsys.readouterr().out
+
+
+def test_a_plan_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="size is 'nope': choose one of"):
+        Plan(dishes=("persona",), size="nope")
+    (tmp_path / "report.md").write_text("mine")
+    with pytest.raises(ValueError, match=r"has a report\.md but no rows\.jsonl"):
+        run_plan(Plan(dishes=("persona",)), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
