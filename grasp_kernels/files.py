@@ -14,7 +14,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 _PARTIAL = ".partial"
-_NO_ROOM = ("No space left", "PytorchStreamWriter failed")  # as safetensors and torch have it
+# As safetensors and torch have it, and `room_for` itself of a file inside of a folder.
+_NO_ROOM = ("No space left", "PytorchStreamWriter failed", "no room left on the disk")
 _NAME = 64  # characters of the name, so that what is added to a long one does not pass 255
 
 
@@ -71,7 +72,8 @@ def left_behind(path: str | PathLike[str]) -> list[Path]:
     """The folders in which killed processes were writing `path`."""
     target = Path(path)
     made = re.compile(rf"\.{re.escape(target.name[:_NAME])}\.[a-z0-9_]{{8}}{re.escape(_PARTIAL)}")
-    return [found for found in target.parent.glob(".*") if made.fullmatch(found.name)]
+    found = [path for path in target.parent.glob(".*") if made.fullmatch(path.name)]
+    return [path for path in found if path.is_dir() and not path.is_symlink()]
 
 
 def _settle(path: Path) -> None:
@@ -79,7 +81,9 @@ def _settle(path: Path) -> None:
     alone."""
     new = path.parent / f"{path.name[:_NAME]}.rights"
     new.touch()
-    for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
+    for file in [path, *path.rglob("*")]:
+        if not file.is_file() or file.is_symlink():
+            continue
         file.chmod(new.stat().st_mode)
         with file.open("rb") as stream:
             os.fsync(stream.fileno())

@@ -24,6 +24,7 @@ _WEIGHTS = "model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
 _JSON = ("config.json", "generation_config.json", _INDEX)
 _TOKENIZER_JSON = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json")
+_TOKENIZER = ("*token*", "vocab*", "*.model")  # what its files are called, of any kind
 _FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 _CHECKED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _RESTORE = "restore the file, or download the checkpoint again"
@@ -87,10 +88,16 @@ def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
     """The tokenizer beside a checkpoint.
 
     Raises:
-        ValueError: there is none, or it cannot be read.
+        FileNotFoundError: there is none.
+        ValueError: it cannot be read.
     """
     from transformers import AutoTokenizer
 
+    if not any(file for part in _TOKENIZER for file in checkpoint.glob(part)):
+        raise FileNotFoundError(
+            f"The folder {checkpoint} has no tokenizer: put it beside the model with "
+            "tokenizer.save_pretrained, or download the whole checkpoint."
+        )
     _check_json(checkpoint, _TOKENIZER_JSON)
     with reading("tokenizer", checkpoint):
         return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
@@ -129,7 +136,8 @@ def load_model(
     for name, weight in model.named_parameters():
         if weight.dtype in _CHECKED and not torch.stack(weight.aminmax()).isfinite().all():
             raise ValueError(
-                f"The weight {name} in {checkpoint} is not finite: {_RESTORE}, or train it again."
+                f"The weight {name} of {checkpoint} is not finite in {weight.dtype}: {_RESTORE}, "
+                "or use another dtype."
             )
     return model
 

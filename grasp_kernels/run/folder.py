@@ -140,7 +140,7 @@ class RunFolder:
         Raises:
             ValueError: a report that cannot be read.
         """
-        if not self.report.exists():
+        if not (self.config.exists() and self.report.exists()):
             return False
         numbers = read_json(self.report, _AGAIN.format(self.report))
         if not {"adapters", "figures"} <= numbers.keys():
@@ -151,10 +151,11 @@ class RunFolder:
 
     def claim(self, config: RunConfig, fingerprints: dict[str, str]) -> None:
         """Note down what this run is, and remove what killed processes were writing for it."""
-        for path in vars(self).values():
-            for left in left_behind(path) if isinstance(path, Path) else ():
-                shutil.rmtree(left)
-        for folder in (self.early, self.halves):
+        places = [*vars(self).values(), *self.sources.values()]
+        ours = [path for path in places if isinstance(path, Path) and path.parent == self.root]
+        for left in (left for path in ours for left in left_behind(path)):
+            shutil.rmtree(left)
+        for folder in (self.early, self.halves):  # all in them is ours
             for left in folder.glob(".*.partial"):
                 shutil.rmtree(left)
         if not self.config.exists():
