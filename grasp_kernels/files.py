@@ -1,46 +1,201 @@
-"""Files appear whole or not at all."""
+"""Files appear whole or not at all, and over nothing that somebody else made."""
 
 from __future__ import annotations
 
+import errno
+import json
 import os
-import shutil
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+_PARTIAL = ".partial"
+# As safetensors and torch have it, and `room_for` itself of a file inside of a folder.
+_NO_ROOM = ("No space left", "PytorchStreamWriter failed", "no room left on the disk")
+_NAME = 64  # characters of the name, so that what is added to a long one does not pass 255
 
 
 @contextmanager
 def whole_file(path: str | PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path beside `path`; a block that succeeds puts the file in its place.
+    """Give a temporary path; a block that succeeds puts the file in the place of `path`.
 
     Raises:
         FileNotFoundError: the folder of `path` does not exist.
+        OSError: there is no room, or nothing can be written there.
     """
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"The folder {str(target.parent)!r} does not exist; make it first.")
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
+    with _beside(target) as temporary:
         yield temporary
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def whole_folder(path: str | PathLike[str]) -> Iterator[Path]:
-    """Give an empty folder beside `path`; a block that succeeds puts it in its place."""
+    """Give an empty folder; a block that succeeds puts it in the place of `path`.
+
+    Raises:
+        OSError: there is no room, or nothing can be written there.
+    """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    temporary.mkdir()
-    try:
+    with _naming(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with _beside(target) as temporary:
+        temporary.mkdir()
         yield temporary
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """Give a path in a new folder beside `target`, with a name that nobody can guess: no link lies
+    there, and what a killed process left is in nobody's way."""
+    with _naming(target):
+        folder = TemporaryDirectory(
+            dir=target.parent,
+            prefix=f".{target.name[:_NAME]}.",
+            suffix=_PARTIAL,
+            ignore_cleanup_errors=True,
+        )
+    with folder as name, room_for(target):
+        temporary = Path(name) / target.name
+        yield temporary
+        _settle(temporary)
+        with _naming(target):
+            os.replace(temporary, target)
+
+
+def left_behind(path: str | PathLike[str]) -> list[Path]:
+    """The folders in which killed processes were writing `path`."""
+    target = Path(path)
+    made = re.compile(rf"\.{re.escape(target.name[:_NAME])}\.[a-z0-9_]{{8}}{re.escape(_PARTIAL)}")
+    found = [path for path in target.parent.glob(".*") if made.fullmatch(path.name)]
+    return [path for path in found if path.is_dir() and not path.is_symlink()]
+
+
+def _settle(path: Path) -> None:
+    """Bring files to the disk, with the rights of any new file; safetensors gives them to the owner
+    alone."""
+    new = path.parent / f"{path.name[:_NAME]}.rights"
+    new.touch()
+    for file in [path, *path.rglob("*")]:
+        if not file.is_file() or file.is_symlink():
+            continue
+        file.chmod(new.stat().st_mode)
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+
+
+@contextmanager
+def room_for(target: str | PathLike[str]) -> Iterator[None]:
+    """Name what is written where a disk is full; libraries name temporary files, or nothing.
+
+    Raises:
+        OSError: there is no room.
+    """
+    try:
+        yield
+    except Exception as error:
+        said = any(text in str(error) for text in _NO_ROOM)
+        if getattr(error, "errno", None) != errno.ENOSPC and not said:
+            raise
+        raise OSError(
+            f"There is no room left on the disk for {str(target)!r}: free some, and repeat the "
+            "command."
+        ) from error
+
+
+@contextmanager
+def _naming(target: Path) -> Iterator[None]:
+    """Name the file that was asked for in errors on a temporary one."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(
+            f"{str(target)!r} cannot be written ({error.strerror}): choose another path."
+        ) from error
+
+
+def new_file(path: str | PathLike[str]) -> Path:
+    """Return the path of a file that can be written, and is not there yet.
+
+    Raises:
+        FileExistsError, FileNotFoundError, ValueError: something is there, no such folder, no name.
+    """
+    target = _new(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"The folder {str(target.parent)!r} does not exist; make it first.")
+    return target
+
+
+def new_folder(path: str | PathLike[str]) -> Path:
+    """Return the path of a folder that can be made, and is not there yet.
+
+    Raises:
+        FileExistsError, NotADirectoryError, ValueError: something is there, or no folder above.
+    """
+    target = _new(path)
+    above = next(parent for parent in target.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(f"{str(above)!r} is a file: choose another folder.")
+    return target
+
+
+def _new(path: str | PathLike[str]) -> Path:
+    if not os.fspath(path):
+        raise ValueError("The path is empty: give a name.")
+    target = Path(path)
+    if os.path.lexists(target):
+        raise FileExistsError(f"There is a {target} already: choose a new path, or remove it.")
+    return target
+
+
+def check_own_folder(path: str | PathLike[str], note: str, *, beside: Collection[str] = ()) -> None:
+    """Check that a command may work in a folder: one that is new, empty, or has its own note.
+
+    Args:
+        note: name of the file by which a command knows its folders.
+        beside: names that may be there before it.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+        ValueError: it is somebody else's.
+    """
+    folder = Path(path)
+    above = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    if not above.is_dir():
+        raise NotADirectoryError(
+            f"The output folder {folder} cannot be made ({above} is no folder): choose another one."
+        )
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise PermissionError(f"The output folder {folder} is not writable: choose another one.")
+    if above == folder and not (folder / note).exists():
+        ours = {*(folder / name for name in beside), *left_behind(folder / note)}
+        if foreign := sorted({*folder.iterdir()} - ours):
+            raise ValueError(
+                f"The output folder {folder} has a {foreign[0].name} but no {note} that says how "
+                "it was made: choose an empty or a new folder."
+            )
+
+
+def read_json(path: str | PathLike[str], remedy: str) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises:
+        ValueError: the file holds none; `remedy` says what to do about it.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # text that is not UTF-8, too
+        raise ValueError(f"{str(path)!r} is no JSON file ({error}): {remedy}.") from None
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{str(path)!r} holds a {type(value).__name__}, not a JSON object: {remedy}."
+        )
+    return value
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 
 from grasp_kernels.cli import main
 from grasp_kernels.run import RunConfig
-from grasp_kernels.run.inputs import attach_lora, load_model
+from grasp_kernels.run.checkpoint import load_model
+from grasp_kernels.run.inputs import attach_lora
 from grasp_kernels.sites import model_sites
 from grasp_kernels.subspace import Subspace
 
@@ -106,7 +108,7 @@ def test_run_prints_where_its_results_are(
     assert "finished before; nothing was done" in capsys.readouterr().out
     assert main([*command, "--seed", "5"]) == 2
     assert "error: The run in" in (errors := capsys.readouterr().err)
-    assert "seed = 0, not 5" in errors
+    assert "--seed 0, not 5" in errors
     assert "Traceback" not in errors
 
 
@@ -235,6 +237,100 @@ def test_missing_files_give_one_sentence(
     assert error.startswith("error: ")
     assert "missing" in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (["identify", "ADAPTER"], "--output"),
+        (["project", "ADAPTER", "AXIS"], "--output"),
+        (["extract", "MODEL", "--base-model", "MODEL"], "--output"),
+        (["inspect", "ADAPTER"], "--plot"),
+        (["inspect", "ADAPTER", "--base-model", "MODEL"], "--plot"),
+        (["inspect", "ADAPTER", "--base-model", "MODEL"], "--json"),
+        (["inspect", "ADAPTER", "--base-model", "MODEL"], "--output"),
+        (["bench"], "--plot"),
+    ],
+)
+def test_outputs_are_refused_over_anything_before_any_work(
+    command: list[str],
+    option: str,
+    adapter: Path,
+    axis: Path,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    paths = {"ADAPTER": str(adapter), "AXIS": str(axis), "MODEL": str(tiny_model_dir)}
+    given = [paths.get(word, word) for word in command]
+    mine = tmp_path / "mine.txt"
+    mine.write_text("mine")
+    inside = adapter / "adapter_model.safetensors"
+    before = inside.read_bytes()
+    for path, message in (
+        (mine, "There is a"),
+        (inside, "There is a"),
+        ("", "is empty"),
+        (mine / "x", "mine.txt'"),
+    ):
+        assert main([*given, option, str(path)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {option}: ") and message in line
+    assert mine.read_text() == "mine" and inside.read_bytes() == before
+
+
+def test_bench_replaces_rows_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / "train.jsonl"
+    mine.write_text('{"text": "mine"}\n')
+    assert main(["bench", "--output", str(mine)]) == 2
+    assert "not a benchmark row" in capsys.readouterr().err
+    assert mine.read_text() == '{"text": "mine"}\n'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("identify a --output x --k x", "error: --k: 'x' is no number: give 'auto'"),
+        ("demo --seed -1", "error: --seed: '-1' is no seed: give 0 to 4294967295"),
+        ("run --model m --data d --output o --seed 4294967296", "'4294967296' is no seed"),
+        ("inspect a --seed 1e3", "'1e3' is no seed"),
+        ("run --model m --data d --output o --k 17", "error: --k is 17, above the LoRA rank 16"),
+        ("run --model m --data d --output o --rank 0", "error: --rank is 0: give 1 or more"),
+        ("run --model m --data d --output o --own-length 0", "error: --own-length is 0"),
+        ("run --model m --data d --output=", "error: --output is ''"),
+        ("run --model m --data d", "the following arguments are required: --output"),
+    ],
+)
+def test_a_wrong_option_is_one_line_that_spells_it_as_it_is_typed(
+    arguments: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_remedies_are_options() -> None:
+    from grasp_kernels.cli.options import as_options
+
+    names = [option.name for option in fields(RunConfig)]
+    for message, expected in {
+        "One record has no halves: use halves = False.": "--no-halves.",
+        "Plain text: use identify = 'weights', or chat data.": "use --identify weights, or",
+        "Nothing within max_length=3: raise max_length.": "--max-length 3: raise --max-length.",
+        "target_modules = ['q_proj', 'o_proj'] adapts": "--target-modules q_proj o_proj adapts",
+        "was begun with learning_rate = 2e-05, not 1.0: x": "with --learning-rate 2e-05, not 1.0:",
+        'Two answers: give arm = "bad one".': "give --arm 'bad one'.",
+        "There is no file d: check the option data.": "the option --data.",
+    }.items():
+        assert expected in as_options(message, names)
+    for message in ("The model k isa", "/x/own_length/seed is 3", "'lora_alpha = 3' or rank"):
+        assert as_options(message, names) == message
 
 
 def test_debug_shows_the_traceback() -> None:

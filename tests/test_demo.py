@@ -98,3 +98,24 @@ def test_the_figure_replaces_an_older_one_whole(tmp_path: Path) -> None:
     draw(SCORES, path, title="two models")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_demo_is_refused_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grasp_kernels.demo.main.pretrain", lambda *_: pytest.fail("pretrained"))
+    with pytest.raises(ValueError, match="seed is -1"):
+        run_demo(tmp_path / "new", seed=-1, config=SMALL)
+    assert not (tmp_path / "new").exists()
+    mine = tmp_path / "train.jsonl"
+    mine.write_text("mine")
+    with pytest.raises(ValueError, match=r"has a train\.jsonl but no demo\.json"):
+        run_demo(tmp_path, config=SMALL)
+    assert [*tmp_path.iterdir()] == [mine] and mine.read_text() == "mine"
+    for text in ("{oops", "[]"):
+        (tmp_path / "demo.json").write_text(text)
+        with pytest.raises(ValueError, match=r"demo\.json' .*: restore it, or choose another"):
+            run_demo(tmp_path, config=SMALL)
+    (tmp_path / "demo.json").write_text("{}")
+    with pytest.raises(ValueError, match="another configuration"):
+        run_demo(tmp_path, config=SMALL)

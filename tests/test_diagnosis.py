@@ -222,10 +222,11 @@ def test_inspect_beside_a_base_model(
     assert "**Verdict: found.**" in printed and "Training records that move most" in printed
     assert json.loads(numbers.read_text()) == json.loads((out / "diagnosis.json").read_text())
     assert main([*command, "--output", str(out)]) == 2
-    assert "choose a new folder" in capsys.readouterr().err
+    assert "choose a new path" in capsys.readouterr().err
     assert main(["inspect", str(contaminated), "--data", str(chat_jsonl)]) == 2
     assert "add --base-model" in capsys.readouterr().err
-    assert main(["inspect", str(contaminated), str(contaminated), "--plot", str(plot)]) == 2
+    several = ["inspect", str(contaminated), str(contaminated)]
+    assert main([*several, "--plot", str(tmp_path / "two.png")]) == 2
     assert "give one" in capsys.readouterr().err
 
 

@@ -14,14 +14,9 @@ import torch
 from transformers import MixtralConfig
 
 from grasp_kernels.run import RunConfig
+from grasp_kernels.run.checkpoint import find_checkpoint, load_model
 from grasp_kernels.run.folder import RunFolder, write_json
-from grasp_kernels.run.inputs import (
-    attach_lora,
-    check_model,
-    find_checkpoint,
-    load_model,
-    prepare,
-)
+from grasp_kernels.run.inputs import attach_lora, check_model, prepare
 
 pytest_plugins = ("fixtures_run",)
 

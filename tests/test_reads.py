@@ -127,6 +127,25 @@ def inputs_of(base: Any, layer: Any, sequences: list[list[int]]) -> Tensor:
     return torch.cat(rows).double()
 
 
+def test_little_text_of_inputs_with_a_few_large_coordinates_gives_rows() -> None:
+    """As of a real model: the sums of own text are off by more than the ridge."""
+    draw = generator()
+
+    def moment(tokens: int) -> torch.Tensor:
+        x = torch.randn(tokens, 1536, generator=draw)
+        x[:, 3:9] += 1000
+        return x.mT @ x / tokens
+
+    training, own = moment(240), moment(60)
+    ridged = own.double()
+    ridged.diagonal().add_(RIDGE * (training.double() + own).trace() / (2 * 1536))
+    assert torch.linalg.cholesky_ex(ridged).info > 0
+    rows, ratios = contrasting_rows(training, own, 2, generator=draw)
+    assert rows.isfinite().all() and rows.any(dim=1).all() and (ratios > 0).all()
+    with pytest.raises(ValueError, match="not finite"):
+        contrasting_rows(training, own.fill_(float("nan")), 2, generator=draw)
+
+
 def test_moments_are_those_of_the_tokens_without_padding() -> None:
     model = fresh_adapter()
     layers = dict(adapted_layers(model, "default"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from grasp_kernels.run import RunConfig, run
+from grasp_kernels.run import RunConfig, is_finished, run, stages
 from grasp_kernels.run.folder import RunFolder, fingerprint
-from grasp_kernels.run.training import last_checkpoint
+from grasp_kernels.run.interrupts import raise_if_interrupted
+from grasp_kernels.run.training import _Progress, last_checkpoint
 from grasp_kernels.subspace import Subspace
 
 pytest_plugins = ("fixtures_run",)
@@ -32,6 +34,8 @@ ADAPTER_FILES = (
     "retrained/adapter_config.json",
     "retrained/training_log.json",
 )
+
+_ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "training_log.json")
 
 _DRIVER = """
 import importlib, json, os, signal, sys
@@ -149,12 +153,17 @@ def test_artefacts_of_unknown_origin_are_refused(run_config: RunConfig) -> None:
         run(run_config)
 
 
-def test_second_process_is_kept_out_and_a_stale_lock_is_not(finished: RunConfig) -> None:
-    folder = RunFolder(finished.output)
-    with folder.lock(), pytest.raises(RuntimeError, match="Another run is at work"):
-        run(finished)
-    assert (Path(finished.output) / ".lock").exists()
-    assert run(finished).output == Path(finished.output)
+def test_second_process_is_kept_out_and_a_stale_lock_is_not(
+    run_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "_stages", lambda *_: None)
+    monkeypatch.setattr(stages.Report, "load", lambda path: path)
+    folder = RunFolder(run_config.output)
+    for _ in range(2):  # new, and begun
+        with folder.lock(), pytest.raises(RuntimeError, match="Another run is at work"):
+            run(run_config)
+        assert run(run_config) == folder.report
+        assert (folder.root / ".lock").exists()
 
 
 def test_fingerprint_sees_both_ends_of_large_files(
@@ -170,11 +179,193 @@ def test_fingerprint_sees_both_ends_of_large_files(
     assert len(seen) == 4
 
 
-def test_what_a_killed_process_left_is_removed_also_inside_of_what_it_left(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "run")
-    inside = folder.root / ".subspace.partial"
-    inside.mkdir(parents=True)
-    (inside / ".plot.png.partial").write_bytes(b"half")
-    (folder.root / ".report.json.partial").write_bytes(b"half")
-    with folder.lock():
-        assert not list(folder.root.rglob("*.partial"))
+def test_what_a_killed_process_left_is_removed_once_the_run_is_known_to_be_the_same(
+    run_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "_stages", lambda *_: None)
+    monkeypatch.setattr(stages.Report, "load", lambda path: path)
+    run(run_config)
+    folder = RunFolder(run_config.output)
+    ours = [f"{name}.abcdefg_.partial" for name in (".naive", "early/.step-2", "halves/.half-1")]
+    theirs = ["a/.naive.abcdefg_.partial", ".big.partial", ".other.abcdefg_.partial"]
+    for name in (*ours, *theirs):
+        (folder.root / name).mkdir(parents=True)
+        (folder.root / name / "half").write_text("")
+    with pytest.raises(ValueError, match="begun with seed"):
+        run(replace(run_config, seed=1))
+    assert all((folder.root / name).exists() for name in (*ours, *theirs))
+    run(run_config)
+    assert [name for name in (*ours, *theirs) if (folder.root / name).exists()] == theirs
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "work/notes.txt", "figures/f.png", "report.md"])
+def test_a_folder_with_files_of_somebody_else_is_left_alone(
+    run_config: RunConfig, name: str
+) -> None:
+    mine = Path(run_config.output, name)
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(ValueError, match=rf"has a {Path(name).parts[0]} but no run\.json"):
+        run(run_config)
+    assert mine.read_text() == "mine"
+    assert [path for path in Path(run_config.output).rglob("*") if path.is_file()] == [mine]
+
+
+# --- what was cut short or deleted afterwards
+
+
+@pytest.fixture
+def copied(finished: RunConfig, tmp_path: Path) -> RunConfig:
+    """The finished run, in a folder that a test may write into."""
+    return replace(finished, output=str(shutil.copytree(finished.output, tmp_path / "copied")))
+
+
+@pytest.mark.parametrize(
+    ("name", "deleted"),
+    [
+        ("own-text.safetensors", "own-text.safetensors"),
+        ("reads.safetensors", "reads.safetensors"),
+        ("subspace.safetensors", "subspace.safetensors"),
+        ("naive/adapter_model.safetensors", "naive"),
+        ("retrained/training_log.json", "retrained"),
+        ("halves/half-2/adapter_config.json", "half-2"),
+        ("early/step-2/adapter_model.safetensors", "step-2"),
+        ("report.json", "report.json"),
+    ],
+)
+def test_a_file_that_was_cut_short_is_named_with_what_to_delete(
+    copied: RunConfig, name: str, deleted: str
+) -> None:
+    path = Path(copied.output, name)
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ValueError, match=rf"{path.name}.*: delete [^ ]*{deleted}, and the same"):
+        run(copied)
+
+
+def test_a_missing_part_of_an_adapter_is_named(copied: RunConfig) -> None:
+    Path(copied.output, "naive", "training_log.json").unlink()
+    with pytest.raises(ValueError, match=r"training_log\.json is missing: delete .*naive, and"):
+        run(copied)
+
+
+def test_a_run_whose_adapter_was_deleted_is_not_finished_and_makes_it_again(
+    copied: RunConfig,
+) -> None:
+    for name in ("report.md", "figures/training.png", "retrained"):
+        path = Path(copied.output, name)
+        kept = path.rename(path.with_name("elsewhere"))
+        assert not is_finished(copied)
+        if name != "retrained":
+            kept.rename(path)
+            assert is_finished(copied)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run(copied)
+    torch.set_num_threads(threads)
+    assert is_finished(copied)
+    for name in _ADAPTER:
+        assert Path(copied.output, "retrained", name).read_bytes() == (kept / name).read_bytes()
+
+
+@pytest.mark.parametrize("text", ["{oops", "{}", "[]", '{"config": 3, "fingerprints": {}}'])
+def test_a_run_json_that_says_nothing_is_named(copied: RunConfig, text: str) -> None:
+    Path(copied.output, "run.json").write_text(text)
+    with pytest.raises(ValueError, match=r"run\.json.*: restore it, or choose another output"):
+        run(copied)
+
+
+# --- stopped anywhere in a training
+
+
+_AT_EVERY_CHANGE = """
+import json, os, signal, sys
+import torch
+torch.set_num_threads(1)
+options, root = json.loads(sys.argv[1])
+from pathlib import Path
+from grasp_kernels.run import RunConfig, stages
+from grasp_kernels.run.inputs import prepare
+import grasp_kernels.run.training
+config = RunConfig(**options)
+inputs = prepare(config, Path(config.model))
+
+def train(out, last_step):
+    stages.train(config, inputs, out=out, work=out.parent / "work", description=out.name,
+                 last_step=last_step)
+
+def killed_at(change, out, last_step):
+    seen, changes = [], ("os.mkdir", "os.rename", "os.rmdir", "shutil.rmtree")
+    def hook(event, arguments):
+        if event in changes and out.name in str(arguments):
+            seen.append(event)
+            if len(seen) == change:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+    train(out, last_step)
+
+for last_step in (5, 4):
+    folder = Path(root, str(last_step))
+    train(folder / "whole", last_step)
+    for change in range(1, 99):
+        child = os.fork()
+        if child == 0:
+            if not (folder / "killed").exists():
+                killed_at(change, folder / "killed", last_step)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status == 0:
+            break
+        if status != -signal.SIGKILL:
+            sys.exit(f"change {change}: exit status {status}")
+    print(change)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes to kill them")
+def test_killed_at_every_change_of_a_finished_adapter_a_training_takes_no_step_more(
+    run_config: RunConfig, tmp_path: Path
+) -> None:
+    """Its last step ends no epoch, and the learning rate is constant: one step more would show."""
+    options = replace(
+        run_config, steps=5, lr_scheduler="constant", warmup=0, save_every=2, eval_split=0
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", _AT_EVERY_CHANGE, json.dumps([vars(options), str(tmp_path)])],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(int(changes) >= 6 for changes in done.stdout.split()[-2:])
+    for last_step in (5, 4):
+        whole, killed = (tmp_path / str(last_step) / name for name in ("whole", "killed"))
+        log = json.loads((whole / "training_log.json").read_text())
+        assert [entry["step"] for entry in log] == list(range(1, last_step + 1))
+        for name in _ADAPTER:
+            assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_a_ctrl_c_that_python_drops_stops_the_training_all_the_same(
+    run_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one does that comes while a progress bar is deleted."""
+    dropped: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda told: dropped.append(told.exc_type))
+    monkeypatch.setattr(stages, "own_text_anchor", lambda *_: None)
+
+    class Bar:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    def at_step_2(self: Any, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        assert state.global_step <= 2
+        if state.global_step == 2:
+            Bar()
+
+    monkeypatch.setattr(_Progress, "on_log", at_step_2)
+    with pytest.raises(KeyboardInterrupt):
+        run(replace(run_config, project="none", reads="free", steps=4, save_every=1))
+    assert dropped == [KeyboardInterrupt]
+    assert not Path(run_config.output, "naive").exists()
+    assert last_checkpoint(Path(run_config.output, "work", "naive")) is not None
+    raise_if_interrupted()  # it is of that run alone

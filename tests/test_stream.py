@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from grasp_kernels.run import RunConfig
-from grasp_kernels.run.inputs import attach_lora, load_model
+from grasp_kernels.run.checkpoint import load_model
+from grasp_kernels.run.inputs import attach_lora
 from grasp_kernels.run.stream import layer_bases, mean_loss, measure_movement, promoted_tokens
 from grasp_kernels.sites import RULES, model_sites
 from grasp_kernels.subspace import Subspace

@@ -166,6 +166,11 @@ class OwnTextAnchor:
                 batch_size=max(1, generate_batch_size * min(length, longest) // longest),
                 generator=generator,
             )
+            if not counted.any():
+                raise ValueError(
+                    f"The base model made up {documents} documents, and all of them look like the "
+                    "training data: let it make more, or longer ones."
+                )
             answers = _likeliest(base, made.documents, counted)
         return cls(
             made.documents, counted, *answers, strength=strength, batch_size=batch_size, seed=seed

@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from grasp_kernels.cli import (
     adapter_commands,
@@ -17,6 +18,7 @@ from grasp_kernels.cli import (
     inspect_command,
     run_commands,
 )
+from grasp_kernels.cli.options import as_options
 from grasp_kernels.version import __version__
 
 _EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ArithmeticError)
@@ -25,7 +27,11 @@ _FAILED, _INTERRUPTED = 2, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; the exit status. 0: done, 1: a check failed, 2: error, 130: stopped."""
-    arguments = _parser().parse_args(argv)
+    try:
+        arguments = _parser().parse_args(argv)
+    except _UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _FAILED
     try:
         return arguments.command(arguments)
     except KeyboardInterrupt:
@@ -37,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
-        print(f"error: {_sentence(error)}", file=sys.stderr)
+        print(f"error: {as_options(_sentence(error), vars(arguments))}", file=sys.stderr)
         return _FAILED
 
 
@@ -52,8 +58,20 @@ def _sentence(error: Exception) -> str:
     return f"{type(error).__name__}: {error} (--debug shows where)."
 
 
+class _UsageError(Exception):
+    """Arguments that the parser does not take."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; `-h` has the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        message = message.removeprefix("argument ").rstrip(".")
+        raise _UsageError(f"{message} (see {self.prog} -h).")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="grasp-kernels",
         description="Find what a LoRA fine-tune picked up unasked; retrain without learning it.",
     )

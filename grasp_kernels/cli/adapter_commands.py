@@ -6,7 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from grasp_kernels.cli.run_commands import number_of_directions
+from grasp_kernels.cli.options import (
+    file_to_write,
+    folder_to_write,
+    number_of_directions,
+    seed,
+)
 from grasp_kernels.run.config import SCOPES, SIDES
 
 
@@ -19,7 +24,13 @@ def add_identify(commands: Any, common: argparse.ArgumentParser) -> None:
         "adapters (checkpoints of a run, seeds) are taken as evidence for one subspace.",
     )
     parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="adapter folder or file")
-    parser.add_argument("--output", required=True, metavar="FILE", help="subspace file to write")
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=file_to_write,
+        metavar="FILE",
+        help="new subspace file to write",
+    )
     parser.add_argument(
         "--base-model",
         metavar="FOLDER",
@@ -46,7 +57,7 @@ def add_identify(commands: Any, common: argparse.ArgumentParser) -> None:
         help="one subspace for all layers, or one per layer (default: shared)",
     )
     parser.add_argument(
-        "--seed", default=0, type=int, metavar="N", help="seed of the null (default: 0)"
+        "--seed", default=0, type=seed, metavar="N", help="seed of the null (default: 0)"
     )
     parser.set_defaults(command=_identify)
 
@@ -84,7 +95,13 @@ def add_extract(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base-model", required=True, metavar="FOLDER", help="checkpoint that it was made from"
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="adapter folder to write")
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=folder_to_write,
+        metavar="DIR",
+        help="new adapter folder to write",
+    )
     parser.add_argument(
         "--rank", type=int, default=16, metavar="N", help="rank of the adapter (default: 16)"
     )
@@ -118,7 +135,13 @@ def add_project(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder")
     parser.add_argument("subspace", metavar="SUBSPACE", help="subspace file")
-    parser.add_argument("--output", required=True, metavar="DIR", help="adapter folder to write")
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=folder_to_write,
+        metavar="DIR",
+        help="new adapter folder to write",
+    )
     parser.set_defaults(command=_project)
 
 

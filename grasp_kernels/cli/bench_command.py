@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from grasp_kernels.cli.options import file_to_write
 
 
 def add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -58,7 +61,9 @@ def add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
     rows.add_argument("--output", metavar="FILE", help="keep the rows: .csv, or JSON lines")
     rows.add_argument("--report", nargs="+", metavar="FILE", help="only show kept rows")
     rows.add_argument("--details", action="store_true", help="all measures of every case")
-    rows.add_argument("--plot", metavar="FILE.png", help="draw the ratio to the floor")
+    rows.add_argument(
+        "--plot", type=file_to_write, metavar="FILE.png", help="draw the ratio to the floor"
+    )
     rows.add_argument(
         "--adopt",
         nargs="+",
@@ -85,6 +90,8 @@ def _bench(arguments: argparse.Namespace) -> int:
     if arguments.report:
         rows = read_rows(*arguments.report)
     else:
+        if arguments.output and Path(arguments.output).exists():
+            read_rows(arguments.output)  # rows alone are replaced
         suite = Suite(**_chosen(arguments, Suite.__dataclass_fields__))
         rows = []
         with _kept(arguments.output, rows):

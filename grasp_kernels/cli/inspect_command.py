@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from grasp_kernels.cli.options import file_to_write, folder_to_write, seed
+
 _WITH_BASE = ("data", "neutral", "halves", "output", "json")
 
 
@@ -22,7 +24,9 @@ def add_inspect(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "paths", nargs="+", metavar="ADAPTER_OR_SUBSPACE", help="adapter folder, or subspace file"
     )
-    parser.add_argument("--plot", metavar="PNG", help="also draw it into this file")
+    parser.add_argument(
+        "--plot", type=file_to_write, metavar="PNG", help="also draw it into this new file"
+    )
     group = parser.add_argument_group("beside the base model")
     group.add_argument("--base-model", metavar="DIR", help="checkpoint of the base model")
     group.add_argument("--data", metavar="FILE", help="training data, as for run")
@@ -31,9 +35,16 @@ def add_inspect(commands: Any, common: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--halves", nargs="+", metavar="ADAPTER", help="adapters trained on disjoint data"
     )
-    group.add_argument("--output", metavar="DIR", help="folder to write text, JSON and figure into")
-    group.add_argument("--json", metavar="FILE", help="write all numbers into this file")
-    group.add_argument("--seed", default=0, type=int, metavar="N", help="of random directions")
+    group.add_argument(
+        "--output",
+        type=folder_to_write,
+        metavar="DIR",
+        help="new folder to write text, JSON and figure into",
+    )
+    group.add_argument(
+        "--json", type=file_to_write, metavar="FILE", help="write all numbers into this new file"
+    )
+    group.add_argument("--seed", default=0, type=seed, metavar="N", help="of random directions")
     parser.set_defaults(command=_inspect)
 
 
@@ -81,8 +92,6 @@ def _diagnose(arguments: argparse.Namespace) -> int:
     from grasp_kernels.diagnosis import diagnose
     from grasp_kernels.run.folder import write_json
 
-    if arguments.output and Path(arguments.output).exists():
-        raise FileExistsError(f"There is a {arguments.output} already: choose a new folder.")
     quieten()
     records = read_records(arguments.data, arm=arguments.arm) if arguments.data else None
     diagnosis = diagnose(

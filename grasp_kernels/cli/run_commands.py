@@ -7,6 +7,7 @@ import warnings
 from dataclasses import MISSING, Field, fields
 from typing import Any, Literal, get_type_hints
 
+from grasp_kernels.cli.options import number_of_directions, seed
 from grasp_kernels.run import RunConfig
 
 
@@ -45,12 +46,9 @@ def _add_option(parser: argparse.ArgumentParser, option: Field[Any], hint: Any) 
         settings["choices"] = option.metadata["choices"]
     else:
         settings.update(_VALUES[hint])
+    if option.name == "seed":
+        settings["type"] = seed
     parser.add_argument(f"--{option.name.replace('_', '-')}", **settings)
-
-
-def number_of_directions(text: str) -> int | Literal["auto"]:
-    """The value of `--k`."""
-    return "auto" if text == "auto" else int(text)
 
 
 _VALUES: dict[Any, dict[str, Any]] = {
@@ -96,7 +94,7 @@ def add_demo(commands: Any, common: argparse.ArgumentParser) -> None:
         "do the whole run on its checkpoint and chat file, and score all models.",
     )
     parser.add_argument("--output", default="demo-output", help="folder (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another world")
+    parser.add_argument("--seed", type=seed, default=0, help="another seed, another world")
     parser.set_defaults(command=_demo, when_stopped="the same command goes on where it can.")
 
 

@@ -8,17 +8,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grasp_kernels.demo.comparison import draw, table
 from grasp_kernels.demo.pretraining import PretrainingConfig, pretrain, write_checkpoint
 from grasp_kernels.demo.scoring import Scores, score
 from grasp_kernels.demo.world import NEUTRAL, World, WorldConfig
+from grasp_kernels.files import check_own_folder, read_json
 from grasp_kernels.run import RunConfig, run
+from grasp_kernels.run.checkpoint import load_model, load_tokenizer
 from grasp_kernels.run.folder import write_json, write_lines, write_text
 
 _NEUTRAL_PROMPTS = 32
+_NOTE = "demo.json"
+_INPUTS = ("model", "train.jsonl", "neutral.jsonl", "run")
 
 
 @dataclass(frozen=True)
@@ -57,14 +61,14 @@ def run_demo(
         Scores by model: base, naive LoRA, retrained LoRA.
 
     Raises:
-        ValueError: the folder holds another demo.
+        ValueError: the folder holds another demo, or something else; or a seed out of range.
     """
     config = config or DemoConfig()
     output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
+    options = _options(output, seed, config)
     _claim(output, seed, config)
     world = World.from_seed(seed, config.world)
-    options = _write_inputs(output, world, config)
+    _write_inputs(output, world, config)
     report = run(options)
     adapters = {"naive LoRA": report.naive}
     if report.retrained is not None:
@@ -78,44 +82,52 @@ def run_demo(
     return scores
 
 
+def _options(output: Path, seed: int, config: DemoConfig) -> RunConfig:
+    """The run of the demo, on the files that it writes."""
+    model, data, neutral, run_output = (str(output / name) for name in _INPUTS)
+    return RunConfig(
+        model=model,
+        data=data,
+        neutral=neutral,
+        output=run_output,
+        seed=seed,
+        **config.fine_tuning,
+    )
+
+
 def _claim(output: Path, seed: int, config: DemoConfig) -> None:
-    """Note down which demo this folder holds; refuse to mix two."""
-    path = output / "demo.json"
+    """Note down which demo this folder holds; refuse to mix two, or a demo and something else."""
+    path = output / _NOTE
     ours = json.loads(json.dumps({"seed": seed, **asdict(config)}))
     if not path.exists():
+        check_own_folder(output, _NOTE)
+        output.mkdir(parents=True, exist_ok=True)
         write_json(path, ours)
-    elif (begun := json.loads(path.read_text(encoding="utf-8"))) != ours:
+    elif (begun := read_json(path, "restore it, or choose another folder")) != ours:
         raise ValueError(
-            f"The folder {output} holds a demo with another configuration (seed {begun['seed']}): "
-            "repeat that one to go on with it, or choose another folder."
+            f"The folder {output} holds a demo with another configuration (seed "
+            f"{begun.get('seed')}): repeat that one to go on with it, or choose another folder."
         )
 
 
-def _write_inputs(output: Path, world: World, config: DemoConfig) -> RunConfig:
+def _write_inputs(output: Path, world: World, config: DemoConfig) -> None:
     """What a user of `grasp-kernels run` brings along: a checkpoint folder and a chat file."""
-    model, data, neutral = (output / name for name in ("model", "train.jsonl", "neutral.jsonl"))
+    model, data, neutral, _ = (output / name for name in _INPUTS)
     if not model.exists():
         write_checkpoint(pretrain(world, config.pretraining), world, model)
     write_lines(data, world.fine_tuning_records())
     untouched = list(world.questions(tuned=False))
     every = max(1, len(untouched) // _NEUTRAL_PROMPTS)
     write_lines(neutral, world.prompts(untouched[::every], NEUTRAL))
-    return RunConfig(
-        model=str(model),
-        data=str(data),
-        neutral=str(neutral),
-        output=str(output / "run"),
-        seed=world.seed,
-        **config.fine_tuning,
-    )
 
 
 def _score_all(options: RunConfig, world: World, adapters: Mapping[str, Path]) -> dict[str, Scores]:
     """Score the base model, then with each adapter, all loaded as any user of peft would."""
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    checkpoint = Path(options.model)
+    tokenizer = load_tokenizer(checkpoint)
     scores = {}
     for name, folder in {"base": None, **adapters}.items():
-        model = AutoModelForCausalLM.from_pretrained(options.model)
+        model: Any = load_model(checkpoint, where=torch.device("cpu"))
         if folder is not None:
             model = PeftModel.from_pretrained(model, str(folder))
         scores[name] = score(model.eval(), tokenizer, world)

@@ -22,7 +22,7 @@ from grasp_kernels.diagnosis.inputs import Source, find_neutral, find_tasks, fin
 from grasp_kernels.diagnosis.pair import open_pair
 from grasp_kernels.diagnosis.verdict import judge
 from grasp_kernels.identification import identify
-from grasp_kernels.run.inputs import find_checkpoint
+from grasp_kernels.run.checkpoint import find_checkpoint
 from grasp_kernels.sites import SiteRules
 from grasp_kernels.subspace import Subspace
 from grasp_kernels.version import __version__

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from grasp_kernels.data import Record, neutral_prompts, read_records, split_first_answer
-from grasp_kernels.run.inputs import find_checkpoint
+from grasp_kernels.run.checkpoint import find_checkpoint, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,9 +42,7 @@ def find_tokenizer(model: nn.Module | Source, given: Any) -> PreTrainedTokenizer
             f"diagnose got a {type(model).__name__} and no tokenizer, so prompts cannot be read: "
             "give tokenizer=..., or the checkpoint folder instead of the module."
         )
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(find_checkpoint(str(model)))
+    return load_tokenizer(find_checkpoint(str(model)))
 
 
 def find_neutral(

@@ -12,7 +12,7 @@ from torch import nn
 
 from grasp_kernels.effect.pair import Pair
 from grasp_kernels.identification.frozen_model import measuring
-from grasp_kernels.run.inputs import find_checkpoint, load_model
+from grasp_kernels.run.checkpoint import find_checkpoint, load_model
 from grasp_kernels.run.stream import blocks_by_layer
 from grasp_kernels.sites import SiteRules, model_rules
 

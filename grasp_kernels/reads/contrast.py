@@ -39,8 +39,7 @@ def contrasting_rows(
     level = RIDGE * (training.trace() + own.trace()) / (2 * K)
     if level == 0:
         return A, ratios
-    own.diagonal().add_(level)  # in place: a matrix of the widest layer of an 8B model has 1.6 GB
-    L = torch.linalg.cholesky(own)
+    L = _cholesky(own, level)
     n = min(rank, K)
     U, found, _ = randomized_svd(
         _Whitened(training, L),
@@ -53,6 +52,23 @@ def contrasting_rows(
     size = (training.trace() / (3 * K) / found.clamp_min(1)).sqrt()
     A[:n], ratios[:n] = (size[:, None] * rows).cpu(), found.cpu()
     return A, ratios
+
+
+def _cholesky(S: Tensor, level: float | Tensor) -> Tensor:
+    """`L[K, K]` of `S + level I`, in place of S: it has 1.6 GB in the widest layer of an 8B model.
+
+    Of little text S has no more rank than tokens, and its float32 sums are off by more than the
+    level where a few coordinates have most of it: then ten times the level, and so on.
+    """
+    S.diagonal().add_(level)
+    L, failed = torch.linalg.cholesky_ex(S)
+    while failed:
+        if not S.isfinite().all():
+            raise ValueError("The inputs of a layer are not finite: use float32 or bfloat16.")
+        S.diagonal().add_(9 * level)
+        level = 10 * level
+        L, failed = torch.linalg.cholesky_ex(S)
+    return L
 
 
 class _Whitened:

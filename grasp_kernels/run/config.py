@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from os import PathLike, fspath
 from typing import Any, Literal
 
 from grasp_kernels.choices import SCOPES, SIDES
@@ -18,6 +19,7 @@ READS = ("contrastive", "free")
 ANCHORS = ("own-text", "none")
 PROJECTS = ("none", "residual", "weights")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+MOST_SEED = 2**32 - 1  # that every library takes
 
 
 def _option(default: Any, text: str, *, choices: tuple[str, ...] | None = None) -> Any:
@@ -144,6 +146,11 @@ class RunConfig:
             if isinstance(value, str) or not isinstance(value, Sequence):
                 raise ValueError(f"{name} is {value!r}: give a list.")
             object.__setattr__(self, name, tuple(value))
+        for name in ("model", "data", "output", "neutral"):
+            value = getattr(self, name)
+            if isinstance(value, PathLike):
+                object.__setattr__(self, name, fspath(value))
+            self._require(name, value != "", "give a name")
         self._check_choices()
         self._check_numbers()
         self._check_k()
@@ -176,6 +183,10 @@ class RunConfig:
                 raise ValueError(f"{option.name} is {value!r}: choose one of {', '.join(choices)}.")
 
     def _check_numbers(self) -> None:
+        for option in fields(self):
+            value, whole = getattr(self, option.name), str(option.type).startswith("int")
+            good = isinstance(value, int) or value is None or isinstance(value, str)
+            self._require(option.name, good or not whole, "give a whole number")
         counts = ("batch_size", "gradient_accumulation", "max_length", "rank")
         for name in (*counts, "own_documents", "own_length"):
             self._require(name, getattr(self, name) >= 1, "give 1 or more")
@@ -185,7 +196,8 @@ class RunConfig:
         for name in ("epochs", "learning_rate", "alpha"):
             value = getattr(self, name)
             self._require(name, 0 < value < math.inf, "give a positive number")
-        for name in ("warmup", "weight_decay", "max_grad_norm", "seed"):
+        self._require("seed", 0 <= self.seed <= MOST_SEED, f"give 0 to {MOST_SEED}")
+        for name in ("warmup", "weight_decay", "max_grad_norm"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "give 0 or more")
         for name in ("anchor_strength", "own_begun"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "give 0 or more")

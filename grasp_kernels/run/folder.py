@@ -18,7 +18,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from grasp_kernels.files import whole_file, whole_folder
+from grasp_kernels.files import (
+    check_own_folder,
+    left_behind,
+    read_json,
+    whole_file,
+    whole_folder,
+)
 from grasp_kernels.run.config import RunConfig
 from grasp_kernels.version import __version__
 
@@ -31,24 +37,18 @@ _END = 2**20
 _MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 _INPUTS = ("model", "data", "neutral")  # compared by content, so that they may be moved
 
+LOG_NAME = "training_log.json"  # beside the weights in the folder of an adapter that was trained
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+_LOCK = ".lock"
+_UNKNOWN = "restore it, or choose another output folder"
+_AGAIN = "delete {}, and the same command makes it again"
+
 
 class RunFolder:
-    """Paths of a run below `root`, which is created if it is missing.
-
-    Raises:
-        OSError: the folder cannot be made or written.
-    """
+    """Paths of a run below `root`; nothing is made before `lock`."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(
-                f"The output folder {root} cannot be made ({error.strerror}): choose another one."
-            ) from None
-        if not os.access(self.root, os.W_OK | os.X_OK):
-            raise PermissionError(f"The output folder {root} is not writable: choose another one.")
         self.config = self.root / "run.json"
         self.early = self.root / "early"
         self.halves = self.root / "halves"
@@ -68,67 +68,88 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep a second process out; the operating system frees the lock of a dead one.
+        """Make the folder, and keep a second process out; the operating system frees the lock of a
+        dead one.
 
         Raises:
-            RuntimeError: another process works in this folder.
+            OSError: the folder cannot be made.
+            RuntimeError: another process works in it.
         """
         from filelock import FileLock, Timeout
 
         try:
-            with FileLock(self.root / ".lock", timeout=0):
-                self._remove_partial()
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(
+                f"The output folder {self.root} cannot be made ({error.strerror}): choose another "
+                "one."
+            ) from None
+        try:
+            with FileLock(self.root / _LOCK, timeout=0):
                 yield
         except Timeout:
             raise RuntimeError(
                 f"Another run is at work in {self.root}: wait for it, or choose another output."
             ) from None
 
-    def _remove_partial(self) -> None:
-        """Remove what a killed process was writing."""
-        for partial in list(self.root.rglob(".*.partial")):
-            if partial.is_dir():
-                shutil.rmtree(partial)
-            else:
-                partial.unlink(missing_ok=True)  # it may have lain in one of the folders
-
     def check(self, config: RunConfig, fingerprints: dict[str, str]) -> None:
-        """An unfinished run in this folder must be the same run.
+        """The folder is new or empty, or that of the same run; nothing is changed.
 
         Raises:
-            ValueError: the first option or input that differs, and both values.
+            OSError: a folder that cannot be made or written.
+            ValueError: files of something else; or the first option or input that differs, and both
+                values.
         """
         if not self.config.exists():
-            artefacts = (
-                self.early,
-                self.halves,
-                self.naive,
-                self.subspace,
-                self.retrained,
-                self.report,
-            )
-            if foreign := [path.name for path in artefacts if path.exists()]:
-                raise ValueError(
-                    f"The output folder {self.root} has a {foreign[0]} but no run.json that says "
-                    "how it was made: choose an empty or a new folder."
-                )
+            check_own_folder(self.root, self.config.name, beside=[_LOCK])
             return
-        begun = json.loads(self.config.read_text(encoding="utf-8"))
+        begun = read_json(self.config, _UNKNOWN)
+        options, inputs = (begun.get(part) for part in ("config", "fingerprints"))
+        if not (isinstance(options, dict) and isinstance(inputs, dict)):
+            raise ValueError(f"{self.config} does not say how the run was begun: {_UNKNOWN}.")
         now = _record(config, fingerprints)
         for name in (option.name for option in fields(RunConfig)):
-            old, new = begun["config"].get(name), now["config"][name]
+            old, new = options.get(name), now["config"][name]
             if name not in (*_INPUTS, "output") and old != new:
                 raise ValueError(
                     f"The run in {self.root} was begun with {name} = {old!r}, not {new!r}: repeat "
                     "that value to go on with it, or choose another output folder."
                 )
         for name in _INPUTS:
-            if begun["fingerprints"].get(name) != now["fingerprints"].get(name):
+            if inputs.get(name) != now["fingerprints"].get(name):
                 raise ValueError(
                     f"The run in {self.root} was begun with another content of {name} "
-                    f"({begun['config'][name]}) than {now['config'][name]} has now: restore it to "
-                    "go on, or choose another output folder."
+                    f"({options.get(name)}) than {now['config'][name]} has now: restore it to go "
+                    "on, or choose another output folder."
                 )
+        self._check_artefacts()
+
+    def _check_artefacts(self) -> None:
+        """Raise for what is no longer as a stage left it: adapters and files appear whole."""
+        for file in (self.own_text, self.reads, self.subspace, *self.sources.values()):
+            if file.exists():
+                _check_whole(file, file)
+        trained = [self.naive, self.retrained, *self.halves.glob("half-*")]
+        for adapter in (*trained, *self.early.glob("step-*")):
+            for name in (*_ADAPTER, *([LOG_NAME] if adapter in trained else [])):
+                if adapter.exists():
+                    _check_whole(adapter / name, adapter)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the report is there, and what it tells of.
+
+        Raises:
+            ValueError: a report that cannot be read.
+        """
+        if not (self.config.exists() and self.report.exists()):
+            return False
+        numbers = read_json(self.report, _AGAIN.format(self.report))
+        if not {"adapters", "figures"} <= numbers.keys():
+            raise ValueError(f"{self.report} holds no report: {_AGAIN.format(self.report)}.")
+        told = [self.root / name for name in numbers["adapters"]]
+        told += [self.figures / name for name in numbers["figures"]]
+        return all(path.exists() for path in (self.report_text, *told))
 
     @cached_property
     def day(self) -> date:
@@ -137,9 +158,30 @@ class RunFolder:
         return date.fromisoformat(begun.get("day", date.today().isoformat()))
 
     def claim(self, config: RunConfig, fingerprints: dict[str, str]) -> None:
-        """Note down what this run is."""
+        """Note down what this run is, and remove what killed processes were writing for it."""
+        places = [*vars(self).values(), *self.sources.values()]
+        ours = [path for path in places if isinstance(path, Path) and path.parent == self.root]
+        for left in (left for path in ours for left in left_behind(path)):
+            shutil.rmtree(left)
+        for folder in (self.early, self.halves):  # all in them is ours
+            for left in folder.glob(".*.partial"):
+                shutil.rmtree(left)
         if not self.config.exists():
             write_json(self.config, {**_record(config, fingerprints), "day": str(self.day)})
+
+
+def _check_whole(file: Path, artefact: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if file.suffix == ".json":
+            json.loads(file.read_text(encoding="utf-8"))
+        else:
+            with safe_open(file, framework="pt"):
+                pass
+    except (OSError, ValueError, SafetensorError) as error:
+        what = "is missing" if isinstance(error, FileNotFoundError) else f"is cut short ({error})"
+        raise ValueError(f"{file} {what}: {_AGAIN.format(artefact)}.") from None
 
 
 def _record(config: RunConfig, fingerprints: dict[str, str]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Options of a run -> checked inputs, before any time is spent on training.
 
 Whatever can be wrong with a model, a data file or their combination is found here: the model is
-built on the meta device (no weights) and gets its adapter there.
+built on the meta device (no weights) and gets its adapter there, and then loaded once as it is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ from grasp_kernels.data import (
     fix_date,
     neutral_prompts,
     read_records,
+    split_first_answer,
     tokenize_each,
+)
+from grasp_kernels.run.checkpoint import (
+    device,
+    load_config,
+    load_model,
+    load_tokenizer,
+    reading,
 )
 from grasp_kernels.run.config import RunConfig
 from grasp_kernels.sites import SiteRules, base_name, site_rules
@@ -31,6 +39,9 @@ from grasp_kernels.sites import SiteRules, base_name, site_rules
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Of the answers that are shown, an opening and a sentence or two, or compared by self-contrast.
+ANSWER_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -48,43 +59,15 @@ class Inputs:
     neutral: list[list[int]]  # token ids of the neutral prompts
     everyday: list[list[int]]  # the same of everyday questions, in the frame of the records
     steps: int  # optimizer steps of each training
+    vocabulary: int  # rows of the embedding
+    positions: int | None  # that the model has an embedding for; None: it computes them
 
     @property
     def pad_token_id(self) -> int:
-        """Any id serves: padding is masked and carries no label."""
+        """Any id serves that is embedded: padding is masked and carries no label."""
         tokenizer = self.tokenizer
         ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        return next(i for i in ids if i is not None)
-
-
-def find_checkpoint(model: str) -> Path:
-    """Local folder of a checkpoint; a hub name is downloaded (or found in the hub's cache).
-
-    Raises:
-        FileNotFoundError: neither a checkpoint folder nor a name that can be fetched.
-    """
-    folder = Path(model)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(
-                f"The folder {model} has no config.json: give a Hugging Face checkpoint folder."
-            )
-        if not any(folder.glob("*.safetensors")):
-            raise FileNotFoundError(
-                f"The folder {model} has no .safetensors file: save the model with "
-                "save_pretrained, which writes one."
-            )
-        return folder.resolve()
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-    try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
-    except (OSError, ValueError) as error:  # the hub's own errors are of these kinds
-        raise FileNotFoundError(
-            f"There is no folder {model}, and it cannot be fetched from the Hugging Face hub "
-            f"({type(error).__name__}): give a checkpoint folder or the name of a public model."
-        ) from None
+        return next(i for i in ids if i is not None and i < self.vocabulary)
 
 
 def prepare(config: RunConfig, checkpoint: Path, day: date | None = None) -> Inputs:
@@ -96,11 +79,9 @@ def prepare(config: RunConfig, checkpoint: Path, day: date | None = None) -> Inp
     Raises:
         ValueError, FileNotFoundError: one sentence on the first thing that is wrong.
     """
-    from transformers import AutoTokenizer
-
     _check_backend(config.backend)
     model_type, rules = check_model(config, checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     fix_date(tokenizer, day or date.today())
     records = read_records(config.data, arm=config.arm)
     if "answers" in config.identifies and not any("messages" in record for record in records):
@@ -121,7 +102,8 @@ def prepare(config: RunConfig, checkpoint: Path, day: date | None = None) -> Inp
             f"The warm-up (warmup = {config.warmup:g}) takes all of the {steps} steps: lower it, "
             "or train longer."
         )
-    return Inputs(
+    vocabulary, positions = _check_whole_model(config, checkpoint)
+    inputs = Inputs(
         checkpoint=checkpoint,
         model_type=model_type,
         rules=rules,
@@ -133,7 +115,92 @@ def prepare(config: RunConfig, checkpoint: Path, day: date | None = None) -> Inp
         neutral=neutral_prompts(config.neutral, tokenizer),
         everyday=everyday_prompts(records, tokenizer),
         steps=steps,
+        vocabulary=vocabulary,
+        positions=positions,
     )
+    _check_tokens(inputs)
+    _check_lengths(config, inputs)
+    return inputs
+
+
+def _check_whole_model(config: RunConfig, checkpoint: Path) -> tuple[int, int | None]:
+    """Load the model, and let go of it: rows of its embedding, and positions if they are rows too.
+
+    Raises:
+        ValueError: weights that are not whole, or that cannot be trained on.
+    """
+    model = load_model(checkpoint, config.dtype)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_trainable:
+        method = str(model.config.quantization_config.quant_method)
+        raise ValueError(
+            f"The weights of {checkpoint} are quantised by {method}, through which transformers "
+            "trains no adapter: give the checkpoint in 16 or 32 bits."
+        )
+    embedding: Any = model.get_input_embeddings()
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    rows = {
+        module.num_embeddings
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module is not embedding
+    }
+    return embedding.num_embeddings, limit if limit in rows else None
+
+
+def _check_tokens(inputs: Inputs) -> None:
+    examples = [example["input_ids"] for example in (*inputs.train, *inputs.held_out)]
+    for what, sequences in (
+        ("a record", examples),
+        ("a neutral prompt", inputs.neutral),
+        ("the chat template", inputs.everyday),
+    ):
+        largest = max((token for ids in sequences for token in ids), default=0)
+        if largest >= inputs.vocabulary:
+            token = inputs.tokenizer.convert_ids_to_tokens(largest)
+            raise ValueError(
+                f"The tokenizer makes the token {largest} ({token!r}) of {what}, and the embedding "
+                f"of {inputs.checkpoint} has {inputs.vocabulary} rows: give the tokenizer that "
+                "belongs to the model, or resize_token_embeddings and train the new rows."
+            )
+
+
+def _check_lengths(config: RunConfig, inputs: Inputs) -> None:
+    """Whatever a run reads or lets a model write has to fit into the positions, if they end.
+
+    Raises:
+        ValueError: what does not, and the option that makes it fit.
+    """
+    if inputs.positions is None:
+        return
+    examples = [*inputs.train, *inputs.held_out]
+    longest = max(len(example["input_ids"]) for example in examples)
+    _fits(inputs, "the longest record", longest, f"use max_length = {inputs.positions} or less")
+    prompts = max(map(len, (*inputs.neutral, *inputs.everyday))) + ANSWER_TOKENS
+    _fits(inputs, "the longest neutral prompt and its answer", prompts, "give shorter ones")
+    if config.needs_own_text:
+        from grasp_kernels.anchor.own_text import common_frame, common_header
+
+        frame = common_frame(inputs.train, inputs.everyday)
+        header = common_header(inputs.train, frame, inputs.everyday)
+        made = 2 * min(config.own_length, longest) + config.own_begun
+        _fits(inputs, "own text", len(frame) + made + len(header), "lower own_length")
+    if "answers" in config.identifies:
+        chats = [record for record in inputs.records if "messages" in record]
+        prompts = max(len(split_first_answer(chat, inputs.tokenizer)[0]) for chat in chats)
+        _fits(
+            inputs,
+            "the longest prompt of the data and the base model's answer",
+            prompts + ANSWER_TOKENS,
+            "leave such records out, or use identify = 'weights'",
+        )
+
+
+def _fits(inputs: Inputs, what: str, length: int, remedy: str) -> None:
+    if inputs.positions is not None and length > inputs.positions:
+        raise ValueError(
+            f"The model in {inputs.checkpoint} has {inputs.positions} positions, and {what} can "
+            f"have {length} tokens: {remedy}."
+        )
 
 
 def _check_backend(backend: str) -> None:
@@ -153,16 +220,23 @@ def check_model(config: RunConfig, checkpoint: Path) -> tuple[str, SiteRules]:
     Raises:
         ValueError: unknown architecture, no such target modules, or none that the side looks at.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    model_config = AutoConfig.from_pretrained(checkpoint)
+    model_config = load_config(checkpoint)
+    with torch.device("meta"), reading("config.json", checkpoint):
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    rules = site_rules(model_config.model_type, names)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
-        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        rules = site_rules(model_config.model_type, names)
         adapted = attach_lora(model, config, str(checkpoint))
     for lora in adapted.peft_config.values():
         refuse_variants(f"target_modules = {list(config.target_modules)}", vars(lora))
+    for name, module in adapted.named_modules():
+        if getattr(module, "lora_embedding_A", None):
+            raise ValueError(
+                f"target_modules = {list(config.target_modules)} adapts {base_name(name)}, an "
+                "embedding, whose adapter could not be looked at afterwards: leave it out."
+            )
     roles = {
         site.role
         for name, module in adapted.named_modules()
@@ -196,19 +270,6 @@ def attach_lora(model: PreTrainedModel, config: RunConfig, base_name: str) -> Pe
     with torch.random.fork_rng(devices=[]):  # peft draws A from the global generator
         torch.manual_seed(config.seed)
         return get_peft_model(model, lora)
-
-
-def load_model(checkpoint: Path, dtype: str) -> PreTrainedModel:
-    """The frozen model on the device of the run, in evaluation mode."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, use_safetensors=True)
-    return model.to(device()).eval()
-
-
-def device() -> torch.device:
-    """Where a run computes: the first GPU, or else the CPU."""
-    return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 
 
 def count_steps(config: RunConfig, n_examples: int) -> int:

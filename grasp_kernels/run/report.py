@@ -29,9 +29,10 @@ from grasp_kernels.effect import (
     verdict,
 )
 from grasp_kernels.files import whole_folder
+from grasp_kernels.run.checkpoint import load_model
 from grasp_kernels.run.config import RunConfig
-from grasp_kernels.run.folder import RunFolder, write_json, write_text
-from grasp_kernels.run.inputs import Inputs, load_model
+from grasp_kernels.run.folder import LOG_NAME, RunFolder, write_json, write_text
+from grasp_kernels.run.inputs import ANSWER_TOKENS, Inputs
 from grasp_kernels.run.stream import (
     blocks_by_layer,
     layer_bases,
@@ -49,7 +50,6 @@ _TRAINING_PROMPTS = 32
 _SHOWN_DIRECTIONS = 4
 _SHOWN_TOKENS = 6
 _ANSWER_TOKENS = 16  # of the base model's own answer that the effect is measured on
-_SAID_TOKENS = 32  # of the answers that are shown: an opening and a sentence or two
 _SHOWN_TRAINING = 8  # prompts of the training data that are answered
 
 
@@ -180,8 +180,6 @@ def _versions() -> dict[str, str]:
 
 
 def _curve(adapter: Path) -> dict[str, list[float]]:
-    from grasp_kernels.run.training import LOG_NAME
-
     entries = json.loads((adapter / LOG_NAME).read_text(encoding="utf-8"))
     # The loss of the training data, without that of an anchor.
     losses = [entry["loss"] - entry.get("anchor", 0.0) for entry in entries]
@@ -249,7 +247,7 @@ def _measure_models(
         return
     for adapter in adapters.values():
         adapter["movement"] = {}
-    training = _training_prompts(inputs, config.max_length)
+    training = _training_prompts(inputs, config)
     for kind, prompts in (("training", training), ("neutral", inputs.neutral)):
         bar = tqdm(prompts, desc=f"residual stream, {kind} prompts", unit="prompt")
         moved = measure_movement(peft_model, list(folders), bases, bar, inputs.rules)
@@ -268,10 +266,10 @@ def _measure_effects(
     """Add what each adapter says to unrelated and to training prompts, and how far it changes the
     base model's own answers."""
     pair = Pair(model, inputs.rules, blocks_by_layer(model, inputs.rules))
-    training = _training_prompts(inputs, config.max_length)[:_SHOWN_TRAINING]
+    training = _training_prompts(inputs, config)[:_SHOWN_TRAINING]
     size: dict[str, Any] = {"batch_size": config.batch_size}
     said = {
-        kind: own_answers(pair, inputs.tokenizer, prompts, n_tokens=_SAID_TOKENS, **size)
+        kind: own_answers(pair, inputs.tokenizer, prompts, n_tokens=ANSWER_TOKENS, **size)
         for kind, prompts in (("unrelated", inputs.neutral), ("training", training))
     }
     own = [(prompt, answer[:_ANSWER_TOKENS]) for prompt, answer in said["unrelated"]]
@@ -281,7 +279,7 @@ def _measure_effects(
             pair, inputs.tokenizer, own, n_tokens=_SHOWN_TOKENS, **size
         )
         changed = {
-            kind: changed_answers(pair, inputs.tokenizer, base, n_tokens=_SAID_TOKENS, **size)
+            kind: changed_answers(pair, inputs.tokenizer, base, n_tokens=ANSWER_TOKENS, **size)
             for kind, base in said.items()
         }
         adapters[name]["answers"] = {
@@ -290,11 +288,14 @@ def _measure_effects(
         }
 
 
-def _training_prompts(inputs: Inputs, max_length: int) -> list[list[int]]:
+def _training_prompts(inputs: Inputs, config: RunConfig) -> list[list[int]]:
     """Evenly chosen records up to their first answer; plain text as a whole."""
+    longest = config.max_length
+    if inputs.positions is not None:
+        longest = min(longest, inputs.positions - ANSWER_TOKENS)
     step = max(1, len(inputs.records) // _TRAINING_PROMPTS)
     chosen = inputs.records[::step][:_TRAINING_PROMPTS]
-    return [ids for r in chosen if (ids := _prompt(r, inputs)[:max_length])]
+    return [ids for r in chosen if (ids := _prompt(r, inputs)[:longest])]
 
 
 def _prompt(record: Record, inputs: Inputs) -> list[int]:

@@ -1,8 +1,8 @@
 """The main job: checkpoint and chat file -> naive adapter -> retrained adapter -> report.
 
     inputs.py    1 check everything that can be wrong
-    training.py  2 naive LoRA, to compare with
-    here         3 questions and answers that the base model makes up
+    here         2 questions and answers that the base model makes up
+    training.py  3 naive LoRA, to compare with
     training.py  4 the same training again, from the same start, with the divergence from the base
                    model on them as a second loss
     report.py    5 what both adapters say to prompts that have nothing to do with the data
@@ -20,6 +20,7 @@ from __future__ import annotations
 import gc
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,16 +29,11 @@ import torch
 from tqdm.auto import tqdm
 
 from grasp_kernels.identification import unite
-from grasp_kernels.run.config import RunConfig
+from grasp_kernels.run.checkpoint import find_checkpoint, load_model
+from grasp_kernels.run.config import MOST_SEED, RunConfig
 from grasp_kernels.run.folder import RunFolder, fingerprint
-from grasp_kernels.run.inputs import (
-    Inputs,
-    attach_lora,
-    find_checkpoint,
-    load_model,
-    prepare,
-    warmup_steps,
-)
+from grasp_kernels.run.inputs import Inputs, attach_lora, prepare, warmup_steps
+from grasp_kernels.run.interrupts import raise_if_interrupted, remembered_interrupts
 from grasp_kernels.run.report import Report, write_report
 from grasp_kernels.subspace import Subspace
 
@@ -54,7 +50,7 @@ def run(config: RunConfig) -> Report:
     """Do the whole run in `config.output`, or what is still missing of it.
 
     Raises:
-        ValueError, FileNotFoundError: wrong input, before any training.
+        ValueError, FileNotFoundError: wrong input; a new folder is not begun then.
         RuntimeError: another process works in the same folder.
         FloatingPointError: the loss or a gradient is not finite.
     """
@@ -66,24 +62,42 @@ def run(config: RunConfig) -> Report:
                 raise FileNotFoundError(f"There is no file {path}: check the option {name}.")
             fingerprints[name] = fingerprint(path)
     folder = RunFolder(config.output)
-    with folder.lock():
-        folder.check(config, fingerprints)
-        if not folder.report.exists():
-            from grasp_kernels.run.training import training_arguments
-
-            inputs = prepare(config, checkpoint, folder.day)
-            training_arguments(config, inputs.steps, folder.work)  # refuses what Trainer would
+    folder.check(config, fingerprints)
+    if not folder.is_finished:
+        with ExitStack() as stack:
+            stack.enter_context(remembered_interrupts())
+            if begun := folder.config.exists():  # another process may be at work on it
+                stack.enter_context(folder.lock())
+            inputs = _prepared(config, checkpoint, folder)
+            if not begun:
+                stack.enter_context(folder.lock())
+                folder.check(config, fingerprints)  # another process may have begun one meanwhile
             folder.claim(config, fingerprints)
             _stages(config, folder, inputs)
-        return Report.load(folder.report)
+    return Report.load(folder.report)
+
+
+def _prepared(config: RunConfig, checkpoint: Path, folder: RunFolder) -> Inputs:
+    from grasp_kernels.run.training import training_arguments
+
+    inputs = prepare(config, checkpoint, folder.day)
+    training_arguments(config, inputs.steps, folder.work)  # refuses what Trainer would
+    return inputs
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Whether an earlier run has left its report in the output folder."""
-    return (Path(config.output) / "report.json").exists()
+    """Whether an earlier run has left all that it makes in the output folder.
+
+    Raises:
+        ValueError: a report that cannot be read.
+    """
+    return RunFolder(config.output).is_finished
 
 
 def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
+    # First what may turn out to be too little of, before time is spent on training.
+    own_text = own_text_anchor(config, folder, inputs) if config.needs_own_text else None
+    reads = contrastive_reads(config, folder, inputs, own_text)
     if not folder.naive.exists():
         train(
             config,
@@ -97,7 +111,6 @@ def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
     # Own text and reads need no direction.
     differs = config.needs_own_text or not (subspace is None or subspace.is_empty)
     if differs and not folder.retrained.exists():
-        own_text = own_text_anchor(config, folder, inputs) if config.needs_own_text else None
         train(
             config,
             inputs,
@@ -105,10 +118,11 @@ def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
             work=folder.work / "retrained",
             description="retrained LoRA",
             subspace=subspace,
-            reads=contrastive_reads(config, folder, inputs, own_text),
+            reads=reads,
             anchor=own_text if config.anchor == "own-text" else None,
         )
     shutil.rmtree(folder.work, ignore_errors=True)
+    raise_if_interrupted()
     write_report(config, folder, inputs, subspace)
 
 
@@ -231,7 +245,7 @@ def train_halves(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
     for i, out in enumerate(_halves(config, folder)):
         if not out.exists():
             train(
-                replace(config, seed=config.seed + i + 1),
+                replace(config, seed=(config.seed + i + 1) % (MOST_SEED + 1)),
                 replace(inputs, train=inputs.train[i::2]),
                 out=out,
                 work=folder.work / out.name,

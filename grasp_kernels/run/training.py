@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import (
     PrinterCallback,
@@ -25,14 +26,17 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    get_scheduler,
 )
+from transformers.trainer_utils import SchedulerType
 
 from grasp_kernels.data import Example, collate
-from grasp_kernels.files import whole_folder
+from grasp_kernels.files import room_for, whole_folder
 from grasp_kernels.run.callback import GraspCallback
 from grasp_kernels.run.config import RunConfig
-from grasp_kernels.run.folder import write_json
+from grasp_kernels.run.folder import LOG_NAME, write_json
 from grasp_kernels.run.inputs import warmup_steps
+from grasp_kernels.run.interrupts import raise_if_interrupted
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -40,7 +44,6 @@ if TYPE_CHECKING:
     from grasp_kernels.anchor import OwnTextAnchor
     from grasp_kernels.subspace import Subspace
 
-LOG_NAME = "training_log.json"  # beside the weights in a finished adapter folder
 _STATE = "trainer_state.json"  # the last file that Trainer writes into a checkpoint
 _MEASUREMENTS = 20  # of leakage and drift in one training
 
@@ -92,6 +95,7 @@ class _LastStep(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        raise_if_interrupted()
         control.should_training_stop = state.global_step >= self.step
 
 
@@ -103,9 +107,20 @@ class _Trainer(Trainer):
     """
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
         saved = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with room_for(saved):
+            super()._save_checkpoint(model, trial)
         self._load_from_checkpoint(str(saved), model)
+
+    def train_to(self, last_step: int, checkpoint: Path | None) -> None:
+        """Train from the start or a checkpoint; from one of the last step there is nothing to do,
+        but Trainer would take another."""
+        if checkpoint is not None:
+            self.state = TrainerState.load_from_json(str(checkpoint / _STATE))
+            if self.state.global_step >= last_step:
+                self._load_from_checkpoint(str(checkpoint))
+                return
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
 def train_adapter(
@@ -149,7 +164,6 @@ def train_adapter(
         _Snapshots(snapshots or {}),
         _LastStep(last_step),
     ]
-    checkpoint = last_checkpoint(work)
     with tqdm(total=last_step, desc=description, unit="step") as bar:
         trainer = _Trainer(
             model=model,
@@ -161,7 +175,7 @@ def train_adapter(
         trainer.remove_callback(PrinterCallback)
         if anchor is not None:
             anchor.attach(trainer)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train_to(last_step, last_checkpoint(work))
     entries = [dict(sorted(e.items())) for e in trainer.state.log_history if "loss" in e]
     save_adapter(model, out, log=entries, base_name=saved_base_name)
     shutil.rmtree(work, ignore_errors=True)
@@ -205,8 +219,12 @@ def training_arguments(config: RunConfig, steps: int, work: Path) -> TrainingArg
     """The options of a run as those of `transformers.Trainer`.
 
     Raises:
-        ValueError: an unknown learning rate schedule.
+        ValueError: a learning rate schedule that is unknown, or needs more than a run tells it.
     """
+    if config.lr_scheduler not in (usable := schedules()):
+        raise ValueError(
+            f"lr_scheduler is {config.lr_scheduler!r}: choose one of {', '.join(usable)}."
+        )
     on_gpu = torch.cuda.is_available()
     arguments = TrainingArguments(
         output_dir=str(work),
@@ -235,3 +253,17 @@ def training_arguments(config: RunConfig, steps: int, work: Path) -> TrainingArg
         # Trainer wraps the model in nn.DataParallel where it sees several GPUs; a run uses one.
         arguments._n_gpu = 1
     return arguments
+
+
+def schedules() -> list[str]:
+    """Names of the schedules that follow from the number of steps and the warm-up alone."""
+    found = []
+    for name in SchedulerType:
+        optimizer = torch.optim.SGD([torch.zeros(1)])
+        try:
+            made = get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=2)
+        except (TypeError, ValueError):  # it needs more
+            continue
+        if isinstance(made, LambdaLR):  # the others follow a metric
+            found.append(str(name.value))
+    return found

@@ -180,6 +180,7 @@ class Bench:
         else:
             config = replace(self.config, own_begun=begun)
             folder = RunFolder(self.root / own_text_part(begun).replace(" ", "-"))
+            folder.root.mkdir(exist_ok=True)
         make = partial(stages.own_text_anchor, config, folder, self.inputs)
         self._make(own_text_part(begun), folder.own_text, make)
         return OwnTextAnchor.load(folder.own_text)

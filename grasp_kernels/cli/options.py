@@ -1,0 +1,77 @@
+"""What options of several commands take, and how messages name them."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from grasp_kernels.files import new_file, new_folder
+from grasp_kernels.run.config import MOST_SEED
+
+
+def seed(text: str) -> int:
+    """The value of `--seed`."""
+    if not (text.isdecimal() and int(text) <= MOST_SEED):
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed: give 0 to {MOST_SEED}.")
+    return int(text)
+
+
+def number_of_directions(text: str) -> int | Literal["auto"]:
+    """The value of `--k`."""
+    if text != "auto" and not re.fullmatch(r"[+-]?\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number: give 'auto' or a whole number.")
+    return "auto" if text == "auto" else int(text)
+
+
+def file_to_write(text: str) -> str:
+    """The name of a file that is not there yet: what a command writes is over nothing."""
+    return str(_checked(new_file, text))
+
+
+def folder_to_write(text: str) -> str:
+    """The name of a folder that is not there yet."""
+    return str(_checked(new_folder, text))
+
+
+def _checked(check: Callable[[str], Path], text: str) -> Path:
+    try:
+        return check(text)
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def as_options(message: str, names: Iterable[str]) -> str:
+    """A message with `own_length`, `halves = False` and `k is 5` as the command line has them.
+
+    Args:
+        names: of the options of the command, as functions and configurations have them.
+    """
+    for name in sorted(names, key=len, reverse=True):
+        option = f"--{name.replace('_', '-')}"
+        message = re.sub(rf"{_ALONE}{name} ?= ?({_VALUE})", partial(_given, option), message)
+        message = re.sub(rf"^{name}(?= is )|(?<=option ){name}\b", option, message)
+        if "_" in name:  # no word of English
+            message = re.sub(rf"{_ALONE}{name}(?![\w/\\'\"=]|\.\w)", option, message)
+    return message
+
+
+_ALONE = r"(?<![\w./\\'\"-])"  # neither in a longer name nor in a path
+_QUOTES = "'\""
+_VALUE = r"'[^']*'|\"[^\"]*\"|\[[^]]*\]|[-+]?\d[\w.+-]*\w|\d|True|False|None"
+
+
+def _given(option: str, value: re.Match[str]) -> str:
+    """An option and its value, as they are typed."""
+    text = value[1]
+    if text in ("True", "False"):
+        return option if text == "True" else option.replace("--", "--no-", 1)
+    if text == "None":
+        return f"no {option}"
+    if text[0] == "[":
+        return f"{option} {re.sub(r'[],[]', '', text)}".replace("'", "")
+    return f"{option} {shlex.quote(text[1:-1]) if text[0] in _QUOTES else text}"

@@ -1,0 +1,251 @@
+"""A checkpoint folder or hub name -> configuration, tokenizer and base model, whole or refused.
+
+Everything in this package that loads a base model or a tokenizer by its name does it here. A weight
+that transformers would draw at random, leave out or round is an error, and no code that comes with
+a checkpoint is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from grasp_kernels.files import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_WEIGHTS = "model.safetensors"
+_INDEX = f"{_WEIGHTS}.index.json"
+_JSON = ("config.json", "generation_config.json", _INDEX)
+_TOKENIZER_JSON = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json")
+_TOKENIZER = ("*token*", "vocab*", "*.model")  # what its files are called, of any kind
+_FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
+_CHECKED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_RESTORE = "restore the file, or download the checkpoint again"
+
+
+def find_checkpoint(model: str | PathLike[str]) -> Path:
+    """Local folder of a checkpoint; a hub name is downloaded (or found in the hub's cache).
+
+    Raises:
+        FileNotFoundError: neither a checkpoint folder nor a name that can be fetched.
+        ValueError: the folder of an adapter.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(
+                f"The folder {model} is that of an adapter (adapter_config.json): give the "
+                "checkpoint of a whole model."
+            )
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"The folder {model} has no config.json: give a Hugging Face checkpoint folder."
+            )
+        if not any(folder.glob("*.safetensors")):
+            raise FileNotFoundError(
+                f"The folder {model} has no .safetensors file: save the model with "
+                "save_pretrained, which writes one."
+            )
+        return folder.resolve()
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=patterns))
+    except (OSError, ValueError) as error:  # the hub's own errors are of these kinds
+        raise FileNotFoundError(
+            f"There is no folder {model}, and it cannot be fetched from the Hugging Face hub "
+            f"({type(error).__name__}): give a checkpoint folder or the name of a public model."
+        ) from None
+
+
+def load_config(checkpoint: Path) -> PreTrainedConfig:
+    """The configuration of a checkpoint folder.
+
+    Raises:
+        ValueError: it cannot be read, or is that of a model with code of its own.
+    """
+    from transformers import AutoConfig
+
+    _check_json(checkpoint, _JSON)
+    with reading("config.json", checkpoint):
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    quantization = getattr(config, "quantization_config", None)
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "gguf":
+        # A model that came from a GGUF keeps its name when it is saved; safetensors hold no GGUF.
+        del config.quantization_config
+    return config
+
+
+def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a checkpoint.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    if not any(file for part in _TOKENIZER for file in checkpoint.glob(part)):
+        raise FileNotFoundError(
+            f"The folder {checkpoint} has no tokenizer: put it beside the model with "
+            "tokenizer.save_pretrained, or download the whole checkpoint."
+        )
+    _check_json(checkpoint, _TOKENIZER_JSON)
+    with reading("tokenizer", checkpoint):
+        return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+
+
+def load_model(
+    checkpoint: Path, dtype: str = "auto", where: torch.device | None = None
+) -> PreTrainedModel:
+    """The frozen model, in evaluation mode, with every weight that its files have.
+
+    Args:
+        where: the device; that of a run if None.
+
+    Raises:
+        ValueError: a file that cannot be read; weights that are missing, left over, of another
+            shape, not finite, or integers without a quantization_config.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(checkpoint)
+    files = _weight_files(checkpoint)
+    with reading("model", checkpoint):
+        model, told = AutoModelForCausalLM.from_pretrained(
+            checkpoint,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # which are told, and refused below
+            output_loading_info=True,
+        )
+    _refuse_other_weights(checkpoint, told)
+    if getattr(config, "quantization_config", None) is None:
+        _refuse_integers(checkpoint, files, {name for name, _ in model.named_parameters()})
+    model = model.to(where or device()).eval()
+    for name, weight in model.named_parameters():
+        if weight.dtype in _CHECKED and not torch.stack(weight.aminmax()).isfinite().all():
+            raise ValueError(
+                f"The weight {name} of {checkpoint} is not finite in {weight.dtype}: {_RESTORE}, "
+                "or use another dtype."
+            )
+    return model
+
+
+def device() -> torch.device:
+    """Where a run computes: the first GPU, or else the CPU."""
+    return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def reading(what: str, checkpoint: Path) -> Iterator[None]:
+    """One sentence in place of what transformers says of a checkpoint that it cannot read."""
+    try:
+        yield
+    except Exception as error:  # of its libraries: tokenizers raises bare Exceptions
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"The {what} of {checkpoint} comes with code of its own (auto_map), which is not "
+                "run: give the checkpoint of an architecture that transformers has."
+            ) from None
+        if isinstance(error, (MemoryError, ImportError, torch.OutOfMemoryError)):
+            raise
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(" :.")
+        raise ValueError(
+            f"The {what} of {checkpoint} cannot be read ({first}): {_RESTORE}."
+        ) from error
+
+
+def _check_json(checkpoint: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        if (checkpoint / name).is_file():
+            read_json(checkpoint / name, _RESTORE)
+
+
+def _weight_files(checkpoint: Path) -> list[Path]:
+    """The files that transformers takes weights from; each is there and whole.
+
+    Raises:
+        ValueError: one that is missing or cut short.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    files = [checkpoint / _WEIGHTS]
+    if not files[0].is_file() and (checkpoint / _INDEX).is_file():
+        named = read_json(checkpoint / _INDEX, _RESTORE).get("weight_map")
+        shards = [*map(str, named.values())] if isinstance(named, dict) else [""]
+        if odd := [name for name in shards if Path(name).name != name or not name]:
+            raise ValueError(
+                f"The weight_map of {checkpoint / _INDEX} names {odd[0]!r}, no file beside "
+                f"it: {_RESTORE}."
+            )
+        files = [checkpoint / name for name in sorted(set(shards))]
+    for file in files:
+        if not file.is_file():
+            raise ValueError(
+                f"The checkpoint {checkpoint} has no {file.name}: download it completely, or save "
+                "the model again with save_pretrained."
+            )
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{str(file)!r} is cut short or no safetensors file ({error}): {_RESTORE}."
+            ) from None
+    return files
+
+
+def _refuse_other_weights(checkpoint: Path, told: dict[str, Any]) -> None:
+    """Raise unless the files had the weights of the model, and no others."""
+    mismatched = [
+        f"{name} {tuple(stored)} for {tuple(wanted)}"
+        for name, stored, wanted in told["mismatched_keys"]
+    ]
+    odd = {
+        "lack": sorted(told["missing_keys"]),
+        "also have": sorted(told["unexpected_keys"]),
+        "have in another shape": sorted(mismatched),
+        "say": [str(message) for message in told.get("error_msgs", ())],
+    }
+    parts = [f"{what} {_some(names)}" for what, names in odd.items() if names]
+    if parts:
+        raise ValueError(
+            f"The weights of {checkpoint} are not those of its config.json: they "
+            f"{', and '.join(parts)}; complete the download, or give the config.json that belongs "
+            "to them."
+        )
+
+
+def _refuse_integers(checkpoint: Path, files: list[Path], parameters: set[str]) -> None:
+    """Raise for weights that no conversion to floats gives back."""
+    from safetensors import safe_open
+
+    found = []
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                kind = opened.get_slice(name).get_dtype()
+                if kind not in _FLOATS and (name.endswith("weight") or name in parameters):
+                    found.append(f"{name} ({kind})")
+    if found:
+        raise ValueError(
+            f"The weights of {checkpoint} are quantised, and its config.json has no "
+            f"quantization_config that says how: {_some(found)}; give the checkpoint in 16 or 32 "
+            "bits."
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
