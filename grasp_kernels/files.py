@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -41,6 +42,50 @@ def whole_folder(path: str | PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def inside(file: Path) -> Path:
+    """The file, if it lies in its folder; one of the hub's cache may lie among its blobs.
+
+    Raises:
+        ValueError: it is a link that leads out of the folder.
+    """
+    folder, target = file.parent.resolve(), file.resolve()
+    allowed = [folder]
+    if folder.parent.name == "snapshots":
+        allowed.append(folder.parent.parent / "blobs")
+    if not any(target.is_relative_to(one) for one in allowed):
+        raise ValueError(
+            f"{str(file)!r} is a link that leads out of its folder, to {str(target)!r}; if it is "
+            "meant, put the file itself there."
+        )
+    return file
+
+
+def read_json(path: Path, what: str, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        what: what the file should be, such as "index of shards".
+        remedy: what to do where it is not, such as "save the adapter again".
+
+    Raises:
+        ValueError: no JSON, or no object.
+    """
+    content = inside(path).read_bytes()
+    try:
+        found = json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError:
+        reason = "it is not text in UTF-8"
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except ValueError as error:
+        reason = f"it is not JSON ({error})"
+    else:
+        if isinstance(found, dict):
+            return found
+        reason = f"it holds a {type(found).__name__}"
+    raise ValueError(f"{str(path)!r} is no {what}: {reason}; {remedy}.")
 
 
 @contextmanager
