@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from grasp_kernels.adapters.checkpoint import Stored, indexed, read_tensors
+from grasp_kernels.adapters.checkpoint import Stored, indexed, read_tensors, refuse_nonfinite
 from grasp_kernels.files import read_json
 from grasp_kernels.inert import shown
 from grasp_kernels.processes import whole
@@ -58,11 +58,7 @@ class BaseModel:
                 f"{weight.numel()}, but the adapter meets it with {width}; give the base model on "
                 "which the adapter was trained."
             )
-        if not bool(weight.float().isfinite().all()):
-            raise ValueError(
-                f"The norm {shown(norm)} of the base model {shown(self.source)} has non-finite "
-                "values; give a base model that is whole."
-            )
+        refuse_nonfinite(norm, weight)
         return weight
 
 

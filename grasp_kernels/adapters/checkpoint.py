@@ -90,3 +90,13 @@ def indexed(path: Path, what: str) -> list[Path]:
             f"{what} again."
         )
     return files
+
+
+def refuse_nonfinite(name: str, weight: Tensor) -> None:
+    """Raise for a tensor with a value that is no finite number."""
+    # float8 has no isfinite of its own
+    if weight.is_floating_point() and not bool(weight.float().isfinite().all()):
+        raise ValueError(
+            f"{shown(name)} has non-finite values; take an earlier checkpoint, before training "
+            "diverged."
+        )

@@ -50,10 +50,11 @@ class Factors:
 
 @dataclass(frozen=True)
 class Parts:
-    """Every tensor of an adapter: the LoRA factors, and the names of what else was trained."""
+    """Every tensor of an adapter: the LoRA factors, and by its name a reader of what else was
+    trained."""
 
     factors: tuple[Factors, ...]
-    others: tuple[str, ...]
+    others: Mapping[str, Callable[[], Tensor]]
     config: Mapping[str, Any]
     source: str
 
@@ -237,7 +238,9 @@ def read_parts(source: Path, adapter_name: str | None = None) -> Parts:
         bias = tensors[place["bias"]]() if "bias" in place else None
         key = place["A"].replace(".lora_A", ".lora_{}")
         factors.append(Factors(name, key, a, b, scaling(name, a), bias))
-    return Parts(tuple(factors), tuple(map(base_name, others)), config, str(source))
+    return Parts(
+        tuple(factors), {base_name(key): tensors[key] for key in others}, config, str(source)
+    )
 
 
 def open_weights(path: Path) -> dict[str, Stored]:

@@ -6,17 +6,18 @@ Shapes: `R` LoRA rank, `K` inputs and `N` outputs of a linear layer. The change 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from grasp_kernels.adapters.base_model import BaseModel, read_base_model
+from grasp_kernels.adapters.checkpoint import refuse_nonfinite
 from grasp_kernels.adapters.files import (
     Factors,
     Parts,
@@ -124,6 +125,9 @@ def adapter_parts(source: Any, adapter_name: str | None = None) -> Parts:
         )
     for entry in parts.factors:
         _check(entry)
+    for name, read in parts.others.items():
+        if not isinstance(source, nn.Module):  # of a model they may be spread, and are not read
+            refuse_nonfinite(name, read())
     return parts
 
 
@@ -228,11 +232,7 @@ def _check(entry: Factors) -> None:
     for name, weight in weights.items():
         if not weight.dtype.is_floating_point:
             raise ValueError(f"{shown(name)} is {weight.dtype}; save it in a floating dtype.")
-        if not bool(torch.isfinite(weight.float()).all()):  # float8 has no isfinite of its own
-            raise ValueError(
-                f"{shown(name)} has non-finite values; take an earlier checkpoint, before training "
-                "diverged."
-            )
+        refuse_nonfinite(name, weight)
     if A.shape[-2] != B.shape[-1] or A.shape[-2] == 0:
         raise ValueError(
             f"{shown(key('A'))} has shape {tuple(A.shape)} and its lora_B {tuple(B.shape)}; they "
@@ -321,7 +321,7 @@ def _model_parts(model: nn.Module, adapter_name: str | None) -> Parts:
     name = active_adapter(model, adapter_name)
     config = (getattr(model, "peft_config", None) or {}).get(name)
     factors = tuple(_model_factors(model, name))
-    others = tuple(_model_others(model, name, getattr(config, "bias", "none")))
+    others = dict(_model_others(model, name, getattr(config, "bias", "none")))
     source = f"{type(model).__name__}:{name}"
     return Parts(factors, others, {} if config is None else vars(config), source)
 
@@ -351,7 +351,9 @@ def _model_factors(model: nn.Module, adapter: str) -> Iterator[Factors]:
         )
 
 
-def _model_others(model: nn.Module, adapter: str, bias: str) -> Iterator[str]:
+def _model_others(
+    model: nn.Module, adapter: str, bias: str
+) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """The parameters that belong to an adapter, or are trained beside it, and are no LoRA factor.
 
     Args:
@@ -370,4 +372,4 @@ def _model_others(model: nn.Module, adapter: str, bias: str) -> Iterator[str]:
             or (bias == "lora_only" and name.removesuffix(".base_layer.bias") in adapted)
         )
         if its_own or trained or parameter.requires_grad:
-            yield base_name(name)
+            yield base_name(name), partial(whole, parameter)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp_kernels.adapters.base_model import model_config, read_folder
+from grasp_kernels.adapters.checkpoint import refuse_nonfinite
 from grasp_kernels.adapters.files import CONFIG
 from grasp_kernels.inert import shown
 from grasp_kernels.sites import base_name, expert_part, stored_name
@@ -191,11 +192,7 @@ def _refuse_uncomparable(name: str, *weights: Tensor) -> None:
                 f"A weight of {shown(name)} is a {type(weight).__name__} of {weight.dtype} on "
                 f"{weight.device}; give models that are loaded whole and not quantised."
             )
-        if weight.is_floating_point() and not bool(weight.float().isfinite().all()):
-            raise ValueError(
-                f"A weight of {shown(name)} is not finite; give an earlier checkpoint, before "
-                "training diverged."
-            )
+        refuse_nonfinite(name, weight)
 
 
 def _alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

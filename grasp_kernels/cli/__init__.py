@@ -18,6 +18,7 @@ from grasp_kernels.cli import (
     run_commands,
     tune_command,
 )
+from grasp_kernels.inert import printable
 from grasp_kernels.version import __version__
 
 _EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ArithmeticError)
@@ -38,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
-        print(f"error: {_sentence(error)}", file=sys.stderr)
+        lines = map(printable, _sentence(error).splitlines())  # it may quote what is in a file
+        print("error:", "\n".join(lines), file=sys.stderr)
         return _FAILED
 
 
