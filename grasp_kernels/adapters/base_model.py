@@ -81,7 +81,7 @@ def _from_module(model: nn.Module) -> BaseModel:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     vectors = {
         base_name(name).removesuffix(".weight"): partial(_copy, parameter)
-        for name, parameter in model.named_parameters()
+        for name, parameter in model.named_parameters(remove_duplicate=False)  # repeated layers
         if parameter.ndim == 1 and name.endswith(".weight") and not parameter.is_meta
     }
     return BaseModel(

@@ -94,8 +94,10 @@ def indexed(path: Path, what: str) -> list[Path]:
 
 def refuse_nonfinite(name: str, weight: Tensor) -> None:
     """Raise for a tensor with a value that is no finite number."""
-    # float8 has no isfinite of its own
-    if weight.is_floating_point() and not bool(weight.float().isfinite().all()):
+    if not weight.is_floating_point():
+        return
+    wide = weight.float() if weight.element_size() == 1 else weight  # float8 has no isfinite
+    if not bool(wide.isfinite().all()):
         raise ValueError(
             f"{shown(name)} has non-finite values; take an earlier checkpoint, before training "
             "diverged."

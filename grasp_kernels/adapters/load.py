@@ -91,7 +91,7 @@ def load_adapter(
             return _from_model(source, adapter_name, base_model, sites)
     parts = adapter_parts(source, adapter_name)
     stored_base = parts.config.get("base_model_name_or_path")
-    if base_model is None and stored_base and (Path(stored_base) / "config.json").is_file():
+    if base_model is None and stored_base and _is_checkpoint(stored_base):
         base_model = stored_base
     base = read_base_model(base_model)
     spans = parts.config.get("layer_replication")
@@ -100,6 +100,13 @@ def load_adapter(
         repeated = None  # the blocks of the module are repeated already
     model_type = base.model_type or config_model_type(parts.config)
     return _assemble(parts, stored_base, base, model_type, sites, repeated)
+
+
+def _is_checkpoint(name: str) -> bool:
+    try:
+        return (Path(name) / "config.json").is_file()
+    except OSError:  # no name that a file could have
+        return False
 
 
 def adapter_parts(source: Any, adapter_name: str | None = None) -> Parts:

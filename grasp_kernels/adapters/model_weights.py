@@ -23,7 +23,7 @@ from grasp_kernels.sites import base_name, expert_part, stored_name
 _TRANSPOSED = ("gpt2",)  # model types whose linear layers store W[K, N]
 _EMBEDDINGS = ("wte", "wpe")  # and whose embeddings do not
 _INPUTS = ("embed_tokens", "embed_in", "wte")  # what a head may be tied to
-_HEADS = ("lm_head", "embed_out")  # of GPT-NeoX, as modules and as folders call it
+_HEAD, _OF_NEOX = "lm_head", "embed_out"  # what GPT-NeoX calls its head in files
 _CONSTANTS = ("rotary_emb.inv_freq", "attn.masked_bias")  # which older checkpoints store
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -58,13 +58,17 @@ def model_weights(source: nn.Module | str | PathLike[str]) -> dict[str, Reader]:
 
 def _of_module(model: nn.Module) -> dict[str, Reader]:
     found: dict[str, Reader] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters(remove_duplicate=False):  # repeated layers
         if ".lora_" not in name and (parameter.ndim == 3 or not name.endswith(".weight")):
-            found[base_name(name)] = parameter.detach
+            found[_named(base_name(name))] = parameter.detach
     for name, module in model.named_modules():
         if ".lora_" not in name and isinstance(getattr(module, "weight", None), Tensor):
-            found[base_name(name)] = partial(_untransposed, module)
+            found[_named(base_name(name))] = partial(_untransposed, module)
     return found
+
+
+def _named(name: str) -> str:
+    return _HEAD if name == _OF_NEOX else name
 
 
 def _of_folder(folder: Path) -> dict[str, Reader]:
@@ -72,7 +76,7 @@ def _of_folder(folder: Path) -> dict[str, Reader]:
     found: dict[str, Reader] = {}
     experts: dict[str, dict[tuple[int, int], Reader]] = {}
     for key, read in read_folder(folder).items():
-        name = stored_name(key)
+        name = _named(stored_name(key))
         part = expert_part(name) if key.endswith(".weight") else None
         if part is not None:
             experts.setdefault(part.whole, {})[part.expert, part.place] = read
@@ -210,7 +214,7 @@ def _says_nothing(
     """Whether a tensor that one model lacks is a constant, or a head that is an embedding."""
     if name.endswith(_CONSTANTS) or (name.endswith(".attn.bias") and tensor.ndim == 4):
         return True
-    return name.endswith(_HEADS) and any(
+    return name.endswith(_HEAD) and any(
         tensor.shape == e.shape and torch.equal(tensor, e.to(tensor))
         for model in (changed, original)
         for other, read in model.items()

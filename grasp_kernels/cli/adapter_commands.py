@@ -169,6 +169,12 @@ def _check(arguments: argparse.Namespace) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that something was not measured stands below
         measured = leakage(arguments.adapter, subspace, base=arguments.base_model)
+    if not (measured.changed or measured.unseen):
+        raise ValueError(
+            f"Nothing that {arguments.subspace} has a basis for was changed in "
+            f"{arguments.adapter}: give a trained adapter, or the model that was changed and with "
+            "--base-model its base."
+        )
     names = [printable(name) for name in measured]
     width = max(map(len, names))
     print(f"{'module':<{width}}  {'write':>9}  {'read':>9}")

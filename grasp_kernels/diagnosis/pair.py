@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from grasp_kernels.adapters.checkpoint import refuse_nonfinite
 from grasp_kernels.adapters.load import MOVED_BASE, active_adapter, adapter_parts
 from grasp_kernels.effect.pair import Pair
 from grasp_kernels.identification.frozen_model import measuring
@@ -40,6 +41,9 @@ def open_pair(
     loaded: Any = (
         model if isinstance(model, nn.Module) else load_model(find_checkpoint(str(model)), dtype)
     )
+    for name, weight in loaded.named_parameters():
+        if type(weight) is nn.Parameter and not weight.is_meta:
+            refuse_nonfinite(base_name(name), weight)
     inside = hasattr(loaded, "disable_adapter") and hasattr(loaded, "peft_config")
     if inside == (adapter is not None):
         raise ValueError(

@@ -58,9 +58,11 @@ class Leakages(dict[str, Leakage]):
         unseen: what belongs to the change and was not measured, by name: weights that the subspace
             has no basis for though it should, trained embeddings, norms and biases of the base.
             Of those nothing is known.
+        changed: whether any of the layers that were measured is another one than in the base.
     """
 
     unseen: tuple[str, ...] = ()
+    changed: bool = False
 
 
 def leakage(
@@ -264,6 +266,7 @@ def _of_adapter(parts: Parts, bases: _Bases) -> Leakages:
 def _leakages(measured: dict[str, _Measured], unseen: list[str]) -> Leakages:
     found = Leakages({name: site.leakage() for name, site in measured.items()})
     found.unseen = tuple(dict.fromkeys(unseen))
+    found.changed = any(site.total or site.bias for site in measured.values())
     return found
 
 
