@@ -70,7 +70,7 @@ def indexed(path: Path, what: str) -> list[Path]:
             f"{what} again."
         )
     names = sorted(set(shards.values()))
-    strange = [name for name in names if Path(name).name != name or "\\" in name]
+    strange = [name for name in names if Path(name).name != name or name == ".."]
     if strange:
         raise ValueError(
             f"{str(path)!r} names the shards {listed(strange)}, which are not beside it; shards "

@@ -27,7 +27,8 @@ WEIGHTS = "adapter_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"  # which of several shards holds which tensor
 
 _LORA_KEY = re.compile(
-    r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.(?P<kind>weight|bias)$"
+    r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.(?P<kind>weight|bias)$",
+    re.DOTALL,  # a name may hold anything
 )
 _LARGEST_ALPHA = 1e9  # more overflows somewhere
 _SECONDS = 5.0  # that all patterns of a configuration may take
