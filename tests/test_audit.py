@@ -211,6 +211,15 @@ def test_a_base_without_the_norms_of_the_adapter_is_refused(
         load_adapter(tmp_path / "adapter", base_model=tmp_path / "base")
 
 
+def test_an_adapter_of_other_modules_is_refused_beside_the_base(tmp_path: Path) -> None:
+    tiny_peft_model(("o_proj",)).save_pretrained(tmp_path / "adapter")
+    tiny_model().save_pretrained(tmp_path / "base")
+    renamed(tmp_path / "adapter", lambda key: key.replace(".layers", ".language_model.layers"))
+    for base in (tmp_path / "base", tiny_model()):
+        with pytest.raises(ValueError, match=r"has no 'model\.language_model\.layers\.0"):
+            gk.identify(tmp_path / "adapter", base_model=base)
+
+
 # --- which adapter
 
 

@@ -7,7 +7,7 @@ are read, so that a 70B checkpoint costs megabytes. `D` is the width of the resi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
@@ -20,7 +20,7 @@ from grasp_kernels.adapters.checkpoint import Stored, indexed, read_tensors, ref
 from grasp_kernels.files import read_json
 from grasp_kernels.inert import shown
 from grasp_kernels.processes import whole
-from grasp_kernels.sites import base_name, same_module, stored_name
+from grasp_kernels.sites import base_name, expert_part, same_module, stored_name
 
 _WEIGHTS = "model.safetensors"
 MOST_LAYERS = 1000  # that any model has
@@ -28,13 +28,18 @@ MOST_LAYERS = 1000  # that any model has
 
 @dataclass(frozen=True)
 class BaseModel:
-    """`vectors` maps the module name of a norm to a function that reads its weight; `source` is
-    None where nothing is known of the base."""
+    """`names` are those of its modules and parameters, `vectors` maps the module name of a norm to
+    a function that reads its weight; both are empty where nothing is known of the base."""
 
     model_type: str | None = None
     n_layers: int | None = None
     vectors: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+    names: Collection[str] = frozenset()
     source: str | None = None
+
+    def has(self, name: str) -> bool:
+        """Whether the base has what an adapter adapts, as far as its modules are known."""
+        return not self.names or same_module(name, self.names) is not None
 
     def norm_weight(self, norm: str, width: int) -> Tensor | None:
         """The weight `[D]` of a norm by its module name, None if no norm of the base is at hand.
@@ -88,6 +93,7 @@ def _from_module(model: nn.Module) -> BaseModel:
         getattr(config, "model_type", None),
         getattr(text, "num_hidden_layers", None),
         vectors,
+        _modules(base_name(name) for name, _ in model.named_parameters(remove_duplicate=False)),
         type(model).__name__,
     )
 
@@ -111,7 +117,21 @@ def _from_folder(folder: Path) -> BaseModel:
     }
     nested = config.get("text_config")
     depth = (nested if isinstance(nested, dict) else config).get("num_hidden_layers")
-    return BaseModel(config.get("model_type"), _depth(folder, depth, stored), vectors, str(folder))
+    return BaseModel(
+        config.get("model_type"),
+        _depth(folder, depth, stored),
+        vectors,
+        _modules(f"{stored_name(key)}.weight" for key in stored),
+        str(folder),
+    )
+
+
+def _modules(parameters: Iterable[str]) -> frozenset[str]:
+    """The names of parameters and of the modules that they belong to; of experts, of all in one."""
+    found: set[str] = set()
+    for name in parameters:
+        found |= {name, name.rpartition(".")[0]}
+    return frozenset(found | {part.whole for one in found if (part := expert_part(one))})
 
 
 def _depth(folder: Path, said: Any, stored: Mapping[str, Stored]) -> int | None:

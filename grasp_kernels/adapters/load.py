@@ -160,6 +160,11 @@ def _assemble(
         if site is None:
             outside.append(entry.name)
             continue
+        if not base.has(_block_of_base(entry.name, rules, repeated)) and not base.has(site.name):
+            raise ValueError(
+                f"The base model {shown(base.source)} has no {shown(entry.name)}, which is "
+                "adapted; give the base model on which the adapter was trained."
+            )
         if entry.lora_A.ndim != 2:
             raise ValueError(
                 f"{shown(entry.key)} has shape {tuple(entry.lora_A.shape)}; only LoRA on linear "
@@ -167,7 +172,7 @@ def _assemble(
             )
         if site.norm and site.norm not in gains:
             width = entry.lora_A.shape[1] if site.role == "read" else entry.lora_B.shape[0]
-            weight = base.norm_weight(_block_of_base(site, rules, repeated), width)
+            weight = base.norm_weight(_block_of_base(site.norm, rules, repeated), width)
             gains[site.norm] = None if weight is None else site.gain(weight)
         gain = gains[site.norm] if site.norm else None
         layers.append(LoRAWeights(site, entry.lora_A, entry.lora_B, entry.scaling, gain))
@@ -187,16 +192,16 @@ def _assemble(
     return Adapter(tuple(layers), parts.source, base_model, model_type, depth, rules, notes)
 
 
-def _block_of_base(site: Site, rules: SiteRules, repeated: list[int] | None) -> str:
-    """The name of a site's norm in the base, whose blocks peft may have repeated."""
-    norm = str(site.norm)
-    if repeated is None:
-        return norm
-    stem, layer, rest = rules.split(norm) or ("", 0, "")
+def _block_of_base(name: str, rules: SiteRules, repeated: list[int] | None) -> str:
+    """What a module of the adapted model is called in the base, whose blocks peft may repeat."""
+    parts = rules.split(name)
+    if repeated is None or parts is None:
+        return name
+    stem, layer, rest = parts
     if layer >= len(repeated):
         raise ValueError(
-            f"{shown(site.name)} is in block {layer}, but layer_replication makes {len(repeated)}; "
-            "give the configuration that belongs to these weights."
+            f"{shown(name)} is in block {layer}, but layer_replication makes {len(repeated)}; give "
+            "the configuration that belongs to these weights."
         )
     return f"{stem}.{repeated[layer]}.{rest}"
 

@@ -359,9 +359,11 @@ def _projected(weights: Path, subspace: Subspace) -> dict[str, Tensor]:
     for name, keys in sort_keys(weights, tensors, None)[0].items():
         place = bases.at(name) or name
         for part, key in keys.items():
+            tensor = found[key]
+            wide = tensor.float() if tensor.element_size() == 1 else tensor  # float8 multiplies not
             if part == "A":
-                projected = project_rows(found[key], subspace.read.get(place))
+                projected = project_rows(wide, subspace.read.get(place))
             else:
-                projected = project_columns(found[key], subspace.write.get(place))
-            found[key] = projected.to(found[key].dtype).contiguous()
+                projected = project_columns(wide, subspace.write.get(place))
+            found[key] = projected.to(tensor.dtype).contiguous()
     return found
