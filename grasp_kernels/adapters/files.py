@@ -204,17 +204,35 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def refuse_dora(where: str, config: Mapping[str, Any]) -> None:
+# Whatever of these is set, a layer computes something else than base and product of two factors.
+_VARIANTS = (
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "alora_invocation_tokens",
+)
+
+
+def refuse_other_forms(where: str, config: Mapping[str, Any]) -> None:
+    """Raise for a variant of LoRA whose change is not `s B A`."""
     if config.get("use_dora"):
         raise ValueError(
             f"{where!r} is a DoRA adapter, whose magnitudes also change the weights; train with "
             "use_dora=False."
         )
+    variants = [name for name in _VARIANTS if config.get(name)]
+    if variants:
+        raise ValueError(
+            f"{where!r} is a variant of LoRA that is not supported ({listed(variants)}); train "
+            "with plain LoRA."
+        )
 
 
 def refuse_variants(where: str, config: Mapping[str, Any]) -> None:
     """Raise for what is more than a product of two factors for a linear layer."""
-    refuse_dora(where, config)
+    refuse_other_forms(where, config)
     if config.get("target_parameters"):
         raise ValueError(
             f"{where!r} has LoRA on raw parameters ({listed(config['target_parameters'])}); train "

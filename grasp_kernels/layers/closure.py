@@ -24,7 +24,7 @@ from grasp_kernels.adapters.files import (
     config_model_type,
     find_weights,
     open_weights,
-    refuse_dora,
+    refuse_other_forms,
     sort_keys,
 )
 from grasp_kernels.adapters.load import adapter_parts
@@ -103,7 +103,7 @@ def leakage(
     else:
         with gathered(source) if isinstance(source, nn.Module) else nullcontext():
             parts = adapter_parts(source, adapter_name)
-        refuse_dora(parts.source, parts.config)
+        refuse_other_forms(parts.source, parts.config)
         if subspace is None:
             assert isinstance(source, nn.Module)
             bases = _Bases.of_layers(source)
