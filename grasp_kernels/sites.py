@@ -239,7 +239,8 @@ def same_module(name: str, known: Iterable[str]) -> str | None:
     """The one of the known names that means the module `name`; None where there is none.
 
     A task model and its bare backbone name a module differently ("model.layers.0.mlp",
-    "layers.0.mlp"), so names may differ by leading components.
+    "layers.0.mlp"), so names may differ by leading components, and by the "language_model." that a
+    text model has where it stands beside one for images.
 
     Raises:
         ValueError: several differ by those.
@@ -247,13 +248,22 @@ def same_module(name: str, known: Iterable[str]) -> str | None:
     known = known if isinstance(known, Container) else set(known)
     if name in known:
         return name
-    ends = [one for one in known if one.endswith(f".{name}") or (one and name.endswith(f".{one}"))]
+    end = f".{_of_text(name)}"
+    ends = [
+        one
+        for one in known
+        if one and (f".{_of_text(one)}".endswith(end) or end.endswith(f".{_of_text(one)}"))
+    ]
     if len(ends) > 1:
         raise ValueError(
             f"{name!r} could be any of {sorted(ends)[:4]}; give the base model on which the "
             "adapter was trained."
         )
     return ends[0] if ends else None
+
+
+def _of_text(name: str) -> str:
+    return name.replace("language_model.", "")
 
 
 # The parts of one expert -> the parameter that holds those of all experts, and where in it.

@@ -77,6 +77,7 @@ WRAPPED = {
     "FSDP in peft": lambda key: key.replace(
         "base_model.model.", "base_model.model._fsdp_wrapped_module."
     ),
+    "beside images": lambda key: key.replace(".layers", ".language_model.layers"),
     "a backbone": lambda key: key.replace("base_model.model.model.", "base_model.model."),
 }
 
@@ -113,8 +114,8 @@ def test_whatever_wrapped_the_model_the_whole_adapter_runs_beside_its_base(
     ("change", "message"),
     [
         (
-            lambda t: {k.replace(".layers", ".language_model.layers"): v for k, v in t.items()},
-            "has no model.language_model.layers",
+            lambda t: {k.replace(".layers", ".decoder.layers"): v for k, v in t.items()},
+            "has no model.decoder.layers",
         ),
         (
             lambda t: t.update({"base_model.model.score.weight": torch.ones(2, 2)}),
@@ -192,6 +193,18 @@ def test_gains_of_repeated_layers_are_those_of_the_block_that_was_repeated(tmp_p
         assert torch.equal(one.gain, other.gain)
 
 
+def test_the_text_model_of_a_checkpoint_with_images_has_its_gains(tmp_path: Path) -> None:
+    base = multimodal()
+    base.save_pretrained(tmp_path / "base")
+    text = AutoModelForCausalLM.from_config(base.config.text_config)
+    model = get_peft_model(text, LoraConfig(r=2, target_modules=["q_proj"]))
+    randomise_adapter(model)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    for layer in load_adapter(tmp_path / "adapter", base_model=tmp_path / "base").layers:
+        norm = base.model.language_model.get_submodule(str(layer.site.norm)[len("model.") :])
+        assert layer.gain is not None and torch.equal(layer.gain, 1 + norm.weight)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -214,9 +227,9 @@ def test_a_base_without_the_norms_of_the_adapter_is_refused(
 def test_an_adapter_of_other_modules_is_refused_beside_the_base(tmp_path: Path) -> None:
     tiny_peft_model(("o_proj",)).save_pretrained(tmp_path / "adapter")
     tiny_model().save_pretrained(tmp_path / "base")
-    renamed(tmp_path / "adapter", lambda key: key.replace(".layers", ".language_model.layers"))
+    renamed(tmp_path / "adapter", lambda key: key.replace(".layers", ".decoder.layers"))
     for base in (tmp_path / "base", tiny_model()):
-        with pytest.raises(ValueError, match=r"has no 'model\.language_model\.layers\.0"):
+        with pytest.raises(ValueError, match=r"has no 'model\.decoder\.layers\.0"):
             gk.identify(tmp_path / "adapter", base_model=base)
 
 

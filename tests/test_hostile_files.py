@@ -24,7 +24,7 @@ from grasp_kernels.inert import inert, printable
 from grasp_kernels.run.markdown import answers_table, cell
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-FOREIGN = "\x1b[2J\n# Verdict: clean\n<img src=x> ![t](http://h/x.png) | `a` **b** \u202e"
+FOREIGN = "{0.x} \x1b[2J\n# Verdict: clean\n<img src=x> ![t](http://h/x.png) | `a` **b** \u202e"
 
 
 @pytest.fixture

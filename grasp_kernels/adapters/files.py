@@ -36,13 +36,13 @@ _SECONDS = 5.0  # that all patterns of a configuration may take
 
 @dataclass(frozen=True)
 class Factors:
-    """An adapted module before its site is known; `key` is how errors call its weights.
+    """An adapted module before its site is known; `keys` are what errors call its A and its B.
 
     `bias[N]` is that of lora_B, which the layer adds whatever it reads.
     """
 
     name: str
-    key: str
+    keys: tuple[str, str]
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
@@ -255,8 +255,8 @@ def read_parts(source: Path, adapter_name: str | None = None) -> Parts:
     for name, place in keys.items():
         a, b = tensors[place["A"]](), tensors[place["B"]]()
         bias = tensors[place["bias"]]() if "bias" in place else None
-        key = place["A"].replace(".lora_A", ".lora_{}")
-        factors.append(Factors(name, key, a, b, scaling(name, a), bias))
+        called = (place["A"], place["B"])
+        factors.append(Factors(name, called, a, b, scaling(name, a), bias))
     return Parts(
         tuple(factors), {base_name(key): tensors[key] for key in others}, config, str(source)
     )

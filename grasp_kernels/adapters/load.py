@@ -167,8 +167,9 @@ def _assemble(
             )
         if entry.lora_A.ndim != 2:
             raise ValueError(
-                f"{shown(entry.key)} has shape {tuple(entry.lora_A.shape)}; only LoRA on linear "
-                "layers is supported, so train without convolution and expert-parameter targets."
+                f"{shown(entry.keys[0])} has shape {tuple(entry.lora_A.shape)}; only LoRA on "
+                "linear layers is supported, so train without convolution and expert-parameter "
+                "targets."
             )
         if site.norm and site.norm not in gains:
             width = entry.lora_A.shape[1] if site.role == "read" else entry.lora_B.shape[0]
@@ -231,8 +232,8 @@ def _notes(parts: Parts, outside: list[str], known: bool) -> Iterator[str]:
 def _check(entry: Factors) -> None:
     """Raise for factors that are no finite `A[R, K]` and `B[N, R]`, or stacks of those."""
     A, B, bias = entry.lora_A, entry.lora_B, entry.bias
-    key = entry.key.format
-    weights = {key("A"): A, key("B"): B}
+    key_A, key_B = entry.keys
+    weights = {key_A: A, key_B: B}
     for name, weight in weights.items():
         if weight.ndim != 2 and (weight.ndim != 3 or A.shape[0] != B.shape[0]):
             raise ValueError(
@@ -240,19 +241,19 @@ def _check(entry: Factors) -> None:
                 "supported, so train without convolution and expert-parameter targets."
             )
     if bias is not None:
-        weights[f"the bias of {key('B')}"] = bias
+        weights[f"the bias of {key_B}"] = bias
     for name, weight in weights.items():
         if not weight.dtype.is_floating_point:
             raise ValueError(f"{shown(name)} is {weight.dtype}; save it in a floating dtype.")
         refuse_nonfinite(name, weight)
     if A.shape[-2] != B.shape[-1] or A.shape[-2] == 0:
         raise ValueError(
-            f"{shown(key('A'))} has shape {tuple(A.shape)} and its lora_B {tuple(B.shape)}; they "
+            f"{shown(key_A)} has shape {tuple(A.shape)} and its lora_B {tuple(B.shape)}; they "
             "must share a rank of at least 1, so save the adapter again."
         )
     if bias is not None and bias.shape != B.shape[-2:-1]:
         raise ValueError(
-            f"The bias of {shown(key('B'))} has shape {tuple(bias.shape)}, which must be "
+            f"The bias of {shown(key_B)} has shape {tuple(bias.shape)}, which must be "
             f"{tuple(B.shape[-2:-1])}; save the adapter again."
         )
 
@@ -355,7 +356,7 @@ def _model_factors(model: nn.Module, adapter: str) -> Iterator[Factors]:
         bias = getattr(layer.lora_B[adapter], "bias", None)
         yield Factors(
             adapted,
-            f"{name}.lora_{{}}.{adapter}.weight",
+            (f"{name}.lora_A.{adapter}.weight", f"{name}.lora_B.{adapter}.weight"),
             A,
             B,
             float(layer.scaling[adapter]),
