@@ -430,8 +430,9 @@ def test_what_has_no_basis_is_named_and_is_no_clean_bill(
     status, said = checked(capsys, tmp_path / "closed", tmp_path / "s")
     assert status == 1 and "not looked at" in said
     assert next(iter(change)).removeprefix("base_model.model.").split(".lora_")[0] in said
-    with pytest.warns(UserWarning, match="not measured"):
-        assert gk.project_adapter(tmp_path / "closed", subspace, tmp_path / "again")
+    with pytest.warns(UserWarning, match="was not measured"):
+        unseen = gk.leakage(tmp_path / "closed", subspace).unseen
+    assert gk.project_adapter(tmp_path / "closed", subspace, tmp_path / "again") == unseen != ()
 
 
 @pytest.mark.parametrize("name", ["embed_tokens", "norm", "layers.0.input_layernorm"])
@@ -465,6 +466,17 @@ def test_a_merged_model_that_is_not_finite_is_refused(
     arguments = (tmp_path / "changed", tmp_path / "s", "--base-model", tmp_path / "base")
     status, said = checked(capsys, *arguments)
     assert status == 2 and name.removesuffix(".weight") in said and "non-finite" in said
+
+
+@pytest.mark.parametrize("size", [1e30, 1e-30])
+def test_the_size_of_a_change_does_not_hide_where_it_goes(size: float) -> None:
+    base, changed = tiny_model(), tiny_model()
+    with torch.no_grad():
+        for model, part in ((base, 0.0), (changed, size)):
+            weight = model.model.layers[1].mlp.down_proj.weight
+            weight.copy_(part * torch.outer(direction(), torch.ones(weight.shape[1])))
+    leaks = gk.leakage(changed, along(base), base=base)
+    assert leaks["model.layers.1.mlp.down_proj"].write == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("tolerance", ["nan", "inf", "-1", "1.5", "x"])

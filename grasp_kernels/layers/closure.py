@@ -96,29 +96,35 @@ def leakage(
             finite, two active adapters, or with `base` an adapter that is not merged or a quantised
             weight.
     """
-    if base is not None:
-        found = _of_models(source, base, subspace)
-    elif subspace is None and not isinstance(source, nn.Module):
-        raise ValueError("an adapter folder has no bases of its own; pass the subspace to measure.")
-    else:
-        with gathered(source) if isinstance(source, nn.Module) else nullcontext():
-            parts = adapter_parts(source, adapter_name)
-        refuse_other_forms(parts.source, parts.config)
-        if subspace is None:
-            assert isinstance(source, nn.Module)
-            bases = _Bases.of_layers(source)
-        else:
-            names = [entry.name for entry in parts.factors]
-            known = isinstance(source, nn.Module) and model_type_of(source)
-            kind = known or config_model_type(parts.config)
-            bases = _Bases.of_subspace(subspace, kind, names)
-        found = _of_adapter(parts, bases)
+    found = _leakage(source, subspace, base, adapter_name)
     if found.unseen:
         warnings.warn(
             f"The leakage of {listed(found.unseen)} was not measured; see Leakages.unseen.",
             stacklevel=2,
         )
     return found
+
+
+def _leakage(
+    source: nn.Module | str | PathLike[str],
+    subspace: Subspace | None,
+    base: nn.Module | str | PathLike[str] | None = None,
+    adapter_name: str | None = None,
+) -> Leakages:
+    if base is not None:
+        return _of_models(source, base, subspace)
+    if subspace is None and not isinstance(source, nn.Module):
+        raise ValueError("an adapter folder has no bases of its own; pass the subspace to measure.")
+    with gathered(source) if isinstance(source, nn.Module) else nullcontext():
+        parts = adapter_parts(source, adapter_name)
+    refuse_other_forms(parts.source, parts.config)
+    if subspace is None:
+        assert isinstance(source, nn.Module)
+        return _of_adapter(parts, _Bases.of_layers(source))
+    known = isinstance(source, nn.Module) and model_type_of(source)
+    names = [entry.name for entry in parts.factors]
+    kind = known or config_model_type(parts.config)
+    return _of_adapter(parts, _Bases.of_subspace(subspace, kind, names))
 
 
 class _Bases:
@@ -205,11 +211,15 @@ class _Measured:
             )
         delta = changed.float() - original.float()
         self._check_width(delta.shape[-1], delta.shape[-2])
+        size = float(delta.abs().max())
+        if size == 0.0:
+            return
+        delta /= size  # whose squares float32 holds
         U, V = self._bases(delta)
         self._add(
-            float(delta.norm()),
-            0.0 if U is None else float((delta @ U).norm()),
-            0.0 if V is None else float((V.mT @ delta).norm()),
+            size * float(delta.norm()),
+            0.0 if U is None else size * float((delta @ U).norm()),
+            0.0 if V is None else size * float((V.mT @ delta).norm()),
         )
 
     def add_bias(self, bias: Tensor) -> None:
@@ -227,6 +237,11 @@ class _Measured:
         )
 
     def _add(self, total: float, read: float, write: float) -> None:
+        if not math.isfinite(total):
+            raise ValueError(
+                f"the change of {shown(self.name)} is larger than numbers can be; give an earlier "
+                "checkpoint, before training diverged."
+            )
         self.total = math.hypot(self.total, total)
         self.read, self.write = math.hypot(self.read, read), math.hypot(self.write, write)
 
@@ -337,7 +352,7 @@ def project_adapter(
         raise FileExistsError(f"{str(target)!r} exists; choose a new folder for the adapter.")
     if subspace.is_empty:
         raise ValueError("the subspace is empty, there is nothing to project out of the adapter.")
-    left = leakage(source, subspace).unseen  # checks the adapter, and that the two fit
+    left = _leakage(source, subspace).unseen  # checks the adapter, and that the two fit
     weights = find_weights(source, None)
     copied = [
         inside(file)
