@@ -38,6 +38,8 @@ def main() -> None:
     shares = {name: max(leak.write or 0.0, leak.read or 0.0) for name, leak in leaks.items()}
     for name, share in sorted(shares.items(), key=lambda item: -item[1]):
         print(f"{share:8.2%} of the update of {name} lies along the subspace")
+    for name in leaks.unseen:
+        print(f"not looked at: {name}")
 
 
 if __name__ == "__main__":

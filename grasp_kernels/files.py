@@ -181,21 +181,48 @@ def check_own_folder(path: str | PathLike[str], note: str, *, beside: Collection
             )
 
 
-def read_json(path: str | PathLike[str], remedy: str) -> dict[str, Any]:
-    """Read a JSON object from a file.
+def inside(file: Path) -> Path:
+    """The file, if it lies in its folder; one of the hub's cache may lie among its blobs.
 
     Raises:
-        ValueError: the file holds none; `remedy` says what to do about it.
+        ValueError: it is a link that leads out of the folder.
     """
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # text that is not UTF-8, too
-        raise ValueError(f"{str(path)!r} is no JSON file ({error}): {remedy}.") from None
-    if not isinstance(value, dict):
+    folder, target = file.parent.resolve(), file.resolve()
+    allowed = [folder]
+    if folder.parent.name == "snapshots":
+        allowed.append(folder.parent.parent / "blobs")
+    if not any(target.is_relative_to(one) for one in allowed):
         raise ValueError(
-            f"{str(path)!r} holds a {type(value).__name__}, not a JSON object: {remedy}."
+            f"{str(file)!r} is a link that leads out of its folder, to {str(target)!r}; if it is "
+            "meant, put the file itself there."
         )
-    return value
+    return file
+
+
+def read_json(path: str | PathLike[str], what: str, remedy: str) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Args:
+        what: what the file should be, such as "index of shards".
+        remedy: what to do where it is not, such as "save the adapter again".
+
+    Raises:
+        ValueError: no JSON, or no object.
+    """
+    content = Path(path).read_bytes()
+    try:
+        found = json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError:
+        reason = "it is not text in UTF-8"
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except ValueError as error:
+        reason = f"it is not JSON ({error})"
+    else:
+        if isinstance(found, dict):
+            return found
+        reason = f"it holds a {type(found).__name__}"
+    raise ValueError(f"{str(path)!r} is no {what}: {reason}; {remedy}.")
 
 
 @contextmanager

@@ -206,6 +206,7 @@ def refused(folder: Path, kind: type[Exception] = ValueError) -> str:
         ({"peft_type": "LOHA"}, "a LOHA adapter"),
         ({"peft_type": None}, "a foreign adapter"),
         ({"use_dora": True}, "DoRA"),
+        ({"alora_invocation_tokens": [1]}, r"variant of LoRA.*\(alora_invocation_tokens\)"),
         ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "raw parameters"),
         ({"r": 7}, "r=7, lora_alpha=8.*has rank 4"),
         ({"lora_alpha": None}, "lora_alpha=None"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import randomise_adapter, tiny_peft_model
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -263,7 +264,7 @@ def test_an_adapter_of_another_model_is_refused(
     config.hidden_size = 2 * D
     other = AutoModelForCausalLM.from_config(config)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    with pytest.raises(ValueError, match="does not fit the base model"):
+    with pytest.raises(ValueError, match="has width 64, but the adapter meets it with 32"):
         gk.diagnose(other, contaminated, tokenizer=tokenizer, neutral=neutral)
 
 
@@ -296,8 +297,10 @@ def test_a_module_is_left_alone_where_the_adapter_does_not_fit(
     adapter = tmp_path / "wider"
     randomise_adapter(wide := tiny_peft_model(r=4))
     wide.save_pretrained(adapter)
-    config = adapter / "adapter_config.json"
-    config.write_text(config.read_text().replace('"r": 4', '"r": 5'))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    last = next(key for key in tensors if "layers.2.mlp.up_proj.lora_A" in key)
+    tensors[last] = tensors[last][:, 1:].contiguous()
+    save_file(tensors, adapter / "adapter_model.safetensors")
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     names, flags = list(base.state_dict()), [p.requires_grad for p in base.parameters()]
     with pytest.raises(ValueError, match="does not fit"), open_pair(base, adapter):

@@ -200,7 +200,7 @@ WRONG = {
     "not finite": (
         lambda: with_weight(fully_tuned(), lambda w: w / 0),
         {},
-        "'model.layers.1.self_attn.o_proj' is not finite",
+        "'model.layers.1.self_attn.o_proj' has non-finite values",
     ),
     "not merged": (lambda: tiny_peft_model(TARGETS, Qwen2Config), {}, "is not merged"),
     "rank 0": (fully_tuned, {"rank": 0}, "rank is 0; choose at least 1"),

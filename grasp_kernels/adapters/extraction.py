@@ -19,20 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from grasp_kernels.adapters.base_model import read_base_model
-from grasp_kernels.adapters.files import WEIGHTS, listed
+from grasp_kernels.adapters.files import WEIGHTS
 from grasp_kernels.adapters.model_weights import (
-    Reader,
     check_merged,
+    compared,
     is_transposed,
     model_weights,
 )
 from grasp_kernels.files import whole_folder
+from grasp_kernels.inert import inert, listed, shown
 from grasp_kernels.sites import SiteRules, site_rules
 from grasp_kernels.svd import randomized_svd
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_EMBEDDINGS = ("embed_tokens", "embed_in", "wte")  # what a head may be tied to
-_HEADS = ("lm_head", "embed_out")  # of GPT-NeoX, as modules and as folders call it
 # peft takes what ends like this for parts of the fused experts, and would not load it.
 _MISREAD: dict[str, tuple[str, ...]] = {"qwen3_moe": (".gate_proj", ".up_proj", ".down_proj")}
 
@@ -49,7 +47,7 @@ class Extraction(NamedTuple):
         worst = min(self.shares, key=self.shares.__getitem__)
         lines = [
             f"{len(self.shares)} layers changed; the adapter has {self.total:.1%} of the squared "
-            f"change, of {worst} {self.shares[worst]:.1%}."
+            f"change, of {inert(worst)} {self.shares[worst]:.1%}."
         ]
         if self.outside:
             lines.append(f"Changed too, and not in the adapter: {listed(self.outside)}.")
@@ -98,23 +96,18 @@ def extract_adapter(
     rules = site_rules(model_type, original, sites)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     kept: dict[str, tuple[float, float]] = {}
-    names = [
-        name
-        for name in original
-        if rules.site(name) is not None and not name.endswith(_MISREAD.get(str(model_type), ()))
-    ]
-    compared = set()
-    for name in tqdm(names, desc="extract", unit="layer", leave=False, disable=None):
-        delta = _difference(name, changed, original, device)
-        if delta is None:
+    outside: list[str] = []
+    progress = tqdm(
+        compared(changed, original), desc="extract", unit="tensor", leave=False, disable=None
+    )
+    for name, one, other, same in progress:
+        if same:
             continue
-        compared.add(name)
-        if bool(delta.any()):
-            factors[name], kept[name] = _factored(delta, rank)
-    outside = [n for n in original if n not in compared and _differs(n, changed, original)]
-    outside += [
-        name for name in changed if name not in original and _is_new(name, changed, original)
-    ]
+        fits = other is not None and other.ndim == 2 and rules.site(name) is not None
+        if not fits or name.endswith(_MISREAD.get(str(model_type), ())):
+            outside.append(name)
+            continue
+        factors[name], kept[name] = _factored(_delta(name, one, other, device), rank)
     if not factors:
         raise ValueError(
             "No layer that writes to the residual stream or reads from it differs between the two "
@@ -129,40 +122,22 @@ def extract_adapter(
     )
 
 
-def _difference(
-    name: str,
-    changed: Mapping[str, Reader],
-    original: Mapping[str, Reader],
-    device: torch.device | str | None,
-) -> Tensor | None:
-    """`ΔW[N, K]` in float32, None where the weight is no matrix."""
-    if name not in changed and ".experts." in name:
-        return None  # checkpoints name each expert, modules fuse them
-    if name not in changed:
+def _delta(
+    name: str, changed: Tensor | None, original: Tensor, device: torch.device | str | None
+) -> Tensor:
+    """`ΔW[N, K]` in float32."""
+    if changed is None:
         raise ValueError(
-            f"The model has no weight of {name!r}, which its base has; give models of one "
+            f"The model has no weight of {shown(name)}, which its base has; give models of one "
             "architecture."
         )
-    W, W_changed = original[name](), changed[name]()
-    for one in (W, W_changed):
-        if type(one) not in (Tensor, nn.Parameter) or one.dtype not in _DTYPES or one.is_meta:
-            raise ValueError(
-                f"A weight of {name!r} is a {type(one).__name__} of {one.dtype} on {one.device}; "
-                "give models that are loaded whole and not quantised."
-            )
-    if W.shape != W_changed.shape:
+    if original.shape != changed.shape:
         raise ValueError(
-            f"The weights of {name!r} have shapes {tuple(W.shape)} and {tuple(W_changed.shape)}; "
-            "give models of one architecture."
+            f"The weights of {shown(name)} have shapes {tuple(original.shape)} and "
+            f"{tuple(changed.shape)}; give models of one architecture."
         )
-    if W.ndim != 2:
-        return None
-    device = W.device if device is None else device
-    W, W_changed = _alike(W.to(device), W_changed.to(device))
-    delta = W_changed.float() - W.float()
-    if not bool(torch.isfinite(delta).all()):
-        raise ValueError(f"A weight of {name!r} is not finite; give an earlier checkpoint.")
-    return delta
+    device = original.device if device is None else device
+    return changed.to(device).float() - original.to(device).float()
 
 
 def _factored(delta: Tensor, rank: int) -> tuple[tuple[Tensor, Tensor], tuple[float, float]]:
@@ -172,40 +147,6 @@ def _factored(delta: Tensor, rank: int) -> tuple[tuple[Tensor, Tensor], tuple[fl
     A, B = (root[:, None] * Vh).contiguous(), (U * root).contiguous()
     whole = float(torch.linalg.vector_norm(delta)) ** 2
     return (A.cpu(), B.cpu()), (min(float(torch.linalg.vector_norm(S)) ** 2, whole), whole)
-
-
-def _differs(name: str, changed: Mapping[str, Reader], original: Mapping[str, Reader]) -> bool:
-    """Whether a tensor is another one; one that the changed model does not store is not."""
-    if name not in changed:
-        return False  # such as a head that is tied to the embedding
-    one, other = original[name](), changed[name]()
-    if one.is_meta or other.is_meta:
-        return one.shape != other.shape
-    return not torch.equal(*_alike(one, other.to(one.device)))
-
-
-def _alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the coarser of their dtypes: a rounding is no change."""
-    coarser = max(one.dtype, other.dtype, key=_coarseness)
-    return one.to(coarser), other.to(coarser)
-
-
-def _coarseness(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
-
-
-def _is_new(name: str, changed: Mapping[str, Reader], original: Mapping[str, Reader]) -> bool:
-    """Whether a tensor that the base does not have is a bias, or a head that was untied.
-
-    Other names differ where one of the models is a folder, which may call its experts otherwise.
-    """
-    if not name.endswith(_HEADS):
-        return name.endswith(".bias")
-    if any(other.endswith(_HEADS) for other in original):
-        return False
-    head = changed[name]()
-    embeddings = (read() for other, read in changed.items() if other.endswith(_EMBEDDINGS))
-    return not any(head.shape == e.shape and torch.equal(head, e) for e in embeddings)
 
 
 def _write(

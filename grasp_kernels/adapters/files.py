@@ -6,36 +6,58 @@ Shapes: `R` LoRA rank, `K` inputs and `N` outputs of a linear layer.
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from grasp_kernels.adapters.base_model import MOST_LAYERS
+from grasp_kernels.adapters.checkpoint import Stored, indexed, read_tensors
+from grasp_kernels.files import inside, read_json
+from grasp_kernels.inert import listed, printable, shown
 from grasp_kernels.sites import base_name
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"  # which of several shards holds which tensor
 
-_LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$")
+_LORA_KEY = re.compile(
+    r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.(?P<kind>weight|bias)$",
+    re.DOTALL,  # a name may hold anything
+)
+_LARGEST_ALPHA = 1e9  # more overflows somewhere
+_SECONDS = 5.0  # that all patterns of a configuration may take
 
 
 @dataclass(frozen=True)
 class Factors:
-    """An adapted module before its site is known; `key` is how errors call its weights."""
+    """An adapted module before its site is known; `keys` are what errors call its A and its B.
+
+    `bias[N]` is that of lora_B, which the layer adds whatever it reads.
+    """
 
     name: str
-    key: str
+    keys: tuple[str, str]
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Every tensor of an adapter: the LoRA factors, and by its name a reader of what else was
+    trained."""
+
+    factors: tuple[Factors, ...]
+    others: Mapping[str, Callable[[], Tensor]]
+    config: Mapping[str, Any]
+    source: str
 
 
 def find_weights(source: Path, adapter_name: str | None) -> Path:
@@ -51,25 +73,25 @@ def find_weights(source: Path, adapter_name: str | None) -> Path:
             raise ValueError(
                 f"{str(source)!r} is no adapter; give an adapter folder or a .safetensors file."
             )
-        return source
+        return inside(source)
     if not source.is_dir():
         raise FileNotFoundError(
             f"There is no adapter {str(source)!r}; give a local adapter folder (download one from "
             "the hub first)."
         )
     # peft saves the adapter "default" in the folder itself and others in folders of their name
-    folder = source if adapter_name in (None, "default") else source / str(adapter_name)
+    folder = source if adapter_name in (None, "default") else source / Path(adapter_name or "").name
     for name in (WEIGHTS, INDEX):
         if (folder / name).is_file():
-            return folder / name
+            return inside(folder / name)
     if (folder / "adapter_model.bin").is_file():
         return find_weights(folder / "adapter_model.bin", None)
     _refuse_distributed(source)
-    inside = sorted(path.parent.name for path in source.glob(f"*/{WEIGHTS}"))
-    if inside:
+    nested = sorted(path.parent.name for path in source.glob(f"*/{WEIGHTS}"))
+    if nested:
         raise FileNotFoundError(
             f"The folder {str(source)!r} has no {WEIGHTS} but adapters inside: give adapter_name, "
-            f"or the folder, of one of {inside[:8]}."
+            f"or the folder, of one of {nested[:8]}."
         )
     _refuse_model(source)
     raise FileNotFoundError(
@@ -99,30 +121,118 @@ def _refuse_model(folder: Path) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
+    """The checked `adapter_config.json` of a LoRA adapter.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: no configuration, another kind of adapter, or a value that peft does not write.
+    """
     if not path.is_file():
         raise FileNotFoundError(
             f"There is no {CONFIG} beside the weights in {str(path.parent)!r}; copy it there, "
             "since rank and alpha are needed for the scale of each layer."
         )
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not JSON ({error}); save the adapter again.") from error
-    kind = config.get("peft_type") if isinstance(config, dict) else None
+    config = read_json(inside(path), "adapter configuration", "save the adapter again")
+    kind = config.get("peft_type")
     if kind != "LORA":
         raise ValueError(
-            f"{str(path)!r} describes a {kind or 'foreign'} adapter; only peft's LORA is supported."
+            f"{str(path)!r} describes a {printable(str(kind or 'foreign'))} adapter; only peft's "
+            "LORA is supported."
         )
+    for name, (fits, wanted) in _FORMS.items():
+        value = config.get(name)
+        if (value is not None or name in ("r", "lora_alpha")) and not fits(value):
+            raise ValueError(
+                f"{str(path)!r} says {name}={shown(value)}, which must be {wanted}; give the "
+                "configuration that belongs to these weights, or save the adapter again."
+            )
     refuse_variants(str(path), config)
     return config
 
 
-def refuse_variants(where: str, config: Mapping[str, Any]) -> None:
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_alpha(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and 0 < abs(value) <= _LARGEST_ALPHA  # neither nan nor inf
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+def _patterns_to(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(fits(one) for one in value.values())
+
+
+def _are_spans(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and all(
+            isinstance(span, list) and len(span) == 2 and all(isinstance(end, int) for end in span)
+            for span in value
+        )
+        and sum(max(end - first, 1) for first, end in value) <= MOST_LAYERS
+    )
+
+
+# Of what is read here: how a value must look, None aside.
+_FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (_is_rank, "a rank of at least 1, a whole number"),
+    "lora_alpha": (_is_alpha, f"a number other than 0, up to {_LARGEST_ALPHA:g}"),
+    "rank_pattern": (_patterns_to(_is_rank), "an object of ranks of at least 1"),
+    "alpha_pattern": (_patterns_to(_is_alpha), f"an object of numbers up to {_LARGEST_ALPHA:g}"),
+    "use_rslora": (_is_flag, "true or false"),
+    "use_dora": (_is_flag, "true or false"),
+    "lora_bias": (_is_flag, "true or false"),
+    "fan_in_fan_out": (_is_flag, "true or false"),
+    "target_parameters": (_are_names, "a list of names"),
+    "base_model_name_or_path": (_is_text, "a name"),
+    "auto_mapping": (_patterns_to(lambda one: one is None or _is_text(one)), "an object of names"),
+    "init_lora_weights": (lambda value: _is_flag(value) or _is_text(value), "a name or true"),
+    "layer_replication": (_are_spans, f"a list of pairs of layers, up to {MOST_LAYERS} in all"),
+}
+
+
+# Whatever of these is set, a layer computes something else than base and product of two factors.
+_VARIANTS = (
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "alora_invocation_tokens",
+)
+
+
+def refuse_other_forms(where: str, config: Mapping[str, Any]) -> None:
+    """Raise for a variant of LoRA whose change is not `s B A`."""
     if config.get("use_dora"):
         raise ValueError(
             f"{where!r} is a DoRA adapter, whose magnitudes also change the weights; train with "
             "use_dora=False."
         )
+    variants = [name for name in _VARIANTS if config.get(name)]
+    if variants:
+        raise ValueError(
+            f"{where!r} is a variant of LoRA that is not supported ({listed(variants)}); train "
+            "with plain LoRA."
+        )
+
+
+def refuse_variants(where: str, config: Mapping[str, Any]) -> None:
+    """Raise for what is more than a product of two factors for a linear layer."""
+    refuse_other_forms(where, config)
     if config.get("target_parameters"):
         raise ValueError(
             f"{where!r} has LoRA on raw parameters ({listed(config['target_parameters'])}); train "
@@ -130,89 +240,52 @@ def refuse_variants(where: str, config: Mapping[str, Any]) -> None:
         )
 
 
-@contextmanager
-def open_weights(path: Path) -> Iterator[dict[str, Callable[[], Tensor]]]:
+def read_parts(source: Path, adapter_name: str | None = None) -> Parts:
+    """Every tensor of an adapter's files.
+
+    Raises:
+        FileNotFoundError, ValueError: no adapter there, or one that cannot be used.
+    """
+    path = find_weights(source, adapter_name)
+    config = read_config(path.parent / CONFIG)
+    tensors = open_weights(path)
+    keys, others = sort_keys(path, tensors, adapter_name)
+    scaling = _scaling_from_config(config, keys)
+    factors = []
+    for name, place in keys.items():
+        a, b = tensors[place["A"]](), tensors[place["B"]]()
+        bias = tensors[place["bias"]]() if "bias" in place else None
+        called = (place["A"], place["B"])
+        factors.append(Factors(name, called, a, b, scaling(name, a), bias))
+    return Parts(
+        tuple(factors), {base_name(key): tensors[key] for key in others}, config, str(source)
+    )
+
+
+def open_weights(path: Path) -> dict[str, Stored]:
     """A reader for each tensor of a safetensors file, or of all shards that an index names.
 
     Raises:
         FileNotFoundError: a shard is missing.
         ValueError: a file is not what its name says.
     """
-    from safetensors import SafetensorError, safe_open
-
-    file = path
-    try:
-        with ExitStack() as stack:
-            tensors: dict[str, Callable[[], Tensor]] = {}
-            for file in _shards(path):
-                opened = stack.enter_context(safe_open(file, framework="pt"))
-                tensors.update((key, partial(opened.get_tensor, key)) for key in opened.keys())  # noqa: SIM118
-            yield tensors
-    except SafetensorError as error:
-        raise ValueError(
-            f"{str(file)!r} is no safetensors file ({error}); save the adapter again."
-        ) from error
+    return read_tensors(indexed(path, "adapter") if path.name == INDEX else [path])
 
 
-def _shards(path: Path) -> list[Path]:
-    return indexed(path, "adapter") if path.name == INDEX else [path]
-
-
-def indexed(path: Path, what: str) -> list[Path]:
-    """The shards that an index names, of an adapter or a model.
-
-    Raises:
-        FileNotFoundError: one is missing.
-        ValueError: it is no index.
-    """
-    try:
-        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"{str(path)!r} is no index of shards ({error!r}); save the {what} again."
-        ) from error
-    missing = [name for name in names if not (path.parent / name).is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{str(path)!r} names {listed(missing)}, which {'is' if len(missing) == 1 else 'are'} "
-            "not beside it; copy all shards there."
-        )
-    return [path.parent / name for name in names]
-
-
-def read_weights(
-    path: Path, config: Mapping[str, Any], adapter_name: str | None
-) -> tuple[list[Factors], list[str]]:
-    """Read the factors of each module, one tensor at a time, and note what else the file holds."""
-    with open_weights(path) as tensors:
-        keys, others = _sort_keys(path, tensors, adapter_name)
-        scaling = _scaling_from_config(config)
-        factors = [
-            Factors(
-                name,
-                pair["A"].replace(".lora_A", ".lora_{}"),
-                a := tensors[pair["A"]](),
-                tensors[pair["B"]](),
-                scaling(name, a.shape[0]),
-            )
-            for name, pair in keys.items()
-        ]
-    notes = []
-    if others:
-        notes.append(f"The file also holds weights that are not LoRA factors: {listed(others)}.")
-    return factors, notes
-
-
-def _sort_keys(
+def sort_keys(
     path: Path, keys: Iterable[str], adapter_name: str | None
 ) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Module -> {"A": key, "B": key}, and the keys that are no LoRA factor."""
+    """Module -> {"A": key, "B": key, perhaps "bias": key}, and the keys that are no LoRA factor.
+
+    Raises:
+        ValueError: a variant of LoRA, two keys of one module, half of a pair, or several adapters.
+    """
     pairs: dict[str, dict[str, str]] = {}
     adapters: set[str] = set()
     others = []
     for key in sorted(keys):
         match = _LORA_KEY.match(key)
-        if match is None:
+        if match is None or (match["kind"] == "bias" and match["factor"] == "A"):
             _refuse_key(path, key)
             others.append(key)
             continue
@@ -220,7 +293,14 @@ def _sort_keys(
             adapters.add(match["adapter"])
             if adapter_name is not None and match["adapter"] != adapter_name:
                 continue
-        pairs.setdefault(base_name(match["module"]), {})[match["factor"]] = key
+        part = "bias" if match["kind"] == "bias" else match["factor"]
+        pair = pairs.setdefault(base_name(match["module"]), {})
+        if part in pair and len(adapters) < 2:
+            raise ValueError(
+                f"{str(path)!r} holds {shown(pair[part])} and {shown(key)}, which are weights of "
+                "one module; save the adapter again."
+            )
+        pair[part] = key
     if len(adapters) > 1 and adapter_name is None:
         raise ValueError(
             f"{str(path)!r} holds the adapters {sorted(adapters)}; choose one with adapter_name."
@@ -231,61 +311,97 @@ def _sort_keys(
             f"(its tensors are {listed(others) or 'none'}); give an adapter that peft wrote."
         )
     for name, pair in pairs.items():
-        if len(pair) == 1:
-            missing = "B" if "A" in pair else "A"
+        missing = [factor for factor in "AB" if factor not in pair]
+        if missing:
             raise ValueError(
-                f"{str(path)!r} has no lora_{missing} for {name!r}; the file is not complete, so "
-                "save the adapter again."
+                f"{str(path)!r} has no lora_{missing[0]} for {shown(name)}; the file is not "
+                "complete, so save the adapter again."
             )
     return pairs, others
 
 
 def _refuse_key(path: Path, key: str) -> None:
-    """Raise for tensors of LoRA variants; a bias or a fully trained module is only noted."""
+    """Raise for tensors of LoRA variants; a bias or a fully trained module is none."""
     if "lora_embedding_" in key:
         raise ValueError(
-            f"{str(path)!r} has LoRA on an embedding ({key!r}), which is not supported; train "
+            f"{str(path)!r} has LoRA on an embedding ({shown(key)}), which is not supported; train "
             "without embeddings in target_modules."
         )
     if "lora_magnitude_vector" in key:
         raise ValueError(
-            f"{str(path)!r} is a DoRA adapter ({key!r}), whose magnitudes also change the weights; "
-            "train with use_dora=False."
+            f"{str(path)!r} is a DoRA adapter ({shown(key)}), whose magnitudes also change the "
+            "weights; train with use_dora=False."
         )
-    if ".lora_" in key and not key.endswith("lora_B.bias"):
+    if ".lora_" in key:
         raise ValueError(
-            f"{str(path)!r} holds {key!r}, a variant of LoRA that is not supported; train with "
-            "plain LoRA."
+            f"{str(path)!r} holds {shown(key)}, a variant of LoRA that is not supported; train "
+            "with plain LoRA."
         )
 
 
-def _scaling_from_config(config: Mapping[str, Any]) -> Callable[[str, int], float]:
+def _scaling_from_config(
+    config: Mapping[str, Any], names: Iterable[str]
+) -> Callable[[str, Tensor], float]:
     """`alpha / r`, for rsLoRA `alpha / √r`; patterns may give each module its own r and alpha."""
+    known = list(names)
+    ranks = _by_pattern(config.get("rank_pattern") or {}, known, config["r"])
+    alphas = _by_pattern(config.get("alpha_pattern") or {}, known, config["lora_alpha"])
 
-    def scaling(name: str, stored_rank: int) -> float:
-        rank = _by_pattern(config.get("rank_pattern") or {}, name, config.get("r"))
-        alpha = _by_pattern(config.get("alpha_pattern") or {}, name, config.get("lora_alpha"))
-        if alpha is None or rank != stored_rank:
+    def scaling(name: str, lora_A: Tensor) -> float:
+        rank, alpha = ranks[name], alphas[name]
+        if lora_A.ndim == 2 and rank != lora_A.shape[0]:
             raise ValueError(
-                f"{CONFIG} says r={rank}, lora_alpha={alpha} for {name!r}, but its lora_A has rank "
-                f"{stored_rank}; give the configuration that belongs to these weights."
-            )
-        if rank < 1:
-            raise ValueError(
-                f"{CONFIG} gives {name!r} rank {rank}; a LoRA needs a rank of at least 1, so train "
-                "it again."
+                f"{CONFIG} says r={rank}, lora_alpha={alpha} for {shown(name)}, but its lora_A has "
+                f"rank {lora_A.shape[0]}; give the configuration that belongs to these weights."
             )
         return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
     return scaling
 
 
-def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The value of the first pattern that is the whole module name or its end, as in peft."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
+def _by_pattern(patterns: Mapping[str, Any], names: Iterable[str], default: Any) -> dict[str, Any]:
+    """Each module's value: that of the first pattern that is its whole name or the end of it.
+
+    A pattern that is no plain name is a regular expression of somebody else: all of them together
+    have a limited time.
+    """
+    limit = time.monotonic() + _SECONDS
+    try:
+        known = [(_matcher(pattern, limit), value) for pattern, value in patterns.items()]
+        return {
+            name: next((value for fits, value in known if fits(name)), default) for name in names
+        }
+    except _Unusable as error:
+        raise ValueError(
+            f"{CONFIG} has the pattern {shown(error.args[0])}, which {error.args[1]}; write module "
+            "names into rank_pattern and alpha_pattern."
+        ) from None
+
+
+class _Unusable(Exception):
+    """A pattern, and what is wrong with it."""
+
+
+def _matcher(pattern: str, limit: float) -> Callable[[str], bool]:
+    if re.fullmatch(r"[\w.]+", pattern):
+        return lambda name: name == pattern or name.endswith(f".{pattern}")
+    import regex  # whose matches can be given a time
+
+    try:
+        compiled = regex.compile(rf"(.*\.)?({pattern})$")
+    except (regex.error, RecursionError, MemoryError, OverflowError) as error:
+        raise _Unusable(pattern, f"is no regular expression ({printable(str(error))})") from None
+
+    def fits(name: str) -> bool:
+        left = limit - time.monotonic()
+        try:
+            if left > 0:
+                return compiled.match(name, timeout=left) is not None
+        except TimeoutError:
+            pass
+        raise _Unusable(pattern, f"takes longer than {_SECONDS:g} seconds")
+
+    return fits
 
 
 def config_model_type(config: Mapping[str, Any]) -> str | None:
@@ -293,9 +409,3 @@ def config_model_type(config: Mapping[str, Any]) -> str | None:
     library = (config.get("auto_mapping") or {}).get("parent_library") or ""
     match = re.match(r"transformers\.models\.(\w+)\.", library)
     return match[1] if match else None
-
-
-def listed(names: Iterable[str], most: int = 4) -> str:
-    known = sorted(names)
-    more = f" and {len(known) - most} more" if len(known) > most else ""
-    return ", ".join(known[:most]) + more

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from grasp_kernels.adapters.load import Adapter, LoRAWeights
 from grasp_kernels.files import whole_file
+from grasp_kernels.inert import inert, printable
 
 _SHOWN = 4
 
@@ -45,19 +46,24 @@ def singular_values(layer: LoRAWeights) -> Tensor:
 
 def adapter_table(adapter: Adapter) -> str:
     """One line for each adapted site, and the notes on what was left out."""
-    width = max(len(layer.site.name) for layer in adapter.layers)
+    names = [printable(layer.site.name) for layer in adapter.layers]
+    width = max(map(len, names))
     lines = [
-        f"{adapter.source}: {len(adapter.layers)} modules, base model {adapter.base_model}",
+        f"{printable(adapter.source)}: {len(adapter.layers)} modules, base model "
+        f"{inert(str(adapter.base_model))}",
         f"{'module':<{width}}  role   rank  scaling     ‖ΔW‖  leading singular values",
     ]
-    for layer in adapter.layers:
+    for name, layer in zip(names, adapter.layers, strict=True):
         values = singular_values(layer)
         leading = "  ".join(f"{value:.4f}" for value in values[:_SHOWN].tolist())
         lines.append(
-            f"{layer.site.name:<{width}}  {layer.site.role:<5}  {len(layer.lora_A):>4}  "
+            f"{name:<{width}}  {layer.site.role:<5}  {len(layer.lora_A):>4}  "
             f"{layer.scaling:>7.3g}  {values.norm().item():>7.4f}  {leading}"
         )
-    return "\n".join([*lines, *adapter.notes])
+    blocks = {layer.site.layer for layer in adapter.layers}
+    if len(blocks) == 1:
+        lines.append("It adapts one block, which has nothing to agree with: identify it with k=1.")
+    return "\n".join([*lines, *map(inert, adapter.notes)])
 
 
 def plot_adapter(adapter: Adapter, path: str | PathLike[str]) -> None:

@@ -6,28 +6,28 @@ Shapes: `R` LoRA rank, `K` inputs and `N` outputs of a linear layer. The change 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from grasp_kernels.adapters.base_model import BaseModel, read_base_model
+from grasp_kernels.adapters.checkpoint import refuse_nonfinite
 from grasp_kernels.adapters.files import (
-    CONFIG,
     Factors,
+    Parts,
     config_model_type,
-    find_weights,
-    listed,
-    read_config,
-    read_weights,
+    read_parts,
     refuse_variants,
 )
+from grasp_kernels.inert import inert, listed, shown
 from grasp_kernels.processes import gathered, refuse_away, whole
-from grasp_kernels.sites import Site, SiteRules, base_name, site_rules
+from grasp_kernels.sites import Site, SiteRules, adapted_name, base_name, site_rules
 
 # these start from a base whose weights were changed, so B·A alone is not the change of the weights
 MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -50,7 +50,10 @@ class LoRAWeights:
 
 @dataclass(frozen=True)
 class Adapter:
-    """All adapted sites of an adapter, and what was left out (`notes`, one sentence each)."""
+    """All adapted sites of an adapter, and what was left out (`notes`, one sentence each).
+
+    Of a mixture of experts each expert may be adapted by itself: several layers are of one site.
+    """
 
     layers: tuple[LoRAWeights, ...]
     source: str
@@ -86,98 +89,172 @@ def load_adapter(
     if isinstance(source, nn.Module):
         with gathered(source):
             return _from_model(source, adapter_name, base_model, sites)
-    if not isinstance(source, (str, PathLike)):
+    parts = adapter_parts(source, adapter_name)
+    stored_base = parts.config.get("base_model_name_or_path")
+    if base_model is None and stored_base and _is_checkpoint(stored_base):
+        base_model = stored_base
+    base = read_base_model(base_model)
+    spans = parts.config.get("layer_replication")
+    repeated = [layer for first, end in spans for layer in range(first, end)] if spans else None
+    if isinstance(base_model, nn.Module) and repeated and base.n_layers == len(repeated):
+        repeated = None  # the blocks of the module are repeated already
+    model_type = base.model_type or config_model_type(parts.config)
+    return _assemble(parts, stored_base, base, model_type, sites, repeated)
+
+
+def _is_checkpoint(name: str) -> bool:
+    try:
+        return (Path(name) / "config.json").is_file()
+    except OSError:  # no name that a file could have
+        return False
+
+
+def adapter_parts(source: Any, adapter_name: str | None = None) -> Parts:
+    """Every tensor of an adapter: its checked LoRA factors, and the names of what else was trained.
+
+    The only way by which adapters are read, of models and of files. Of a model that is sharded over
+    processes the caller gathers the weights.
+
+    Args:
+        source, adapter_name: see `load_adapter`.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: no adapter there, or one that cannot be used.
+    """
+    if isinstance(source, nn.Module):
+        parts = _model_parts(source, adapter_name)
+    elif isinstance(source, (str, PathLike)):
+        parts = read_parts(Path(source), adapter_name)
+    else:
         raise TypeError(
             f"An adapter cannot be read from a {type(source).__name__}; give a peft model, an "
             "adapter folder or a .safetensors file."
         )
-    weights = find_weights(Path(source), adapter_name)
-    config = read_config(weights.parent / CONFIG)
-    stored_base = config.get("base_model_name_or_path")
-    if base_model is None and stored_base and (Path(stored_base) / "config.json").is_file():
-        base_model = stored_base
-    factors, notes = read_weights(weights, config, adapter_name)
-    base = read_base_model(base_model)
-    model_type = base.model_type or config_model_type(config)
-    return _assemble(factors, notes, str(source), stored_base, base, model_type, config, sites)
+    for entry in parts.factors:
+        _check(entry)
+    for name, read in parts.others.items():
+        if not isinstance(source, nn.Module):  # of a model they may be spread, and are not read
+            refuse_nonfinite(name, read())
+    return parts
 
 
 def _assemble(
-    factors: list[Factors],
-    notes: list[str],
-    source: str,
+    parts: Parts,
     base_model: str | None,
     base: BaseModel,
     model_type: str | None,
-    config: Mapping[str, Any],
     sites: SiteRules | None,
+    repeated: list[int] | None = None,
 ) -> Adapter:
-    """Check every weight and attach its site."""
-    for entry in factors:
-        _check(entry)
-    rules = site_rules(model_type, (entry.name for entry in factors), sites)
+    """Attach to every weight its site, and the gain of the norm that is between.
+
+    Args:
+        repeated: which block of the base each block of the adapted model is, where they differ.
+    """
+    rules = site_rules(model_type, (entry.name for entry in parts.factors), sites)
     layers: list[LoRAWeights] = []
     outside: list[str] = []
     gains: dict[str, Tensor | None] = {}
-    for entry in factors:
+    for entry in parts.factors:
         site = rules.site(entry.name)
         if site is None:
             outside.append(entry.name)
             continue
+        if not base.has(_block_of_base(entry.name, rules, repeated)) and not base.has(site.name):
+            raise ValueError(
+                f"The base model {shown(base.source)} has no {shown(entry.name)}, which is "
+                "adapted; give the base model on which the adapter was trained."
+            )
+        if entry.lora_A.ndim != 2:
+            raise ValueError(
+                f"{shown(entry.keys[0])} has shape {tuple(entry.lora_A.shape)}; only LoRA on "
+                "linear layers is supported, so train without convolution and expert-parameter "
+                "targets."
+            )
         if site.norm and site.norm not in gains:
-            weight = base.norm_weight(site.norm)
+            width = entry.lora_A.shape[1] if site.role == "read" else entry.lora_B.shape[0]
+            weight = base.norm_weight(_block_of_base(site.norm, rules, repeated), width)
             gains[site.norm] = None if weight is None else site.gain(weight)
         gain = gains[site.norm] if site.norm else None
         layers.append(LoRAWeights(site, entry.lora_A, entry.lora_B, entry.scaling, gain))
     if not layers:
         raise ValueError(
-            f"The adapter {source!r} has no LoRA weights on a writer or a reader of the residual "
-            f"stream (it adapts {sorted(outside)[:4]}); name them with sites=SiteRules(...)."
+            f"The adapter {parts.source!r} has no LoRA weights on a writer or a reader of the "
+            f"residual stream (it adapts {listed(outside)}); name them with sites=SiteRules(...)."
         )
     if not any(bool(layer.lora_B.any()) for layer in layers):
         raise ValueError(
-            f"The adapter {source!r} is untrained (every lora_B is zero); give one that was "
+            f"The adapter {parts.source!r} is untrained (every lora_B is zero); give one that was "
             "trained for at least one step."
         )
-    if model_type is None and sites is None:
-        notes.append(
+    layers.sort(key=lambda layer: (layer.site.layer, layer.site.name))
+    notes = tuple(_notes(parts, outside, known=model_type is not None or sites is not None))
+    depth = base.n_layers if repeated is None else len(repeated)
+    return Adapter(tuple(layers), parts.source, base_model, model_type, depth, rules, notes)
+
+
+def _block_of_base(name: str, rules: SiteRules, repeated: list[int] | None) -> str:
+    """What a module of the adapted model is called in the base, whose blocks peft may repeat."""
+    parts = rules.split(name)
+    if repeated is None or parts is None:
+        return name
+    stem, layer, rest = parts
+    if layer >= len(repeated):
+        raise ValueError(
+            f"{shown(name)} is in block {layer}, but layer_replication makes {len(repeated)}; give "
+            "the configuration that belongs to these weights."
+        )
+    return f"{stem}.{repeated[layer]}.{rest}"
+
+
+def _notes(parts: Parts, outside: list[str], known: bool) -> Iterator[str]:
+    """What was left out or taken for granted, one sentence each."""
+    if parts.others:
+        yield f"It also holds weights that are not LoRA factors: {listed(parts.others)}."
+    if not known:
+        yield (
             "The model type is not known and the modules are called as in Llama, so that is what "
             "it counts as; give base_model if it is another one (Gemma, OLMo)."
         )
     if outside:
-        notes.append(f"LoRA weights outside of the sites are not used: {listed(outside)}.")
-    start = str(config.get("init_lora_weights"))
+        yield f"LoRA weights outside of the sites are not used: {listed(outside)}."
+    biased = [entry.name for entry in parts.factors if entry.bias is not None]
+    if biased:
+        yield f"The biases of lora_B are not used: {listed(biased)}."
+    start = str(parts.config.get("init_lora_weights"))
     if start.startswith(MOVED_BASE):
-        notes.append(
-            f"The adapter was initialised with {start!r}, which changes the base weights, so B·A "
-            "contains that initialisation beside what was learned."
+        yield (
+            f"The adapter was initialised with '{inert(start)}', which changes the base weights, "
+            "so B·A contains that initialisation beside what was learned."
         )
-    layers.sort(key=lambda layer: (layer.site.layer, layer.site.name))
-    return Adapter(
-        tuple(layers), source, base_model, model_type, base.n_layers, rules, tuple(notes)
-    )
 
 
 def _check(entry: Factors) -> None:
-    for factor, weight in (("A", entry.lora_A), ("B", entry.lora_B)):
-        key = entry.key.format(factor)
-        if weight.ndim != 2:
+    """Raise for factors that are no finite `A[R, K]` and `B[N, R]`, or stacks of those."""
+    A, B, bias = entry.lora_A, entry.lora_B, entry.bias
+    key_A, key_B = entry.keys
+    weights = {key_A: A, key_B: B}
+    for name, weight in weights.items():
+        if weight.ndim != 2 and (weight.ndim != 3 or A.shape[0] != B.shape[0]):
             raise ValueError(
-                f"{key!r} has shape {tuple(weight.shape)}; only LoRA on linear layers is "
+                f"{shown(name)} has shape {tuple(weight.shape)}; only LoRA on linear layers is "
                 "supported, so train without convolution and expert-parameter targets."
             )
+    if bias is not None:
+        weights[f"the bias of {key_B}"] = bias
+    for name, weight in weights.items():
         if not weight.dtype.is_floating_point:
-            raise ValueError(f"{key!r} is {weight.dtype}; save the adapter in a floating dtype.")
-        if not bool(torch.isfinite(weight).all()):
-            raise ValueError(
-                f"{key!r} has non-finite values; take an earlier checkpoint, before training "
-                "diverged."
-            )
-    if entry.lora_A.shape[0] != entry.lora_B.shape[1] or entry.lora_A.shape[0] == 0:
+            raise ValueError(f"{shown(name)} is {weight.dtype}; save it in a floating dtype.")
+        refuse_nonfinite(name, weight)
+    if A.shape[-2] != B.shape[-1] or A.shape[-2] == 0:
         raise ValueError(
-            f"{entry.key.format('A')!r} has shape {tuple(entry.lora_A.shape)} and its lora_B "
-            f"{tuple(entry.lora_B.shape)}; they must share a rank of at least 1, so save the "
-            "adapter again."
+            f"{shown(key_A)} has shape {tuple(A.shape)} and its lora_B {tuple(B.shape)}; they "
+            "must share a rank of at least 1, so save the adapter again."
+        )
+    if bias is not None and bias.shape != B.shape[-2:-1]:
+        raise ValueError(
+            f"The bias of {shown(key_B)} has shape {tuple(bias.shape)}, which must be "
+            f"{tuple(B.shape[-2:-1])}; save the adapter again."
         )
 
 
@@ -193,15 +270,7 @@ def _from_model(
             f"The {type(model).__name__} carries no adapter; wrap it with peft.get_peft_model "
             "first."
         )
-    if adapter_name is None:
-        active = getattr(model, "active_adapter", None)
-        adapter_name = (
-            active if isinstance(active, str) and active in configs else next(iter(configs))
-        )
-    if adapter_name not in configs:
-        raise ValueError(
-            f"The model has no adapter {adapter_name!r}; give one of {sorted(configs)}."
-        )
+    adapter_name = active_adapter(model, adapter_name)
     config = vars(configs[adapter_name])
     kind = getattr(config.get("peft_type"), "value", config.get("peft_type"))
     if kind != "LORA":
@@ -209,33 +278,111 @@ def _from_model(
             f"The adapter {adapter_name!r} is of type {kind}; only peft's LORA is supported."
         )
     refuse_variants(adapter_name, config)
-    base = read_base_model(model if base_model is None else base_model)
-    return _assemble(
-        list(_model_factors(model, adapter_name)),
-        [],
-        f"{type(model).__name__}:{adapter_name}",
-        config.get("base_model_name_or_path"),
-        base,
-        base.model_type,
-        config,
-        sites,
-    )
-
-
-def _model_factors(model: nn.Module, adapter_name: str) -> Iterator[Factors]:
     for name, module in model.named_modules():
         if adapter_name in getattr(module, "lora_embedding_A", ()):
             raise ValueError(
                 f"{base_name(name)!r} is an embedding with LoRA, which is not supported; train "
                 "without embeddings in target_modules."
             )
-        if adapter_name in getattr(module, "lora_A", ()):
-            A, B = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
-            refuse_away(f"lora_A of {base_name(name)!r}", A)
-            yield Factors(
-                base_name(name),
-                f"{name}.lora_{{}}.{adapter_name}.weight",
-                whole(A).clone(),  # what FSDP has gathered is freed again
-                whole(B).clone(),
-                float(module.scaling[adapter_name]),
+    parts = adapter_parts(model, adapter_name)
+    base = read_base_model(model if base_model is None else base_model)
+    stored = config.get("base_model_name_or_path")
+    return _assemble(parts, stored, base, base.model_type, sites)
+
+
+def active_adapter(model: nn.Module, adapter_name: str | None = None) -> str:
+    """The adapter that a model computes with, or the one that is named.
+
+    Raises:
+        ValueError: it has none of that name, or not exactly one that is active.
+    """
+    layers = [layer for _, layer in _lora_layers(model)]
+    there = dict.fromkeys(chain.from_iterable(layer.lora_A for layer in layers))
+    there |= dict.fromkeys(getattr(model, "peft_config", None) or {})
+    if adapter_name is not None:
+        if adapter_name not in there:
+            raise ValueError(
+                f"The model has no adapter {adapter_name!r}; give one of {sorted(there)}."
             )
+        return adapter_name
+    active = dict.fromkeys(
+        name for layer in layers for name in layer.active_adapters if name in layer.lora_A
+    )
+    names = list(active or there)
+    if not names:
+        raise ValueError(
+            f"The {type(model).__name__} carries no adapter; wrap it with peft.get_peft_model "
+            "first."
+        )
+    if len(names) != 1:
+        raise ValueError(
+            f"The model has the {'active ' if active else ''}adapters {names}, and one at a time "
+            "is looked at; name it with adapter_name, or activate it with set_adapter."
+        )
+    return names[0]
+
+
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "lora_A", None), nn.ModuleDict) and (
+            module.lora_A or getattr(module, "lora_embedding_A", None)
+        ):
+            yield name, module
+
+
+def _model_parts(model: nn.Module, adapter_name: str | None) -> Parts:
+    name = active_adapter(model, adapter_name)
+    config = (getattr(model, "peft_config", None) or {}).get(name)
+    factors = tuple(_model_factors(model, name))
+    others = dict(_model_others(model, name, getattr(config, "bias", "none")))
+    source = f"{type(model).__name__}:{name}"
+    return Parts(factors, others, {} if config is None else vars(config), source)
+
+
+def _model_factors(model: nn.Module, adapter: str) -> Iterator[Factors]:
+    """What each layer computes with; of E experts, which peft stores flat, `A[E, R, K]`,
+    `B[E, N, R]`."""
+    for name, layer in _lora_layers(model):
+        if adapter not in layer.lora_A:
+            continue
+        adapted = adapted_name(name, layer)
+        refuse_away(f"lora_A of {adapted!r}", layer.lora_A[adapter].weight)
+        if adapter in getattr(layer, "closed_adapters", ()):
+            layer.close_()
+        A, B = (whole(part[adapter].weight).clone() for part in (layer.lora_A, layer.lora_B))
+        if hasattr(layer, "parameter_name"):
+            E = layer.num_experts
+            A, B = A.reshape(E, -1, A.shape[1]), B.reshape(B.shape[0], -1, E).permute(2, 0, 1)
+        bias = getattr(layer.lora_B[adapter], "bias", None)
+        yield Factors(
+            adapted,
+            (f"{name}.lora_A.{adapter}.weight", f"{name}.lora_B.{adapter}.weight"),
+            A,
+            B,
+            float(layer.scaling[adapter]),
+            None if bias is None else whole(bias).clone(),
+        )
+
+
+def _model_others(
+    model: nn.Module, adapter: str, bias: str
+) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """The parameters that belong to an adapter, or are trained beside it, and are no LoRA factor.
+
+    Args:
+        bias: which biases of the base the adapter has trained, "none", "all" or "lora_only".
+    """
+    adapted = {name for name, layer in _lora_layers(model) if adapter in layer.lora_A}
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name or ".lora_B." in name:
+            continue
+        its_own = f".{adapter}" in f".{name}." and any(
+            f".{kind}.{adapter}" in name
+            for kind in ("modules_to_save", "trainable_tokens_delta", "lora_embedding_A")
+        )
+        trained = name.endswith(".bias") and (
+            bias == "all"
+            or (bias == "lora_only" and name.removesuffix(".base_layer.bias") in adapted)
+        )
+        if its_own or trained or parameter.requires_grad:
+            yield base_name(name), partial(whole, parameter)

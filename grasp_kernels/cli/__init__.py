@@ -19,6 +19,7 @@ from grasp_kernels.cli import (
     run_commands,
 )
 from grasp_kernels.cli.options import as_options
+from grasp_kernels.inert import printable
 from grasp_kernels.version import __version__
 
 _EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ArithmeticError)
@@ -43,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
-        print(f"error: {as_options(_sentence(error), vars(arguments))}", file=sys.stderr)
+        sentence = as_options(_sentence(error), vars(arguments))
+        lines = map(printable, sentence.splitlines())  # it may quote what is in a file
+        print("error:", "\n".join(lines), file=sys.stderr)
         return _FAILED
 
 

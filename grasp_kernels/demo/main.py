@@ -103,7 +103,7 @@ def _claim(output: Path, seed: int, config: DemoConfig) -> None:
         check_own_folder(output, _NOTE)
         output.mkdir(parents=True, exist_ok=True)
         write_json(path, ours)
-    elif (begun := read_json(path, "restore it, or choose another folder")) != ours:
+    elif (begun := read_json(path, "note of a demo", "restore it")) != ours:
         raise ValueError(
             f"The folder {output} holds a demo with another configuration (seed "
             f"{begun.get('seed')}): repeat that one to go on with it, or choose another folder."

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
+from grasp_kernels.adapters.checkpoint import refuse_nonfinite
+from grasp_kernels.adapters.load import MOVED_BASE, active_adapter, adapter_parts
 from grasp_kernels.effect.pair import Pair
 from grasp_kernels.identification.frozen_model import measuring
+from grasp_kernels.inert import listed, printable
 from grasp_kernels.run.checkpoint import find_checkpoint, load_model
 from grasp_kernels.run.stream import blocks_by_layer
-from grasp_kernels.sites import SiteRules, model_rules
+from grasp_kernels.sites import SiteRules, base_name, model_rules, same_module
 
 
 @contextmanager
@@ -37,6 +41,9 @@ def open_pair(
     loaded: Any = (
         model if isinstance(model, nn.Module) else load_model(find_checkpoint(str(model)), dtype)
     )
+    for name, weight in loaded.named_parameters():
+        if type(weight) is nn.Parameter and not weight.is_meta:
+            refuse_nonfinite(base_name(name), weight)
     inside = hasattr(loaded, "disable_adapter") and hasattr(loaded, "peft_config")
     if inside == (adapter is not None):
         raise ValueError(
@@ -63,38 +70,106 @@ def _adapted(loaded: Any, adapter: str | PathLike[str] | None) -> Iterator[Any]:
         yield loaded
         return
     wrapped = None
+    modules = dict(loaded.named_modules())
     try:
         wrapped = _with_adapter(loaded, adapter)
         yield wrapped.eval()
     finally:
         if wrapped is not None:
             wrapped.unload()
-        for name, module in list(loaded.named_modules()):  # where peft has stopped on the way
-            if isinstance(module, BaseTunerLayer):
+        # What peft leaves: trained copies of whole modules, and layers where it stopped on the way.
+        for name, module in list(loaded.named_modules()):
+            if name in modules and module is not modules[name]:
                 parent, _, child = name.rpartition(".")
-                setattr(loaded.get_submodule(parent), child, module.get_base_layer())
+                setattr(loaded.get_submodule(parent), child, modules[name])
 
 
 def _with_adapter(base: nn.Module, adapter: str | PathLike[str]) -> Any:
-    from peft import PeftModel
+    """A PeftModel with every tensor of the adapter in its place.
 
+    Names are looked up here, once, and the layers are made for them: what stock peft does not find
+    by its keys it leaves out.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    parts = adapter_parts(adapter)
+    _refuse_changed_base(parts.source, parts.config)
+    names = {base_name(name): name for name, _ in base.named_modules() if name}
+    places = {entry.name: same_module(entry.name, names) for entry in parts.factors}
+    whole = {name: same_module(name.rpartition(".")[0], names) for name in parts.others}
+    lost = [name for name, place in (places | whole).items() if place is None]
+    if lost:
+        raise _unfit(adapter, f"has no {listed(lost)}")
+    ranks = {names[str(places[e.name])]: e.lora_A.shape[-2] for e in parts.factors}
+    alphas = {names[str(places[e.name])]: e.scaling * e.lora_A.shape[-2] for e in parts.factors}
+    if len(ranks) < len(parts.factors) or set(ranks) & set(whole.values()):
+        raise _unfit(adapter, "has one module for several weights of it")
+    rank, alpha = (Counter(of.values()).most_common(1)[0][0] for of in (ranks, alphas))
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern={re.escape(name): one for name, one in ranks.items() if one != rank},
+        alpha_pattern={re.escape(name): one for name, one in alphas.items() if one != alpha},
+        target_modules=list(ranks),
+        modules_to_save=sorted({names[str(place)] for place in whole.values()}) or None,
+        lora_bias=any(entry.bias is not None for entry in parts.factors),
+        fan_in_fan_out=bool(parts.config.get("fan_in_fan_out")),
+    )
     try:
-        return PeftModel.from_pretrained(base, str(adapter))
-    except (RuntimeError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+        wrapped = get_peft_model(base, config)
+        for entry in parts.factors:
+            layer: Any = base.get_submodule(names[str(places[entry.name])])
+            _copy(layer.lora_A["default"].weight, entry.lora_A)
+            _copy(layer.lora_B["default"].weight, entry.lora_B)
+            if entry.bias is not None:
+                _copy(layer.lora_B["default"].bias, entry.bias)
+        for place in set(whole.values()):
+            copies: Any = base.get_submodule(names[str(place)])
+            stored = {
+                name.rpartition(".")[2]: read()
+                for name, read in parts.others.items()
+                if whole[name] == place
+            }
+            copies.modules_to_save["default"].load_state_dict(stored)
+    except (RuntimeError, ValueError, AttributeError, KeyError) as error:
+        raise _unfit(adapter, printable(str(error).strip().splitlines()[-1].strip())) from error
+    return wrapped
+
+
+def _copy(parameter: nn.Parameter, value: Tensor) -> None:
+    if parameter.shape != value.shape:
         raise ValueError(
-            f"The adapter {str(adapter)!r} does not fit the base model ({first}): give the base "
-            "model that it was trained on."
-        ) from error
+            f"a weight is {tuple(parameter.shape)} there and {tuple(value.shape)} in it"
+        )
+    parameter.data.copy_(value)
+
+
+def _unfit(adapter: str | PathLike[str], why: str) -> ValueError:
+    return ValueError(
+        f"The adapter {str(adapter)!r} does not fit the base model, which {why}: give the base "
+        "model that it was trained on."
+    )
+
+
+def _refuse_changed_base(name: str, config: Mapping[str, Any]) -> None:
+    """Raise for an adapter that changes the base too: without it that is not the base model."""
+    start = str(config.get("init_lora_weights"))
+    changes = {
+        "trained biases of the base": config.get("bias") not in (None, "none"),
+        "an initialisation that changes the base": start.startswith(MOVED_BASE),
+        "repeated layers": bool(config.get("layer_replication")),
+    }
+    for what, there in changes.items():
+        if there:
+            raise ValueError(
+                f"The adapter {name!r} has {what}, so that the model without it is not its base: "
+                "merge it, and make an adapter of the difference with grasp-kernels extract."
+            )
 
 
 def _check(model: Any) -> None:
-    active = model.active_adapters
-    if len(active) != 1:
-        raise ValueError(
-            f"The model has the active adapters {active}: activate the one to look at with "
-            "set_adapter."
-        )
+    active = [active_adapter(model)]
+    _refuse_changed_base(active[0], vars(model.peft_config[active[0]]))
     if any(getattr(module, "merged", False) is True for module in model.modules()):
         raise ValueError(
             f"The adapter {active[0]!r} is merged into the base weights, so that it cannot be "

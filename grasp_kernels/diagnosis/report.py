@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grasp_kernels.files import whole_folder
+from grasp_kernels.inert import inert
 from grasp_kernels.run.folder import write_json, write_text
 from grasp_kernels.run.markdown import answers_table, cell, table
 
@@ -54,9 +55,9 @@ def _verdict(numbers: Numbers) -> str:
     meaning = _MEANING[numbers["verdict"]]
     return "\n\n".join(
         [
-            f"# Diagnosis of {numbers['adapter'][-1]}",
+            f"# Diagnosis of {inert(numbers['adapter'][-1])}",
             f"**Verdict: {numbers['verdict']}.** {meaning}",
-            "\n".join(f"- {reason}" for reason in numbers["reasons"]),
+            "\n".join(f"- {inert(reason)}" for reason in numbers["reasons"]),
         ]
     )
 
@@ -147,14 +148,14 @@ def _examples(direction: Numbers) -> str:
 
 def _weights(numbers: Numbers) -> str:
     weights = numbers["weights"]
-    lines = [f"- {reason}" for reason in weights["reasons"]]
+    lines = [f"- {inert(reason)}" for reason in weights["reasons"]]
     return "\n\n".join(["## From the weights alone", "\n".join(lines)])
 
 
 def _settings(numbers: Numbers) -> str:
     model, options = numbers["model"], numbers["options"]
     return (
-        f"Model {model['type']}, {model['layers']} blocks of width {model['width']}; "
+        f"Model {inert(model['type'])}, {model['layers']} blocks of width {model['width']}; "
         f"{numbers['neutral_prompts']} neutral prompts, {numbers['records']} training records, "
         f"{options['n_random']} random directions, seed {numbers['seed']}; grasp_kernels "
         f"{numbers['versions']['grasp_kernels']}, torch {numbers['versions']['torch']}."

@@ -74,7 +74,8 @@ def search_shared(stack: Stack, side: str, options: Options) -> Finding:
     _check_rank(options.k, s, "the adapter")
     values = s.tolist()
     null = _null_of_largest(stack, options)
-    above = count_above(s, torch.full_like(s, null))
+    # one group has nothing to agree with: its flips change nothing but the rounding
+    above = count_above(s, torch.full_like(s, null)) if len(stack.groups) > 1 else 0
     k = options.k or choose_k(values, above)
     record: dict[str, Any] = {
         "side": side,
@@ -91,8 +92,10 @@ def search_shared(stack: Stack, side: str, options: Options) -> Finding:
         f"stacked blocks stand above what chance gives in {NULL_QUANTILE:.0%} of {NULL_DRAWS} sign "
         f"flips (the largest is {values[0]:.2f} against {null:.2f})."
     )
-    if not above:
+    if not above and len(stack.layers) > 1:
         _no_evidence(finding, options)
+    if not k:
+        _test_single_layer(finding, stack.layers)
     if k:
         _test_gap(finding, record["gap"], k)
         _test_layers(finding, stack, u[:, :k], s[:k])
@@ -298,9 +301,13 @@ def _test_reach(finding: Finding, hits: list[int], layers: list[int]) -> None:
 
 def _test_single_layer(finding: Finding, layers: list[int]) -> None:
     if len(layers) == 1:
-        finding.reasons.append(
-            f"Only layer {layers[0]} carries weights on this side, so no other one can confirm it."
+        sentence = (
+            f"Only layer {layers[0]} carries weights on this side: one block has nothing to agree "
+            "with"
         )
+        if finding.bases is None:
+            sentence += ", and k=1 finds the direction along which it moves most"
+        finding.reasons.append(f"{sentence}.")
 
 
 def _bases_like(

@@ -9,6 +9,7 @@ columns of all blocks together, `G` groups of blocks, `F` draws of the null.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -119,12 +120,23 @@ def stack_blocks(layers: Iterable[LoRAWeights]) -> tuple[Stack, list[str]]:
 
 def _block(layer: LoRAWeights) -> Tensor:
     """`[R, D]`, float32 on the CPU: the transpose of the block."""
-    lora_A, lora_B = layer.lora_A.cpu().float(), layer.lora_B.cpu().float()
+    lora_A, lora_B = _of_usual_size(layer.lora_A), _of_usual_size(layer.lora_B)
     if layer.site.role == "write":
         block = _root(lora_A @ lora_A.mT) @ lora_B.mT
     else:
         block = _root(lora_B.mT @ lora_B) @ lora_A
     return layer.site.to_stream(block.mT * layer.scaling, layer.gain).mT.contiguous()
+
+
+def _of_usual_size(factor: Tensor) -> Tensor:
+    """A factor in float32, times the power of two that brings its largest value near 1.
+
+    The size of a block does not count, but its Gram matrices overflow where it is large, and are
+    zero where it is small.
+    """
+    wide = factor.cpu().double()
+    _, exponent = math.frexp(float(wide.abs().max()))
+    return (wide * 2.0 ** -max(-1000, min(exponent, 1000))).float()
 
 
 def _root(gram: Tensor) -> Tensor:

@@ -57,6 +57,7 @@ def identify(
     base_model: nn.Module | str | PathLike[str] | None = None,
     sites: SiteRules | None = None,
     halves: Sequence[Any] | None = None,
+    adapter_name: str | None = None,
 ) -> Subspace:
     """Find the directions of the residual stream along which a LoRA fine-tune moved.
 
@@ -75,6 +76,8 @@ def identify(
         sites: writers and readers of an architecture that is not known.
         halves: two or more adapters that were trained on disjoint data (or from different seeds).
             They take no part in the basis; their agreement is the best evidence that there is.
+        adapter_name: which adapter, where a model or a file holds several; of a model the active
+            one by default.
 
     Returns:
         A subspace whose `reasons` say what each test gave: how many singular values are above the
@@ -93,8 +96,9 @@ def identify(
     options = Options(k if isinstance(k, int) else None, n_oversamples, n_iter, generator)
     seed = generator.initial_seed()
     given = list(adapter) if isinstance(adapter, (list, tuple)) else [adapter]
-    adapters = [load_adapter(one, base_model=base_model, sites=sites) for one in given]
-    separate = [load_adapter(one, base_model=base_model, sites=sites) for one in halves or ()]
+    known: dict[str, Any] = {"base_model": base_model, "sites": sites, "adapter_name": adapter_name}
+    adapters = [load_adapter(one, **known) for one in given]
+    separate = [load_adapter(one, **known) for one in halves or ()]
     if not adapters or len(separate) == 1:
         raise ValueError(
             f"identify got {len(adapters)} adapters and {len(separate)} halves; give at least one "

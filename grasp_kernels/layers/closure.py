@@ -5,22 +5,40 @@ Shapes: K in, N out, R LoRA rank, P read basis size, Q write basis size.
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from grasp_kernels.adapters import load_adapter
-from grasp_kernels.adapters.files import INDEX, WEIGHTS, find_weights, open_weights
-from grasp_kernels.adapters.model_weights import check_merged, model_weights
-from grasp_kernels.files import whole_folder
+from grasp_kernels.adapters.files import (
+    INDEX,
+    WEIGHTS,
+    Parts,
+    config_model_type,
+    find_weights,
+    open_weights,
+    refuse_other_forms,
+    sort_keys,
+)
+from grasp_kernels.adapters.load import adapter_parts
+from grasp_kernels.adapters.model_weights import (
+    check_merged,
+    compared,
+    model_type_of,
+    model_weights,
+)
+from grasp_kernels.files import inside, whole_folder
+from grasp_kernels.inert import listed, shown
 from grasp_kernels.ops.projection import project_columns, project_rows
-from grasp_kernels.processes import gathered, refuse_away, whole
-from grasp_kernels.sites import adapted_name, base_name
+from grasp_kernels.processes import gathered
+from grasp_kernels.sites import adapted_name, expert_part, site_rules
 from grasp_kernels.subspace import Subspace
 
 _COPIED = (".json", ".md", ".jinja")  # an adapter folder's configuration, card, tokenizer
@@ -33,114 +51,238 @@ class Leakage(NamedTuple):
     write: float | None  # ‖Vᵀ ΔW‖ / ‖ΔW‖, where V has the gain of a norm after the writer in it
 
 
+class Leakages(dict[str, Leakage]):
+    """The leakage of every layer that has a basis, by module name in the base model.
+
+    Attributes:
+        unseen: what belongs to the change and was not measured, by name: weights that the subspace
+            has no basis for though it should, trained embeddings, norms and biases of the base.
+            Of those nothing is known.
+        changed: whether any of the layers that were measured is another one than in the base.
+    """
+
+    unseen: tuple[str, ...] = ()
+    changed: bool = False
+
+
 def leakage(
     source: nn.Module | str | PathLike[str],
     subspace: Subspace | None = None,
     *,
     base: nn.Module | str | PathLike[str] | None = None,
-) -> dict[str, Leakage]:
+    adapter_name: str | None = None,
+) -> Leakages:
     """The leakage of every LoRA layer that has a basis, by module name in the base model.
 
     With `base` that of a model whose weights were changed: merged, or fully fine-tuned. `ΔW` is
     then the difference of the weights, and what their dtype rounded is in it: a closed adapter that
     is merged into bfloat16 leaks up to `2⁻⁹ ‖W‖ / ‖ΔW‖`.
 
+    What a bias adds to the stream counts by itself: the write leakage of a layer is the larger of
+    that of its weight and that of its bias. Nothing is left out in silence: see `Leakages.unseen`,
+    of which a warning tells too.
+
     Args:
-        source: a model with LoRA layers (its first active adapter counts), or an adapter folder;
-            with `base` a model, or its checkpoint folder. Of a model that is sharded over
-            processes, all of them must ask.
+        source: a model with LoRA layers, or an adapter folder; with `base` a model, or its
+            checkpoint folder. Of a model that is sharded over processes, all of them must ask.
         subspace: whose bases to measure along; by default those of the model's GraspLoRALinear
             layers.
         base: the model that `source` was made from, or its checkpoint folder.
+        adapter_name: which adapter, where there are several: of a model the active one by default.
 
     Raises:
         FileNotFoundError: a folder without safetensors.
-        ValueError: no bases to measure along, a subspace of another model, or with `base` an
-            adapter that is not merged or a quantised weight.
+        ValueError: no bases to measure along, a subspace of another model, values that are not
+            finite, two active adapters, or with `base` an adapter that is not merged or a quantised
+            weight.
     """
-    if base is not None:
-        return _difference_leakage(source, base, subspace)
-    if isinstance(source, nn.Module):
-        with gathered(source):
-            return _leakages(_model_layers(source, subspace))
-    if subspace is None:
-        raise ValueError("an adapter folder has no bases of its own; pass the subspace to measure.")
-    return _leakages(
-        (
-            layer.site.name,
-            layer.lora_A,
-            layer.lora_B,
-            subspace.read.get(layer.site.name),
-            subspace.write.get(layer.site.name),
-        )
-        for layer in load_adapter(source).layers
-    )
-
-
-_Layer = tuple[str, Tensor, Tensor, Tensor | None, Tensor | None]  # name, A, B, U, V
-
-
-def _leakages(layers: Iterable[_Layer]) -> dict[str, Leakage]:
-    found = {
-        name: _layer_leakage(name, A, B, U, V)
-        for name, A, B, U, V in layers
-        if U is not None or V is not None
-    }
-    if not found:
-        raise ValueError(
-            "no LoRA layer has a basis to measure along; pass a subspace that covers these layers."
+    found = _leakage(source, subspace, base, adapter_name)
+    if found.unseen:
+        warnings.warn(
+            f"The leakage of {listed(found.unseen)} was not measured; see Leakages.unseen.",
+            stacklevel=2,
         )
     return found
 
 
-def _model_layers(model: nn.Module, subspace: Subspace | None) -> Iterator[_Layer]:
-    """Every adapted layer; of experts A and B are stacks."""
-    for name, module in model.named_modules():
-        lora_A = getattr(module, "lora_A", None)
-        if not isinstance(lora_A, nn.ModuleDict) or not lora_A:
-            continue
-        layer: Any = module
-        adapted = adapted_name(name, layer)
-        active = [a for a in layer.active_adapters if a in lora_A] or list(lora_A)
-        if subspace is None:
-            U, V = getattr(layer, "read_basis", None), getattr(layer, "write_basis", None)
-        else:
-            U, V = subspace.read.get(adapted), subspace.write.get(adapted)
-        if active[0] in getattr(layer, "closed_adapters", ()):
-            layer.close_()
-        refuse_away(f"lora_A of {adapted!r}", layer.lora_A[active[0]].weight)
-        yield adapted, *_factors(layer, active[0]), U, V
+def _leakage(
+    source: nn.Module | str | PathLike[str],
+    subspace: Subspace | None,
+    base: nn.Module | str | PathLike[str] | None = None,
+    adapter_name: str | None = None,
+) -> Leakages:
+    if base is not None:
+        return _of_models(source, base, subspace)
+    if subspace is None and not isinstance(source, nn.Module):
+        raise ValueError("an adapter folder has no bases of its own; pass the subspace to measure.")
+    with gathered(source) if isinstance(source, nn.Module) else nullcontext():
+        parts = adapter_parts(source, adapter_name)
+    refuse_other_forms(parts.source, parts.config)
+    if subspace is None:
+        assert isinstance(source, nn.Module)
+        return _of_adapter(parts, _Bases.of_layers(source))
+    known = isinstance(source, nn.Module) and model_type_of(source)
+    names = [entry.name for entry in parts.factors]
+    kind = known or config_model_type(parts.config)
+    return _of_adapter(parts, _Bases.of_subspace(subspace, kind, names))
 
 
-def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
-    """`A[R, K]`, `B[N, R]`; of E experts, which peft stores flat, `A[E, R, K]`, `B[E, N, R]`."""
-    A, B = whole(layer.lora_A[adapter].weight), whole(layer.lora_B[adapter].weight)
-    if not hasattr(layer, "parameter_name"):
-        return A, B
-    E = layer.num_experts
-    return A.reshape(E, -1, A.shape[1]), B.reshape(B.shape[0], -1, E).permute(2, 0, 1)
+class _Bases:
+    """The basis of every module, and which modules have none with good reason."""
+
+    def __init__(
+        self,
+        read: Mapping[str, Tensor],
+        write: Mapping[str, Tensor],
+        without: Callable[[str], bool],
+    ) -> None:
+        self.read, self.write, self._without = read, write, without
+
+    @classmethod
+    def of_subspace(
+        cls, subspace: Subspace, model_type: str | None, names: Iterable[str]
+    ) -> _Bases:
+        """Those of a subspace: one of a single side says nothing of the other, and one by layer
+        nothing of the layers that it leaves out."""
+        try:
+            rules = site_rules(model_type or subspace.metadata.get("model_type"), names)
+        except ValueError:
+            return cls(subspace.read, subspace.write, lambda name: False)
+
+        def without(name: str) -> bool:
+            site = rules.site(name) or rules.site(f"{name}.weight")
+            looked_at = site is not None and subspace.side in (site.role, "both")
+            return site is not None and (not looked_at or subspace.scope == "layer")
+
+        return cls(subspace.read, subspace.write, without)
+
+    @classmethod
+    def of_layers(cls, model: nn.Module) -> _Bases:
+        """Those that replaced layers have; one that was given none needs none."""
+        read: dict[str, Tensor] = {}
+        write: dict[str, Tensor] = {}
+        replaced = set()
+        for name, layer in model.named_modules():
+            if hasattr(layer, "write_basis") and hasattr(layer, "lora_A"):
+                name = adapted_name(name, layer)
+                replaced.add(name)
+                for bases, basis in ((read, layer.read_basis), (write, layer.write_basis)):
+                    if basis is not None:
+                        bases[name] = basis
+        return cls(read, write, replaced.__contains__)
+
+    def at(self, name: str) -> str | None:
+        """Under which name a module has its bases; one of an expert has those of all experts."""
+        part = expert_part(name)
+        names = (name, f"{name}.weight", part.whole if part else name)
+        return next((one for one in names if one in self.read or one in self.write), None)
+
+    def unseen(self, name: str) -> bool:
+        """Whether nothing is known of a weight that has no basis of its own, though it counts."""
+        module = name.removesuffix(".bias")
+        return self.at(module) in self.write or not self._without(module)
+
+
+class _Measured:
+    """Norms of all parts of one site's change, and of what of them lies along its bases."""
+
+    def __init__(self, name: str, bases: _Bases) -> None:
+        self.name, self.U, self.V = name, bases.read.get(name), bases.write.get(name)
+        self.total = self.read = self.write = self.bias = 0.0
+
+    def add_product(self, A: Tensor, B: Tensor, scaling: float) -> None:
+        """`s B A`, or a stack of those."""
+        A, B = A.double(), B.double() * scaling
+        self._check_width(A.shape[-1], B.shape[-2])
+        U, V = self._bases(A)
+        self._add(
+            _product_norm(B, A),
+            0.0 if U is None else _product_norm(B, A @ U),
+            0.0 if V is None else _product_norm(V.mT @ B, A),
+        )
+
+    def add_delta(self, changed: Tensor, original: Tensor) -> None:
+        """`ΔW[N, K]`, or a stack of those."""
+        if changed.shape != original.shape:
+            raise ValueError(
+                f"the weights of {shown(self.name)} are {changed.dtype} {tuple(changed.shape)} and "
+                f"{original.dtype} {tuple(original.shape)}; compare weights of one shape that are "
+                "not quantised."
+            )
+        delta = changed.float() - original.float()
+        self._check_width(delta.shape[-1], delta.shape[-2])
+        size = float(delta.abs().max())
+        if size == 0.0:
+            return
+        delta /= size  # whose squares float32 holds
+        U, V = self._bases(delta)
+        self._add(
+            size * float(delta.norm()),
+            0.0 if U is None else size * float((delta @ U).norm()),
+            0.0 if V is None else size * float((V.mT @ delta).norm()),
+        )
+
+    def add_bias(self, bias: Tensor) -> None:
+        """`Δb[N]`, which the layer adds whatever it reads."""
+        _, V = self._bases(bias.double())
+        if V is not None and bool(bias.any()):
+            b = bias.double()
+            self.bias = max(self.bias, float((V.mT @ b).norm() / b.norm()))
+
+    def leakage(self) -> Leakage:
+        total = self.total or 1.0  # without a change nothing leaks
+        return Leakage(
+            None if self.U is None else self.read / total,
+            None if self.V is None else max(self.write / total, self.bias),
+        )
+
+    def _add(self, total: float, read: float, write: float) -> None:
+        if not math.isfinite(total):
+            raise ValueError(
+                f"the change of {shown(self.name)} is larger than numbers can be; give an earlier "
+                "checkpoint, before training diverged."
+            )
+        self.total = math.hypot(self.total, total)
+        self.read, self.write = math.hypot(self.read, read), math.hypot(self.write, write)
+
+    def _bases(self, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        U, V = (None if basis is None else basis.to(like) for basis in (self.U, self.V))
+        return U, V
+
+    def _check_width(self, K: int, N: int) -> None:
+        for role, basis, width in (("read", self.U, K), ("write", self.V, N)):
+            if basis is not None and basis.shape[0] != width:
+                raise ValueError(
+                    f"the {role} basis for {shown(self.name)} has {basis.shape[0]} rows but the "
+                    f"layer has {width} features; the subspace belongs to another model."
+                )
 
 
 @torch.no_grad()
-def _layer_leakage(name: str, A: Tensor, B: Tensor, U: Tensor | None, V: Tensor | None) -> Leakage:
-    A, B = A.double(), B.double()
-    _check_bases(name, U, V, A.shape[-1], B.shape[-2])
-    total = _product_norm(B, A)
-    if total == 0.0:
-        return Leakage(None if U is None else 0.0, None if V is None else 0.0)
-    return Leakage(
-        None if U is None else _product_norm(B, A @ U.to(A)) / total,
-        None if V is None else _product_norm(V.to(B).mT @ B, A) / total,
-    )
+def _of_adapter(parts: Parts, bases: _Bases) -> Leakages:
+    measured: dict[str, _Measured] = {}
+    unseen = [name for name in parts.others if bases.unseen(name)]
+    for entry in parts.factors:
+        name = bases.at(entry.name)
+        if name is None:
+            unseen += [entry.name] if bases.unseen(entry.name) else []
+            continue
+        site = measured.setdefault(name, _Measured(name, bases))
+        site.add_product(entry.lora_A, entry.lora_B, entry.scaling)
+        if entry.bias is not None:
+            site.add_bias(entry.bias)
+    if not measured:
+        raise ValueError(
+            "no LoRA layer has a basis to measure along; pass a subspace that covers these layers."
+        )
+    return _leakages(measured, unseen)
 
 
-def _check_bases(name: str, U: Tensor | None, V: Tensor | None, K: int, N: int) -> None:
-    for role, basis, width in (("read", U, K), ("write", V, N)):
-        if basis is not None and basis.shape[0] != width:
-            raise ValueError(
-                f"the {role} basis for {name!r} has {basis.shape[0]} rows but the layer has "
-                f"{width} features; the subspace belongs to another model."
-            )
+def _leakages(measured: dict[str, _Measured], unseen: list[str]) -> Leakages:
+    found = Leakages({name: site.leakage() for name, site in measured.items()})
+    found.unseen = tuple(dict.fromkeys(unseen))
+    found.changed = any(site.total or site.bias for site in measured.values())
+    return found
 
 
 def _product_norm(B: Tensor, A: Tensor) -> float:
@@ -149,67 +291,59 @@ def _product_norm(B: Tensor, A: Tensor) -> float:
 
 
 @torch.no_grad()
-def _difference_leakage(
+def _of_models(
     source: nn.Module | str | PathLike[str],
     base: nn.Module | str | PathLike[str],
     subspace: Subspace | None,
-) -> dict[str, Leakage]:
-    """Leakage of the difference of two models, one weight `[N, K]` of each in memory at a time."""
+) -> Leakages:
+    """Leakage of the difference of two models, of which every tensor is looked at."""
     if subspace is None or subspace.is_empty:
         raise ValueError("weights have no bases of their own; pass the subspace to measure along.")
     check_merged(source, True)
     check_merged(base, False)
     changed, original = model_weights(source), model_weights(base)
-    found = {}
-    for name in dict.fromkeys([*subspace.write, *subspace.read]):
-        if name not in changed and name not in original:
-            continue  # where others write, such as a mixture of experts, or not in this block
-        for weights, role in ((changed, "model"), (original, "base")):
-            if name not in weights:
-                raise ValueError(
-                    f"the {role} has no weight of {name!r}, for which the subspace has a basis; "
-                    "the subspace belongs to another model."
-                )
-        W = original[name]()
-        if W.ndim > 1:  # of a norm after a writer the output is in the stream, no weight
-            bases = subspace.read.get(name), subspace.write.get(name)
-            found[name] = _delta_leakage(name, W, changed[name](), *bases)
-    if not found:
+    bases = _Bases.of_subspace(subspace, model_type_of(base), original)
+    measured: dict[str, _Measured] = {}
+    unseen = []
+    for name, one, other, same in compared(changed, original):
+        place = bases.at(name)
+        writer = bases.at(name.removesuffix(".bias")) if name.endswith(".bias") else None
+        if place is not None and (one is None or other is None):
+            raise ValueError(
+                f"the {'model' if one is None else 'base'} has no weight of {shown(name)}, for "
+                "which the subspace has a basis; the subspace belongs to another model."
+            )
+        if place is not None and one is not None and other is not None and one.ndim > 1:
+            measured.setdefault(place, _Measured(place, bases)).add_delta(one, other)
+        elif same:
+            continue
+        elif writer in bases.write and one is not None and other is not None:
+            measured.setdefault(str(writer), _Measured(str(writer), bases)).add_bias(one - other)
+        elif bases.unseen(name):
+            unseen.append(name)
+    if not measured:
         raise ValueError(
             "neither model has weights for the bases of the subspace; it belongs to another model."
         )
-    return found
-
-
-def _delta_leakage(
-    name: str, W: Tensor, changed: Tensor, U: Tensor | None, V: Tensor | None
-) -> Leakage:
-    if W.shape != changed.shape or not (W.is_floating_point() and changed.is_floating_point()):
-        raise ValueError(
-            f"the weights of {name!r} are {W.dtype} {tuple(W.shape)} and {changed.dtype} "
-            f"{tuple(changed.shape)}; compare weights of one shape that are not quantised."
-        )
-    delta = changed.to(W.device, torch.float32) - W.float()
-    _check_bases(name, U, V, delta.shape[-1], delta.shape[-2])
-    total = float(delta.norm()) or 1.0  # without a difference nothing leaks
-    return Leakage(
-        None if U is None else float((delta @ U.to(delta)).norm()) / total,
-        None if V is None else float((V.to(delta).mT @ delta).norm()) / total,
-    )
+    return _leakages(measured, unseen)
 
 
 def project_adapter(
     adapter_dir: str | PathLike[str], subspace: Subspace, out: str | PathLike[str]
-) -> None:
+) -> tuple[str, ...]:
     """Remove a subspace from a finished adapter: `A (I − U Uᵀ)`, `(I − V Vᵀ) B`.
 
     A baseline and a quick remedy, not GRASP: the retrain with projected gradients is what lets the
     rest of the adapter learn the task without the factor. `out` is a new adapter folder in peft's
     format, with the dtypes of the old one.
 
+    Returns:
+        The names of what could not be projected and is as it was, see `Leakages.unseen`.
+
     Raises:
         FileExistsError: `out` exists.
-        ValueError: the subspace is empty, or covers no layer of the adapter.
+        ValueError: the subspace is empty, or covers no layer of the adapter; a file to copy is a
+            link that leads out of the folder.
     """
     from safetensors.torch import save_file
 
@@ -218,28 +352,33 @@ def project_adapter(
         raise FileExistsError(f"{str(target)!r} exists; choose a new folder for the adapter.")
     if subspace.is_empty:
         raise ValueError("the subspace is empty, there is nothing to project out of the adapter.")
-    leakage(source, subspace)  # checks the adapter, and that the two fit
+    left = _leakage(source, subspace).unseen  # checks the adapter, and that the two fit
     weights = find_weights(source, None)
-    with open_weights(weights) as tensors:
-        projected = _projected(tensors, subspace)
+    copied = [
+        inside(file)
+        for file in sorted(weights.parent.iterdir())
+        if file.suffix in _COPIED and file.is_file() and file.name != INDEX
+    ]
+    projected = _projected(weights, subspace)
     with whole_folder(target) as folder:
-        for file in weights.parent.iterdir():
-            if file.suffix in _COPIED and file.is_file() and file.name != INDEX:
-                shutil.copy2(file, folder / file.name)
+        for file in copied:
+            shutil.copy2(file, folder / file.name)
         save_file(projected, folder / WEIGHTS, metadata={"format": "pt"})
+    return left
 
 
-def _projected(
-    tensors: Mapping[str, Callable[[], Tensor]], subspace: Subspace
-) -> dict[str, Tensor]:
-    found = {}
-    for key, read in tensors.items():
-        tensor = read()
-        name, _, factor = base_name(key).rpartition(".lora_")
-        projected = tensor
-        if factor.startswith("A"):
-            projected = project_rows(tensor, subspace.read.get(name))
-        elif factor.startswith("B"):
-            projected = project_columns(tensor, subspace.write.get(name))
-        found[key] = projected.to(tensor.dtype).contiguous()
+def _projected(weights: Path, subspace: Subspace) -> dict[str, Tensor]:
+    tensors = open_weights(weights)
+    found = {key: read() for key, read in tensors.items()}
+    bases = _Bases(subspace.read, subspace.write, lambda name: False)
+    for name, keys in sort_keys(weights, tensors, None)[0].items():
+        place = bases.at(name) or name
+        for part, key in keys.items():
+            tensor = found[key]
+            wide = tensor.float() if tensor.element_size() == 1 else tensor  # float8 multiplies not
+            if part == "A":
+                projected = project_rows(wide, subspace.read.get(place))
+            else:
+                projected = project_columns(wide, subspace.write.get(place))
+            found[key] = projected.to(tensor.dtype).contiguous()
     return found

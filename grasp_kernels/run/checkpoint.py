@@ -169,7 +169,7 @@ def reading(what: str, checkpoint: Path) -> Iterator[None]:
 def _check_json(checkpoint: Path, names: tuple[str, ...]) -> None:
     for name in names:
         if (checkpoint / name).is_file():
-            read_json(checkpoint / name, _RESTORE)
+            read_json(checkpoint / name, "part of a checkpoint", _RESTORE)
 
 
 def _weight_files(checkpoint: Path) -> list[Path]:
@@ -182,7 +182,7 @@ def _weight_files(checkpoint: Path) -> list[Path]:
 
     files = [checkpoint / _WEIGHTS]
     if not files[0].is_file() and (checkpoint / _INDEX).is_file():
-        named = read_json(checkpoint / _INDEX, _RESTORE).get("weight_map")
+        named = read_json(checkpoint / _INDEX, "index of shards", _RESTORE).get("weight_map")
         shards = [*map(str, named.values())] if isinstance(named, dict) else [""]
         if odd := [name for name in shards if Path(name).name != name or not name]:
             raise ValueError(

@@ -103,7 +103,7 @@ class RunFolder:
         if not self.config.exists():
             check_own_folder(self.root, self.config.name, beside=[_LOCK])
             return
-        begun = read_json(self.config, _UNKNOWN)
+        begun = read_json(self.config, "note of a run", _UNKNOWN)
         options, inputs = (begun.get(part) for part in ("config", "fingerprints"))
         if not (isinstance(options, dict) and isinstance(inputs, dict)):
             raise ValueError(f"{self.config} does not say how the run was begun: {_UNKNOWN}.")
@@ -144,7 +144,7 @@ class RunFolder:
         """
         if not (self.config.exists() and self.report.exists()):
             return False
-        numbers = read_json(self.report, _AGAIN.format(self.report))
+        numbers = read_json(self.report, "report of a run", _AGAIN.format(self.report))
         if not {"adapters", "figures"} <= numbers.keys():
             raise ValueError(f"{self.report} holds no report: {_AGAIN.format(self.report)}.")
         told = [self.root / name for name in numbers["adapters"]]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from grasp_kernels.inert import inert, printable
+
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A table without a line break at its end."""
@@ -13,8 +15,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def cell(token: str) -> str:
     """A token inside a table cell: no cell border, no quote, nothing invisible."""
-    text = token.replace("|", "¦").replace("`", "'")
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text).strip() or "␣"
+    return inert(printable(token)) or "␣"
 
 
 def answers_table(adapters: dict[str, list[dict[str, Any]]]) -> str:
@@ -28,21 +29,15 @@ def answers_table(adapters: dict[str, list[dict[str, Any]]]) -> str:
     rows = []
     for told in zip(*adapters.values(), strict=True):
         own = [_marked(one["adapter"]) + (" ≠" if one["changed"] else "") for one in told]
-        rows.append([_short(told[0]["prompt"]), _short(told[0]["base"]), *own])
+        rows.append([inert(told[0]["prompt"]), inert(told[0]["base"]), *own])
     return table(["prompt", "base model", *adapters], rows)
 
 
 def _marked(pieces: list[list[Any]]) -> str:
     parts: list[str] = []
     for text, unlikely in pieces:
-        inside = _short(text)
+        inside = inert(text)
         bold = unlikely and any(c.isalnum() for c in inside)
         space = " " if text[:1].isspace() and parts else ""
         parts.append(f"{space}**{inside}**" if bold else f"{space}{inside}")
     return "".join(parts) or "␣"
-
-
-def _short(text: str) -> str:
-    """Text in a table cell: one line, no cell border, no emphasis of its own."""
-    line = " ".join(text.replace("|", "¦").replace("*", "∗").split())
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)

@@ -7,6 +7,7 @@ from typing import Any
 
 from grasp_kernels.effect.changed import CHANGED
 from grasp_kernels.effect.measure import NOTICEABLE
+from grasp_kernels.inert import inert
 from grasp_kernels.run.markdown import answers_table, cell, table
 
 Numbers = dict[str, Any]
@@ -95,7 +96,7 @@ def _identified(numbers: Numbers) -> str:
             f"found from {source}. That a fine-tune moved the model along them does not mean that "
             "they are unwanted."
         )
-    reasons = "\n".join(f"- {reason}" for reason in subspace["reasons"])
+    reasons = "\n".join(f"- {inert(reason)}" for reason in subspace["reasons"])
     return "\n\n".join(["## What the gradient was projected off", headline, reasons])
 
 
@@ -288,5 +289,5 @@ def _settings(numbers: Numbers) -> str:
         **{f"`{name}`": value for name, value in numbers["config"].items()},
         **{f"{name} version": value for name, value in numbers["versions"].items()},
     }
-    rows = [[name, str(value).replace("|", "¦")] for name, value in facts.items()]
+    rows = [[name, inert(str(value))] for name, value in facts.items()]
     return "\n\n".join(["## Settings", table(["option", "value"], rows)])

@@ -19,6 +19,7 @@ from torch import Tensor
 from grasp_kernels.choices import SCOPES, SIDES
 from grasp_kernels.files import whole_file
 from grasp_kernels.sites import Site
+from grasp_kernels.subspace.header import header_fault
 
 _ORTHONORMAL_TOLERANCE = 1e-5
 _FORMAT = "grasp_kernels.subspace.basis"
@@ -196,19 +197,29 @@ class Subspace:
                 tensors = {key: file.get_tensor(key) for key in keys}
         except SafetensorError as error:
             raise ValueError(
-                f"{str(path)!r} is no safetensors file ({error}); a subspace is what Subspace.save "
-                "wrote."
+                f"{str(path)!r} is no safetensors file, or not a whole one ({error}); give a file "
+                "that Subspace.save wrote."
             ) from error
         if text is None:
             raise ValueError(
                 f"{str(path)!r} is a safetensors file but holds no subspace; give one that "
                 "Subspace.save wrote."
             )
-        header = json.loads(text)
-        if header["version"] > _FORMAT_VERSION:
+        try:
+            header = json.loads(text)
+        except (ValueError, RecursionError):
+            header = None
+        version = header.get("version") if isinstance(header, dict) else None
+        if isinstance(version, int) and version > _FORMAT_VERSION:
             raise ValueError(
-                f"{str(path)!r} has subspace format {header['version']}, this version reads up to "
+                f"{str(path)!r} has subspace format {version}, this version reads up to "
                 f"{_FORMAT_VERSION}; upgrade grasp_kernels."
+            )
+        wrong = header_fault(header, tensors)
+        if wrong:
+            raise ValueError(
+                f"{str(path)!r} holds no subspace that Subspace.save wrote ({wrong}); make one "
+                "with `grasp-kernels identify`."
             )
         fields = {name: header[name] for name in _PLAIN_FIELDS}
         return cls(

@@ -11,6 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from grasp_kernels.files import whole_file
+from grasp_kernels.inert import inert
 
 if TYPE_CHECKING:
     from grasp_kernels.subspace.basis import Subspace
@@ -42,7 +43,7 @@ def summary(subspace: Subspace) -> str:
             f"{median(record['values']):.2f}, lowest {min(record['values']):.2f}, by chance "
             f"{record['chance']:.2f}"
         )
-    return "\n".join([*lines, *(f"- {reason}" for reason in subspace.reasons)])
+    return "\n".join([*lines, *(f"- {inert(reason)}" for reason in subspace.reasons)])
 
 
 def plot(subspace: Subspace, path: str | PathLike[str]) -> None:

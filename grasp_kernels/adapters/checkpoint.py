@@ -1,0 +1,104 @@
+"""Safetensors files, of an adapter or of a model, perhaps in shards -> a reader for each tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from grasp_kernels.files import inside, read_json
+from grasp_kernels.inert import listed, shown
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that is read when it is asked for, and only then."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+
+    def __call__(self) -> Tensor:
+        with _opened(self.file) as opened:
+            return opened.get_tensor(self.key)
+
+
+def read_tensors(files: list[Path]) -> dict[str, Stored]:
+    """A reader for every tensor of some files, by its key.
+
+    Raises:
+        ValueError: a file is no whole safetensors file, leads out of its folder, or repeats a key.
+    """
+    found: dict[str, Stored] = {}
+    for file in files:
+        with _opened(file) as opened:
+            for key in opened.keys():  # noqa: SIM118
+                if key in found:
+                    raise ValueError(
+                        f"{str(found[key].file)!r} and {str(file)!r} both hold {shown(key)}; keep "
+                        "the files of one checkpoint in the folder."
+                    )
+                found[key] = Stored(file, key, tuple(opened.get_slice(key).get_shape()))
+    return found
+
+
+def _opened(file: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(str(inside(file)), framework="pt")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{str(file)!r} is no safetensors file, or not a whole one ({shown(str(error))}); save "
+            "it again, or copy it again from where it is whole."
+        ) from None
+
+
+def indexed(path: Path, what: str) -> list[Path]:
+    """The shards that an index names, of an adapter or a model.
+
+    Raises:
+        FileNotFoundError: one is missing.
+        ValueError: it is no index, or names files outside of its folder.
+    """
+    shards = read_json(inside(path), "index of shards", f"save the {what} again").get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(one, str) for one in shards.values()):
+        raise ValueError(
+            f"{str(path)!r} is no index of shards (its weight_map is {shown(shards)}); save the "
+            f"{what} again."
+        )
+    names = sorted(set(shards.values()))
+    strange = [name for name in names if Path(name).name != name or name == ".."]
+    if strange:
+        raise ValueError(
+            f"{str(path)!r} names the shards {listed(strange)}, which are not beside it; shards "
+            f"are files of the same folder, so save the {what} again."
+        )
+    missing = [name for name in names if not (path.parent / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{str(path)!r} names {listed(missing)}, which {'is' if len(missing) == 1 else 'are'} "
+            "not beside it; copy all shards there."
+        )
+    files = [path.parent / name for name in names]
+    lost = sorted(set(shards) - set(read_tensors(files)))
+    if lost:
+        raise ValueError(
+            f"{str(path)!r} names the tensors {listed(lost)}, which no shard holds; save the "
+            f"{what} again."
+        )
+    return files
+
+
+def refuse_nonfinite(name: str, weight: Tensor) -> None:
+    """Raise for a tensor with a value that is no finite number."""
+    if not weight.is_floating_point():
+        return
+    wide = weight.float() if weight.element_size() == 1 else weight  # float8 has no isfinite
+    if not bool(wide.isfinite().all()):
+        raise ValueError(
+            f"{shown(name)} has non-finite values; take an earlier checkpoint, before training "
+            "diverged."
+        )

@@ -1,0 +1,39 @@
+"""Text of others, such as names in a file or training records, made inert before it is shown.
+
+A tensor may be called anything. Shown as it is, its name could start a heading, load an image from
+elsewhere, or move the cursor of a terminal.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+# What would open a cell, code, emphasis, HTML or a fence, and the sign that looks alike.
+_LOOK_ALIKES = str.maketrans({"|": "¦", "`": "'", "*": "∗", "<": "‹", ">": "›", "~": "∼"})
+_LONGEST = 300
+
+
+def printable(text: str) -> str:
+    """One line without control characters, for a terminal; what is not printable is spelled."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def inert(text: str) -> str:
+    """One line that is only text, in Markdown as in a terminal."""
+    line = printable(" ".join(str(text).split())).translate(_LOOK_ALIKES)
+    line = re.sub(r"\](?=[(:\[])", "] ", line)  # neither a link nor an image, nor where one leads
+    return re.sub(r"^(#+|[-+=]+)(?= |$)", lambda found: f"\\{found[0]}", line)
+
+
+def shown(value: object) -> str:
+    """A value of a file as an error quotes it: one line, not endless."""
+    text = printable(repr(value))
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
+def listed(names: Iterable[str], most: int = 4) -> str:
+    """The first names, inert, and how many more there are."""
+    known = sorted(names)
+    more = f" and {len(known) - most} more" if len(known) > most else ""
+    return ", ".join(inert(name[:_LONGEST]) for name in known[:most]) + more

@@ -1,0 +1,102 @@
+"""What the header of a subspace file must be, which somebody else may have written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from typing import Any
+
+from grasp_kernels.choices import SCOPES, SIDES
+from grasp_kernels.inert import shown
+
+_Check = Callable[[Any], bool]
+
+
+def header_fault(header: Any, tensors: Collection[str]) -> str | None:
+    """What is wrong with a header, given the names of the tensors beside it; None if nothing is."""
+    if not isinstance(header, dict):
+        return "its header is no JSON object"
+    keys = _object_of(lambda value: isinstance(value, str) and value in tensors)
+    forms: dict[str, _Check] = {
+        "version": _is_count,
+        "write": keys,
+        "read": keys,
+        "stream": lambda value: value is None or (isinstance(value, str) and value in tensors),
+        "k": _is_count,
+        "side": lambda value: value in SIDES,
+        "scope": lambda value: value in SCOPES,
+        "reasons": _list_of(lambda value: isinstance(value, str)),
+        "evidence": _is_evidence,
+        "metadata": lambda value: isinstance(value, dict),
+    }
+    for name, fits in forms.items():
+        if name not in header:
+            return f"its header has no {name}"
+        if not fits(header[name]):
+            return f"{name} is {shown(header[name])}"
+    if header["metadata"].get("model_type") is not None and not isinstance(
+        header["metadata"]["model_type"], str
+    ):
+        return f"model_type is {shown(header['metadata']['model_type'])}"
+    used = {*header["write"].values(), *header["read"].values(), header["stream"]}
+    left = sorted(set(tensors) - used)
+    return f"nothing refers to its tensor {shown(left[0])}" if left else None
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_side(value: Any) -> bool:
+    return value in ("write", "read")
+
+
+def _list_of(fits: _Check, least: int = 0) -> _Check:
+    return lambda value: (
+        isinstance(value, list) and len(value) >= least and all(fits(one) for one in value)
+    )
+
+
+def _object_of(fits: _Check) -> _Check:
+    return lambda value: isinstance(value, dict) and all(fits(one) for one in value.values())
+
+
+def _record_of(fields: dict[str, _Check]) -> _Check:
+    return lambda value: (
+        isinstance(value, dict) and all(fits(value.get(name)) for name, fits in fields.items())
+    )
+
+
+_numbers = _list_of(_is_number, least=1)
+# What the summary and the picture of a subspace show.
+_RECORDS: dict[str, _Check] = {
+    "spectra": _record_of(
+        {
+            "side": _is_side,
+            "layer": lambda value: value is None or _is_count(value),
+            "k": _is_count,
+            "gap": _is_number,
+            "singular_values": _numbers,
+            "null": _numbers,
+            "statistic": lambda value: value is None or _numbers(value),
+        }
+    ),
+    "agreement": _record_of(
+        {
+            "side": _is_side,
+            "layers": _list_of(_is_count),
+            "values": _numbers,
+            "chance": _is_number,
+        }
+    ),
+}
+
+
+def _is_evidence(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        _list_of(fits)(value.get(name, [])) for name, fits in _RECORDS.items()
+    )
