@@ -10,6 +10,7 @@ Shapes: T tokens, K in, N out, Q write basis size.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
@@ -32,6 +33,9 @@ class QuantisedLoRA(ProjectedLoRA):
         closed_factors = self._closed_factors(base.device, base.dtype, adapter)
         return self._operator(x, None, None, adapter, base=base, closed_factors=closed_factors)
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _empty, (self.stock,), self.__dict__  # a pickle finds no class that is made here
+
 
 def library_of(layer: LoraLayer) -> str | None:
     """The library that multiplies the weight of a stock layer of peft, if it is one we know."""
@@ -42,3 +46,7 @@ def library_of(layer: LoraLayer) -> str | None:
 def quantised(stock: type) -> type[QuantisedLoRA]:
     """The class for layers of a class of peft: `quantised(Linear4bit).adopt(layer, ...)`."""
     return type(f"Grasp{stock.__name__}", (QuantisedLoRA, stock), {"stock": stock})
+
+
+def _empty(stock: type) -> QuantisedLoRA:
+    return quantised(stock).__new__(quantised(stock))

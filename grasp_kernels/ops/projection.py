@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from grasp_kernels.ops.autocast import without_autocast
 
@@ -45,10 +46,15 @@ def _less(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 class _ProjectGradient(torch.autograd.Function):
+    generate_vmap_rule = True  # for torch.func
+
     @staticmethod
-    def forward(ctx: Any, y: Tensor, basis: Tensor) -> Tensor:
-        ctx.save_for_backward(basis)
+    def forward(y: Tensor, basis: Tensor) -> Tensor:
         return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, *dy: Tensor) -> tuple[Tensor, None]:
@@ -57,15 +63,42 @@ class _ProjectGradient(torch.autograd.Function):
         return dy[0] - (dy[0] @ basis) @ basis.mT, None
 
 
-def project_gradient(y: Tensor, basis: Tensor) -> Tensor:
-    """Return `y[..., N]` unchanged; its gradient becomes `dY (I − V Vᵀ)`.
+class _WithTangent(_ProjectGradient):
+    """Apart, because compilers take no function that has a `jvp`."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return tangents[0].view_as(tangents[0])
+
+
+def is_forward_mode() -> bool:
+    """Whether derivatives travel with the values now, which `torch.func.jvp` makes them do too."""
+    return forward_ad._current_level >= 0
+
+
+def is_transforming() -> bool:
+    """Whether torch.func, forward-mode differentiation or a trace sees what is computed now."""
+    if is_forward_mode() or torch._C._get_tracing_state() is not None:
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def project_gradient(y: Tensor, basis: Tensor | None) -> Tensor:
+    """Return `y[..., N]` unchanged; its gradient becomes `dY (I − V Vᵀ)`, with a basis.
 
     The residual form of gradient projection for a module that has no LoRA operator of its own,
     or for the output of a whole block. `basis[N, Q]` has orthonormal columns.
     """
+    if basis is None:
+        return y
     if basis.dim() != 2 or y.shape[-1] != basis.shape[0]:
         raise ValueError(
             f"the basis has shape {tuple(basis.shape)} but y has {y.shape[-1]} features; "
             f"pass orthonormal columns of shape [{y.shape[-1]}, Q]."
         )
+    if is_forward_mode():
+        return _WithTangent.apply(y, basis)
+    if is_transforming() and torch.compiler.is_compiling():  # which takes no function there
+        along = (y @ basis.to(y)) @ basis.to(y).mT
+        return y - (along - along.detach())
     return _ProjectGradient.apply(y, basis)

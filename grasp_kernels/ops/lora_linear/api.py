@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grasp_kernels.ops.autocast import autocast_dtype
 from grasp_kernels.ops.lora_linear.checks import check, checked_padding
 from grasp_kernels.ops.lora_linear.differentiated import (
     N_DIFFERENTIATED,
@@ -108,8 +109,8 @@ def _autocast(
     x: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What autocast does to a linear layer; the adapter and the bases keep their precision."""
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+    dtype = autocast_dtype(x.device)
+    if dtype is None or x.dtype == torch.float64:
         return x, weight, bias
-    dtype = torch.get_autocast_dtype(x.device.type)
     weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in (weight, bias))
     return x.to(dtype), weight, bias
