@@ -20,7 +20,7 @@ from grasp_kernels.layers.experts import GraspLoRAExperts
 from grasp_kernels.layers.factors import ClosedFactors
 from grasp_kernels.layers.linear import GraspLoRALinear, why_never
 from grasp_kernels.layers.projected import why_adapter_never
-from grasp_kernels.layers.quantised import library_of, quantised
+from grasp_kernels.layers.quantised import library_of, quantised, why_wrong_gradient
 from grasp_kernels.ops import backends, project_gradient
 from grasp_kernels.ops.lora_linear.api import PROJECTIONS
 from grasp_kernels.processes import by_fsdp2, refuse_away, refuse_tensor_parallel
@@ -236,6 +236,9 @@ def _check_starts(model: nn.Module) -> None:
 def _why_kept(layer: LoraLayer, sharded: bool) -> str | None:
     if isinstance(layer, ParamWrapper):
         return "LoRA on a raw parameter is computed by peft"
+    reason = None if sharded else why_wrong_gradient(layer)
+    if reason is not None:
+        return reason
     known = library_of(layer) is not None
     if not known and type(layer) not in (lora.Linear, GraspLoRALinear):
         return f"a {type(layer).__name__} layer of peft has no operator here"
