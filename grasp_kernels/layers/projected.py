@@ -26,7 +26,7 @@ _META = "the input has no data"
 _IDLE = ("adapters are disabled", "the adapter is merged", "0 active adapters", _META)
 # Reasons for operations of torch that it can transform and differentiate in every way: see
 # `_in_torch`.
-_TRANSFORM = "a transform of torch.func, forward-mode differentiation or a trace is under way"
+_TRANSFORM = "torch.func, forward-mode differentiation, an export or a trace sees the call"
 _SUBCLASS = "the input is of a class of its own"
 _SCALING = "the scaling is a tensor"
 _IN_TORCH = (_TRANSFORM, _SUBCLASS, _SCALING)

@@ -77,10 +77,14 @@ def is_forward_mode() -> bool:
 
 
 def is_transforming() -> bool:
-    """Whether torch.func, forward-mode differentiation or a trace sees what is computed now."""
-    if is_forward_mode() or torch._C._get_tracing_state() is not None:
-        return True
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether torch.func, forward-mode differentiation, an export or a trace sees what is computed
+    now: all of them want operations of torch."""
+    return (
+        is_forward_mode()
+        or torch._C._are_functorch_transforms_active()
+        or torch.compiler.is_exporting()
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def project_gradient(y: Tensor, basis: Tensor | None) -> Tensor:
