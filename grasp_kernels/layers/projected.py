@@ -17,6 +17,7 @@ from grasp_kernels.layers.closed import ClosedLayer
 from grasp_kernels.layers.factors import ClosedFactors
 from grasp_kernels.ops import lora_linear, project_gradient
 from grasp_kernels.ops.lora_linear import measured, padding
+from grasp_kernels.ops.lora_linear.api import is_exact
 from grasp_kernels.ops.lora_linear.registry import KERNELS
 from grasp_kernels.ops.projection import is_transforming, project_columns, project_rows
 from grasp_kernels.processes import is_slice
@@ -204,7 +205,8 @@ class ProjectedLoRA(ClosedLayer):
         if torch.compiler.is_compiling():
             return None
         kernels = self.backend in KERNELS
-        kernels |= self.backend == "auto" and measured.prefers_kernels(device)
+        if self.backend == "auto" and not is_exact(dtype, self.lora_A[adapter].weight):
+            kernels = measured.prefers_kernels(device)
         if not kernels:
             return None
         return self.factors.of(self, adapter, dtype)
