@@ -28,9 +28,10 @@ _IDLE = ("adapters are disabled", "the adapter is merged", "0 active adapters", 
 # Reasons for operations of torch that it can transform and differentiate in every way: see
 # `_in_torch`.
 _TRANSFORM = "torch.func, forward-mode differentiation, an export or a trace sees the call"
+_MODE = "a mode of torch counts, keeps or fakes every operation"
 _SUBCLASS = "the input is of a class of its own"
 _SCALING = "the scaling is a tensor"
-_IN_TORCH = (_TRANSFORM, _SUBCLASS, _SCALING)
+_IN_TORCH = (_TRANSFORM, _MODE, _SUBCLASS, _SCALING)
 
 
 class ProjectedLoRA(ClosedLayer):
@@ -111,6 +112,8 @@ class ProjectedLoRA(ClosedLayer):
             return None  # a formula of its own
         if is_transforming():
             return _TRANSFORM
+        if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0:
+            return _MODE
         if type(x) not in (Tensor, nn.Parameter):
             return _SUBCLASS
         scalings = (self.scaling[adapter] for adapter in active)

@@ -69,7 +69,7 @@ def why_wrong_gradient(layer: LoraLayer) -> str | None:
     )
 
 
-def _is_plain(base: nn.Module) -> bool:
+def _is_plain(base: Any) -> bool:
     """Whether torch computes the product of the base layer, and so its gradient."""
     return (
         type(base) in (nn.Linear, Conv1D)
@@ -81,8 +81,8 @@ def _is_plain(base: nn.Module) -> bool:
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def _gradient_error(base: nn.Module, K: int, weight: Tensor) -> float:
-    """How far `h dXᵀ` is from `(base(h) − base(0)) dYᵀ` for random `h`, `X`, `dY`; inf: no `dX`.
+def _gradient_error(base: Any, K: int, weight: Tensor) -> float:
+    """How far `2 h dXᵀ` is from `(base(h) − base(−h)) dYᵀ` for random `h`, `X`, `dY`; inf: no `dX`.
 
     Not for `h = X`: a layer that scales its input by the largest element passes that test with any
     gradient of the scale.
@@ -101,9 +101,10 @@ def _gradient_error(base: nn.Module, K: int, weight: Tensor) -> float:
     if dx is None:
         return float("inf")
     directions = torch.randn(_DIRECTIONS, K, generator=generator)
-    h, found = product(torch.cat([directions, torch.zeros(1, K)]))
-    right = (found[:-1] - found[-1]).float() @ dy.float().mT
-    error = torch.linalg.vector_norm(h[:-1].float() @ dx.float().mT - right)
+    h, found = product(torch.cat([directions, -directions]))
+    there, back = found.detach().float().chunk(2)
+    right = (there - back) @ dy.float().mT
+    error = torch.linalg.vector_norm(2 * h[:_DIRECTIONS].detach().float() @ dx.float().mT - right)
     return float(error / torch.linalg.vector_norm(right).clamp_min(torch.finfo(dtype).tiny))
 
 

@@ -46,15 +46,10 @@ def _less(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 class _ProjectGradient(torch.autograd.Function):
-    generate_vmap_rule = True  # for torch.func
-
     @staticmethod
-    def forward(y: Tensor, basis: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, basis: Tensor) -> Tensor:
+        ctx.save_for_backward(basis)
         return y.view_as(y)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, *dy: Tensor) -> tuple[Tensor, None]:
@@ -63,24 +58,11 @@ class _ProjectGradient(torch.autograd.Function):
         return dy[0] - (dy[0] @ basis) @ basis.mT, None
 
 
-class _WithTangent(_ProjectGradient):
-    """Apart, because compilers take no function that has a `jvp`."""
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
-        return tangents[0].view_as(tangents[0])
-
-
-def is_forward_mode() -> bool:
-    """Whether derivatives travel with the values now, which `torch.func.jvp` makes them do too."""
-    return forward_ad._current_level >= 0
-
-
 def is_transforming() -> bool:
     """Whether torch.func, forward-mode differentiation, an export or a trace sees what is computed
     now: all of them want operations of torch."""
     return (
-        is_forward_mode()
+        forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
         or torch.compiler.is_exporting()
         or torch._C._get_tracing_state() is not None
@@ -100,9 +82,8 @@ def project_gradient(y: Tensor, basis: Tensor | None) -> Tensor:
             f"the basis has shape {tuple(basis.shape)} but y has {y.shape[-1]} features; "
             f"pass orthonormal columns of shape [{y.shape[-1]}, Q]."
         )
-    if is_forward_mode():
-        return _WithTangent.apply(y, basis)
-    if is_transforming() and torch.compiler.is_compiling():  # which takes no function there
-        along = (y @ basis.to(y)) @ basis.to(y).mT
+    if is_transforming():  # no function of ours can be; derivatives in both modes are projected
+        basis = basis.to(y)
+        along = (y @ basis) @ basis.mT
         return y - (along - along.detach())
     return _ProjectGradient.apply(y, basis)

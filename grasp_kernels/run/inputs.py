@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from grasp_kernels.adapters.files import refuse_variants
+from grasp_kernels.cpu import in_fast_dtype
 from grasp_kernels.data import (
     Example,
     Record,
@@ -197,7 +198,8 @@ def load_model(checkpoint: Path, dtype: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, use_safetensors=True)
-    return model.to(device()).eval()
+    model = model.to(device()).eval()
+    return in_fast_dtype(model) if dtype == "auto" else model
 
 
 def device() -> torch.device:

@@ -18,6 +18,8 @@ Shapes: T tokens, K in, N out, R LoRA rank, P read basis size, Q write basis siz
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -138,7 +140,7 @@ def _multiplies(x: Tensor) -> bool:
 def _wide(op: Operands) -> Operands:
     """In float32: for a CPU that has no instructions for the dtype of the activations."""
     given = op._replace(padded_weight=None)
-    halves = {
+    halves: dict[str, Any] = {
         name: value.float()
         for name, value in given._asdict().items()
         if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)

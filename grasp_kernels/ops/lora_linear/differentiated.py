@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from grasp_kernels.ops.autocast import without_autocast
 from grasp_kernels.ops.lora_linear.operands import Gradients, Needs, Operands, Saved
@@ -121,28 +120,6 @@ def _fake_backward(
     )
 
 
-def _forward_flops(
-    x: Any, base: Any, weight: Any, bias: Any, lora_A: Any, lora_B: Any, *_: Any, **__: Any
-) -> int:
-    """What FlopCounterMode counts for shapes: two for each product of two numbers."""
-    (R, K), N = lora_A, lora_B[0]
-    return 2 * math.prod(x[:-1]) * (R * (K + N) + (0 if weight is None else K * N))
-
-
-def _backward_flops(
-    dy: Any, x: Any, S: Any, A: Any, B: Any, needs: Any, *operands: Any, **__: Any
-) -> int:
-    """The same of the backward; projections count as the products that they are."""
-    op, need = Operands(*operands[:-1]), Needs(*needs)
-    (R, K), N = op.lora_A, op.lora_B[0]
-    Q = op.write_basis[1] if op.write_basis is not None and op.projects(need) else 0
-    frozen = 0 if op.weight is None else N * K
-    a_token = need.x * (frozen + R * K) + need.weight * N * K
-    a_token += (need.x or need.lora_A) * N * R + need.lora_A * K * R + need.lora_B * N * R
-    a_token += Q * N + (Q * (K if frozen else N) if Q else 0)
-    return 2 * math.prod(x[:-1]) * a_token
-
-
 def are_plain(*given: Tensor | None) -> bool:
     """Whether there is data and nobody listens (no dispatch mode, no tensor subclass)."""
     return torch._C._len_torch_dispatch_stack() == 0 and all(
@@ -249,17 +226,10 @@ class _OnceDifferentiable(torch.autograd.Function):
         )
 
 
-for _name, _run, _fake, _autograd, _flops in (
-    ("lora_linear", _run_forward, _fake_forward, _LoraLinear.apply, _forward_flops),
-    (
-        "lora_linear_backward",
-        _run_backward,
-        _fake_backward,
-        _OnceDifferentiable.apply,
-        _backward_flops,
-    ),
+for _name, _run, _fake, _autograd in (
+    ("lora_linear", _run_forward, _fake_forward, _LoraLinear.apply),
+    ("lora_linear_backward", _run_backward, _fake_backward, _OnceDifferentiable.apply),
 ):
     _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
     _LIBRARY.impl(_name, _autograd, "Autograd")
     torch.library.register_fake(f"grasp_kernels::{_name}", _fake)
-    register_flop_formula(getattr(torch.ops.grasp_kernels, _name))(_flops)
