@@ -99,7 +99,7 @@ class ProjectedLoRA(ClosedLayer):
             return "adapters are disabled"
         if self.merged:
             return "the adapter is merged"
-        if x.is_meta:
+        if x.is_meta and self.get_base_layer().weight.is_meta:
             return _META
         active = self._active()
         reason = self._why_in_torch(x, active) if active else None

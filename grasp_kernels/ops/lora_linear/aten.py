@@ -134,7 +134,8 @@ def _skinny(dy: Tensor, B: Tensor, op: Operands, needs: Needs) -> Tensor | None:
 
 
 def _multiplies(x: Tensor) -> bool:
-    return x.device.type != "cpu" or cpu.multiplies(x.dtype)
+    """float16 stays what it is: a GradScaler waits for it to overflow where it did."""
+    return x.dtype != torch.bfloat16 or x.device.type != "cpu" or cpu.multiplies(x.dtype)
 
 
 def _wide(op: Operands) -> Operands:
