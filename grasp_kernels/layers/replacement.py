@@ -88,8 +88,8 @@ def replace_lora_layers(
     quantised, the base product stays theirs, and the adapter and the projection are computed here.
     A layer that stays with peft is warned of and reported with the reason; it is projected like a
     writer without an adapter, and not closed. So is one whose base product passes back a wrong
-    gradient or none, as libraries that round activations have it. Calling it again starts afresh: do so after adding an
-    adapter on other modules, or one that is to be closed, too.
+    gradient or none, as libraries that round activations have it. Calling it again starts afresh:
+    do so after adding an adapter on other modules, or one that is to be closed, too.
 
     The gradient is projected where the stream is. What a writer before a norm puts out is not in
     the stream, so the output of that norm is projected in its stead, and likewise that of a mixture
