@@ -11,7 +11,7 @@ import pytest
 import grasp_kernels as gk
 
 ROOT = Path(gk.__file__).parent
-LEAVES = {"choices", "files", "inert", "processes", "sites", "svd", "version"}
+LEAVES = {"choices", "cpu", "files", "inert", "processes", "sites", "svd", "version"}
 # A folder may import the leaves and what stands here.
 ALLOWED = {
     **{leaf: set() for leaf in LEAVES},

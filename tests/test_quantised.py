@@ -5,6 +5,7 @@ are multiples of 64, the number of weights that share a scale.
 """
 
 import copy
+import pickle
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
@@ -301,6 +302,116 @@ def test_kernels_and_padding(folder: Path) -> None:
         gk.replace_lora_layers(model, subspace, backend=backend, pad_weights=True)
         results.append(loss_and_gradients(model)[1])
     assert total_error(results[1], results[0]) <= 1e-5
+
+
+class Rounded(torch.autograd.Function):
+    """`X Wᵀ` whose backward leaves out that the input is scaled by its largest element."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        scale = x.abs().amax(-1, keepdim=True) / 127
+        ctx.save_for_backward(x, weight)
+        return (x / scale).round() * scale @ weight.mT
+
+    @staticmethod
+    def backward(ctx: Any, *dy: Tensor) -> tuple[Tensor, None]:
+        x, weight = ctx.saved_tensors
+        largest = x.abs() == x.abs().amax(-1, keepdim=True)
+        through_scale = (dy[0] * (x @ weight.mT)).sum(-1, keepdim=True) / x.abs().amax()
+        return largest * x.sign() * through_scale, None
+
+
+class Straight(Rounded):
+    """The same, and its backward that of the product."""
+
+    @staticmethod
+    def backward(ctx: Any, *dy: Tensor) -> tuple[Tensor, None]:
+        return dy[0] @ ctx.saved_tensors[1], None
+
+
+class WithoutBackward(EightBits):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.detach())
+
+
+class WithHalf(EightBits):
+    """Right but for what a part of the output gives back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        half = y.shape[-1] // 2
+        return torch.cat([y[..., :half], y[..., half:].detach()], -1)
+
+
+class OfTheLargest(EightBits):
+    product: Any = Rounded
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = (self.weight * self.scale).to(x.dtype)
+        return self.product.apply(x, weight) + self.bias.to(x.dtype)
+
+
+class OfTheInput(OfTheLargest):
+    product = Straight
+
+
+def over(base: nn.Module, stand_in: bool = True) -> PeftModel:
+    model = get_peft_model(nn.Sequential(base), LoraConfig(r=4, target_modules=["0"]))
+    if stand_in:
+        model.base_model.model[0].__class__ = StandIn
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [
+        (WithoutBackward, "no gradient"),
+        (OfTheLargest, "a gradient that is"),
+        (WithHalf, "a gradient that is"),
+    ],
+)
+def test_a_base_product_without_a_right_gradient_is_not_accelerated(kind: Any, found: str) -> None:
+    """Whoever knows the layer: a library that we know, or a class that nobody does."""
+    for stand_in in (True, False):
+        model = over(kind(nn.Linear(64, 48)), stand_in)
+        message = f"1 of 1 .*{kind.__name__} over a Parameter, passes back {found}.*weights alone"
+        with pytest.warns(UserWarning, match=message):
+            report = gk.replace_lora_layers(model)
+        assert not report.replaced
+        assert [found in reason for reason in report.fallbacks.values()] == [True]
+    linear = nn.Linear(64, 48)
+    quantised_forward = kind(linear).forward
+    linear.forward = lambda x: quantised_forward(x)  # as compressed-tensors does
+    with pytest.warns(UserWarning, match=found):
+        gk.replace_lora_layers(over(linear, stand_in=False))
+
+
+def test_a_rounded_input_with_the_gradient_of_the_product_is_right() -> None:
+    report = gk.replace_lora_layers(over(OfTheInput(nn.Linear(64, 48))))
+    assert report.replaced == ["0"]
+
+
+def test_torchao_with_rounded_activations() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    for config, right in (
+        (quantization.Int8WeightOnlyConfig(), True),
+        (quantization.Int8DynamicActivationInt8WeightConfig(), False),
+    ):
+        base = nn.Sequential(nn.Linear(128, 64)).requires_grad_(False)
+        quantization.quantize_(base, config)
+        model = get_peft_model(base, LoraConfig(r=4, target_modules=["0"]))
+        with nullcontext() if right else pytest.warns(UserWarning, match="passes back"):
+            report = gk.replace_lora_layers(model)
+        assert (len(report.replaced), len(report.fallbacks)) == (right, not right)
+
+
+def test_a_pickle_of_a_layer_over_quantised_weights() -> None:
+    model = over(EightBits(nn.Linear(64, 48)))
+    gk.replace_lora_layers(model)
+    other, x = pickle.loads(pickle.dumps(model)), torch.randn(3, 64)
+    assert torch.equal(other(x), model(x))
+    assert type(other.base_model.model[0]) is quantised.quantised(StandIn)
+    assert type(other.base_model.model[0]).__name__ == "StandIn"
 
 
 def test_where_peft_computes(folder: Path) -> None:

@@ -34,7 +34,8 @@ def registered_arguments(case: Case, backend: str) -> tuple[Any, ...]:
     seed = device_seed(inputs["x"]) if case.dropout_p else None
     bases = (inputs["write_basis"], inputs["read_basis"], None, None, None, None, seed)
     residual = case.project == "residual"
-    return (*leaves, *bases, case.scaling, case.dropout_p, residual, case.closed, backend)
+    options = (case.scaling, case.dropout_p, residual, case.closed, False)
+    return (*leaves, *bases, *options, backend)
 
 
 @everywhere

@@ -22,6 +22,7 @@ from grasp_kernels.bench.providers import LEVELS, PROVIDERS, choose
 from grasp_kernels.bench.rows import Row
 from grasp_kernels.bench.shapes import MODELS
 from grasp_kernels.bench.timing import Measured, time_in_turn
+from grasp_kernels.cpu import warn_if_slow
 
 _MISSING = {"median": None, "p20": None, "p80": None}
 
@@ -90,6 +91,9 @@ def run_suite(suite: Suite) -> Iterator[Row]:
     machine = environment(device)
     rates = cache(lambda dtype: measure_rates(dtype, device))
     names = choose(suite.providers, suite.level)
+    if device.type == "cpu":
+        for name in suite.dtypes:
+            warn_if_slow(dtype_of(name), "stock peft is slow there, and ratios to it say little")
     for group in GROUPS[suite.level](suite):
         if suite.level != "linear":  # whole models refer to themselves; the last one must go
             gc.collect()

@@ -43,6 +43,15 @@ class ClosedLayer(_LAYER):
     closed_adapters: frozenset[str]
     frozen_reads: frozenset[str] = frozenset()
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Carry the name of peft's class, which peft asks layers for; `__qualname__` stays ours."""
+        super().__init_subclass__(**options)
+        if "stock" in cls.__dict__:
+            cls.__name__ = cls.stock.__name__
+
+    def _get_name(self) -> str:
+        return type(self).__qualname__  # what printing a model shows
+
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         """peft's, which lets gradients reach all of an adapter, less the A that are frozen."""
         super().set_adapter(*args, **kwargs)

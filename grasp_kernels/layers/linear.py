@@ -20,6 +20,7 @@ from grasp_kernels.layers.projected import (
     why_adapter_never,
     why_no_matrix,
 )
+from grasp_kernels.ops.autocast import autocast_dtype
 from grasp_kernels.ops.lora_linear import padding
 from grasp_kernels.ops.lora_linear.aten import write_weight
 
@@ -104,13 +105,12 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
         dtype = weight.dtype
         if x.device != weight.device:
             return f"input on {x.device} for a weight on {weight.device}"
-        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != dtype and autocast_dtype(x.device) is None:
             return f"input of {x.dtype} for a weight of {dtype}"
         return None
 
     def _accelerated(self, x: Tensor, adapter: str) -> Tensor:
-        autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        dtype = autocast_dtype(x.device) or x.dtype
         closed_factors = self._closed_factors(x.device, dtype, adapter)
         base, weight = self.base_layer, self._weight
         return self._operator(

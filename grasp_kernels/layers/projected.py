@@ -9,6 +9,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
@@ -16,11 +17,21 @@ from grasp_kernels.layers.closed import ClosedLayer
 from grasp_kernels.layers.factors import ClosedFactors
 from grasp_kernels.ops import lora_linear, project_gradient
 from grasp_kernels.ops.lora_linear import measured, padding
+from grasp_kernels.ops.lora_linear.api import is_exact
 from grasp_kernels.ops.lora_linear.registry import KERNELS
+from grasp_kernels.ops.projection import is_transforming, project_columns, project_rows
 from grasp_kernels.processes import is_slice
 
 # Reasons for peft's forward when there is no adapter to compute: no factor is read, nobody is told.
-_IDLE = ("adapters are disabled", "the adapter is merged", "0 active adapters")
+_META = "the input has no data"
+_IDLE = ("adapters are disabled", "the adapter is merged", "0 active adapters", _META)
+# Reasons for operations of torch that it can transform and differentiate in every way: see
+# `_in_torch`.
+_TRANSFORM = "torch.func, forward-mode differentiation, an export or a trace sees the call"
+_MODE = "a mode of torch counts, keeps or fakes every operation"
+_SUBCLASS = "the input is of a class of its own"
+_SCALING = "the scaling is a tensor"
+_IN_TORCH = (_TRANSFORM, _MODE, _SUBCLASS, _SCALING)
 
 
 class ProjectedLoRA(ClosedLayer):
@@ -88,10 +99,25 @@ class ProjectedLoRA(ClosedLayer):
             return "adapters are disabled"
         if self.merged:
             return "the adapter is merged"
+        if x.is_meta and self.get_base_layer().weight.is_meta:
+            return _META
         active = self._active()
-        if len(active) != 1:
-            return f"{len(active)} active adapters"
-        return self._why_not(x, active[0])
+        reason = self._why_in_torch(x, active) if active else None
+        if reason is None and len(active) != 1:
+            reason = f"{len(active)} active adapters"
+        return reason or self._why_not(x, active[0])
+
+    def _why_in_torch(self, x: Tensor, active: list[str]) -> str | None:
+        if any(adapter in self.lora_variant for adapter in active):
+            return None  # a formula of its own
+        if is_transforming():
+            return _TRANSFORM
+        if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0:
+            return _MODE
+        if type(x) not in (Tensor, nn.Parameter):
+            return _SUBCLASS
+        scalings = (self.scaling[adapter] for adapter in active)
+        return _SCALING if any(isinstance(scaling, Tensor) for scaling in scalings) else None
 
     def _why_not(self, x: Tensor, adapter: str) -> str | None:
         """What `why_stock` asks of the one active adapter, and of the base layer."""
@@ -104,11 +130,36 @@ class ProjectedLoRA(ClosedLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`Y[..., N]` from `X[..., K]`."""
         reason = self.why_stock(x, *args, **kwargs)
-        if reason is not None:
+        if reason is not None and reason not in _IN_TORCH:
             return self._stock_forward(reason, x, *args, **kwargs)
-        (adapter,) = self._active()
         self.move_bases(x.device)
-        return self._accelerated(x, adapter)
+        if reason is None:
+            return self._accelerated(x, self._active()[0])
+        self._tell(reason)
+        return self._in_torch(x)
+
+    def _in_torch(self, x: Tensor) -> Tensor:
+        """peft's forward on `A°` and `B°`, whose gradients torch takes through the projections.
+
+        Nothing is written, so this also serves where weights cannot be: under transforms.
+        """
+        U, V = self.read_basis, self.write_basis
+        if U is None and V is None:
+            return super().forward(x)
+        y = base = self.base_layer(x)
+        for name in self._active():
+            lora_B = self.lora_B[name]
+            A, B, b = self.lora_A[name].weight, lora_B.weight, lora_B.bias
+            if name in self.closed_adapters:
+                A, B = project_rows(A, U).to(A.dtype), project_columns(B, V).to(B.dtype)
+                b = b if b is None else project_columns(b, V).to(b.dtype)
+            else:
+                A, B = project_gradient(A, U), project_gradient(B.mT, V).mT
+                b = b if b is None else project_gradient(b, V)
+            S = F.linear(self.lora_dropout[name](self._cast_input_dtype(x, A.dtype)), A)
+            y = y + F.linear(S, B, b) * self.scaling[name]
+        y = y.to(base.dtype)
+        return project_gradient(y, V) if self.project == "residual" else y
 
     def _operator(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, adapter: str, **options: Any
@@ -137,10 +188,8 @@ class ProjectedLoRA(ClosedLayer):
             self._tell(reason)
             self.close_()
         y = super().forward(x, *args, **kwargs)
-        if self.project == "residual" and self.write_basis is not None:
-            self.move_bases(y.device)
-            y = project_gradient(y, self.write_basis)
-        return y
+        self.move_bases(y.device)
+        return project_gradient(y, self.write_basis) if self.project == "residual" else y
 
     def _tell(self, reason: str) -> None:
         if reason in self.told or torch.compiler.is_compiling():
@@ -159,7 +208,8 @@ class ProjectedLoRA(ClosedLayer):
         if torch.compiler.is_compiling():
             return None
         kernels = self.backend in KERNELS
-        kernels |= self.backend == "auto" and measured.prefers_kernels(device)
+        if self.backend == "auto" and not is_exact(dtype, self.lora_A[adapter].weight):
+            kernels = measured.prefers_kernels(device)
         if not kernels:
             return None
         return self.factors.of(self, adapter, dtype)

@@ -20,7 +20,7 @@ from grasp_kernels.layers.experts import GraspLoRAExperts
 from grasp_kernels.layers.factors import ClosedFactors
 from grasp_kernels.layers.linear import GraspLoRALinear, why_never
 from grasp_kernels.layers.projected import why_adapter_never
-from grasp_kernels.layers.quantised import library_of, quantised
+from grasp_kernels.layers.quantised import library_of, quantised, why_wrong_gradient
 from grasp_kernels.ops import backends, project_gradient
 from grasp_kernels.ops.lora_linear.api import PROJECTIONS
 from grasp_kernels.processes import by_fsdp2, refuse_away, refuse_tensor_parallel
@@ -87,8 +87,9 @@ def replace_lora_layers(
     that nothing upstream learns through it. Over weights that bitsandbytes or torchao have
     quantised, the base product stays theirs, and the adapter and the projection are computed here.
     A layer that stays with peft is warned of and reported with the reason; it is projected like a
-    writer without an adapter, and not closed. Calling it again starts afresh: do so after adding an
-    adapter on other modules, or one that is to be closed, too.
+    writer without an adapter, and not closed. So is one whose base product passes back a wrong
+    gradient or none, as libraries that round activations have it. Calling it again starts afresh:
+    do so after adding an adapter on other modules, or one that is to be closed, too.
 
     The gradient is projected where the stream is. What a writer before a norm puts out is not in
     the stream, so the output of that norm is projected in its stead, and likewise that of a mixture
@@ -236,6 +237,9 @@ def _check_starts(model: nn.Module) -> None:
 def _why_kept(layer: LoraLayer, sharded: bool) -> str | None:
     if isinstance(layer, ParamWrapper):
         return "LoRA on a raw parameter is computed by peft"
+    reason = None if sharded else why_wrong_gradient(layer)
+    if reason is not None:
+        return reason
     known = library_of(layer) is not None
     if not known and type(layer) not in (lora.Linear, GraspLoRALinear):
         return f"a {type(layer).__name__} layer of peft has no operator here"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from grasp_kernels.ops.autocast import without_autocast
 
@@ -57,15 +58,32 @@ class _ProjectGradient(torch.autograd.Function):
         return dy[0] - (dy[0] @ basis) @ basis.mT, None
 
 
-def project_gradient(y: Tensor, basis: Tensor) -> Tensor:
-    """Return `y[..., N]` unchanged; its gradient becomes `dY (I − V Vᵀ)`.
+def is_transforming() -> bool:
+    """Whether torch.func, forward-mode differentiation, an export or a trace sees what is computed
+    now: all of them want operations of torch."""
+    return (
+        forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.compiler.is_exporting()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def project_gradient(y: Tensor, basis: Tensor | None) -> Tensor:
+    """Return `y[..., N]` unchanged; its gradient becomes `dY (I − V Vᵀ)`, with a basis.
 
     The residual form of gradient projection for a module that has no LoRA operator of its own,
     or for the output of a whole block. `basis[N, Q]` has orthonormal columns.
     """
+    if basis is None:
+        return y
     if basis.dim() != 2 or y.shape[-1] != basis.shape[0]:
         raise ValueError(
             f"the basis has shape {tuple(basis.shape)} but y has {y.shape[-1]} features; "
             f"pass orthonormal columns of shape [{y.shape[-1]}, Q]."
         )
+    if is_transforming():  # no function of ours can be; derivatives in both modes are projected
+        basis = basis.to(y)
+        along = (y @ basis) @ basis.mT
+        return y - (along - along.detach())
     return _ProjectGradient.apply(y, basis)

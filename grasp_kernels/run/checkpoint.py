@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from grasp_kernels.cpu import in_fast_dtype
 from grasp_kernels.files import read_json
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def load_model(
                 f"The weight {name} of {checkpoint} is not finite in {weight.dtype}: {_RESTORE}, "
                 "or use another dtype."
             )
-    return model
+    return in_fast_dtype(model) if dtype == "auto" else model
 
 
 def device() -> torch.device:

@@ -128,7 +128,9 @@ class RunConfig:
     target_modules: tuple[str, ...] = _option(
         ("all-linear",), "names of the modules that get an adapter, or all-linear"
     )
-    dtype: str = _option("auto", "dtype of the frozen model; auto: as stored", choices=DTYPES)
+    dtype: str = _option(
+        "auto", "of the frozen model; auto: as stored, float32 on a slow CPU", choices=DTYPES
+    )
     seed: int = _option(0, "seed of initialisation, data order, dropout and every random test")
     save_every: int | None = _option(None, "steps between checkpoints; default: a tenth of all")
 

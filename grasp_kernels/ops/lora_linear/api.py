@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grasp_kernels.ops.autocast import autocast_dtype
 from grasp_kernels.ops.lora_linear.checks import check, checked_padding
 from grasp_kernels.ops.lora_linear.differentiated import (
     N_DIFFERENTIATED,
@@ -16,6 +17,7 @@ from grasp_kernels.ops.lora_linear.differentiated import (
     operator,
 )
 from grasp_kernels.ops.lora_linear.dropout import device_seed
+from grasp_kernels.ops.lora_linear.registry import KERNELS
 
 PROJECTIONS = ("residual", "weights")
 
@@ -45,8 +47,9 @@ def lora_linear(
     Args:
         x: `X[..., K]` in the dtype of `weight` (or under autocast, which casts both).
         weight, bias: the base layer, `W[N, K]` and `[N]`; usually frozen. None with `base`.
-        lora_A, lora_B: `A[R, K]`, `B[N, R]`; float32 over a bfloat16 base is fine, the
-            activations are never cast up.
+        lora_A, lora_B: `A[R, K]`, `B[N, R]`, perhaps float32 over a bfloat16 base. Outside of
+            autocast the adapter's products are then float32, as peft's are; kernels that are asked
+            for by name round the adapter to the dtype of the activations, as autocast does.
         scaling: the `s` of LoRA, `alpha / R` or `alpha / √R`.
         base: `[..., N]`, what the base layer made of `x`, in place of its weight: for weights that
             another library stores and multiplies (4 bits, 8 bits). `x` is cast to its dtype, and
@@ -95,7 +98,8 @@ def lora_linear(
         *tensors,
         checked_padding(padded_weight, weight, closed_factors, write_weight),
     )
-    options = float(scaling), float(dropout_p), project == "residual", closed
+    exact = backend not in KERNELS and is_exact(x.dtype, lora_A)
+    options = float(scaling), float(dropout_p), project == "residual", closed, exact
     if not torch.compiler.is_compiling() and are_plain(x, base, *tensors):
         differentiated, others = tensors[:N_DIFFERENTIATED], tensors[N_DIFFERENTIATED:]
         return Plain.apply(x, base, *differentiated, others, options, backend)
@@ -104,12 +108,18 @@ def lora_linear(
     return y
 
 
+def is_exact(dtype: torch.dtype, lora_A: Tensor) -> bool:
+    """Whether an adapter's products are of its own dtype, wider than that of the activations."""
+    wide = torch.promote_types(dtype, lora_A.dtype) != dtype
+    return wide and autocast_dtype(lora_A.device) is None
+
+
 def _autocast(
     x: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What autocast does to a linear layer; the adapter and the bases keep their precision."""
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+    dtype = autocast_dtype(x.device)
+    if dtype is None or x.dtype == torch.float64:
         return x, weight, bias
-    dtype = torch.get_autocast_dtype(x.device.type)
     weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in (weight, bias))
     return x.to(dtype), weight, bias

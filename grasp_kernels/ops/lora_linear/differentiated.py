@@ -28,7 +28,7 @@ _OPERANDS = (
     "Tensor? weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? lora_bias, "
     "Tensor? write_basis, Tensor? read_basis, Tensor? write_weight, "
     "Tensor? closed_A, Tensor? closed_B, Tensor? padded_weight, Tensor? dropout_seed, "
-    "float scaling, float dropout_p, bool residual, bool closed, str backend"
+    "float scaling, float dropout_p, bool residual, bool closed, bool exact, str backend"
 )
 _LIBRARY.define(
     f"lora_linear(Tensor x, Tensor? base, {_OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor)"
@@ -104,10 +104,11 @@ def _fake_forward(
     x: Tensor, base: Any, weight: Any, bias: Any, lora_A: Tensor, lora_B: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
     (*leading, K), (N, R) = x.shape, lora_B.shape
-    y, S = x.new_empty(*leading, N), x.new_empty(R, math.prod(leading))
+    dtype = Operands(weight, bias, lora_A, lora_B, *others[:-1]).adapter_dtype(x)
+    y, S = x.new_empty(*leading, N), x.new_empty(R, math.prod(leading), dtype=dtype)
     if others[_CLOSED_A] is not None:
         return y, S, x.new_empty(0), x.new_empty(0)
-    return y, S, x.new_empty(R, K), x.new_empty(N, R)
+    return y, S, x.new_empty(R, K, dtype=dtype), x.new_empty(N, R, dtype=dtype)
 
 
 def _fake_backward(
@@ -120,9 +121,10 @@ def _fake_backward(
 
 
 def are_plain(*given: Tensor | None) -> bool:
-    """Whether nobody listens to the operator (no dispatch mode, no tensor subclass)."""
+    """Whether there is data and nobody listens (no dispatch mode, no tensor subclass)."""
     return torch._C._len_torch_dispatch_stack() == 0 and all(
-        tensor is None or type(tensor) in (Tensor, torch.nn.Parameter) for tensor in given
+        tensor is None or (type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta)
+        for tensor in given
     )
 
 

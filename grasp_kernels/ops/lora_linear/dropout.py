@@ -40,15 +40,22 @@ def _drawn(where: torch.device) -> Tensor:
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=where)
 
 
-def masks(x: Tensor, seed: Tensor, p: float) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows with their mask, `0` or `1 / (1 − p)`, in the dtype of `x[T, K]`."""
-    generator = torch.Generator(x.device).manual_seed(int(seed))
-    keep = 1.0 - p
+def blocks(x: Tensor) -> Iterator[slice]:
+    """Of the rows of `x[T, K]`."""
     rows = max(1, BLOCK_ELEMENTS // max(1, x.shape[1]))
     for start in range(0, x.shape[0], rows):
-        block = slice(start, min(start + rows, x.shape[0]))
+        yield slice(start, min(start + rows, x.shape[0]))
+
+
+def masks(
+    x: Tensor, seed: Tensor, p: float, dtype: torch.dtype | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows with their mask, `0` or `1 / (1 − p)`, in `dtype` or that of `x[T, K]`."""
+    generator = torch.Generator(x.device).manual_seed(int(seed))
+    keep = 1.0 - p
+    for block in blocks(x):
         mask = torch.empty_like(x[block], memory_format=torch.contiguous_format)
-        mask.bernoulli_(keep, generator=generator)
+        mask = mask.bernoulli_(keep, generator=generator).to(dtype or x.dtype)
         yield block, mask.div_(keep) if keep > 0 else mask
 
 
@@ -60,11 +67,11 @@ def kept(x: Tensor, seed: Tensor, p: float) -> Tensor:
     return mask
 
 
-def dropout(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
-    """`X̃[T, K]`, whole: `X` itself without a seed."""
+def dropout(x: Tensor, seed: Tensor | None, p: float, like: Tensor | None = None) -> Tensor:
+    """`X̃[T, K]`, whole: `X` itself without a seed. The mask is that of `like[T, K]` or `x`."""
     if seed is None:
         return x
     dropped = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for block, mask in masks(x, seed, p):
+    for block, mask in masks(x if like is None else like, seed, p, x.dtype):
         torch.mul(x[block], mask, out=dropped[block])
     return dropped

@@ -39,6 +39,8 @@ def order(x: Tensor, op: Operands) -> tuple[str, ...]:
     """Backends for `x[T, K]` and a layer, the fastest first."""
     if not x.is_cuda or op.weight is None:  # rows were measured with the base product
         return SAFE
+    if op.exact:  # kernels round the adapter to the dtype of the activations
+        return SAFE
     (N, K), T = op.weight.shape, x.shape[0]
     if T < LEAST_TOKENS or T * K * N < _LEAST_WORK:
         return SAFE

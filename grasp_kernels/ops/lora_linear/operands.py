@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -32,6 +33,11 @@ class Operands(NamedTuple):
     dropout_p: float
     residual: bool  # project="residual": dY itself is projected; else only dA and dB
     closed: bool
+    exact: bool = False  # the adapter's products are of its own, wider dtype (aten, reference)
+
+    def adapter_dtype(self, x: Tensor) -> torch.dtype:
+        """Of `S`, `A°` and `B°`."""
+        return torch.promote_types(x.dtype, self.lora_A.dtype) if self.exact else x.dtype
 
     def projects(self, needs: Needs) -> bool:
         """Whether a gradient that is needed contains `D = dY V`: dbase, or dX with a weight."""
@@ -40,7 +46,7 @@ class Operands(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the forward leaves for the backward, in the compute dtype."""
+    """What the forward leaves for the backward, in `Operands.adapter_dtype`."""
 
     S: Tensor  # (X̃ A°ᵀ)ᵀ = A° X̃ᵀ [R, T], transposed as aten.py explains
     A: Tensor  # A° [R, K]

@@ -60,8 +60,9 @@ def closed_factors(op: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor, Te
 
 def forward(x: Tensor, op: Operands, base: Tensor | None = None) -> tuple[Tensor, Saved]:
     """`Y[T, N]` from `X[T, K]`; without a weight also from `base[T, N]`."""
-    A, B, b = closed_factors(op, x.dtype)
-    S = A @ dropout(x, op.dropout_seed, op.dropout_p).mT
+    dtype = op.adapter_dtype(x)
+    A, B, b = closed_factors(op, dtype)
+    S = A @ dropout(x.to(dtype), op.dropout_seed, op.dropout_p, x).mT
     if base is None:
         assert op.weight is not None
         base = x @ op.weight.mT
@@ -70,27 +71,28 @@ def forward(x: Tensor, op: Operands, base: Tensor | None = None) -> tuple[Tensor
         y = y + op.bias
     if b is not None:
         y = y + op.scaling * b
-    return y, Saved(S, A, B)
+    return y.to(x.dtype), Saved(S, A, B)
 
 
 def backward(dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs) -> Gradients:
     """The gradients that are needed, from `dY[T, N]`."""
     S, A, B = saved
     if op.residual:
-        dy = project_rows(dy, op.write_basis).to(x.dtype)
-    dS = op.scaling * (dy @ B)
+        dy = project_rows(dy, op.write_basis)
+    wide, dy = dy.to(A.dtype), dy.to(x.dtype)
+    dS = op.scaling * (wide @ B)
 
-    dx = dropout(dS @ A, op.dropout_seed, op.dropout_p) if needs.x else None
-    if dx is not None and op.weight is not None:
-        dx = dy @ op.weight + dx
+    dx = dropout(dS @ A, op.dropout_seed, op.dropout_p, x) if needs.x else None
+    if dx is not None:
+        dx = (dx if op.weight is None else dy @ op.weight + dx).to(x.dtype)
     dW = dy.mT @ x if needs.weight else None
     dbias = dy.sum(0) if needs.bias else None
     dA = dB = db = None
     if needs.lora_A:
-        x_dropped = dropout(x, op.dropout_seed, op.dropout_p)
+        x_dropped = dropout(x.to(A.dtype), op.dropout_seed, op.dropout_p, x)
         dA = project_rows(dS.mT @ x_dropped, op.read_basis).to(op.lora_A.dtype)
     if needs.lora_B:
-        dB = project_columns(op.scaling * (dy.mT @ S.mT), op.write_basis).to(op.lora_B.dtype)
+        dB = project_columns(op.scaling * (wide.mT @ S.mT), op.write_basis).to(op.lora_B.dtype)
     if needs.lora_bias and op.lora_bias is not None:
-        db = project_columns(op.scaling * dy.sum(0), op.write_basis).to(op.lora_bias.dtype)
+        db = project_columns(op.scaling * wide.sum(0), op.write_basis).to(op.lora_bias.dtype)
     return Gradients(dx, dW, dbias, dA, dB, db, dy if needs.base else None)
