@@ -85,7 +85,6 @@ def test_the_operator_imports_no_backend() -> None:
     names = ("aten", "reference", "cuda", "triton")
     files = {
         "lora_linear": ("api", "checks", "differentiated", "registry"),
-        "closure": ("api",),
         "sketch": ("api",),
     }
     for operator, parts in files.items():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,10 +107,10 @@ def _model_layers(model: nn.Module, subspace: Subspace | None) -> Iterator[_Laye
             U, V = getattr(layer, "read_basis", None), getattr(layer, "write_basis", None)
         else:
             U, V = subspace.read.get(adapted), subspace.write.get(adapted)
-        if active[0] in getattr(layer, "closed_adapters", ()):
-            layer.close_()
         refuse_away(f"lora_A of {adapted!r}", layer.lora_A[active[0]].weight)
-        yield adapted, *_factors(layer, active[0]), U, V
+        with getattr(layer, "computing_closed", nullcontext)():
+            A, B = _factors(layer, active[0])
+        yield adapted, A, B, U, V
 
 
 def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:

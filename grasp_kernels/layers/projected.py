@@ -5,7 +5,6 @@ Shapes: T tokens, K in, N out, R LoRA rank, P read basis size, Q write basis siz
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -13,10 +12,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from grasp_kernels.layers.closed import ClosedLayer
-from grasp_kernels.layers.factors import ClosedFactors
 from grasp_kernels.ops import lora_linear, project_gradient
-from grasp_kernels.ops.lora_linear import measured, padding
-from grasp_kernels.ops.lora_linear.registry import KERNELS
 from grasp_kernels.processes import is_slice
 
 # Reasons for peft's forward when there is no adapter to compute: no factor is read, nobody is told.
@@ -34,16 +30,10 @@ class ProjectedLoRA(ClosedLayer):
     Attributes:
         project: "residual" or "weights", see `lora_linear`.
         backend: "auto" or the name of a backend.
-        factors: A°, B° of all layers of the model, where kernels make them.
-        told: reasons of which a warning has told, in this layer or another one of the model.
-        padded_weight: see `GraspLoRALinear`; None in layers that cannot lay their weight out.
     """
 
     project: str
     backend: str
-    factors: ClosedFactors
-    told: set[str]
-    padded_weight: Tensor | None = None
 
     @classmethod
     def adopt(cls, layer: LoraLayer, *projection: Any) -> None:
@@ -53,7 +43,7 @@ class ProjectedLoRA(ClosedLayer):
         layer.set_projection(*projection)
 
     def _forget(self) -> None:
-        for name in ("project", "backend", "factors", "told"):
+        for name in ("project", "backend"):
             delattr(self, name)
         super()._forget()
 
@@ -64,21 +54,12 @@ class ProjectedLoRA(ClosedLayer):
         project: str,
         closed: bool,
         backend: str,
-        factors: ClosedFactors | None = None,
         told: set[str] | None = None,
     ) -> None:
-        """Set bases and options; the adapters that exist now are closed if `closed`.
-
-        `factors` is shared by the layers of a model, whose closed factors come out of one launch,
-        and so is `told`, so that a model with hundreds of layers warns once.
-        """
+        """Set bases and options, see `set_bases`."""
         self.project = project
         self.backend = backend
-        if factors is not None or "factors" not in self.__dict__:
-            self.factors = factors or ClosedFactors()
-        if told is not None or "told" not in self.__dict__:
-            self.told = set() if told is None else told
-        self.set_bases(write_basis, read_basis, closed, self.get_base_layer().weight)
+        self.set_bases(write_basis, read_basis, closed, self.get_base_layer().weight, told)
 
     def why_stock(self, x: Tensor, *args: Any, **kwargs: Any) -> str | None:
         """None when the operator computes this call, else why peft's own forward does."""
@@ -103,6 +84,8 @@ class ProjectedLoRA(ClosedLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`Y[..., N]` from `X[..., K]`."""
+        if self.new_adapters and not torch.compiler.is_compiling():
+            self.look_at_new()
         reason = self.why_stock(x, *args, **kwargs)
         if reason is not None:
             return self._stock_forward(reason, x, *args, **kwargs)
@@ -133,40 +116,21 @@ class ProjectedLoRA(ClosedLayer):
         )
 
     def _stock_forward(self, reason: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if reason not in _IDLE:
-            self._tell(reason)
-            self.close_()
-        y = super().forward(x, *args, **kwargs)
+        if reason in _IDLE:
+            y = super().forward(x, *args, **kwargs)
+        else:
+            if not torch.compiler.is_compiling():
+                self._tell(
+                    reason,
+                    "LoRA layers run peft's own forward, which computes the same and is not "
+                    f"accelerated: {reason}.",
+                )
+            with self.computing_closed():
+                y = super().forward(x, *args, **kwargs)
         if self.project == "residual" and self.write_basis is not None:
             self.move_bases(y.device)
             y = project_gradient(y, self.write_basis)
         return y
-
-    def _tell(self, reason: str) -> None:
-        if reason in self.told or torch.compiler.is_compiling():
-            return
-        self.told.add(reason)
-        warnings.warn(
-            "LoRA layers run peft's own forward, which computes the same and is not accelerated: "
-            f"{reason}.",
-            stacklevel=2,
-        )
-
-    def _closed_factors(
-        self, device: torch.device, dtype: torch.dtype, adapter: str
-    ) -> tuple[Tensor, Tensor] | None:
-        """A°, B° from the launch that makes those of all layers; None: the operator makes them."""
-        if torch.compiler.is_compiling():
-            return None
-        kernels = self.backend in KERNELS
-        kernels |= self.backend == "auto" and measured.prefers_kernels(device)
-        if not kernels:
-            return None
-        return self.factors.of(self, adapter, dtype)
-
-    def padded_parts(self, adapter: str, dtype: torch.dtype) -> padding.Padded | None:
-        """Where the padding of the base weight holds the factors of an adapter; None without."""
-        return None
 
 
 def why_adapter_never(layer: LoraLayer, adapter: str, *, sharded: bool = False) -> str | None:
