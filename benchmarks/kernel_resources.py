@@ -36,8 +36,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from grasp_kernels.files import whole_file
-from grasp_kernels.ops.closure import triton as closure
-from grasp_kernels.ops.closure.api import Factor
 from grasp_kernels.ops.gpu.launch import PARTS, Launch, dry_run
 from grasp_kernels.ops.lora_linear.operands import Needs, Operands
 from grasp_kernels.ops.lora_linear.padding import spare
@@ -135,7 +133,6 @@ def _call(case: Case) -> None:
     T, K, N, R, Q = case.T, case.K, case.N, case.R, case.Q
     A, B = empty(R, K, dtype=torch.float32), empty(N, R, dtype=torch.float32)
     V, U = (empty(width, Q, dtype=torch.float32) if Q else None for width in (N, K))
-    closed_A, closed_B = closure.close([Factor(A, U), Factor(B.mT, V)], case.dtype)
     padded = empty(N + spare(R, Q), K + spare(R, Q)) if case.padded else None
     weight = empty(N, K) if padded is None else padded[:N, :K]
     op = Operands(
@@ -147,8 +144,8 @@ def _call(case: Case) -> None:
         write_basis=V,
         read_basis=U,
         write_weight=empty(Q, K) if Q else None,
-        closed_A=closed_A,
-        closed_B=closed_B.mT,
+        closed_A=empty(R, K),
+        closed_B=empty(N, R),
         padded_weight=padded,
         dropout_seed=empty(1, dtype=torch.int64) if case.dropout_p else None,
         scaling=2.0,

@@ -64,18 +64,25 @@ def whole(weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def like(weight: Any, value: Tensor) -> Tensor:
+    """A value that all processes have, in the dtype of a weight and spread as that is."""
+    value = value.to(weight.dtype)
+    if not is_sharded(weight):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(
+        value,
+        weight.device_mesh,
+        weight.placements,
+        src_data_rank=None,  # nothing is sent
+    ).to(weight.device)
+
+
+@torch.no_grad()
 def write_whole_(weight: Any, value: Tensor) -> None:
     """Write a value that all processes have into a weight, of a DTensor into its rows here."""
-    if is_sharded(weight):
-        from torch.distributed.tensor import distribute_tensor
-
-        value = distribute_tensor(
-            value.to(weight.dtype),
-            weight.device_mesh,
-            weight.placements,
-            src_data_rank=None,  # nothing is sent
-        ).to(weight.device)
-    weight.copy_(value)
+    weight.copy_(like(weight, value))
 
 
 def refuse_tensor_parallel(name: str, weight: Tensor) -> None:

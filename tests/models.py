@@ -36,13 +36,14 @@ def tiny_peft_model(
     targets: tuple[str, ...] = ALL_LINEAR,
     config_class: type = LlamaConfig,
     r: int = 4,
+    seed_of_adapter: int = 1,
     **options: Any,
 ) -> PeftModel:
     """The tiny model with a trained-looking adapter (B is not zero)."""
     base = tiny_model(config_class)
     config = LoraConfig(r=r, lora_alpha=8, target_modules=list(targets), **options)
     model = get_peft_model(base, config)
-    randomise_adapter(model)
+    randomise_adapter(model, seed_of_adapter)
     return model
 
 

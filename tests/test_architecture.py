@@ -80,7 +80,6 @@ def test_the_operator_imports_no_backend() -> None:
     names = ("aten", "reference", "cuda", "triton")
     files = {
         "lora_linear": ("api", "checks", "differentiated", "registry"),
-        "closure": ("api",),
     }
     for operator, parts in files.items():
         backends = {f"ops.{operator}.{name}" for name in names}

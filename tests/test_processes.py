@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from two_processes import (
     SCENARIOS,
-    STEPS,
     batches,
     model_and_subspace,
     start,
@@ -126,13 +125,6 @@ def test_layers_that_are_units_of_their_own_stay_with_peft(spread: Path) -> None
     assert found["stock"] == ["a child module has hooks"]
     assert found["leakage"] <= 1e-6
     assert found["losses"][-1] < 6.0
-
-
-def test_kernels_close_a_gathered_block_in_one_launch(spread: Path) -> None:
-    first, blocks, layers = 21, 3, 7  # in the first pass every layer joins by itself
-    launches = result(spread, "fsdp2_closed_together")["launches"]
-    assert launches == [1] * first + [layers] * blocks * (STEPS - 1)
-    assert set(result(spread, "fsdp1_closed_together")["launches"]) == {1}
 
 
 @pytest.mark.parametrize("name", ["fsdp2_afterwards", "fsdp1"])

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -26,8 +25,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.nn.parallel import DistributedDataParallel
 
 import grasp_kernels as gk
-from grasp_kernels.layers import factors, projected
-from grasp_kernels.ops.closure import api as closure
 from grasp_kernels.sites import adapted_layers, model_gains, model_sites
 from grasp_kernels.testing import orthonormal
 
@@ -162,7 +159,7 @@ def _ddp(ids: Tensor, folder: Path, parts: int = 1, **options: Any) -> Any:
 
 
 def _ddp_saving_on_the_way(ids: Tensor, folder: Path) -> Any:
-    """Rank 0 alone saves, and so closes its factors, in the middle of a training."""
+    """Rank 0 alone saves in the middle of a training."""
     model, subspace = model_and_subspace()
     _replaced(model, subspace)
     wrapped = DistributedDataParallel(model)
@@ -279,21 +276,6 @@ def _fsdp2_afterwards(ids: Tensor, folder: Path) -> Any:
     return {**result, "padded": padded}
 
 
-def _closed_together(scenario: Callable[[Tensor, Path], Any], ids: Tensor, folder: Path) -> Any:
-    """With closed factors made for many layers at once, as backends of kernels have them."""
-    launches: list[int] = []
-
-    def close_many(given: list[closure.Factor], dtype: torch.dtype, backend: str) -> Any:
-        launches.append(len(given) // 2)
-        return closure.close(given, dtype, backend="reference")
-
-    with (
-        patch.object(projected, "KERNELS", ("auto",)),
-        patch.object(factors, "close", close_many),
-    ):
-        return {**scenario(ids, folder), "launches": launches}
-
-
 def _shard_leaves(model: Any) -> Any:
     """As FSDP wraps under peft's own policy: every trained layer is a unit of its own."""
     from torch.distributed.fsdp import fully_shard
@@ -369,8 +351,6 @@ SCENARIOS: dict[str, Callable[[Tensor, Path], Any]] = {
     "fsdp2_accelerate": partial(_fsdp2, shard=_sharded_by_accelerate),
     "fsdp2_checkpointing": partial(_fsdp2, reentrant=False),
     "fsdp2_reentrant": partial(_fsdp2, reentrant=True),
-    "fsdp2_closed_together": partial(_closed_together, _fsdp2),
-    "fsdp1_closed_together": partial(_closed_together, _fsdp1),
     "fsdp2_afterwards": _fsdp2_afterwards,
     "fsdp2_leaves": partial(_fsdp2, shard=_shard_leaves),
     "fsdp1": _fsdp1,

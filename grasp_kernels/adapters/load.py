@@ -7,6 +7,7 @@ Shapes: `R` LoRA rank, `K` inputs and `N` outputs of a linear layer. The change 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -347,13 +348,12 @@ def _model_factors(model: nn.Module, adapter: str) -> Iterator[Factors]:
             continue
         adapted = adapted_name(name, layer)
         refuse_away(f"lora_A of {adapted!r}", layer.lora_A[adapter].weight)
-        if adapter in getattr(layer, "closed_adapters", ()):
-            layer.close_()
-        A, B = (whole(part[adapter].weight).clone() for part in (layer.lora_A, layer.lora_B))
+        with getattr(layer, "computing_closed", nullcontext)():
+            A, B = (whole(part[adapter].weight).clone() for part in (layer.lora_A, layer.lora_B))
+            bias = getattr(layer.lora_B[adapter], "bias", None)
         if hasattr(layer, "parameter_name"):
             E = layer.num_experts
             A, B = A.reshape(E, -1, A.shape[1]), B.reshape(B.shape[0], -1, E).permute(2, 0, 1)
-        bias = getattr(layer.lora_B[adapter], "bias", None)
         yield Factors(
             adapted,
             (f"{name}.lora_A.{adapter}.weight", f"{name}.lora_B.{adapter}.weight"),

@@ -1,25 +1,43 @@
 """What every closed layer does: its factors are out of the subspace in whatever leaves it.
 
-Shapes: K in, N out, R LoRA rank, P read basis size, Q write basis size.
+The parameters are kept closed: after each step of a torch optimizer they are projected, so what is
+trained is what is saved, and saving or measuring has nothing to change. Nothing relies on it. An
+optimizer that torch does not know of (DeepSpeed, raw writes, averages that are swapped in) leaves
+parameters that are not closed, and forward, state dict and merge work with closed ones of their
+own. So it is with the flat slices of FSDP1, which no process can project by itself; the shards of
+FSDP2 are gathered and projected after the step, by all processes together.
+
+Shapes: K in, N out, R LoRA rank, C features (K or N), P read basis size, Q write basis size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
+from peft.utils import hotswap
 from torch import Tensor, nn
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
-from grasp_kernels.ops.projection import project_columns, project_rows
-from grasp_kernels.processes import is_away, refuse_away, whole, write_whole_
+from grasp_kernels.ops.autocast import without_autocast
+from grasp_kernels.ops.projection import project_columns
+from grasp_kernels.processes import is_away, is_sharded, like, refuse_away, whole, write_whole_
 
-# A factor counts as closed when its share along the basis is at rounding level; writing it again
-# would change the last bit at every save.
-_CLOSED_TO = 8
 # Beside a layer class of peft, whose attributes are not declared; with LoraLayer as its base Python
 # would refuse to swap the class of an instance.
 _LAYER: Any = nn.Module
+# What float32 leaves of a basis in a factor that is closed; of what is stored in less, its rounding
+# comes on top.
+_CLOSED_TO = 8 * torch.finfo(torch.float32).eps
 
 
 class ClosedLayer(_LAYER):
@@ -28,20 +46,29 @@ class ClosedLayer(_LAYER):
     Closed layers keep `Vᵀ ΔW = 0` and `ΔW U = 0` in whatever leaves them: forward, state dict,
     merged weights.
 
+    What comes in later, an adapter that is added, or weights that are loaded or swapped in, is
+    looked at in its first forward. It is closed if that changes nothing: B is zero, as in a fresh
+    one, or its factors are closed already, as in a checkpoint of this training. Else it computes
+    what peft computes, which a warning says, until `replace_lora_layers` is called again.
+
     Attributes:
         stock: the class of peft that a layer becomes again when it is released.
         write_basis: `V[N, Q]`, float32, or None. Not a buffer: those are rounded by FSDP in mixed
             precision, and sent around by DDP in every forward.
         read_basis: `U[K, P]`, float32, not a buffer either, or None.
+        closes: whether adapters that come later are closed if that changes nothing.
         closed_adapters: names of the adapters that are kept closed.
-        frozen_reads: names of the adapters whose A is frozen, as `ContrastiveReads` leaves it.
+        new_adapters: names of those that were not looked at yet.
+        told: what a warning has told of, in this layer or another one of the model.
     """
 
     stock: type
     write_basis: Tensor | None
     read_basis: Tensor | None
-    closed_adapters: frozenset[str]
-    frozen_reads: frozenset[str] = frozenset()
+    closes: bool = False
+    closed_adapters: frozenset[str] = frozenset()
+    new_adapters: frozenset[str] = frozenset()
+    told: set[str]
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Carry the name of peft's class, which peft asks layers for; `__qualname__` stays ours."""
@@ -55,23 +82,42 @@ class ClosedLayer(_LAYER):
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         """peft's, which lets gradients reach all of an adapter, less the A that are frozen."""
         super().set_adapter(*args, **kwargs)
-        for adapter in self.frozen_reads & set(self.lora_A):
-            self.lora_A[adapter].weight.requires_grad_(False)
+        for lora_A in self.lora_A.values():
+            # `ContrastiveReads` marks the module, so that another adapter of the name has no mark.
+            if getattr(lora_A, "frozen_reads", False):
+                lora_A.weight.requires_grad_(False)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """peft's; another adapter of that name will read as it likes."""
+        """peft's; nothing is known of another adapter of that name."""
         super().delete_adapter(adapter_name)
-        self.frozen_reads = self.frozen_reads - {adapter_name}
+        self.closed_adapters -= {adapter_name}
+        self.new_adapters -= {adapter_name}
 
     def set_bases(
-        self, write_basis: Tensor | None, read_basis: Tensor | None, closed: bool, weight: Tensor
+        self,
+        write_basis: Tensor | None,
+        read_basis: Tensor | None,
+        closed: bool,
+        weight: Tensor,
+        told: set[str] | None = None,
     ) -> None:
-        """Set the bases where `weight` is; the adapters that exist now are closed if `closed`."""
+        """Set the bases where `weight` is; the adapters that exist now are closed if `closed`.
+
+        `told` is shared by the layers of a model, so that one with hundreds of them warns once.
+        """
+        self.told = set() if told is None else told
         for name, basis in (("write_basis", write_basis), ("read_basis", read_basis)):
             setattr(self, name, None if basis is None else basis.detach().to(torch.float32))
         self.move_bases(weight.device)
+        self.closes = closed
         self.closed_adapters = frozenset(self.lora_A) if closed else frozenset()
+        self.new_adapters = frozenset()
+        _layers.add(self)
         self.close_()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _layers.add(self)  # a copy is one of its own
 
     def move_bases(self, device: torch.device) -> None:
         """To the device of the weights, which FSDP may move without a word."""
@@ -84,15 +130,22 @@ class ClosedLayer(_LAYER):
     def release(self) -> None:
         """Turn this layer back into peft's own, in place, with the weights it computed with."""
         self.close_()  # or raises, and nothing has changed
+        _layers.discard(self)
         self._forget()
         self.__class__ = self.stock
 
     def _forget(self) -> None:
         """Remove what peft's own class does not have."""
-        for name in ("write_basis", "read_basis", "closed_adapters"):
-            delattr(self, name)
+        for name in (
+            "write_basis",
+            "read_basis",
+            "closes",
+            "closed_adapters",
+            "new_adapters",
+            "told",
+        ):
+            self.__dict__.pop(name, None)
 
-    @torch.no_grad()
     def close_(self) -> None:
         """Write `A°`, `B°`, `b°` into the parameters; the function of the layer stays as it is.
 
@@ -101,37 +154,126 @@ class ClosedLayer(_LAYER):
         Raises:
             ValueError: FSDP or DeepSpeed has left a slice of a factor here.
         """
-        U, V = self.read_basis, self.write_basis
-        for name in self.closed_adapters & self.lora_A.keys():
-            lora_A, lora_B = self.lora_A[name], self.lora_B[name]
-            if U is not None:
-                refuse_away(f"lora_A of the adapter {name!r}", lora_A.weight)
-            if V is not None:
-                refuse_away(f"lora_B of the adapter {name!r}", lora_B.weight)
-            _close_(lora_A.weight, project_rows, U)
-            _close_(lora_B.weight, project_columns, V)
-            if lora_B.bias is not None:
-                _close_(lora_B.bias, project_columns, V)
+        _close_(list(self.kept_closed()))
 
-    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+    def kept_closed(self, here: bool = False) -> Iterator[_Factor]:
+        """The factors of closed adapters that have a basis.
+
+        Raises:
+            ValueError: one is not here, and those that are `here` were not asked for.
+        """
+        for name in sorted(self.closed_adapters & self.lora_A.keys()):
+            yield from self._factors(name, here)
+
+    def _factors(self, name: str, here: bool = False) -> Iterator[_Factor]:
+        lora_A, lora_B = self.lora_A[name], self.lora_B[name]
+        for side, module, basis in (
+            ("A", lora_A, self.read_basis),
+            ("B", lora_B, self.write_basis),
+        ):
+            if basis is None or (here and is_away(module.weight)):
+                continue
+            refuse_away(f"lora_{side} of the adapter {name!r}", module.weight)
+            for parameter in ("weight", "bias") if side == "B" else ("weight",):
+                if getattr(module, parameter, None) is not None:
+                    key, by_rows = f"lora_{side}.{name}.{parameter}", side == "A"
+                    yield _Factor(key, module, parameter, by_rows, basis)
+
+    @contextmanager
+    def computing_closed(self) -> Iterator[None]:
+        """Inside, `A°`, `B°`, `b°` stand where the modules have A, B, b, and gradients reach these.
+
+        DTensors, of which a process has not all, are closed in place instead.
+        """
+        factors = [factor for factor in self.kept_closed() if not factor.weight.is_meta]
+        _close_([factor for factor in factors if is_sharded(factor.weight)])
+        factors = [factor for factor in factors if not is_sharded(factor.weight)]
+        before = [factor.weight for factor in factors]
+        for factor, value in zip(
+            factors, [f.projection_of(f.weight) for f in factors], strict=True
+        ):
+            factor.place[factor.name] = value
+        try:
+            yield
+        finally:
+            for factor, weight in zip(factors, before, strict=True):
+                factor.place[factor.name] = weight
+
+    @torch.no_grad()
+    def look_at_new(self) -> None:
+        """Decide for adapters in use that came later whether they are closed."""
+        for name in sorted(self.new_adapters & set(self.active_adapters) & self.lora_A.keys()):
+            factors = list(self._factors(name))
+            if any(factor.weight.is_meta for factor in factors):
+                continue
+            self.new_adapters -= {name}
+            trained = any(bool(whole(p).any()) for p in self.lora_B[name].parameters())
+            along = max([0.0, *(factor.share() for factor in factors)]) if trained else 0.0
+            if along == 0.0:
+                self.closed_adapters |= {name}
+            else:
+                self._tell(
+                    name,
+                    f"The adapter {name!r} came into layers that are kept out of a subspace with "
+                    f"{along:.1%} of a factor along it, so it computes what peft computes, and is "
+                    "not closed: call replace_lora_layers again to close it.",
+                )
+
+    def _tell(self, what: str, sentence: str) -> None:
+        """Warn once a model."""
+        if what not in self.told:
+            self.told.add(what)
+            warnings.warn(sentence, stacklevel=2)
+
+    def look_again(self, name: str) -> None:
+        """Forget what is known of an adapter whose weights come from somewhere else."""
+        if self.closes and name in self.lora_A:
+            self.closed_adapters -= {name}
+            self.new_adapters |= {name}
+            self.told.discard(name)
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """peft's, which adds an adapter, perhaps to combine the others in it: they are closed."""
-        if "closed_adapters" in self.__dict__:
-            self.close_()
-        super().update_layer(*args, **kwargs)
+        self.close_()
+        super().update_layer(adapter_name, *args, **kwargs)
+        self.look_again(adapter_name)
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        """peft's, of the closed factors."""
+        with self.computing_closed():
+            super().merge(*args, **kwargs)
+
+    def unmerge(self) -> None:
+        """peft's, of the closed factors."""
+        with self.computing_closed():
+            super().unmerge()
 
     def get_delta_weight(self, adapter: str, *args: Any, **kwargs: Any) -> Tensor:
-        """peft's `ΔW`, which merging uses, of the closed factors."""
-        self.close_()
-        return super().get_delta_weight(adapter, *args, **kwargs)
+        """peft's `ΔW`, of the closed factors."""
+        with self.computing_closed():
+            return super().get_delta_weight(adapter, *args, **kwargs)
 
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        # A state dict visits this layer before the factors below it, so they are stored closed;
-        # closing in place (not a copy) makes the checkpoint the very state that training goes on
-        # from, so that a resumed run repeats an uninterrupted one bit by bit. FSDP visits the
-        # processes that save nothing as well, with their slices.
-        if not any(is_away(factor.weight) for factor in self.lora_B.values()):
-            self.close_()
-        super()._save_to_state_dict(*args, **kwargs)
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """torch's, with closed factors: the parameters themselves, as a rule.
+
+        All processes must ask for it where the parameters are DTensors.
+        """
+        found = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        factors = list(self.kept_closed(here=True))  # FSDP1 asks those that have slices too
+        for factor, value in zip(factors, closed(factors), strict=True):
+            key = prefix + factor.key
+            if value is not factor.weight and key in found:
+                found[key] = like(factor.weight, value)
+        return found
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for name in self.lora_A:
+            if any(f"{prefix}lora_{side}.{name}.weight" in state_dict for side in "AB"):
+                self.look_again(name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ClosedLayer:
         # Bases only follow to another device: closure is as exact as they are.
@@ -140,16 +282,128 @@ class ClosedLayer(_LAYER):
         return self
 
 
-def _close_(
-    parameter: Tensor, projection: Callable[[Tensor, Tensor | None], Tensor], basis: Tensor | None
+class _Factor(NamedTuple):
+    """A parameter of an adapter, and the basis `[C, P]` that it is kept out of."""
+
+    key: str  # in the state dict of the layer
+    module: nn.Module
+    name: str
+    by_rows: bool  # A [R, C], else B [C, R] or b [C]
+    basis: Tensor
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Where the module has it; FSDP1 puts a view of what it gathered before the parameter."""
+        own = self.module.__dict__
+        return own if self.name in own else self.module._parameters
+
+    @property
+    def weight(self) -> Tensor:
+        weight: Tensor = self.place[self.name]
+        return weight
+
+    def turned(self, matrix: Tensor) -> Tensor:
+        """The factor as `[C, ...]`, or what was made of that as the factor is."""
+        return matrix.mT if self.by_rows else matrix
+
+    def projection_of(self, weight: Tensor) -> Tensor:
+        """`A°`, `B°` or `b°` of a factor like this one, rounded once, through which gradients come
+        projected. Laid out as a parameter is: a product may round another layout otherwise."""
+        matrix = project_columns(self.turned(weight), self.basis.to(weight.device))
+        return self.turned(matrix).to(weight.dtype).contiguous()
+
+    def along(self, weight: Tensor) -> Tensor:
+        """`‖Vᵀ M‖` of a factor like this one, at least in float32."""
+        wide = self.turned(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+        basis = self.basis.to(wide)
+        return torch.linalg.vector_norm(without_autocast(torch.matmul, basis.mT, wide))
+
+    def share(self) -> float:
+        """What closing takes of the factor, 0 to 1; 0 where its rounding explains that."""
+        weight = whole(self.weight)
+        size = float(torch.linalg.vector_norm(weight.float()))
+        along = float(self.along(weight))
+        explained = max(_CLOSED_TO, torch.finfo(weight.dtype).eps / 2) * size
+        return 0.0 if along <= explained else along / size
+
+
+@torch.no_grad()
+def closed(factors: Sequence[_Factor]) -> list[Tensor]:
+    """Every factor, whole, out of its basis as far as its dtype allows; the parameter if it is so.
+
+    A factor is projected in float32 and rounded, again for as long as this halves what is left
+    along the basis. So closing a closed factor changes no bit of it, in any dtype, and what is left
+    is its rounding. All take their turns together: a device is waited for once a turn, and two
+    turns are normal.
+    """
+    found = [factor.weight for factor in factors]
+    turn = [i for i, weight in enumerate(found) if not weight.is_meta]
+    wholes = {i: whole(found[i]) for i in turn}
+    left = {i: factors[i].along(wholes[i]) for i in turn}
+    while turn:
+        nearer = {i: factors[i].projection_of(wholes[i]) for i in turn}
+        rest = {i: factors[i].along(nearer[i]) for i in turn}
+        where = rest[turn[0]].device
+        better = torch.stack([(rest[i] < left[i] / 2).to(where) for i in turn]).tolist()
+        turn = [i for i, is_better in zip(turn, better, strict=True) if is_better]
+        for i in turn:
+            found[i] = wholes[i] = nearer[i]
+            left[i] = rest[i]
+    return found
+
+
+def _close_(factors: Sequence[_Factor]) -> None:
+    for factor, value in zip(factors, closed(factors), strict=True):
+        if value is not factor.weight:
+            # Past autograd's version counter: a backward that is still to come has saved A° and B°,
+            # so a reference model between forward and backward does not invalidate it.
+            write_whole_(factor.weight.data, value)
+
+
+# --- what the layers are told of
+
+_layers: WeakSet[ClosedLayer] = WeakSet()
+
+
+def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
+    """In an order that is the same in all processes, which close DTensors together."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def _before_step(optimizer: Optimizer, *_: Any) -> None:
+    """Compiled code does not look at new adapters, and after the step they look trained."""
+    new = {
+        id(parameter): layer
+        for layer in _layers
+        for name in layer.new_adapters & layer.lora_B.keys()
+        for parameter in layer.lora_B[name].parameters()
+    }
+    for layer in [new[id(p)] for p in _parameters(optimizer) if id(p) in new] if new else ():
+        layer.look_at_new()
+
+
+def _after_step(optimizer: Optimizer, *_: Any) -> None:
+    kept = {id(f.weight): f for layer in _layers for f in layer.kept_closed(here=True)}
+    if kept:
+        _close_([kept[id(p)] for p in _parameters(optimizer) if id(p) in kept])
+
+
+register_optimizer_step_pre_hook(_before_step)
+register_optimizer_step_post_hook(_after_step)
+
+_swap = hotswap.hotswap_adapter_from_state_dict
+
+
+@functools.wraps(_swap)
+def _swap_and_look_again(
+    model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, *args: Any, **kwargs: Any
 ) -> None:
-    if basis is None or parameter.is_meta:
-        return
-    weight = whole(parameter)
-    closed = projection(weight, basis.to(weight.device))
-    removed = torch.linalg.vector_norm(closed - weight.to(closed.dtype))
-    rounding = _CLOSED_TO * torch.finfo(weight.dtype).eps
-    if removed > rounding * torch.linalg.vector_norm(closed):
-        # Past autograd's version counter: a backward that is still to come has saved A° and B°, so
-        # a checkpoint or a reference model between forward and backward does not invalidate it.
-        write_whole_(parameter.data, closed)
+    """peft's, which writes into the parameters and lets no layer know."""
+    _swap(model, state_dict, adapter_name, *args, **kwargs)
+    for module in model.modules():
+        if isinstance(module, ClosedLayer):
+            module.look_again(adapter_name)
+
+
+hotswap.hotswap_adapter_from_state_dict = _swap_and_look_again

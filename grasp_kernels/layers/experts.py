@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
 
@@ -25,14 +26,25 @@ class GraspLoRAExperts(ClosedLayer, ParamWrapper):
 
     @classmethod
     def adopt(
-        cls, layer: ParamWrapper, write: Tensor | None, read: Tensor | None, closed: bool
+        cls,
+        layer: ParamWrapper,
+        write: Tensor | None,
+        read: Tensor | None,
+        closed: bool,
+        told: set[str],
     ) -> None:
         """Turn a stock wrapper into this class in place."""
         layer.__class__ = cls
         assert isinstance(layer, cls)
-        layer.set_bases(write, read, closed, layer.get_param())
+        layer.set_bases(write, read, closed, layer.get_param(), told)
 
-    def get_delta_factors(self, adapter: str) -> Any:
-        """What peft's forward adds to the parameter, of the closed factors."""
-        self.close_()
-        return super().get_delta_factors(adapter)
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """peft's, of the closed factors."""
+        if self.new_adapters and not torch.compiler.is_compiling():
+            self.look_at_new()
+        with self.computing_closed():
+            return super().forward(x, *args, **kwargs)
+
+
+# The name by which peft knows that a parameter is adapted already, and adds another adapter there.
+GraspLoRAExperts.__name__ = ParamWrapper.__name__

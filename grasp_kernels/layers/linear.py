@@ -13,7 +13,6 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from grasp_kernels.layers.factors import version
 from grasp_kernels.layers.projected import (
     ProjectedLoRA,
     has_hooks,
@@ -21,8 +20,10 @@ from grasp_kernels.layers.projected import (
     why_no_matrix,
 )
 from grasp_kernels.ops.autocast import autocast_dtype
-from grasp_kernels.ops.lora_linear import padding
+from grasp_kernels.ops.lora_linear import measured, padding
 from grasp_kernels.ops.lora_linear.aten import write_weight
+from grasp_kernels.ops.lora_linear.registry import KERNELS
+from grasp_kernels.ops.projection import project_columns, project_rows
 
 
 class GraspLoRALinear(ProjectedLoRA, lora.Linear):
@@ -35,6 +36,7 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
     """
 
     stock = lora.Linear
+    padded_weight: Tensor | None = None
 
     def __init__(
         self,
@@ -111,7 +113,7 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
 
     def _accelerated(self, x: Tensor, adapter: str) -> Tensor:
         dtype = autocast_dtype(x.device) or x.dtype
-        closed_factors = self._closed_factors(x.device, dtype, adapter)
+        closed_factors = self._padded_factors(x.device, dtype, adapter)
         base, weight = self.base_layer, self._weight
         return self._operator(
             x,
@@ -121,7 +123,7 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
             adapter,
             write_weight=self._cached_write_weight(dtype),
             closed_factors=closed_factors,
-            padded_weight=self._padding_of(adapter, closed_factors),
+            padded_weight=None if closed_factors is None else self.padded_weight,
         )
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -185,11 +187,34 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
         Q = self.write_basis.shape[1] if self.write_basis is not None and projects else 0
         return padding.parts(buffer, N, K, R, Q) if buffer.shape[0] - N >= R + Q else None
 
-    def _padding_of(self, adapter: str, closed: tuple[Tensor, Tensor] | None) -> Tensor | None:
-        """The buffer, if the factors of this call lie in it."""
-        if closed is None or self.padded_parts(adapter, closed[0].dtype) is None:
+    @torch.inference_mode(False)  # factors made in an evaluation may serve a training step
+    @torch.no_grad()
+    def _padded_factors(
+        self, device: torch.device, dtype: torch.dtype, adapter: str
+    ) -> tuple[Tensor, Tensor] | None:
+        """A°, B° of this call in the padding of the base weight, where kernels read them; or None.
+
+        An earlier graph has the same ones saved, or its factors were changed, which torch tells it.
+        """
+        if self.padded_weight is None or torch.compiler.is_compiling():
             return None
-        return self.padded_weight
+        kernels = self.backend in KERNELS
+        kernels |= self.backend == "auto" and measured.prefers_kernels(device)
+        held = self.padded_parts(adapter, dtype) if kernels else None
+        if held is None:
+            return None
+        A, B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        if adapter in self.closed_adapters:
+            A, B = project_rows(A, self.read_basis), project_columns(B, self.write_basis)
+        with torch.autograd._unsafe_preserve_version_counter(self.padded_weight):
+            held.closed_A.copy_(A)
+            held.closed_B.copy_(B)
+        return held.closed_A, held.closed_B
+
+
+def version(tensor: Tensor) -> int | None:
+    """torch's count of in-place changes; tensors made in inference mode have none."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def why_never(layer: nn.Module, adapter: str, *, sharded: bool = False) -> str | None:

@@ -5,7 +5,6 @@ Shapes: T tokens, K in, N out, R LoRA rank, P read basis size, Q write basis siz
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -14,11 +13,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from grasp_kernels.layers.closed import ClosedLayer
-from grasp_kernels.layers.factors import ClosedFactors
 from grasp_kernels.ops import lora_linear, project_gradient
-from grasp_kernels.ops.lora_linear import measured, padding
-from grasp_kernels.ops.lora_linear.api import is_exact
-from grasp_kernels.ops.lora_linear.registry import KERNELS
 from grasp_kernels.ops.projection import is_transforming, project_columns, project_rows
 from grasp_kernels.processes import is_slice
 
@@ -45,16 +40,10 @@ class ProjectedLoRA(ClosedLayer):
     Attributes:
         project: "residual" or "weights", see `lora_linear`.
         backend: "auto" or the name of a backend.
-        factors: A°, B° of all layers of the model, where kernels make them.
-        told: reasons of which a warning has told, in this layer or another one of the model.
-        padded_weight: see `GraspLoRALinear`; None in layers that cannot lay their weight out.
     """
 
     project: str
     backend: str
-    factors: ClosedFactors
-    told: set[str]
-    padded_weight: Tensor | None = None
 
     @classmethod
     def adopt(cls, layer: LoraLayer, *projection: Any) -> None:
@@ -64,7 +53,7 @@ class ProjectedLoRA(ClosedLayer):
         layer.set_projection(*projection)
 
     def _forget(self) -> None:
-        for name in ("project", "backend", "factors", "told"):
+        for name in ("project", "backend"):
             delattr(self, name)
         super()._forget()
 
@@ -75,21 +64,12 @@ class ProjectedLoRA(ClosedLayer):
         project: str,
         closed: bool,
         backend: str,
-        factors: ClosedFactors | None = None,
         told: set[str] | None = None,
     ) -> None:
-        """Set bases and options; the adapters that exist now are closed if `closed`.
-
-        `factors` is shared by the layers of a model, whose closed factors come out of one launch,
-        and so is `told`, so that a model with hundreds of layers warns once.
-        """
+        """Set bases and options, see `set_bases`."""
         self.project = project
         self.backend = backend
-        if factors is not None or "factors" not in self.__dict__:
-            self.factors = factors or ClosedFactors()
-        if told is not None or "told" not in self.__dict__:
-            self.told = set() if told is None else told
-        self.set_bases(write_basis, read_basis, closed, self.get_base_layer().weight)
+        self.set_bases(write_basis, read_basis, closed, self.get_base_layer().weight, told)
 
     def why_stock(self, x: Tensor, *args: Any, **kwargs: Any) -> str | None:
         """None when the operator computes this call, else why peft's own forward does."""
@@ -129,13 +109,15 @@ class ProjectedLoRA(ClosedLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`Y[..., N]` from `X[..., K]`."""
+        if self.new_adapters and not torch.compiler.is_compiling():
+            self.look_at_new()
         reason = self.why_stock(x, *args, **kwargs)
         if reason is not None and reason not in _IN_TORCH:
             return self._stock_forward(reason, x, *args, **kwargs)
         self.move_bases(x.device)
         if reason is None:
             return self._accelerated(x, self._active()[0])
-        self._tell(reason)
+        self._tell_stock(reason)
         return self._in_torch(x)
 
     def _in_torch(self, x: Tensor) -> Tensor:
@@ -183,40 +165,25 @@ class ProjectedLoRA(ClosedLayer):
             **options,
         )
 
+    def _tell_stock(self, reason: str) -> None:
+        if not torch.compiler.is_compiling():
+            self._tell(
+                reason,
+                "LoRA layers run peft's own forward, which computes the same and is not "
+                f"accelerated: {reason}.",
+            )
+
     def _stock_forward(self, reason: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if reason not in _IDLE:
-            self._tell(reason)
-            self.close_()
-        y = super().forward(x, *args, **kwargs)
-        self.move_bases(y.device)
-        return project_gradient(y, self.write_basis) if self.project == "residual" else y
-
-    def _tell(self, reason: str) -> None:
-        if reason in self.told or torch.compiler.is_compiling():
-            return
-        self.told.add(reason)
-        warnings.warn(
-            "LoRA layers run peft's own forward, which computes the same and is not accelerated: "
-            f"{reason}.",
-            stacklevel=2,
-        )
-
-    def _closed_factors(
-        self, device: torch.device, dtype: torch.dtype, adapter: str
-    ) -> tuple[Tensor, Tensor] | None:
-        """A°, B° from the launch that makes those of all layers; None: the operator makes them."""
-        if torch.compiler.is_compiling():
-            return None
-        kernels = self.backend in KERNELS
-        if self.backend == "auto" and not is_exact(dtype, self.lora_A[adapter].weight):
-            kernels = measured.prefers_kernels(device)
-        if not kernels:
-            return None
-        return self.factors.of(self, adapter, dtype)
-
-    def padded_parts(self, adapter: str, dtype: torch.dtype) -> padding.Padded | None:
-        """Where the padding of the base weight holds the factors of an adapter; None without."""
-        return None
+        if reason in _IDLE:
+            y = super().forward(x, *args, **kwargs)
+        else:
+            self._tell_stock(reason)
+            with self.computing_closed():
+                y = super().forward(x, *args, **kwargs)
+        if self.project == "residual" and self.write_basis is not None:
+            self.move_bases(y.device)
+            y = project_gradient(y, self.write_basis)
+        return y
 
 
 def why_adapter_never(layer: LoraLayer, adapter: str, *, sharded: bool = False) -> str | None:

@@ -36,8 +36,7 @@ class QuantisedLoRA(ProjectedLoRA):
 
     def _accelerated(self, x: Tensor, adapter: str) -> Tensor:
         base = self.base_layer(x)
-        closed_factors = self._closed_factors(base.device, base.dtype, adapter)
-        return self._operator(x, None, None, adapter, base=base, closed_factors=closed_factors)
+        return self._operator(x, None, None, adapter, base=base)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _empty, (self.stock,), self.__dict__  # a pickle finds no class that is made here

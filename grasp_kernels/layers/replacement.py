@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from peft.tuners import lora
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 from grasp_kernels.adapters.load import MOVED_BASE
 from grasp_kernels.layers.closed import ClosedLayer
 from grasp_kernels.layers.experts import GraspLoRAExperts
-from grasp_kernels.layers.factors import ClosedFactors
 from grasp_kernels.layers.linear import GraspLoRALinear, why_never
 from grasp_kernels.layers.projected import why_adapter_never
 from grasp_kernels.layers.quantised import library_of, quantised, why_wrong_gradient
@@ -137,6 +137,7 @@ def replace_lora_layers(
         write, read = _bases(model, subspace, writers, model_rules(model, sites))
         if closed:
             _check_starts(model)
+            _check_biases(model, write)
         report.bare_writers = [site.name for site in writers if write and site.name not in write]
     sharded = by_fsdp2(model)
     if sharded and pad_weights:
@@ -148,13 +149,13 @@ def replace_lora_layers(
             _check_weight(name, _adapted_weight(layer), sharded)
     restore_lora_layers(model)  # only now: what is refused stays as it was
 
-    factors, told = ClosedFactors(), set[str]()
+    told = set[str]()
     for name, layer in layers.items():
         reason = _why_kept(layer, sharded)
         if reason is not None:
             report.fallbacks[name] = reason
             if type(layer) is ParamWrapper:
-                GraspLoRAExperts.adopt(layer, write.get(name), read.get(name), closed)
+                GraspLoRAExperts.adopt(layer, write.get(name), read.get(name), closed, told)
             continue
         V, mode = write.get(name), project
         if name in before_norm and project == "residual":
@@ -162,7 +163,7 @@ def replace_lora_layers(
             V, mode = V if closed else None, "weights"
         library = library_of(layer)
         ours = GraspLoRALinear if library is None else quantised(layer.__class__)
-        ours.adopt(layer, V, read.get(name), mode, closed, backend, factors, told)
+        ours.adopt(layer, V, read.get(name), mode, closed, backend, told)
         if library is not None:
             report.libraries[name] = library
         elif pad_weights:
@@ -194,9 +195,7 @@ def restore_lora_layers(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ClosedLayer):
             module.release()
-        for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, _Projection):
-                del module._forward_hooks[key]
+        _unhook(module)
 
 
 def _check_options(project: str, backend: str) -> None:
@@ -231,6 +230,18 @@ def _check_starts(model: nn.Module) -> None:
                 f"the adapter {name!r} was initialised with {start!r}, which moves pretrained "
                 "weights into it, and closing would remove them along the subspace; pass "
                 "closed=False, or initialise with init_lora_weights=True."
+            )
+
+
+def _check_biases(model: nn.Module, write: dict[str, Tensor]) -> None:
+    """An adapter is kept out of the subspace, what is trained beside it is not."""
+    for name, module in model.named_modules():
+        bias = getattr(module, "bias", None)
+        if base_name(name) in write and isinstance(bias, Tensor) and bias.requires_grad:
+            raise ValueError(
+                f"the bias of {base_name(name)!r} is trained too, and nothing keeps its change out "
+                'of the subspace; train with bias="none" (lora_bias=True is kept out), or pass '
+                "closed=False."
             )
 
 
@@ -298,8 +309,20 @@ def _hook_writers(model: nn.Module, write: dict[str, Tensor], replaced: set[str]
             continue
         if base_name(name) in write:
             module.register_forward_hook(_Projection(write[base_name(name)]))
+            if not isinstance(module, LoraLayer):
+                # What peft's unload() asks of every module, and puts in its place.
+                module.unload_and_optionally_merge_module = partial(_unhook, module)
             hooked.append(base_name(name))
     return hooked
+
+
+def _unhook(module: nn.Module, **_: Any) -> nn.Module:
+    """Take the projection from a module."""
+    for key, hook in list(module._forward_hooks.items()):
+        if isinstance(hook, _Projection):
+            del module._forward_hooks[key]
+            module.__dict__.pop("unload_and_optionally_merge_module", None)
+    return module
 
 
 class _Projection:

@@ -147,7 +147,7 @@ class ContrastiveReads:
                 continue
             A.copy_(self.rows[name])
             A.requires_grad_(False)
-            layer.frozen_reads = getattr(layer, "frozen_reads", frozenset()) | {adapter}
+            layer.lora_A[adapter].frozen_reads = True
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a safetensors file, whole or not at all."""
