@@ -115,9 +115,9 @@ def replace_lora_layers(
     Raises:
         ValueError: no LoRA layers, a subspace of another model (the site or the shape is named), an
             unknown option, an architecture whose writers are not known, adapters to close that hold
-            a part of the pretrained weights (PiSSA and the like), a writer whose own bias is trained
-            beside adapters that are to be closed, or a subspace for weights that
-            tensor parallelism, ZeRO-3 of DeepSpeed or FSDP has taken apart (FSDP2 may).
+            a part of the pretrained weights (PiSSA and the like), a writer whose own bias is
+            trained beside adapters that are to be closed, or a subspace for weights that tensor
+            parallelism, ZeRO-3 of DeepSpeed or FSDP has taken apart (FSDP2 may).
     """
     _check_options(project, backend)
     layers = {
