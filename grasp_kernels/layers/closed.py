@@ -109,7 +109,7 @@ class ClosedLayer(_LAYER):
         for name, basis in (("write_basis", write_basis), ("read_basis", read_basis)):
             setattr(self, name, None if basis is None else basis.detach().to(torch.float32))
         self.move_bases(weight.device)
-        self.closes = closed
+        self.closes = closed and not (write_basis is None and read_basis is None)
         self.closed_adapters = frozenset(self.lora_A) if closed else frozenset()
         self.new_adapters = frozenset()
         _layers.add(self)
