@@ -109,7 +109,7 @@ class ClosedLayer(_LAYER):
         for name, basis in (("write_basis", write_basis), ("read_basis", read_basis)):
             setattr(self, name, None if basis is None else basis.detach().to(torch.float32))
         self.move_bases(weight.device)
-        self.closes = closed
+        self.closes = closed and not (write_basis is None and read_basis is None)
         self.closed_adapters = frozenset(self.lora_A) if closed else frozenset()
         self.new_adapters = frozenset()
         _layers.add(self)
@@ -189,9 +189,7 @@ class ClosedLayer(_LAYER):
         _close_([factor for factor in factors if is_sharded(factor.weight)])
         factors = [factor for factor in factors if not is_sharded(factor.weight)]
         before = [factor.weight for factor in factors]
-        for factor, value in zip(
-            factors, [f.projection_of(f.weight) for f in factors], strict=True
-        ):
+        for factor, value in zip(factors, [factor.projected() for factor in factors], strict=True):
             factor.place[factor.name] = value
         try:
             yield
@@ -306,23 +304,31 @@ class _Factor(NamedTuple):
         """The factor as `[C, ...]`, or what was made of that as the factor is."""
         return matrix.mT if self.by_rows else matrix
 
-    def projection_of(self, weight: Tensor) -> Tensor:
-        """`A°`, `B°` or `b°` of a factor like this one, rounded once, through which gradients come
-        projected. Laid out as a parameter is: a product may round another layout otherwise."""
+    def projected(self) -> Tensor:
+        """The closed factor, through which gradients come projected."""
+        weight = self.weight
         matrix = project_columns(self.turned(weight), self.basis.to(weight.device))
-        return self.turned(matrix).to(weight.dtype).contiguous()
+        return self.turned(matrix).to(weight.dtype)
 
     def along(self, weight: Tensor) -> Tensor:
-        """`‖Vᵀ M‖` of a factor like this one, at least in float32."""
+        """`Vᵀ M [P, ...]` of a factor like this one, at least in float32."""
         wide = self.turned(weight.to(torch.promote_types(weight.dtype, torch.float32)))
-        basis = self.basis.to(wide)
-        return torch.linalg.vector_norm(without_autocast(torch.matmul, basis.mT, wide))
+        return without_autocast(torch.matmul, self.basis.to(wide).mT, wide)
+
+    def without(self, along: Tensor, weight: Tensor) -> Tensor:
+        """`M − V Vᵀ M` of a factor like this one and its `Vᵀ M`, rounded once.
+
+        Laid out as a parameter is: a product may round another layout otherwise.
+        """
+        removed = without_autocast(torch.matmul, self.basis.to(along), along)
+        matrix = self.turned(weight.to(along.dtype)) - removed
+        return self.turned(matrix).to(weight.dtype).contiguous()
 
     def share(self) -> float:
         """What closing takes of the factor, 0 to 1; 0 where its rounding explains that."""
         weight = whole(self.weight)
         size = float(torch.linalg.vector_norm(weight.float()))
-        along = float(self.along(weight))
+        along = float(torch.linalg.vector_norm(self.along(weight)))
         explained = max(_CLOSED_TO, torch.finfo(weight.dtype).eps / 2) * size
         return 0.0 if along <= explained else along / size
 
@@ -339,17 +345,24 @@ def closed(factors: Sequence[_Factor]) -> list[Tensor]:
     found = [factor.weight for factor in factors]
     turn = [i for i, weight in enumerate(found) if not weight.is_meta]
     wholes = {i: whole(found[i]) for i in turn}
-    left = {i: factors[i].along(wholes[i]) for i in turn}
+    along = {i: factors[i].along(wholes[i]) for i in turn}
+    left = _norms(along)
     while turn:
-        nearer = {i: factors[i].projection_of(wholes[i]) for i in turn}
-        rest = {i: factors[i].along(nearer[i]) for i in turn}
-        where = rest[turn[0]].device
-        better = torch.stack([(rest[i] < left[i] / 2).to(where) for i in turn]).tolist()
-        turn = [i for i, is_better in zip(turn, better, strict=True) if is_better]
+        nearer = {i: factors[i].without(along[i], wholes[i]) for i in turn}
+        along = {i: factors[i].along(nearer[i]) for i in turn}
+        rest = _norms(along)
+        turn = [i for i in turn if rest[i] < left[i] / 2]
         for i in turn:
             found[i] = wholes[i] = nearer[i]
             left[i] = rest[i]
     return found
+
+
+def _norms(matrices: dict[int, Tensor]) -> dict[int, float]:
+    """Read off the device together."""
+    norms = torch._foreach_norm(list(matrices.values())) if matrices else ()
+    read = torch.stack([norm.to(norms[0].device) for norm in norms]).tolist() if norms else ()
+    return dict(zip(matrices, read, strict=True))
 
 
 def _close_(factors: Sequence[_Factor]) -> None:

@@ -89,7 +89,10 @@ def replace_lora_layers(
     A layer that stays with peft is warned of and reported with the reason; it is projected like a
     writer without an adapter, and not closed. So is one whose base product passes back a wrong
     gradient or none, as libraries that round activations have it. Calling it again starts afresh:
-    do so after adding an adapter on other modules, or one that is to be closed, too.
+    do so after adding an adapter on other modules, or loading trained weights that are to be
+    closed. A fresh adapter on the same modules is closed from its first step; weights that come in
+    with a share along the subspace (`load_adapter`, `hotswap_adapter`) compute what peft computes,
+    and a warning says so.
 
     The gradient is projected where the stream is. What a writer before a norm puts out is not in
     the stream, so the output of that norm is projected in its stead, and likewise that of a mixture
@@ -114,8 +117,9 @@ def replace_lora_layers(
     Raises:
         ValueError: no LoRA layers, a subspace of another model (the site or the shape is named), an
             unknown option, an architecture whose writers are not known, adapters to close that hold
-            a part of the pretrained weights (PiSSA and the like), or a subspace for weights that
-            tensor parallelism, ZeRO-3 of DeepSpeed or FSDP has taken apart (FSDP2 may).
+            a part of the pretrained weights (PiSSA and the like), a writer whose own bias is
+            trained beside adapters that are to be closed, or a subspace for weights that tensor
+            parallelism, ZeRO-3 of DeepSpeed or FSDP has taken apart (FSDP2 may).
     """
     _check_options(project, backend)
     layers = {
