@@ -217,12 +217,12 @@ def read_json(path: str | PathLike[str], what: str, remedy: str) -> dict[str, An
     except RecursionError:
         reason = "it is nested too deeply"
     except ValueError as error:
-        reason = f"it is not JSON ({error})"
+        reason = f"it is not JSON, {error}"
     else:
         if isinstance(found, dict):
             return found
         reason = f"it holds a {type(found).__name__}"
-    raise ValueError(f"{str(path)!r} is no {what}: {reason}; {remedy}.")
+    raise ValueError(f"{str(path)!r} is no {what} ({reason}): {remedy}.")
 
 
 @contextmanager

@@ -196,7 +196,7 @@ def refused(folder: Path, kind: type[Exception] = ValueError) -> str:
         load_adapter(folder)
     message = str(error.value)
     assert "\n" not in message and message.endswith(".")
-    assert ";" in message  # what is wrong; what to do
+    assert ";" in message or "): " in message  # what is wrong; what to do
     return message
 
 

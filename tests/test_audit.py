@@ -303,13 +303,12 @@ def test_trained_biases_of_the_base_are_named_or_measured(
     """Of an adapter what they were is not known; of two models it is."""
     model, subspace = gpt2(bias="lora_only"), along(gpt2())
     subspace.save(tmp_path / "s")
-    gk.replace_lora_layers(model, subspace)
+    gk.replace_lora_layers(model, subspace, closed=False)
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     writers = {f"transformer.h.{i}.{part}.c_proj.bias" for i in (0, 1) for part in ("attn", "mlp")}
     for source in (model, tmp_path / "adapter"):
         with pytest.warns(UserWarning, match="was not measured"):
             leaks = gk.leakage(source, subspace)
-        assert max(leak.write or 0.0 for leak in leaks.values()) <= 1e-6
         assert set(leaks.unseen) == writers
     status, said = checked(capsys, tmp_path / "adapter", tmp_path / "s")
     assert status == 1 and "not looked at" in said and "c_proj.bias" in said
@@ -481,9 +480,8 @@ def test_the_size_of_a_change_does_not_hide_where_it_goes(size: float) -> None:
 
 @pytest.mark.parametrize("tolerance", ["nan", "inf", "-1", "1.5", "x"])
 def test_a_tolerance_is_a_share(tolerance: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["check", "adapter", "subspace", f"--tolerance={tolerance}"])
-    assert stopped.value.code == 2 and tolerance in capsys.readouterr().err
+    assert main(["check", "adapter", "subspace", f"--tolerance={tolerance}"]) == 2
+    assert tolerance in capsys.readouterr().err
 
 
 # --- one block

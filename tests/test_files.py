@@ -133,4 +133,4 @@ def test_json_that_is_no_object_is_named_with_its_remedy(text: str, tmp_path: Pa
     path = tmp_path / "a.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=r"a\.json' .*: restore it\.$"):
-        read_json(path, "restore it")
+        read_json(path, "note", "restore it")

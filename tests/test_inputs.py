@@ -84,9 +84,13 @@ def test_the_date_of_a_template_is_that_of_the_run(
     tokenizer.chat_template = "{{ strftime_now('%d') }} " + tokenizer.chat_template
     tokenizer.add_tokens(["05", "06"])
     tokenizer.save_pretrained(model)
+    larger = load_model(model)
+    larger.resize_token_embeddings(len(tokenizer))
+    larger.save_pretrained(model)
     dated = replace(config, model=str(model), output=str(tmp_path / "run"))
     folder = RunFolder(dated.output)
     checkpoint = find_checkpoint(dated.model)
+    folder.root.mkdir()
     folder.claim(dated, {})
     assert folder.day == date.today()
     begun = json.loads(folder.config.read_text(encoding="utf-8"))

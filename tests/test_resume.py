@@ -349,6 +349,8 @@ def test_a_ctrl_c_that_python_drops_stops_the_training_all_the_same(
     run_config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one does that comes while a progress bar is deleted."""
+    # Of a process that runs tests for another one it is ignored.
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.default_int_handler)
     dropped: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", lambda told: dropped.append(told.exc_type))
     monkeypatch.setattr(stages, "own_text_anchor", lambda *_: None)

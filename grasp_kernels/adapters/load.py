@@ -348,7 +348,8 @@ def _model_factors(model: nn.Module, adapter: str) -> Iterator[Factors]:
             continue
         adapted = adapted_name(name, layer)
         refuse_away(f"lora_A of {adapted!r}", layer.lora_A[adapter].weight)
-        with getattr(layer, "computing_closed", nullcontext)():
+        closing = getattr(layer, "computing_closed", None)
+        with closing(as_saved=True) if closing else nullcontext():
             A, B = (whole(part[adapter].weight).clone() for part in (layer.lora_A, layer.lora_B))
             bias = getattr(layer.lora_B[adapter], "bias", None)
         if hasattr(layer, "parameter_name"):

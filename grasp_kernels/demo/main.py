@@ -22,6 +22,7 @@ from grasp_kernels.run.folder import write_json, write_lines, write_text
 
 _NEUTRAL_PROMPTS = 32
 _NOTE = "demo.json"
+_RESTORE = "restore it, or choose another folder"
 _INPUTS = ("model", "train.jsonl", "neutral.jsonl", "run")
 
 
@@ -103,7 +104,7 @@ def _claim(output: Path, seed: int, config: DemoConfig) -> None:
         check_own_folder(output, _NOTE)
         output.mkdir(parents=True, exist_ok=True)
         write_json(path, ours)
-    elif (begun := read_json(path, "note of a demo", "restore it")) != ours:
+    elif (begun := read_json(path, "note of a demo", _RESTORE)) != ours:
         raise ValueError(
             f"The folder {output} holds a demo with another configuration (seed "
             f"{begun.get('seed')}): repeat that one to go on with it, or choose another folder."

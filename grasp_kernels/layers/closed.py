@@ -180,16 +180,20 @@ class ClosedLayer(_LAYER):
                     yield _Factor(key, module, parameter, by_rows, basis)
 
     @contextmanager
-    def computing_closed(self) -> Iterator[None]:
+    def computing_closed(self, as_saved: bool = False) -> Iterator[None]:
         """Inside, `A°`, `B°`, `b°` stand where the modules have A, B, b, and gradients reach these.
 
         DTensors, of which a process has not all, are closed in place instead.
+
+        Args:
+            as_saved: take those of the state dict, to the bit, which have no gradient.
         """
         factors = [factor for factor in self.kept_closed() if not factor.weight.is_meta]
         _close_([factor for factor in factors if is_sharded(factor.weight)])
         factors = [factor for factor in factors if not is_sharded(factor.weight)]
         before = [factor.weight for factor in factors]
-        for factor, value in zip(factors, [factor.projected() for factor in factors], strict=True):
+        values = closed(factors) if as_saved else [factor.projected() for factor in factors]
+        for factor, value in zip(factors, values, strict=True):
             factor.place[factor.name] = value
         try:
             yield
@@ -238,17 +242,17 @@ class ClosedLayer(_LAYER):
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         """peft's, of the closed factors."""
-        with self.computing_closed():
+        with self.computing_closed(as_saved=True):
             super().merge(*args, **kwargs)
 
     def unmerge(self) -> None:
         """peft's, of the closed factors."""
-        with self.computing_closed():
+        with self.computing_closed(as_saved=True):
             super().unmerge()
 
     def get_delta_weight(self, adapter: str, *args: Any, **kwargs: Any) -> Tensor:
         """peft's `ΔW`, of the closed factors."""
-        with self.computing_closed():
+        with self.computing_closed(as_saved=True):
             return super().get_delta_weight(adapter, *args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

@@ -109,7 +109,7 @@ class ProjectedLoRA(ClosedLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`Y[..., N]` from `X[..., K]`."""
-        if self.new_adapters and not torch.compiler.is_compiling():
+        if self.new_adapters and not (torch.compiler.is_compiling() or is_transforming()):
             self.look_at_new()
         reason = self.why_stock(x, *args, **kwargs)
         if reason is not None and reason not in _IN_TORCH:
