@@ -96,6 +96,14 @@ def add_extract(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base-model", required=True, metavar="FOLDER", help="checkpoint that it was made from"
     )
+    _add_new_adapter(parser)
+    parser.add_argument(
+        "--rank", type=int, default=16, metavar="N", help="rank of the adapter (default: 16)"
+    )
+    parser.set_defaults(command=_extract)
+
+
+def _add_new_adapter(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         required=True,
@@ -103,10 +111,6 @@ def add_extract(commands: Any, common: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="new adapter folder to write",
     )
-    parser.add_argument(
-        "--rank", type=int, default=16, metavar="N", help="rank of the adapter (default: 16)"
-    )
-    parser.set_defaults(command=_extract)
 
 
 def _extract(arguments: argparse.Namespace) -> int:
@@ -136,13 +140,7 @@ def add_project(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder")
     parser.add_argument("subspace", metavar="SUBSPACE", help="subspace file")
-    parser.add_argument(
-        "--output",
-        required=True,
-        type=folder_to_write,
-        metavar="DIR",
-        help="new adapter folder to write",
-    )
+    _add_new_adapter(parser)
     parser.set_defaults(command=_project)
 
 
