@@ -17,6 +17,7 @@ import torch
 
 from grasp_kernels.cpu import in_fast_dtype
 from grasp_kernels.files import read_json
+from grasp_kernels.inert import listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -219,7 +220,7 @@ def _refuse_other_weights(checkpoint: Path, told: dict[str, Any]) -> None:
         "have in another shape": sorted(mismatched),
         "say": [str(message) for message in told.get("error_msgs", ())],
     }
-    parts = [f"{what} {_some(names)}" for what, names in odd.items() if names]
+    parts = [f"{what} {listed(names, most=3)}" for what, names in odd.items() if names]
     if parts:
         raise ValueError(
             f"The weights of {checkpoint} are not those of its config.json: they "
@@ -242,11 +243,6 @@ def _refuse_integers(checkpoint: Path, files: list[Path], parameters: set[str]) 
     if found:
         raise ValueError(
             f"The weights of {checkpoint} are quantised, and its config.json has no "
-            f"quantization_config that says how: {_some(found)}; give the checkpoint in 16 or 32 "
+            f"quantization_config that says how: {listed(found, most=3)}; give the checkpoint in 16 or 32 "
             "bits."
         )
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
