@@ -243,6 +243,6 @@ def _refuse_integers(checkpoint: Path, files: list[Path], parameters: set[str]) 
     if found:
         raise ValueError(
             f"The weights of {checkpoint} are quantised, and its config.json has no "
-            f"quantization_config that says how: {listed(found, most=3)}; give the checkpoint in 16 or 32 "
-            "bits."
+            f"quantization_config that says how: {listed(found, most=3)}; give the "
+            "checkpoint in 16 or 32 bits."
         )
