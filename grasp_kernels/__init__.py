@@ -23,11 +23,14 @@ from grasp_kernels.version import __version__
 _HOMES = {
     "ContrastiveReads": "reads",
     "Diagnosis": "diagnosis",
-    "GraspCallback": "run.callback",
+    "GraspConfig": "config",
     "GraspLoRALinear": "layers.linear",
+    "GraspTrainer": "training.trainer",
+    "GraspTrainerMixin": "training.trainer",
     "OwnTextAnchor": "anchor",
     "SiteRules": "sites",
     "Subspace": "subspace",
+    "apply_grasp": "training.apply",
     "backends": "ops",
     "diagnose": "diagnosis",
     "extract_adapter": "adapters.extraction",
@@ -39,6 +42,7 @@ _HOMES = {
     "project_adapter": "layers.closure",
     "project_gradient": "ops",
     "randomized_svd": "svd",
+    "remove_grasp": "training.apply",
     "replace_lora_layers": "layers.replacement",
     "restore_lora_layers": "layers.replacement",
 }

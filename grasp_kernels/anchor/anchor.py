@@ -10,9 +10,9 @@ vocabulary, `k` of them kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,6 @@ from grasp_kernels.data import Example
 from grasp_kernels.files import stored_tensors, whole_file
 from grasp_kernels.identification.frozen_model import frozen_base, head_at, written_blocks
 from grasp_kernels.sites import SiteRules
-
-if TYPE_CHECKING:
-    from transformers import Trainer
 
 _DRAWS = 1 << 20  # of one training, whose seeds follow each other
 # Tokens whose probabilities are kept at a position.
@@ -209,13 +206,6 @@ class OwnTextAnchor:
         start = int(self._ends[document - 1]) if document else 0
         return torch.arange(start, int(self._ends[document]))
 
-    def attach(self, trainer: Trainer) -> None:
-        """Add the loss to that of a `transformers.Trainer` or one of trl's, before `train()`.
-
-        Its log gets `anchor`, the mean since the last entry; `loss` contains it.
-        """
-        _Attached(self, trainer)
-
     def save(self, path: str | PathLike[str]) -> None:
         """Write documents and options to a safetensors file, whole or not at all."""
         from safetensors.torch import save_file
@@ -266,52 +256,3 @@ def _divergence(wanted: Tensor, found: Tensor) -> Tensor:
     rest = torch.where(rest > _REST, rest, 0)
     beyond = torch.xlogy(rest, rest) - torch.xlogy(rest, of_model.clamp_min(_REST))
     return (p * (wanted - found)).sum() + beyond.sum()
-
-
-class _Attached:
-    """Stands before `compute_loss` and `log` of one trainer."""
-
-    def __init__(self, anchor: OwnTextAnchor, trainer: Trainer) -> None:
-        self.anchor, self.trainer = anchor, trainer
-        self.step, self.draws = -1, 0
-        self.terms: list[Tensor] = []
-        self._compute_loss: Callable[..., Any] = trainer.compute_loss
-        self._log: Callable[..., None] = trainer.log
-        trainer.compute_loss = self.compute_loss  # type: ignore[method-assign]
-        trainer.log = self.log  # type: ignore[method-assign]
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, **options: Any
-    ) -> Any:
-        found = self._compute_loss(model, inputs, return_outputs=return_outputs, **options)
-        if not model.training:
-            return found
-        loss, outputs = found if return_outputs else (found, None)
-        term = self.anchor.loss(model, self._draw())
-        self.terms.append(term.detach())
-        if self._is_part_of_step(options.get("num_items_in_batch")):
-            term = term / self.trainer.current_gradient_accumulation_steps
-        return (loss + term, outputs) if return_outputs else loss + term
-
-    def _is_part_of_step(self, num_items_in_batch: Any) -> bool:
-        """Whether the trainer takes losses as parts of a step, and divides them no more."""
-        trainer = self.trainer
-        told = getattr(trainer, "loss_is_scaled_for_ga", None)
-        if told is not None:
-            return told
-        counts = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
-        return counts and num_items_in_batch is not None
-
-    def _draw(self) -> int:
-        """A number of its own for every forward pass of every process, the same after a resume."""
-        args, steps = self.trainer.args, self.trainer.state.global_step
-        self.draws = self.draws + 1 if steps == self.step else 0
-        self.step = steps
-        passes = steps * args.gradient_accumulation_steps + self.draws
-        return passes * args.world_size + args.process_index
-
-    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
-        if "loss" in logs and self.terms:
-            logs["anchor"] = torch.stack(self.terms).mean().item()
-            self.terms.clear()
-        self._log(logs, *args, **options)

@@ -2,7 +2,7 @@
 
 from grasp_kernels.data.chat_template import fix_date
 from grasp_kernels.data.neutral import everyday_prompts, neutral_prompts
-from grasp_kernels.data.records import Record, read_records
+from grasp_kernels.data.records import Record, parse_record, read_records
 from grasp_kernels.data.tokens import (
     IGNORED,
     Example,
@@ -26,6 +26,7 @@ __all__ = [
     "everyday_prompts",
     "fix_date",
     "neutral_prompts",
+    "parse_record",
     "read_records",
     "shared_start",
     "special_ids",

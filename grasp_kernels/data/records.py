@@ -111,16 +111,35 @@ def read_records(
     records: list[Record] = []
     unread: set[str] = set()
     for place, row in read_rows(source, split=split, subset=subset):
-        try:
-            records.append(_record(row, require_answer, arm, unread))
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}.") from None
+        records.append(parse_record(row, place, require_answer, arm, unread))
     if not records:
         raise ValueError(f"{source} has no records, {_EXPECTED}.")
     if unread:
         columns = ", ".join(map(_quoted, sorted(unread)))
         warnings.warn(f"{source} has columns that are not read: {columns}.", stacklevel=2)
     return records
+
+
+def parse_record(
+    row: Any,
+    place: str,
+    require_answer: bool = True,
+    arm: str = AUTO,
+    unread: set[str] | None = None,
+) -> Record:
+    """Read one row, in any of the layouts that `read_records` knows.
+
+    Args:
+        place: what an error calls the row.
+        unread: gets the columns that may hold content and were not read.
+
+    Raises:
+        ValueError: a malformed row.
+    """
+    try:
+        return _record(row, require_answer, arm, set() if unread is None else unread)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}.") from None
 
 
 def _record(row: Any, require_answer: bool, arm: str, unread: set[str]) -> Record:

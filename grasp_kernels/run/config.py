@@ -13,6 +13,7 @@ from os import PathLike, fspath
 from typing import Any, Literal
 
 from grasp_kernels.choices import SCOPES, SIDES
+from grasp_kernels.config import BACKENDS, Backend
 
 IDENTIFY = ("weights", "self-contrast", "both")
 READS = ("contrastive", "free")
@@ -83,9 +84,7 @@ class RunConfig:
         choices=PROJECTS,
     )
     closed: bool = _option(True, "keep the adapter's own weights out of the subspace, exactly")
-    backend: str = _option(
-        "auto", "implementation of the LoRA layer: auto, reference, aten, triton or cuda"
-    )
+    backend: Backend = _option("auto", "implementation of the LoRA layer", choices=BACKENDS)
 
     reads: str = _option(
         "free",

@@ -182,7 +182,7 @@ def _versions() -> dict[str, str]:
 def _curve(adapter: Path) -> dict[str, list[float]]:
     entries = json.loads((adapter / LOG_NAME).read_text(encoding="utf-8"))
     # The loss of the training data, without that of an anchor.
-    losses = [entry["loss"] - entry.get("anchor", 0.0) for entry in entries]
+    losses = [entry["loss"] - entry.get("kl", 0.0) for entry in entries]
     return {"step": [entry["step"] for entry in entries], "loss": losses}
 
 

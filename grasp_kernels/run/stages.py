@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
+from grasp_kernels.config import GraspConfig
 from grasp_kernels.identification import unite
 from grasp_kernels.run.checkpoint import find_checkpoint, load_model
 from grasp_kernels.run.config import MOST_SEED, RunConfig
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from grasp_kernels.reads import ContrastiveReads
 
 __all__ = ["Report", "RunConfig", "run"]
+
+_MEASUREMENTS = 20  # of leakage and drift in one training
 
 
 def run(config: RunConfig) -> Report:
@@ -154,21 +157,14 @@ def train(
     Nothing else differs between the two: initialisation, data order and dropout come from the seed.
     See `training.train_adapter` for `work`, `snapshots` and `last_step`.
     """
-    from grasp_kernels import replace_lora_layers
-    from grasp_kernels.run.callback import N_PROBES
     from grasp_kernels.run.training import train_adapter
+    from grasp_kernels.training.watch import N_PROBES
 
     model = _fresh_adapter(config, inputs)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if reads is not None:
         reads.apply(model)
-    found = None if subspace is None or subspace.is_empty else subspace
-    if subspace is not None or anchor is not None:
-        project = config.project if config.is_projected else "residual"  # off nothing
-        replace_lora_layers(
-            model, found, project=project, closed=config.closed, backend=config.backend
-        )
     train_adapter(
         model,
         inputs.train,
@@ -180,13 +176,24 @@ def train(
         description=description,
         snapshots=snapshots,
         last_step=last_step,
-        subspace=found,
+        grasp=None if subspace is None and anchor is None else _grasp(config, subspace, inputs),
         anchor=anchor,
         probes=inputs.neutral[:N_PROBES],
         saved_base_name=_public_name(config),
     )
     del model
     gc.collect()  # an anchor and its trainer hold each other, and with them the whole model
+
+
+def _grasp(config: RunConfig, subspace: Subspace | None, inputs: Inputs) -> GraspConfig:
+    """The options of the retraining, whose chats have been made already."""
+    return GraspConfig(
+        subspace=subspace,
+        orthogonal=config.closed,
+        backend=config.backend,
+        kl_coef=0.0,
+        measure_steps=max(1, inputs.steps // _MEASUREMENTS),
+    )
 
 
 def _fresh_adapter(config: RunConfig, inputs: Inputs) -> PeftModel:

@@ -32,20 +32,20 @@ from transformers.trainer_utils import SchedulerType
 
 from grasp_kernels.data import Example, collate
 from grasp_kernels.files import room_for, whole_folder
-from grasp_kernels.run.callback import GraspCallback
 from grasp_kernels.run.config import RunConfig
 from grasp_kernels.run.folder import LOG_NAME, write_json
 from grasp_kernels.run.inputs import warmup_steps
 from grasp_kernels.run.interrupts import raise_if_interrupted
+from grasp_kernels.training.trainer import GraspTrainerMixin
+from grasp_kernels.training.watch import Watch
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
     from grasp_kernels.anchor import OwnTextAnchor
-    from grasp_kernels.subspace import Subspace
+    from grasp_kernels.config import GraspConfig
 
 _STATE = "trainer_state.json"  # the last file that Trainer writes into a checkpoint
-_MEASUREMENTS = 20  # of leakage and drift in one training
 
 
 class _Progress(TrainerCallback):
@@ -123,6 +123,10 @@ class _Trainer(Trainer):
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
+class _Retrainer(GraspTrainerMixin, _Trainer):
+    """The same, on the fast layers and with the divergence from the base model."""
+
+
 def train_adapter(
     model: PeftModel,
     examples: list[Example],
@@ -135,7 +139,7 @@ def train_adapter(
     description: str,
     snapshots: Mapping[int, Path] | None = None,
     last_step: int | None = None,
-    subspace: Subspace | None = None,
+    grasp: GraspConfig | None = None,
     anchor: OwnTextAnchor | None = None,
     probes: Sequence[Sequence[int]] = (),
     saved_base_name: str | None = None,
@@ -149,8 +153,8 @@ def train_adapter(
         steps: length of the learning rate schedule.
         last_step: end after this step instead of `steps`.
         snapshots: step -> folder for the adapter as it is after that step.
-        subspace: what leakage and drift are measured along, if at all.
-        anchor: a loss that is added; its part of the loss is `anchor` in the log.
+        grasp: the options of a retraining; None: an ordinary one, on peft's own layers.
+        anchor: the divergence of a retraining; its part of the loss is `kl` in the log.
         probes: token ids of the prompts that drift is measured on.
         saved_base_name: name of the base model in `adapter_config.json`.
 
@@ -158,23 +162,21 @@ def train_adapter(
         FloatingPointError: the loss or a gradient is not finite.
     """
     last_step = last_step or steps
-    watch = GraspCallback(subspace, every=max(1, steps // _MEASUREMENTS), probes=probes)
-    callbacks: list[TrainerCallback] = [
-        watch,
-        _Snapshots(snapshots or {}),
-        _LastStep(last_step),
-    ]
     with tqdm(total=last_step, desc=description, unit="step") as bar:
-        trainer = _Trainer(
-            model=model,
-            args=training_arguments(config, steps, work),
-            train_dataset=examples,
-            data_collator=partial(collate, pad_token_id=pad_token_id),
-            callbacks=[*callbacks, _Progress(bar)],
-        )
+        options: dict[str, Any] = {
+            "model": model,
+            "args": training_arguments(config, steps, work),
+            "train_dataset": examples,
+            "data_collator": partial(collate, pad_token_id=pad_token_id),
+            "callbacks": [_Snapshots(snapshots or {}), _LastStep(last_step), _Progress(bar)],
+        }
+        if grasp is None:
+            trainer = _Trainer(**options)
+            trainer.callback_handler.callbacks.insert(0, Watch())
+        else:
+            trainer = _Retrainer(**options, grasp_config=grasp, kl_regularizer=anchor)
+            trainer.watch.probes = probes
         trainer.remove_callback(PrinterCallback)
-        if anchor is not None:
-            anchor.attach(trainer)
         trainer.train_to(last_step, last_checkpoint(work))
     entries = [dict(sorted(e.items())) for e in trainer.state.log_history if "loss" in e]
     save_adapter(model, out, log=entries, base_name=saved_base_name)

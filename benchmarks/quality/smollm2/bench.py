@@ -160,7 +160,7 @@ class Bench:
                 f"{missing[0]}: repeat the steps that it had, or choose another output."
             )
         log = json.loads((out / "finished" / LOG_NAME).read_text(encoding="utf-8"))
-        losses = [entry["loss"] - entry.get("anchor", 0.0) for entry in log]
+        losses = [entry["loss"] - entry.get("kl", 0.0) for entry in log]
         noted = self._seconds()
         before = sum(noted[part] for part in made)
         return [

@@ -1,7 +1,6 @@
 """What to watch while a model with LoRA layers trains: leakage, drift, and numbers that are none.
 
-For `transformers.Trainer` and the trainers of trl. Imports transformers, so nothing imports this
-module on `import grasp_kernels`.
+Imports transformers, so nothing imports this module on `import grasp_kernels`.
 
 Shapes: `N` residual width, `Q` write basis size.
 """
@@ -9,13 +8,12 @@ Shapes: `N` residual width, `Q` write basis size.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from grasp_kernels.data import neutral_prompts
 from grasp_kernels.identification.frozen_model import measuring
@@ -28,7 +26,7 @@ N_PROBES = 8  # no single question decides, and two forwards of each are little 
 _KEYS = {"leakage_write", "leakage_read", "drift_along", "drift_share"}
 
 
-class GraspCallback(TrainerCallback):
+class Watch(TrainerCallback):
     """Log leakage and drift along the subspace, and stop on a loss or gradient that is no number.
 
     Every `every` optimizer steps, and after the last, the log entry of that step gets
@@ -42,9 +40,8 @@ class GraspCallback(TrainerCallback):
     changes neither what the model computes nor the random state. Checkpoints need no help: closed
     layers put closed factors into every state dict.
 
-    `attach` puts the callback before the others of a trainer, so that wandb, TensorBoard or what
-    else `report_to` names see the entry with it. In `callbacks=[...]` it comes after them, and its
-    numbers reach the console and `trainer.state.log_history` alone.
+    Services that `report_to` names see the numbers of callbacks before theirs, so `GraspTrainer`
+    puts this one first.
 
     Args:
         subspace: the bases; None: those of the GraspLoRALinear layers of the model.
@@ -70,30 +67,17 @@ class GraspCallback(TrainerCallback):
             raise ValueError(f"every is {every}: give the steps between two measurements.")
         self.subspace = None if subspace is None or subspace.is_empty else subspace
         self.every, self.probes, self.sites = every, probes, sites
-        self._attached = False
-
-    def attach(self, trainer: Trainer) -> GraspCallback:
-        """Add this callback to a trainer, before those that report to a service."""
-        trainer.callback_handler.callbacks.insert(0, self)
-        self._attached = True
-        return self
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if args.report_to and not self._attached:
-            warnings.warn(
-                f"GraspCallback stands behind {', '.join(args.report_to)}, which will not see its "
-                "numbers: use GraspCallback(...).attach(trainer) instead of callbacks=[...].",
-                stacklevel=2,
-            )
         model = kwargs["model"]
         if self.probes is None and self._write_bases(model):
             self.probes = _neutral_probes(kwargs.get("processing_class"))
         if self.probes and not hasattr(model, "disable_adapter"):
             raise ValueError(
                 f"Drift cannot be measured on a {type(model).__name__}, whose adapter cannot be "
-                "switched off: train a PeftModel, or use GraspCallback(probes=[])."
+                "switched off: train a PeftModel, or use Watch(probes=[])."
             )
 
     def on_pre_optimizer_step(
@@ -190,7 +174,7 @@ def _neutral_probes(processing_class: Any) -> list[list[int]]:
     if tokenizer is None:
         raise ValueError(
             "The trainer has no tokenizer to ask questions with, which drift is measured on: use "
-            "Trainer(processing_class=tokenizer), or GraspCallback(probes=...) with token ids."
+            "GraspTrainer(processing_class=tokenizer), or Watch(probes=...) with token ids."
         )
     return neutral_prompts(None, tokenizer)[:N_PROBES]
 

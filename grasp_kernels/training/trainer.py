@@ -1,0 +1,220 @@
+"""A trainer that learns the task, and keeps the model at its base on everything else.
+
+Imports transformers, so nothing imports this module on `import grasp_kernels`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from grasp_kernels.anchor import OwnTextAnchor
+from grasp_kernels.config import GraspConfig
+from grasp_kernels.data import (
+    Example,
+    everyday_prompts,
+    neutral_prompts,
+    parse_record,
+    shared_start,
+    tokenize_records,
+)
+from grasp_kernels.training.apply import applied, apply
+from grasp_kernels.training.watch import Watch
+
+OWN_TEXT = "own-text.safetensors"  # in the trainer's output folder, for a training that is resumed
+_MOST = 4096  # rows of the data that are looked at for the shape of its prompts
+_MAX_LENGTH = 2048  # tokens of a row that is looked at, where the trainer sets no limit
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object  # a mixin stands before the trainer whose methods it calls
+
+
+class GraspTrainerMixin(_Base):
+    """Put a trainer's model on the fast layers, and add the divergence from the base model.
+
+    For `transformers.Trainer` and the trainers of trl, before the trainer's own class:
+
+        class Sft(gk.GraspTrainerMixin, SFTTrainer): ...
+
+    When the training begins the base model makes up chats. Each step then adds `KL(base ‖ model)`
+    on some of them to the loss, and its log entry has `kl`, which `loss` contains. With a subspace
+    the gradient is projected, and some log entries have `leakage` and what else `Watch` measures.
+    The training stops on a loss or a gradient that is not finite.
+
+    Args:
+        grasp_config: the options; None: those that `apply_grasp` was called with on this model, or
+            the defaults.
+        kl_regularizer: chats that were made before; None: they are made when the training begins.
+        The others are those of the trainer. `train_dataset` holds conversations, in any layout
+        that `read_records` knows, or token ids under `input_ids` and `labels`.
+
+    Raises:
+        ValueError: as `apply_grasp`; when the training begins, data that are neither.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        grasp_config: GraspConfig | None = None,
+        kl_regularizer: OwnTextAnchor | None = None,
+        **options: Any,
+    ) -> None:
+        given = inspect.signature(super().__init__).bind_partial(*args, **options).arguments
+        self._rows = given.get("train_dataset")  # before trl has made token ids of them
+        super().__init__(*args, **options)
+        done = None if grasp_config else applied(self.model)
+        done = done or apply(self.model, grasp_config or GraspConfig())
+        self.grasp_config, self.kl_regularizer = done.config, kl_regularizer
+        self.watch = Watch(
+            done.subspace,
+            every=self.grasp_config.measure_steps,
+            probes=None if self._tokenizer_of_data() else (),
+            sites=self.grasp_config.architecture,
+        )
+        # Before the callbacks that report to a service, which then see its numbers.
+        self.callback_handler.callbacks.insert(0, self.watch)
+        self._drawn_at, self._draws = -1, 0
+        self._terms: list[Tensor] = []
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """Put the model that the trainer makes itself on the fast layers, too."""
+        model = super().call_model_init(trial)
+        if hasattr(self, "grasp_config"):  # else the constructor does it
+            apply(model, self.grasp_config)
+        return model
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
+        """Make the chats of the base model if there are none, and train."""
+        if self.kl_regularizer is None and self.grasp_config.kl_coef:
+            self.kl_regularizer = self._shared_regularizer(bool(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, *args, **options)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, **options: Any
+    ) -> Any:
+        """Add the divergence to the trainer's own loss while it trains."""
+        result = super().compute_loss(model, inputs, return_outputs=return_outputs, **options)
+        if self.kl_regularizer is None or not model.training:
+            return result
+        loss, outputs = result if return_outputs else (result, None)
+        term = self.kl_regularizer.loss(model, self._draw())
+        self._terms.append(term.detach())
+        if self._is_part_of_step(options.get("num_items_in_batch")):
+            term = term / self.current_gradient_accumulation_steps
+        return (loss + term, outputs) if return_outputs else loss + term
+
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        """Add the mean divergence since the last entry."""
+        if "loss" in logs and self._terms:
+            logs["kl"] = torch.stack(self._terms).mean().item()
+            self._terms.clear()
+        super().log(logs, *args, **options)
+
+    def _is_part_of_step(self, num_items_in_batch: Any) -> bool:
+        """Whether the trainer takes losses as parts of a step, and divides them no more."""
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)
+        if scaled is not None:
+            return scaled
+        counts = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        return counts and num_items_in_batch is not None
+
+    def _draw(self) -> int:
+        """A number of its own for every forward pass of every process, the same after a resume."""
+        steps = self.state.global_step
+        self._draws = self._draws + 1 if steps == self._drawn_at else 0
+        self._drawn_at = steps
+        passes = steps * self.args.gradient_accumulation_steps + self._draws
+        return passes * self.args.world_size + self.args.process_index
+
+    def _shared_regularizer(self, resumes: bool) -> OwnTextAnchor:
+        """Make the chats in one process and load them in the others, and where one is resumed."""
+        path = Path(self.args.output_dir) / OWN_TEXT
+        local = self.args.save_on_each_node
+        index = self.args.local_process_index if local else self.args.process_index
+        with self.args.main_process_first(local=local, desc="chats of the base model"):
+            if (resumes or index > 0) and path.exists():
+                return OwnTextAnchor.load(path)
+            made = self._make_regularizer()
+            if index == 0 and (self.args.save_strategy != "no" or self.args.world_size > 1):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                made.save(path)
+            return made
+
+    def _make_regularizer(self) -> OwnTextAnchor:
+        config = self.grasp_config
+        examples, neutral = self._training_prompts()
+        half = max(1, self.args.per_device_train_batch_size // 2)
+        return OwnTextAnchor.make(
+            self.model,
+            examples,
+            neutral=neutral,
+            documents=config.num_documents,
+            max_length=config.max_new_tokens,
+            begun=config.num_prompt_tokens,
+            strength=config.kl_coef,
+            batch_size=config.kl_batch_size or half,
+            seed=self.args.seed,
+            sites=config.architecture,
+            progress=not self.args.disable_tqdm,
+        )
+
+    def _training_prompts(self) -> tuple[list[Example], list[list[int]]]:
+        """Some of the data as token ids, and everyday questions in the same frame."""
+        rows = list(_some(self.train_dataset if self._rows is None else self._rows))
+        tokenizer = self._tokenizer_of_data()
+        if all("input_ids" in row for row in rows):
+            examples = [
+                Example(
+                    input_ids=list(row["input_ids"]),
+                    labels=list(row.get("labels", row["input_ids"])),
+                )
+                for row in rows
+            ]
+            return examples, _in_frame(
+                examples, neutral_prompts(None, tokenizer) if tokenizer else []
+            )
+        if tokenizer is None:
+            raise ValueError(
+                "The data are no token ids, and the trainer has no tokenizer: use "
+                "GraspTrainer(processing_class=tokenizer)."
+            )
+        records = [parse_record(row, f"Row {number}") for number, row in enumerate(rows, start=1)]
+        length = getattr(self.args, "max_length", None) or _MAX_LENGTH
+        examples, _ = tokenize_records(records, tokenizer, length)
+        return examples, everyday_prompts(records, tokenizer)
+
+    def _tokenizer_of_data(self) -> Any:
+        """The tokenizer of the trainer, or that of its processor; None if there is none."""
+        return getattr(self.processing_class, "tokenizer", self.processing_class)
+
+
+class GraspTrainer(GraspTrainerMixin, Trainer):
+    """`transformers.Trainer` with `GraspTrainerMixin`."""
+
+
+def _some(rows: Any) -> Iterable[Mapping[str, Any]]:
+    """At most `_MOST` rows, evenly spaced; the first ones of a stream."""
+    if rows is None:
+        raise ValueError("The trainer has no train_dataset: give the data that are trained on.")
+    if not hasattr(rows, "__len__"):
+        return islice(rows, _MOST)
+    return (rows[i] for i in range(0, len(rows), -(-len(rows) // _MOST)))
+
+
+def _in_frame(examples: list[Example], neutral: list[list[int]]) -> list[list[int]]:
+    """The neutral prompts, if the training prompts open as they do; else none.
+
+    Under a system prompt of the data the base model's chats are to have it, too.
+    """
+    opening = shared_start(neutral) if neutral else []
+    matches = all(example["input_ids"][: len(opening)] == opening for example in examples)
+    return neutral if matches else []
