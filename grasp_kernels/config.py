@@ -53,6 +53,7 @@ class GraspConfig:
     measure_steps: int = 50
 
     def __post_init__(self) -> None:
+        self._require("backend", self.backend in BACKENDS, f"choose one of {', '.join(BACKENDS)}")
         self._require("kl_coef", 0 <= self.kl_coef < math.inf, "give 0 or more")
         for name in ("num_documents", "max_new_tokens", "measure_steps"):
             self._require(name, getattr(self, name) >= 1, "give 1 or more")

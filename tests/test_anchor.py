@@ -9,12 +9,11 @@ import torch
 from fixtures_run import WORDS
 from models import tiny_model, tiny_peft_model
 from peft import PeftModel
-from transformers import Trainer, TrainingArguments
 
 import grasp_kernels as gk
 from grasp_kernels.anchor.look_alikes import unlike_training
 from grasp_kernels.anchor.own_text import OwnText, common_frame, common_header, make_own_text
-from grasp_kernels.data import Example, collate
+from grasp_kernels.data import Example
 from grasp_kernels.identification.frozen_model import frozen_base, written_blocks
 from grasp_kernels.run import RunConfig, run
 
@@ -298,112 +297,6 @@ def test_modes_and_flags_stay_as_they_were(model: PeftModel) -> None:
     anchor().loss(model, step=0)
     assert model.training
     assert before == [p.requires_grad for p in model.parameters()]
-
-
-def trainer(model: PeftModel, folder: Path, accumulation: int = 1) -> Trainer:
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=3,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=accumulation,
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        remove_unused_columns=False,
-    )
-    torch.manual_seed(1)
-    data: Any = examples()
-    return Trainer(
-        model=model, args=arguments, train_dataset=data, data_collator=lambda rows: collate(rows, 0)
-    )
-
-
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_trainer_adds_it_and_logs_it(tmp_path: Path, accumulation: int) -> None:
-    losses = {}
-    for strength in (None, 0.0, 1.0):
-        held = None if strength is None else anchor(strength=strength)
-        made = trainer(tiny_peft_model(), tmp_path, accumulation)  # which draws the data anew
-        if held is not None:
-            held.attach(made)
-        made.train()
-        losses[strength] = [e for e in made.state.log_history if "loss" in e]
-    plain, nothing, anchored = losses.values()
-    assert not any("anchor" in entry for entry in plain)
-    assert [e["anchor"] for e in nothing] == [0.0] * 3
-    assert [e["loss"] for e in nothing] == [e["loss"] for e in plain]
-    # before the first update everything else is the same
-    first = anchored[0]
-    assert first["anchor"] > 1e-4
-    # logged losses have four digits
-    assert first["loss"] - first["anchor"] == pytest.approx(plain[0]["loss"], abs=2e-4)
-
-
-def test_a_step_of_fewer_batches_than_the_accumulation_weighs_it_as_any_other(
-    tmp_path: Path,
-) -> None:
-    """All data are two batches, where eight are asked for."""
-    found = []
-    for strength in (None, 1.0):
-        made = trainer(tiny_peft_model(), tmp_path, accumulation=8)
-        made.train_dataset = examples()[:8]
-        if strength is not None:
-            anchor(strength=strength).attach(made)
-        made.train()
-        found.append(next(e for e in made.state.log_history if "loss" in e))
-    plain, anchored = found
-    assert anchored["anchor"] > 1e-4
-    assert anchored["loss"] - anchored["anchor"] == pytest.approx(plain["loss"], abs=2e-4)
-
-
-@pytest.mark.parametrize(
-    ("told", "counted", "expected"),
-    [(None, None, False), (None, 5, True), (True, None, True), (False, 5, False)],
-)
-def test_the_trainer_says_whether_losses_are_parts_of_a_step(
-    tmp_path: Path, told: bool | None, counted: int | None, expected: bool
-) -> None:
-    made = trainer(tiny_peft_model(), tmp_path, accumulation=4)
-    made.loss_is_scaled_for_ga = told
-    held = anchor()
-    held.attach(made)
-    made.current_gradient_accumulation_steps = 4
-    ids = torch.tensor([[1, 2, 3, 4]])
-    batch, model = {"input_ids": ids, "labels": ids}, made.model.train()
-    plain = Trainer.compute_loss(made, model, batch, num_items_in_batch=counted)
-    loss = made.compute_loss(model, batch, num_items_in_batch=counted)
-    added = held.loss(model, 0).item() / (4 if expected else 1)
-    assert (loss - plain).item() == pytest.approx(added, rel=1e-3)
-
-
-def test_an_evaluation_is_without_it(tmp_path: Path) -> None:
-    made = trainer(tiny_peft_model(), tmp_path)
-    data: Any = examples()
-    expected = made.evaluate(data)["eval_loss"]
-    anchor(strength=100.0).attach(made)
-    assert made.evaluate(data)["eval_loss"] == expected
-
-
-def test_training_with_it_stays_nearer(tmp_path: Path) -> None:
-    found = {}
-    for strength in (0.0, 3.0):
-        model = tiny_peft_model()
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.zeros_(parameter)  # as every adapter begins: at the base model
-        torch.manual_seed(0)
-        held = anchor(strength=strength)
-        made = trainer(model, tmp_path)
-        made.args.max_steps = 30
-        held.attach(made)
-        made.train()
-        model.eval()
-        torch.manual_seed(0)
-        found[strength] = sum(anchor(strength=1.0).loss(model, step=i).item() for i in range(8))
-    assert found[3.0] < 0.5 * found[0.0]
 
 
 def test_a_file_holds_all_of_it(tmp_path: Path) -> None:

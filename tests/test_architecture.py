@@ -11,10 +11,11 @@ import pytest
 import grasp_kernels as gk
 
 ROOT = Path(gk.__file__).parent
-LEAVES = {"choices", "cpu", "files", "inert", "processes", "sites", "svd", "version"}
+LEAVES = {"choices", "config", "cpu", "files", "inert", "processes", "sites", "svd", "version"}
 # A folder may import the leaves and what stands here.
 ALLOWED = {
     **{leaf: set() for leaf in LEAVES},
+    "config": {"subspace"},
     "adapters": set(),
     "data": set(),
     "subspace": set(),
@@ -25,8 +26,10 @@ ALLOWED = {
     "reads": {"data", "identification"},
     "testing": {"ops"},
     "effect": {"data", "identification"},
+    "training": {"adapters", "anchor", "data", "identification", "layers", "run", "subspace"},
     "run": {
         "effect",
+        "training",
         "adapters",
         "anchor",
         "data",

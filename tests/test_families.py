@@ -25,6 +25,7 @@ from grasp_kernels.layers.experts import GraspLoRAExperts
 from grasp_kernels.ops.lora_linear.registry import computes
 from grasp_kernels.sites import RULES, base_name, model_gains, model_sites
 from grasp_kernels.testing import budget, orthonormal, relative_error
+from grasp_kernels.training.watch import Watch
 
 D, LAYERS = 32, 2
 SIZES: dict[str, Any] = {
@@ -386,8 +387,7 @@ def test_drift_before_a_norm_needs_the_subspace(given: bool) -> None:
     model = adapted("gemma2")
     subspace = a_subspace(model)
     gk.replace_lora_layers(model, subspace)
-    callback = gk.GraspCallback(subspace if given else None, probes=[[1, 2, 3]])
-    measured = callback.measure(model)
+    measured = Watch(subspace if given else None, probes=[[1, 2, 3]]).measure(model)
     assert measured["leakage_write"] <= 1e-6
     assert ("drift_along" in measured) == given
 

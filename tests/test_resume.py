@@ -78,12 +78,12 @@ for point in (*points, None):
 # (function, which call of it) at which the process is killed; the next one goes on from there
 KILL_POINTS = (
     ("grasp_kernels.run.folder:write_json", 1),  # before anything is there
-    ("grasp_kernels.run.callback:GraspCallback.on_log", 5),  # in the naive training
+    ("grasp_kernels.training.watch:Watch.on_log", 5),  # in the naive training
     ("transformers:TrainerState.save_to_json", 2),  # a checkpoint without its last file
     ("grasp_kernels.run.training:write_json", 2),  # the finished adapter without its log
-    ("grasp_kernels.run.callback:GraspCallback.on_log", 3),  # on the second half of the data
+    ("grasp_kernels.training.watch:Watch.on_log", 3),  # on the second half of the data
     ("grasp_kernels.subspace.basis:Subspace.save", 1),
-    ("grasp_kernels.run.callback:GraspCallback.on_log", 4),  # in the retraining
+    ("grasp_kernels.training.watch:Watch.on_log", 4),  # in the retraining
     ("transformers:TrainerState.save_to_json", 3),
     ("grasp_kernels.run.report:write_json", 1),
 )

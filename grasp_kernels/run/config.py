@@ -84,7 +84,7 @@ class RunConfig:
         choices=PROJECTS,
     )
     closed: bool = _option(True, "keep the adapter's own weights out of the subspace, exactly")
-    backend: Backend = _option("auto", "implementation of the LoRA layer", choices=BACKENDS)
+    backend: Backend = _option("auto", "implementation of the LoRA layer", choices=BACKENDS)  # noqa: RUF009
 
     reads: str = _option(
         "free",

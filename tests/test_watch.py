@@ -1,9 +1,8 @@
-"""GraspCallback in transformers.Trainer: what it logs, where, and when it stops a training."""
+"""Watch in transformers.Trainer: what it logs, where, and when it stops a training."""
 
 from __future__ import annotations
 
 import json
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import grasp_kernels as gk
 from grasp_kernels.data import collate
 from grasp_kernels.run.stream import bases_by_layer
 from grasp_kernels.sites import RULES, model_sites
+from grasp_kernels.training.watch import Watch
 
 WIDTH = 32
 PROBES = [[1, 2, 3, 4], [5, 6]]
@@ -35,16 +35,6 @@ def model() -> PeftModel:
 def subspace_of(model: PeftModel, side: str = "write") -> gk.Subspace:
     direction = torch.nn.functional.normalize(torch.arange(1.0, WIDTH + 1), dim=0)[:, None]
     return gk.Subspace.from_stream(direction, model_sites(model), side=side)
-
-
-class Service(TrainerCallback):
-    """Stands in for wandb: keeps what a log entry holds when it comes by."""
-
-    def __init__(self) -> None:
-        self.entries: list[dict[str, float]] = []
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        self.entries.append(dict(logs))
 
 
 def trainer_of(model: PeftModel, output: Path, steps: int = 6, **options: Any) -> Trainer:
@@ -74,7 +64,7 @@ def trainer_of(model: PeftModel, output: Path, steps: int = 6, **options: Any) -
 def test_a_projected_training_is_logged_every_few_steps(model: PeftModel, tmp_path: Path) -> None:
     subspace = subspace_of(model, "both")
     gk.replace_lora_layers(model, subspace)
-    trainer = trainer_of(model, tmp_path, callbacks=[gk.GraspCallback(every=4, probes=PROBES)])
+    trainer = trainer_of(model, tmp_path, callbacks=[Watch(every=4, probes=PROBES)])
     trainer.train()
     entries = [e for e in trainer.state.log_history if "loss" in e]
     assert [e["step"] for e in entries if e.keys() & NUMBERS] == [4, 6]
@@ -89,7 +79,7 @@ def test_a_stock_training_is_measured_along_a_given_subspace(
     model: PeftModel, tmp_path: Path
 ) -> None:
     subspace = subspace_of(model)
-    callback = gk.GraspCallback(subspace, every=2, probes=PROBES)
+    callback = Watch(subspace, every=2, probes=PROBES)
     trainer = trainer_of(model, tmp_path, logging_steps=3, callbacks=[callback])
     trainer.train()
     measured = [e for e in trainer.state.log_history if e.keys() & NUMBERS]
@@ -107,9 +97,9 @@ def test_drift_is_what_the_adapter_does_to_the_stream(model: PeftModel) -> None:
     assert basis is not None
     # the last hidden state that transformers returns is normalised: the last block is left out
     sites = [site for site in model_sites(model) if site.layer < 2]
-    measured = gk.GraspCallback(
-        gk.Subspace.from_stream(basis, sites, side="write"), probes=PROBES
-    ).measure(model)
+    measured = Watch(gk.Subspace.from_stream(basis, sites, side="write"), probes=PROBES).measure(
+        model
+    )
     model.eval()
     deltas = []
     for probe in PROBES:
@@ -126,7 +116,7 @@ def test_drift_is_what_the_adapter_does_to_the_stream(model: PeftModel) -> None:
 
 
 def test_an_untrained_adapter_has_not_drifted(model: PeftModel) -> None:
-    measured = gk.GraspCallback(subspace_of(model), probes=PROBES).measure(model)
+    measured = Watch(subspace_of(model), probes=PROBES).measure(model)
     assert measured == {"leakage_write": 0.0, "drift_along": 0.0, "drift_share": 0.0}
 
 
@@ -139,7 +129,7 @@ def test_measuring_leaves_model_and_random_state_alone(model: PeftModel) -> None
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     modes = {name: module.training for name, module in model.named_modules()}
     state, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
-    gk.GraspCallback(probes=PROBES).measure(model)
+    Watch(probes=PROBES).measure(model)
     assert flags == {name: p.requires_grad for name, p in model.named_parameters()}
     assert modes == {name: module.training for name, module in model.named_modules()}
     assert model.active_adapters == ["default"]
@@ -148,30 +138,11 @@ def test_measuring_leaves_model_and_random_state_alone(model: PeftModel) -> None
     model(input_ids=tokens(), labels=tokens()).loss.backward()  # nothing kept forbids training
 
 
-def test_services_see_the_numbers_of_an_attached_callback(model: PeftModel, tmp_path: Path) -> None:
-    gk.replace_lora_layers(model, subspace_of(model))
-    before, service = gk.GraspCallback(every=2, probes=PROBES), Service()
-    trainer = trainer_of(model, tmp_path, steps=2, callbacks=[service])
-    assert before.attach(trainer) is before
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="GraspCallback stands behind")
-        trainer.train()
-    assert not service.entries[0].keys() & NUMBERS
-    assert service.entries[1].keys() >= NUMBERS - {"leakage_read"}
-
-
-def test_a_callback_behind_a_service_says_so(model: PeftModel) -> None:
-    callback = gk.GraspCallback(probes=PROBES)
-    arguments: Any = type("Arguments", (), {"report_to": ["wandb"]})()
-    with pytest.warns(UserWarning, match=r"stands behind wandb.*attach\(trainer\)"):
-        callback.on_train_begin(arguments, TrainerState(), None, model=model)  # type: ignore[arg-type]
-
-
 def test_checkpoints_hold_closed_factors(model: PeftModel, tmp_path: Path) -> None:
     subspace = subspace_of(model, "both")
     gk.replace_lora_layers(model, subspace)
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
-    trainer = trainer_of(model, tmp_path, **options, callbacks=[gk.GraspCallback(probes=PROBES)])
+    trainer = trainer_of(model, tmp_path, **options, callbacks=[Watch(probes=PROBES)])
     trainer.train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
         "checkpoint-2",
@@ -188,7 +159,7 @@ def test_checkpoints_hold_closed_factors(model: PeftModel, tmp_path: Path) -> No
 def test_a_resumed_training_measures_at_the_same_steps(model: PeftModel, tmp_path: Path) -> None:
     gk.replace_lora_layers(model, subspace_of(model))
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "steps": 8}
-    callbacks: list[TrainerCallback] = [gk.GraspCallback(every=2, probes=PROBES)]
+    callbacks: list[TrainerCallback] = [Watch(every=2, probes=PROBES)]
     trainer = trainer_of(model, tmp_path, **options, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=_half_of(model, tmp_path, options))
     log = trainer.state.log_history
@@ -202,7 +173,7 @@ def _half_of(model: PeftModel, output: Path, options: dict[str, Any]) -> str:
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             control.should_training_stop = state.global_step == 3
 
-    callback = gk.GraspCallback(every=2, probes=PROBES)
+    callback = Watch(every=2, probes=PROBES)
     trainer_of(model, output, **options, callbacks=[callback, Stop()]).train()
     return str(output / "checkpoint-3")
 
@@ -220,7 +191,7 @@ def test_a_gradient_that_is_no_number_stops_before_the_step(
         return gradient.index_fill(0, last, float(number)) if len(calls) == 3 else gradient
 
     model.get_parameter(name).register_hook(spoil)
-    trainer = trainer_of(model, tmp_path, callbacks=[gk.GraspCallback()])
+    trainer = trainer_of(model, tmp_path, callbacks=[Watch()])
     with pytest.raises(
         FloatingPointError, match=r"gradient became (nan|inf) at step 3 of 6.*lower the learning"
     ):
@@ -231,14 +202,14 @@ def test_a_gradient_that_is_no_number_stops_before_the_step(
 def test_a_logged_loss_that_is_no_number_stops(model: PeftModel) -> None:
     state = TrainerState(global_step=5, max_steps=9)
     with pytest.raises(FloatingPointError, match=r"loss became nan at step 5 of 9: lower"):
-        gk.GraspCallback().on_log(None, state, None, logs={"loss": float("nan")}, model=model)  # type: ignore[arg-type]
+        Watch().on_log(None, state, None, logs={"loss": float("nan")}, model=model)  # type: ignore[arg-type]
 
 
 def test_overflowing_gradients_are_left_to_the_loss_scaler(model: PeftModel) -> None:
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, float("inf"))
     half, full = (type("Arguments", (), {"fp16": on})() for on in (True, False))
-    callback: Any = gk.GraspCallback()
+    callback: Any = Watch()
     callback.on_pre_optimizer_step(half, TrainerState(), None, model=model)
     with pytest.raises(FloatingPointError):
         callback.on_pre_optimizer_step(full, TrainerState(), None, model=model)
@@ -247,7 +218,7 @@ def test_overflowing_gradients_are_left_to_the_loss_scaler(model: PeftModel) -> 
 def test_without_bases_numbers_are_watched_alone(model: PeftModel, tmp_path: Path) -> None:
     gk.replace_lora_layers(model)
     empty = gk.Subspace.empty("write", "shared", ["noise"])
-    for callback in (gk.GraspCallback(every=1), gk.GraspCallback(empty, every=1)):
+    for callback in (Watch(every=1), Watch(empty, every=1)):
         trainer = trainer_of(model, tmp_path, steps=1, callbacks=[callback])
         trainer.train()
         assert not any(e.keys() & NUMBERS for e in trainer.state.log_history)
@@ -255,7 +226,7 @@ def test_without_bases_numbers_are_watched_alone(model: PeftModel, tmp_path: Pat
 
 def test_probes_come_from_the_tokenizer_of_the_trainer(model: PeftModel, tmp_path: Path) -> None:
     gk.replace_lora_layers(model, subspace_of(model))
-    callback = gk.GraspCallback()
+    callback = Watch()
     trainer = trainer_of(model, tmp_path, callbacks=[callback])
     with pytest.raises(ValueError, match="has no tokenizer to ask questions with"):
         trainer.train()
@@ -281,11 +252,11 @@ def test_probes_come_from_the_tokenizer_of_the_trainer(model: PeftModel, tmp_pat
 
 def test_what_cannot_be_measured_is_refused(model: PeftModel) -> None:
     with pytest.raises(ValueError, match="every is 0"):
-        gk.GraspCallback(every=0)
+        Watch(every=0)
     arguments: Any = type("Arguments", (), {"report_to": []})()
     bare = model.get_base_model()
     with pytest.raises(ValueError, match=r"LlamaForCausalLM.*PeftModel.*probes=\[\]"):
-        gk.GraspCallback(probes=PROBES).on_train_begin(
+        Watch(probes=PROBES).on_train_begin(
             arguments,
             TrainerState(),
             None,
