@@ -18,7 +18,8 @@ ALLOWED = {
     "config": {"subspace"},
     "adapters": set(),
     "data": set(),
-    "subspace": set(),
+    "pages": set(),
+    "subspace": {"pages"},
     "identification": {"adapters", "data", "subspace"},
     "ops": set(),
     "anchor": {"data", "identification"},
@@ -29,6 +30,7 @@ ALLOWED = {
     "training": {"adapters", "anchor", "data", "identification", "layers", "run", "subspace"},
     "run": {
         "effect",
+        "pages",
         "training",
         "adapters",
         "anchor",
@@ -39,7 +41,7 @@ ALLOWED = {
         "reads",
         "subspace",
     },
-    "diagnosis": {"adapters", "data", "effect", "identification", "run", "subspace"},
+    "diagnosis": {"adapters", "data", "effect", "identification", "pages", "run", "subspace"},
     "demo": {"data", "run"},
     "bench": {"layers", "ops", "testing"},
     "cli": {

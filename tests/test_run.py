@@ -81,6 +81,9 @@ def test_report_says_what_was_found_and_what_was_not_shown(finished: RunConfig) 
     for name in report.numbers["figures"]:
         assert f"(figures/{name})" in text
         assert (Path(finished.output) / "figures" / name).read_bytes().startswith(b"\x89PNG")
+    shown = report.page.read_text(encoding="utf-8")
+    assert shown.count("<svg ") == len(report.numbers["figures"])
+    assert f"as the base model never would: {report.verdict}." in shown
     assert {"training.png", "leakage.png", "movement.png", "subspace.png"} <= set(
         report.numbers["figures"]
     )

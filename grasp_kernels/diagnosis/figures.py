@@ -5,7 +5,7 @@ from __future__ import annotations
 from os import PathLike
 from typing import Any
 
-from grasp_kernels.files import whole_file
+from grasp_kernels.pages import save_figure
 
 _COLOURS = ("tab:blue", "tab:cyan", "tab:purple", "tab:olive", "tab:red")
 
@@ -27,8 +27,7 @@ def draw(numbers: dict[str, Any], path: str | PathLike[str]) -> None:
     _movement(movement, directions, colours)
     _steering(steering, directions, colours)
     _exchange(exchange, directions, colours)
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=150, format="png")
+    save_figure(figure, path)
 
 
 def _spectrum(axes: Any, spectra: list[dict[str, Any]]) -> None:

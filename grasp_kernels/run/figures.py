@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grasp_kernels.pages import save_figure
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -14,7 +16,11 @@ _LABELS = {"naive": "naive LoRA", "retrained": "retrained LoRA"}
 
 
 def draw_figures(numbers: dict[str, Any], folder: Path) -> list[str]:
-    """Draw what the numbers allow into `folder`; the file names, in the order of the report."""
+    """Draw what the numbers allow into `folder`, as PNG and SVG.
+
+    Returns:
+        The names of the PNG files, in the order of the report.
+    """
     adapters = numbers["adapters"]
     drawn = {"training.png": _training(adapters)}
     if adapters["naive"]["leakage"]:
@@ -22,7 +28,8 @@ def draw_figures(numbers: dict[str, Any], folder: Path) -> list[str]:
     if "movement" in adapters["naive"]:
         drawn["movement.png"] = _movement(adapters, numbers["chance_share"])
     for name, figure in drawn.items():
-        figure.savefig(folder / name, dpi=150)
+        for path in (folder / name, (folder / name).with_suffix(".svg")):
+            save_figure(figure, path)
     return list(drawn)
 
 

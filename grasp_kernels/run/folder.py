@@ -63,6 +63,7 @@ class RunFolder:
         self.reads = self.root / "reads.safetensors"  # where the adapter of the retraining reads
         self.figures = self.root / "figures"
         self.report_text = self.root / "report.md"
+        self.report_page = self.root / "report.html"
         self.report = self.root / "report.json"  # written last: the run is finished
         self.work = self.root / "work"  # Trainer checkpoints, removed with the stage they serve
 
@@ -149,7 +150,7 @@ class RunFolder:
             raise ValueError(f"{self.report} holds no report: {_AGAIN.format(self.report)}.")
         told = [self.root / name for name in numbers["adapters"]]
         told += [self.figures / name for name in numbers["figures"]]
-        return all(path.exists() for path in (self.report_text, *told))
+        return all(path.exists() for path in (self.report_text, self.report_page, *told))
 
     @cached_property
     def day(self) -> date:

@@ -29,6 +29,7 @@ from grasp_kernels.effect import (
     verdict,
 )
 from grasp_kernels.files import whole_folder
+from grasp_kernels.pages import drawing, page
 from grasp_kernels.run.checkpoint import load_model
 from grasp_kernels.run.config import RunConfig
 from grasp_kernels.run.folder import LOG_NAME, RunFolder, write_json, write_text
@@ -93,6 +94,11 @@ class Report:
     def text(self) -> Path:
         return self.output / "report.md"
 
+    @property
+    def page(self) -> Path:
+        """The same for a browser, in one file that loads nothing."""
+        return self.output / "report.html"
+
     @classmethod
     def load(cls, path: str | Path) -> Report:
         """Read a report.json; the other artefacts are beside it."""
@@ -103,7 +109,7 @@ class Report:
 def write_report(
     config: RunConfig, folder: RunFolder, inputs: Inputs, subspace: Subspace | None
 ) -> None:
-    """Measure both adapters; write the figures, report.md and, last, report.json.
+    """Measure both adapters; write the figures, report.md, report.html and, last, report.json.
 
     Args:
         subspace: what the retraining was projected off; None: nothing was looked for.
@@ -113,14 +119,19 @@ def write_report(
 
     numbers = _numbers(config, folder, inputs, subspace)
     shutil.rmtree(folder.figures, ignore_errors=True)  # of a report that was not finished
-    with whole_folder(folder.figures) as figures:
+    with whole_folder(folder.figures) as figures, drawing():
         numbers["figures"] = draw_figures(numbers, figures)
         for name, path in {"subspace": folder.subspace, **folder.sources}.items():
-            if path.exists() and (shown := Subspace.load(path)).evidence.get("spectra"):
+            if path.exists() and (found := Subspace.load(path)).evidence.get("spectra"):
                 file = "subspace.png" if name == "subspace" else f"subspace-{name}.png"
-                shown.plot(figures / file)
+                for drawing_of in (figures / file, (figures / file).with_suffix(".svg")):
+                    found.plot(drawing_of)
                 numbers["figures"].append(file)
-    write_text(folder.report_text, report_text(numbers))
+    text = report_text(numbers)
+    write_text(folder.report_text, text)
+    shown = {f"figures/{name}": folder.figures / name for name in numbers["figures"]}
+    drawn = {image: path.with_suffix(".svg") for image, path in shown.items()}
+    write_text(folder.report_page, page(text, drawn))
     write_json(folder.report, numbers)
 
 

@@ -10,8 +10,8 @@ from os import PathLike
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from grasp_kernels.files import whole_file
 from grasp_kernels.inert import inert
+from grasp_kernels.pages import save_figure
 
 if TYPE_CHECKING:
     from grasp_kernels.subspace.basis import Subspace
@@ -69,8 +69,7 @@ def plot(subspace: Subspace, path: str | PathLike[str]) -> None:
         _plot_leading(left, spectra)
     _plot_agreement(right, agreement)
     figure.suptitle(_directions(subspace))
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    save_figure(figure, path)
 
 
 def _directions(subspace: Subspace) -> str:
