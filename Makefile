@@ -7,7 +7,7 @@ DEMO ?= demo-output
 SEED ?= 0
 REAL ?= real-output
 
-.PHONY: demo test lint bench real real-report wheel clean
+.PHONY: demo test lint docs bench real real-report wheel clean
 
 demo: $(READY)
 	$(BIN)/grasp-kernels demo --output $(DEMO) --seed $(SEED)
@@ -22,6 +22,10 @@ lint: $(READY)
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The pages of docs/, the front page, all options and all public names, as a site.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench: $(READY)
 	$(BIN)/grasp-kernels bench

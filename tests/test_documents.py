@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +61,27 @@ def test_commands_exist(page: Path) -> None:
 def test_every_command_has_its_line() -> None:
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     assert set(re.findall(r"`(?:grasp-kernels )?([a-z]+)(?: [^`]*)?`", text)) >= commands()
+
+
+def test_the_site_is_built_whole(tmp_path: Path) -> None:
+    """Every link between pages leads somewhere, and every public name has its entry."""
+    pytest.importorskip("mkdocs")
+    subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        check=True,
+    )
+    pages = {page.parent.relative_to(tmp_path).as_posix() for page in tmp_path.rglob("index.html")}
+    assert pages >= {page.stem for page in (ROOT / "docs").glob("*.md")} | {".", "api", "quality"}
+    entries = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
+    for name in gk.__all__:
+        assert name.startswith("_") or f'.{name}"' in entries
+    options = (tmp_path / "cli" / "index.html").read_text(encoding="utf-8")
+    assert all(f"usage: grasp-kernels {command}" in options for command in commands())
+    for page in tmp_path.rglob("*.html"):  # a reader's browser asks nobody else for anything
+        loaded = re.findall(r'(?:src|<link[^>]*href)="(https?:[^"]*)"', page.read_text("utf-8"))
+        assert loaded == []
 
 
 def test_the_front_page_is_read_in_a_few_minutes() -> None:
