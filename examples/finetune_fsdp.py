@@ -48,7 +48,7 @@ def main() -> None:
     model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
 
     subspace = gk.Subspace.load(arguments.subspace) if arguments.subspace else None
-    report = gk.replace_lora_layers(model, subspace)  # the one line
+    report = gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))  # the one line
 
     for block in base.model.layers:
         fully_shard(block)

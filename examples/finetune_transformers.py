@@ -1,17 +1,16 @@
-"""Fine-tune with peft and transformers.Trainer on GRASP layers: two lines differ, and are marked.
+"""Fine-tune with peft and transformers.Trainer, and keep all other answers: two lines differ.
 
     python examples/finetune_transformers.py MODEL DATA OUTPUT [--subspace FILE]
 
 MODEL is a checkpoint folder, DATA a file with chat data, OUTPUT the folder for the adapter, and the
-subspace one that `grasp-kernels identify` wrote. Without it the layers compute the same function,
-from some sizes on faster.
+subspace one that `grasp-kernels identify` wrote, or the folder of a naive adapter.
 """
 
 import argparse
 from functools import partial
 
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 import grasp_kernels as gk
 from grasp_kernels.data import collate, read_records, tokenize_records
@@ -34,10 +33,8 @@ def main() -> None:
     base = AutoModelForCausalLM.from_pretrained(arguments.model)
     model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
 
-    subspace = gk.Subspace.load(arguments.subspace) if arguments.subspace else None
-    print(gk.replace_lora_layers(model, subspace))  # the one that projects
-
-    trainer = Trainer(
+    trainer = gk.GraspTrainer(  # the one that differs, and its config
+        grasp_config=gk.GraspConfig(subspace=arguments.subspace),
         model=model,
         args=TrainingArguments(
             output_dir=f"{arguments.output}/checkpoints",
@@ -52,7 +49,7 @@ def main() -> None:
         data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
-    gk.GraspCallback(every=50).attach(trainer)  # the one that logs what is left along the subspace
+    print(trainer.grasp_report)  # what was replaced, and what stays with peft
     trainer.train()
     model.save_pretrained(arguments.output)  # stock peft and vLLM load it
 

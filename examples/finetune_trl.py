@@ -1,23 +1,25 @@
-"""Fine-tune with trl's SFTTrainer on GRASP layers: two lines differ, and are marked.
+"""Fine-tune with trl's SFTTrainer, and keep all other answers: a class and a config more.
 
     pip install trl
     python examples/finetune_trl.py MODEL DATA OUTPUT [--subspace FILE]
 
-MODEL is a checkpoint folder, DATA a file with chat data, OUTPUT the folder for the adapter, and the
-subspace one that `grasp-kernels identify` wrote. The labels are made here rather than by trl: on
-the answers alone, with any chat template.
+MODEL is a checkpoint folder, DATA a JSONL file with chat data, OUTPUT the folder for the adapter,
+and the subspace one that `grasp-kernels identify` wrote, or the folder of a naive adapter.
 """
 
 import argparse
 
 import torch
-from datasets import Dataset
+from datasets import load_dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 import grasp_kernels as gk
-from grasp_kernels.data import read_records, tokenize_records
+
+
+class GraspSFTTrainer(gk.GraspTrainerMixin, SFTTrainer):
+    """The one class that differs."""
 
 
 def main() -> None:
@@ -33,8 +35,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    examples, _ = tokenize_records(read_records(arguments.data), tokenizer, max_length=1024)
-    trainer = SFTTrainer(
+    trainer = GraspSFTTrainer(
+        grasp_config=gk.GraspConfig(subspace=arguments.subspace),
         model=arguments.model,
         args=SFTConfig(
             output_dir=f"{arguments.output}/checkpoints",
@@ -45,13 +47,11 @@ def main() -> None:
             report_to=arguments.report_to,
             bf16=torch.cuda.is_available(),
         ),
-        train_dataset=Dataset.from_list(examples),
+        train_dataset=load_dataset("json", data_files=arguments.data, split="train"),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
     )
-    subspace = gk.Subspace.load(arguments.subspace) if arguments.subspace else None
-    print(gk.replace_lora_layers(trainer.model, subspace))  # the one that projects
-    gk.GraspCallback(every=50).attach(trainer)  # the one that logs what is left along the subspace
+    print(trainer.grasp_report)  # what was replaced, and what stays with peft
     trainer.train()
     trainer.save_model(arguments.output)  # stock peft and vLLM load it
 

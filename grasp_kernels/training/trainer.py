@@ -57,6 +57,9 @@ class GraspTrainerMixin(_Base):
         The others are those of the trainer. `train_dataset` holds conversations, in any layout
         that `read_records` knows, or token ids under `input_ids` and `labels`.
 
+    Attributes:
+        grasp_report: what was replaced, and what was not; it prints as a table.
+
     Raises:
         ValueError: as `apply_grasp`; when the training begins, data that are neither.
     """
@@ -73,7 +76,8 @@ class GraspTrainerMixin(_Base):
         super().__init__(*args, **options)
         done = None if grasp_config else applied(self.model)
         done = done or apply(self.model, grasp_config or GraspConfig())
-        self.grasp_config, self.kl_regularizer = done.config, kl_regularizer
+        self.grasp_config, self.grasp_report = done.config, done.report
+        self.kl_regularizer = kl_regularizer
         self.watch = Watch(
             done.subspace,
             every=self.grasp_config.measure_steps,
