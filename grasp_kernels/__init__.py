@@ -3,7 +3,7 @@
 The way of the data, one folder a step:
 
     adapters        peft model, folder or file  -> LoRA weights with their site in the model
-    identification  LoRA weights                -> Subspace (or: base model and records -> Subspace)
+    identification  LoRA weights                -> Subspace
     subspace        orthonormal bases by module name, saved as safetensors
     reads           fresh adapter and two texts -> A that reads what the training text alone has
     layers          peft model and Subspace     -> the same model on GraspLoRALinear
@@ -32,7 +32,6 @@ _HOMES = {
     "diagnose": "diagnosis",
     "extract_adapter": "adapters.extraction",
     "identify": "identification",
-    "identify_self_contrast": "identification",
     "leakage": "layers.closure",
     "load_adapter": "adapters",
     "lora_linear": "ops",

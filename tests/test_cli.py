@@ -88,7 +88,6 @@ def test_run_takes_its_options_and_defaults_from_the_configuration(
         steps=9,
         target_modules=("o_proj", "down_proj"),
         neutral="n",
-        identify="both",
     )
 
 
@@ -174,7 +173,7 @@ def test_check_of_nothing_is_an_error(
     adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     empty = tmp_path / "empty.safetensors"
-    Subspace.empty("write", "shared", ["noise"]).save(empty)
+    Subspace.empty("write", ["noise"]).save(empty)
     assert main(["check", str(adapter), str(empty)]) == 2
     assert "nothing to check" in capsys.readouterr().err
 
@@ -321,7 +320,7 @@ def test_remedies_are_options() -> None:
     names = [option.name for option in fields(RunConfig)]
     for message, expected in {
         "One record has no halves: use halves = False.": "--no-halves.",
-        "Plain text: use identify = 'weights', or chat data.": "use --identify weights, or",
+        "No direction: use project = 'none', or train on.": "use --project none, or",
         "Nothing within max_length=3: raise max_length.": "--max-length 3: raise --max-length.",
         "target_modules = ['q_proj', 'o_proj'] adapts": "--target-modules q_proj o_proj adapts",
         "was begun with learning_rate = 2e-05, not 1.0: x": "with --learning-rate 2e-05, not 1.0:",

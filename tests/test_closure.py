@@ -76,7 +76,7 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         gk.leakage(model)
     with pytest.raises(FileExistsError, match="exists; choose a new folder"):
         gk.project_adapter(tmp_path / "adapter", subspace, tmp_path / "adapter")
-    nothing = gk.Subspace.empty("write", "shared", ["no evidence"])
+    nothing = gk.Subspace.empty("write", ["no evidence"])
     with pytest.raises(ValueError, match="the subspace is empty"):
         gk.project_adapter(tmp_path / "adapter", nothing, tmp_path / "out")
     narrow = gk.Subspace(
@@ -85,7 +85,6 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         None,
         1,
         "write",
-        "layer",
     )
     with pytest.raises(ValueError, match=r"has 8 rows but the layer has 32 features"):
         gk.leakage(tmp_path / "adapter", narrow)

@@ -102,15 +102,6 @@ def test_the_date_of_a_template_is_that_of_the_run(
         assert {tokenizer.decode(ids[0]) for ids in prompts} == {day}
 
 
-def test_plain_text_has_no_answers_to_contrast(config: RunConfig, tmp_path: Path) -> None:
-    data = tmp_path / "text.jsonl"
-    data.write_text('{"text": "what is red"}\n' * 4, encoding="utf-8")
-    plain = replace(config, data=str(data))
-    assert len(prepare(plain, find_checkpoint(config.model)).train) == 4
-    with pytest.raises(ValueError, match="plain text only"):
-        prepare(replace(plain, project="residual", identify="both"), find_checkpoint(config.model))
-
-
 def test_one_record_has_no_halves(config: RunConfig, tmp_path: Path) -> None:
     data = tmp_path / "one.jsonl"
     data.write_text('{"prompt": "what is", "completion": "red"}\n', encoding="utf-8")

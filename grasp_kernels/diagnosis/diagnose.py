@@ -153,6 +153,6 @@ def _identify(
     examined = load_adapter(adapters[-1] if adapters else model, **known)
     if not any(layer.site.role == "write" for layer in examined.layers):
         return Subspace.empty(
-            "write", "shared", ["The adapter changes no layer that writes to the residual stream."]
+            "write", ["The adapter changes no layer that writes to the residual stream."]
         )
     return identify(source, halves=halves, generator=generator, **known)

@@ -25,6 +25,7 @@ from grasp_kernels.diagnosis.inputs import Task
 from grasp_kernels.diagnosis.lens import lens, token_ids
 from grasp_kernels.diagnosis.movement import (
     Moved,
+    consistency,
     measure_moved,
     movement_along,
     random_directions,
@@ -38,7 +39,6 @@ from grasp_kernels.effect import (
 )
 from grasp_kernels.effect.answers import Batch, Tokens, answer_batches, own_answers
 from grasp_kernels.effect.pair import Pair
-from grasp_kernels.identification.contrast_evidence import measure
 from grasp_kernels.subspace import Subspace
 
 # Enough for a mean over answer tokens; each is run for every dose and every random direction.
@@ -112,7 +112,7 @@ class Examination:
             "weights": {"reasons": list(weights.reasons), "evidence": weights.evidence},
             "answers": self.said(),
             "effect": self.effect(),
-            "consistency": self.consistency(),
+            "consistency": consistency(self.neutral.delta, self.generator),
             "agreement": [
                 {"first": a.name, "second": b.name, "cosines": cosines(a, b)}
                 for i, a in enumerate(found)
@@ -120,11 +120,6 @@ class Examination:
             ],
             "directions": [self.direction(one) for one in found],
         }
-
-    def consistency(self) -> dict[str, Any]:
-        """Do neutral prompts move together, and how far beside the training answers?"""
-        reference = self.training.delta if self.training else torch.zeros_like(self.neutral.delta)
-        return measure(self.neutral.delta, reference, self.pair.layers, "shared", self.generator)
 
     def said(self) -> dict[str, Any]:
         """The adapter's own answers to neutral prompts, beside the base model's."""

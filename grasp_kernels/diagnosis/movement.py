@@ -1,12 +1,13 @@
 """How far an adapter moves the residual stream, as a whole and along directions.
 
-Shapes: `L` blocks, `M` sequences, `D` residual width, `J` random directions.
+Shapes: `L` blocks, `M` sequences, `D` residual width, `J` random directions, `F` sign flips.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from grasp_kernels.effect.pair import Pair
 from grasp_kernels.identification.frozen_model import stream_means
+
+_FLIPS = 999  # smallest p-value 0.001
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,48 @@ def relative_movement(moved: Moved, vectors: Tensor) -> Tensor:
     mean length of the base model's stream there."""
     tiny = torch.finfo(moved.base.dtype).tiny
     return (moved.along(vectors) / moved.base.mean(dim=1, keepdim=True).clamp_min(tiny)).mean(dim=0)
+
+
+def consistency(delta: Tensor, generator: torch.Generator) -> dict[str, Any]:
+    """Test whether sequences move together: by the length of their mean movement.
+
+    Args:
+        delta: movement `[L, M, D]`.
+
+    Returns:
+        sign_flip: length of the mean relative to the root mean square length of the movements, root
+            mean square over blocks (1: all move alike); null_95 of the same after random signs of
+            the sequences; p_value; flips.
+        halves: median over blocks of the cosine between the means of two disjoint halves.
+    """
+    n_layers, n_sequences, _ = delta.shape
+    signs = _random_signs(n_sequences, generator)
+    order = torch.randperm(n_sequences, generator=generator, device=generator.device).cpu()
+    halves = (order[: n_sequences // 2], order[n_sequences // 2 :])
+    length, null, cosines = 0.0, torch.zeros(_FLIPS, dtype=torch.float64), []
+    for moved in delta.double():
+        gram = moved @ moved.mT
+        scale = max(gram.trace().item() / n_sequences, torch.finfo(torch.float64).tiny) * n_layers
+        length += moved.mean(dim=0).square().sum().item() / scale
+        null += ((signs @ gram) * signs).sum(dim=1) / n_sequences**2 / scale
+        one, other = (moved[half].mean(dim=0) for half in halves)
+        cosines.append(torch.nn.functional.cosine_similarity(one, other, dim=0).item())
+    return {
+        "sign_flip": {
+            "length": length**0.5,
+            "null_95": null.quantile(0.95).sqrt().item(),
+            "p_value": (1 + int((null >= length).sum())) / (1 + _FLIPS),
+            "flips": _FLIPS,
+        },
+        "halves": median(cosines),
+    }
+
+
+def _random_signs(count: int, generator: torch.Generator) -> Tensor:
+    """`[F, M]` of ±1."""
+    shape = (_FLIPS, count)
+    bits = torch.randint(0, 2, shape, generator=generator, device=generator.device)
+    return (2 * bits - 1).cpu().double()
 
 
 def random_directions(count: int, width: int, generator: torch.Generator) -> Tensor:

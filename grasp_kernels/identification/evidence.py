@@ -50,38 +50,16 @@ def choose_k(singular_values: Sequence[float], above_null: int, most: int = MAX_
     return max(candidates, key=lambda k: gap_after(singular_values, k), default=0)
 
 
-def count_above(statistic: Tensor, null: Tensor) -> int:
-    """How many of the leading values stand above their null, without interruption."""
-    below = (statistic <= null).nonzero()
-    return int(below[0]) if len(below) else len(statistic)
-
-
-def principal_cosines(first: Tensor, second: Tensor) -> Tensor:
-    """Cosines `[min(p, q)]` of the principal angles between the spans of `[D, p]` and `[D, q]`.
-
-    Björck and Golub 1973: the singular values of the product of orthonormal bases, largest first.
-    """
-    return torch.linalg.svdvals(first.double().mT @ second.double()).clamp(max=1.0)
-
-
 def overlap(first: Tensor, second: Tensor) -> float:
-    """Root mean square of the principal cosines: 1 if the smaller span lies in the larger one."""
-    return float(principal_cosines(first, second).square().mean().sqrt())
+    """How much of the smaller of two spans, of `[D, p]` and `[D, q]`, lies in the larger one.
+
+    The root mean square of the cosines of their principal angles, which are the singular values of
+    the product of orthonormal bases (Björck and Golub 1973).
+    """
+    cosines = torch.linalg.svdvals(first.double().mT @ second.double()).clamp(max=1.0)
+    return float(cosines.square().mean().sqrt())
 
 
 def chance_overlap(k: int, width: int) -> float:
     """Expected overlap of a random direction with a `k`-dimensional subspace: `√(k / D)`."""
     return math.sqrt(k / width)
-
-
-def more_than_chance(hits: int, trials: int) -> bool:
-    """Whether `hits` of `trials` tests at the null quantile are more than chance gives.
-
-    One-sided binomial test at the same level as the tests themselves.
-    """
-    level = 1 - NULL_QUANTILE
-    tail = sum(
-        math.comb(trials, i) * level**i * (1 - level) ** (trials - i)
-        for i in range(hits, trials + 1)
-    )
-    return hits > 0 and tail <= level

@@ -1,8 +1,6 @@
 """A stack of blocks -> the directions that stand out, and what each test of them gave.
 
-Two searches, one basis for all layers or one for each layer, with the same kind of answer. Both
-test against sign flips of their own: of the whole stack for a shared basis, of the neighbouring
-layers for the basis of a single layer, which has too few blocks to be tested within itself.
+One basis serves all layers; it is tested against sign flips of the whole stack.
 
 Shapes: `D` width of the residual stream, `k` directions in it.
 """
@@ -28,12 +26,10 @@ from grasp_kernels.identification.evidence import (
     beside,
     chance_overlap,
     choose_k,
-    count_above,
     gap_after,
-    more_than_chance,
     overlap,
 )
-from grasp_kernels.identification.stack import Stack, largest_by_chance, support, support_by_chance
+from grasp_kernels.identification.stack import Stack, largest_by_chance
 
 _SHOWN = 8  # singular values that are reported beside those that k needs
 # A random direction overlaps a given one by more than twice the expected √(1/D) in 5 % of all cases
@@ -54,32 +50,31 @@ class Options:
 
 @dataclass
 class Finding:
-    """The bases of one side: one for all layers, one by layer, or None where none stands out.
+    """The basis `[D, k]` of one side, None where no direction stands out.
 
     `reasons` are sentences: what was measured, and what each test gave.
     """
 
     side: str
-    bases: Tensor | dict[int, Tensor] | None
+    basis: Tensor | None
     spectra: list[dict[str, Any]]
     agreement: list[dict[str, Any]] = field(default_factory=list)
     sources: list[dict[str, Any]] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
 
 
-def search_shared(stack: Stack, side: str, options: Options) -> Finding:
-    """One basis for all layers: the leading left singular vectors of the stack."""
+def search(stack: Stack, side: str, options: Options) -> Finding:
+    """The leading left singular vectors of the stack."""
     size = min(max((options.k or MAX_K) + 1, _SHOWN), *stack.rows.shape)
     u, s = _leading(stack, size, options)
-    _check_rank(options.k, s, "the adapter")
+    _check_rank(options.k, s)
     values = s.tolist()
     null = _null_of_largest(stack, options)
     # one group has nothing to agree with: its flips change nothing but the rounding
-    above = count_above(s, torch.full_like(s, null)) if len(stack.groups) > 1 else 0
+    above = int((s > null).sum()) if len(stack.groups) > 1 else 0
     k = options.k or choose_k(values, above)
     record: dict[str, Any] = {
         "side": side,
-        "layer": None,
         "k": k,
         "singular_values": values,
         "null": [null] * len(values),
@@ -102,40 +97,6 @@ def search_shared(stack: Stack, side: str, options: Options) -> Finding:
     return finding
 
 
-def search_layers(stack: Stack, side: str, options: Options) -> Finding:
-    """One basis for each layer: the left singular vectors of its own blocks.
-
-    The blocks of one layer are too few for a null of their own, so its directions must show up in
-    the blocks of the neighbouring layers, which had no part in finding them.
-    """
-    layers = stack.layers
-    found = [_search_layer(stack, position, side, options) for position in range(len(layers))]
-    records = [record for _, record in found]
-    hits = [record["layer"] for record in records if record["above_null"]]
-    convincing = more_than_chance(len(hits), len(layers))
-    bases = {r["layer"]: u[:, : r["k"]].contiguous() for u, r in found if r["k"]}
-    finding = Finding(side, bases if convincing or options.k else None, records)
-    finding.reasons.append(
-        f"{side} side: the directions of {len(hits)} of {len(layers)} layers show up in the "
-        f"neighbouring layers more than {NULL_QUANTILE:.0%} of {NULL_DRAWS} sign flips do."
-    )
-    if len(layers) > 1 and not convincing:
-        _no_evidence(finding, options)
-    if finding.bases is None:
-        _test_single_layer(finding, layers)
-        return finding
-    _test_gap(finding, median(record["gap"] for record in records if record["k"]), None)
-    if len(layers) > 1:
-        tops = [u[:, :1] for u, _ in found]
-        values = [
-            mean(overlap(tops[i], tops[j]) for j in (i - 1, i + 1) if 0 <= j < len(tops))
-            for i in range(len(tops))
-        ]
-        _record_agreement(finding, layers, values, chance_overlap(1, stack.rows.shape[1]))
-    _test_reach(finding, hits, layers)
-    return finding
-
-
 def compare_sources(
     finding: Finding, stacks: list[Stack], options: Options, *, independent: bool
 ) -> None:
@@ -144,19 +105,14 @@ def compare_sources(
     Args:
         independent: the sources saw different data, so that agreement is evidence of a factor.
     """
-    if finding.bases is None:
+    if finding.basis is None:
         return
-    found = [_bases_like(finding.bases, stack, options) for stack in stacks]
-    common = [
-        [(first[key], second[key]) for key in first if key in second]
-        for first, second in combinations(found, 2)
-    ]
-    if not all(common):
-        finding.reasons.append("The adapters to compare have no layer in common.")
-        return
-    values = [mean(overlap(*pair) for pair in pairs) for pairs in common]
+    k = finding.basis.shape[1]
+    found = [_leading(stack, min(k, *stack.rows.shape), options)[0] for stack in stacks]
+    pairs = list(combinations(found, 2))
+    values = [overlap(*pair) for pair in pairs]
     value = mean(values)
-    chance = mean(chance_overlap(own.shape[1], len(own)) for pairs in common for own, _ in pairs)
+    chance = mean(chance_overlap(own.shape[1], len(own)) for own, _ in pairs)
     kind = "halves" if independent else "adapters"
     finding.sources.append({"side": finding.side, "kind": kind, "values": values, "chance": chance})
     who = "Adapters of separate data or seeds" if independent else f"The {len(stacks)} adapters"
@@ -171,7 +127,7 @@ def compare_sources(
         )
     elif value <= NO_AGREEMENT and options.k is None:
         sentence += f", and no more than {NO_AGREEMENT}, as benign data gave, so no basis is given"
-        finding.bases = None
+        finding.basis = None
     finding.reasons.append(f"{sentence}.")
 
 
@@ -193,42 +149,11 @@ def _null_of_largest(stack: Stack, options: Options) -> float:
     return float(draws.quantile(NULL_QUANTILE))
 
 
-def _search_layer(
-    stack: Stack, position: int, side: str, options: Options
-) -> tuple[Tensor, dict[str, Any]]:
-    """Directions of one layer, and their spectrum with the support that neighbours give."""
-    layers = stack.layers
-    layer = layers[position]
-    neighbours = layers[max(position - 1, 0) : position] + layers[position + 1 : position + 2]
-    u, s, _ = torch.linalg.svd(stack.of_layers([layer]).rows.mT, full_matrices=False)
-    _check_rank(options.k, s, f"layer {layer}")
-    values = s[: max(options.k or 0, MAX_K) + 1].tolist()
-    tested = u[:, :MAX_K]
-    supported, null = torch.zeros(1), torch.zeros(1)
-    if neighbours:
-        around = stack.of_layers(neighbours)
-        supported = support(around, tested)
-        draws = support_by_chance(around, tested, NULL_DRAWS, options.generator)
-        null = draws.quantile(NULL_QUANTILE, dim=0)
-    above = count_above(supported, null)
-    k = options.k or choose_k(values, above)
-    return u, {
-        "side": side,
-        "layer": layer,
-        "k": k,
-        "singular_values": values,
-        "statistic": supported.tolist(),
-        "null": null.tolist(),
-        "above_null": above,
-        "gap": gap_after(values, max(k, 1)),
-    }
-
-
-def _check_rank(k: int | None, singular_values: Tensor, where: str) -> None:
+def _check_rank(k: int | None, singular_values: Tensor) -> None:
     rank = int((singular_values > _ZERO * singular_values[0]).sum())
     if k is not None and k > rank:
         raise ValueError(
-            f"k is {k}, but {where} moved along {rank} directions only; choose k ≤ {rank}."
+            f"k is {k}, but the adapter moved along {rank} directions only; choose k ≤ {rank}."
         )
 
 
@@ -240,11 +165,11 @@ def _no_evidence(finding: Finding, options: Options) -> None:
     )
 
 
-def _test_gap(finding: Finding, gap: float, k: int | None) -> None:
-    which = "The median gap after the chosen directions" if k is None else f"The gap after k = {k}"
+def _test_gap(finding: Finding, gap: float, k: int) -> None:
     unclear = ", so the number of directions is not clear" if gap < CLEAR_GAP else ""
     finding.reasons.append(
-        f"{which} is {gap:.2f}, {beside(gap, CLEAR_GAP)} ({FROM_SMALL_MODELS}){unclear}."
+        f"The gap after k = {k} is {gap:.2f}, {beside(gap, CLEAR_GAP)} "
+        f"({FROM_SMALL_MODELS}){unclear}."
     )
 
 
@@ -264,7 +189,13 @@ def _test_layers(finding: Finding, stack: Stack, u: Tensor, s: Tensor) -> None:
             top = torch.linalg.svd(rows.mT, full_matrices=False)[0][:, :1]
             values.append(overlap(top, others))
         chance = chance_overlap(u.shape[1], len(u))
-        _record_agreement(finding, layers, values, chance)
+        finding.agreement.append(
+            {"side": finding.side, "layers": layers, "values": values, "chance": chance}
+        )
+        finding.reasons.append(
+            f"The top direction of a layer agrees with the others to {median(values):.2f} in the "
+            f"median (by chance {chance:.2f})."
+        )
         hits = [
             layer
             for layer, value in zip(layers, values, strict=True)
@@ -273,18 +204,6 @@ def _test_layers(finding: Finding, stack: Stack, u: Tensor, s: Tensor) -> None:
     else:
         hits = layers
     _test_reach(finding, hits, layers)
-
-
-def _record_agreement(
-    finding: Finding, layers: list[int], values: list[float], chance: float
-) -> None:
-    finding.agreement.append(
-        {"side": finding.side, "layers": layers, "values": values, "chance": chance}
-    )
-    finding.reasons.append(
-        f"The top direction of a layer agrees with the others to {median(values):.2f} in the "
-        f"median (by chance {chance:.2f})."
-    )
 
 
 def _test_reach(finding: Finding, hits: list[int], layers: list[int]) -> None:
@@ -305,20 +224,6 @@ def _test_single_layer(finding: Finding, layers: list[int]) -> None:
             f"Only layer {layers[0]} carries weights on this side: one block has nothing to agree "
             "with"
         )
-        if finding.bases is None:
+        if finding.basis is None:
             sentence += ", and k=1 finds the direction along which it moves most"
         finding.reasons.append(f"{sentence}.")
-
-
-def _bases_like(
-    bases: Tensor | dict[int, Tensor], stack: Stack, options: Options
-) -> dict[int, Tensor]:
-    """What a stack gives by itself in place of `bases`: by layer, -1 for the shared basis."""
-    if isinstance(bases, Tensor):
-        return {-1: _leading(stack, min(bases.shape[1], *stack.rows.shape), options)[0]}
-    own = {}
-    for layer, basis in bases.items():
-        if layer in stack.layers:
-            u = torch.linalg.svd(stack.of_layers([layer]).rows.mT, full_matrices=False)[0]
-            own[layer] = u[:, : basis.shape[1]]
-    return own

@@ -142,8 +142,7 @@ class _Bases:
     def of_subspace(
         cls, subspace: Subspace, model_type: str | None, names: Iterable[str]
     ) -> _Bases:
-        """Those of a subspace: one of a single side says nothing of the other, and one by layer
-        nothing of the layers that it leaves out."""
+        """Those of a subspace: one of a single side says nothing of the other."""
         try:
             rules = site_rules(model_type or subspace.metadata.get("model_type"), names)
         except ValueError:
@@ -151,8 +150,7 @@ class _Bases:
 
         def without(name: str) -> bool:
             site = rules.site(name) or rules.site(f"{name}.weight")
-            looked_at = site is not None and subspace.side in (site.role, "both")
-            return site is not None and (not looked_at or subspace.scope == "layer")
+            return site is not None and subspace.side not in (site.role, "both")
 
         return cls(subspace.read, subspace.write, without)
 

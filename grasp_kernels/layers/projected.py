@@ -38,7 +38,7 @@ class ProjectedLoRA(ClosedLayer):
     and a warning says so once a model.
 
     Attributes:
-        project: "residual" or "weights", see `lora_linear`.
+        project: "residual", or "weights" for a writer before a norm, see `lora_linear`.
         backend: "auto" or the name of a backend.
     """
 

@@ -55,10 +55,6 @@ class RunFolder:
         self.naive = self.root / "naive"
         self.retrained = self.root / "retrained"
         self.subspace = self.root / "subspace.safetensors"
-        self.sources = {  # what the subspace was made of, where that is more than one
-            source: self.root / f"subspace-{source}.safetensors"
-            for source in ("weights", "self-contrast")
-        }
         self.own_text = self.root / "own-text.safetensors"  # text of the base model
         self.reads = self.root / "reads.safetensors"  # where the adapter of the retraining reads
         self.figures = self.root / "figures"
@@ -126,7 +122,7 @@ class RunFolder:
 
     def _check_artefacts(self) -> None:
         """Raise for what is no longer as a stage left it: adapters and files appear whole."""
-        for file in (self.own_text, self.reads, self.subspace, *self.sources.values()):
+        for file in (self.own_text, self.reads, self.subspace):
             if file.exists():
                 _check_whole(file, file)
         trained = [self.naive, self.retrained, *self.halves.glob("half-*")]
@@ -159,7 +155,7 @@ class RunFolder:
 
     def claim(self, config: RunConfig, fingerprints: dict[str, str]) -> None:
         """Note down what this run is, and remove what killed processes were writing for it."""
-        places = [*vars(self).values(), *self.sources.values()]
+        places = vars(self).values()
         ours = [path for path in places if isinstance(path, Path) and path.parent == self.root]
         for left in (left for path in ours for left in left_behind(path)):
             shutil.rmtree(left)

@@ -115,11 +115,9 @@ def write_report(
     shutil.rmtree(folder.figures, ignore_errors=True)  # of a report that was not finished
     with whole_folder(folder.figures) as figures:
         numbers["figures"] = draw_figures(numbers, figures)
-        for name, path in {"subspace": folder.subspace, **folder.sources}.items():
-            if path.exists() and (shown := Subspace.load(path)).evidence.get("spectra"):
-                file = "subspace.png" if name == "subspace" else f"subspace-{name}.png"
-                shown.plot(figures / file)
-                numbers["figures"].append(file)
+        if subspace is not None and subspace.evidence.get("spectra"):
+            subspace.plot(figures / "subspace.png")
+            numbers["figures"].append("subspace.png")
     write_text(folder.report_text, report_text(numbers))
     write_json(folder.report, numbers)
 
@@ -165,7 +163,7 @@ def _numbers(
 
 
 def _describe(subspace: Subspace) -> dict[str, Any]:
-    plain = ("reasons", "k", "side", "scope", "evidence", "metadata")
+    plain = ("reasons", "k", "side", "evidence", "metadata")
     return {name: getattr(subspace, name) for name in plain}
 
 
@@ -207,7 +205,7 @@ def _read_ratios(folder: RunFolder) -> dict[str, list[float]]:
 
 def _tokens(model: Any, inputs: Inputs, subspace: Subspace | None) -> list[dict[str, Any]]:
     """Tokens of the leading directions, as they stand in the last layer that has a basis."""
-    bases = layer_bases(subspace, inputs.rules) if subspace else {}
+    bases = layer_bases(subspace.write, inputs.rules) if subspace else {}
     if not bases:
         return []
     basis: Tensor = bases[max(bases)][:, :_SHOWN_DIRECTIONS]
@@ -242,7 +240,7 @@ def _measure_models(
             peft_model.set_adapter(name)
             adapters[name]["held_out_loss"] = mean_loss(peft_model, inputs.held_out, **size)
     _measure_effects(peft_model, list(folders), inputs, config, adapters)
-    bases = layer_bases(subspace, inputs.rules) if subspace else {}
+    bases = layer_bases(subspace.write, inputs.rules) if subspace else {}
     if not bases:
         return
     for adapter in adapters.values():

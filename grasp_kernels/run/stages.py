@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
-from grasp_kernels.identification import unite
 from grasp_kernels.run.checkpoint import find_checkpoint, load_model
 from grasp_kernels.run.config import MOST_SEED, RunConfig
 from grasp_kernels.run.folder import RunFolder, fingerprint
@@ -128,9 +127,8 @@ def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
 
 def _subspace(config: RunConfig, folder: RunFolder, inputs: Inputs) -> Subspace:
     """Identify the subspace, or load what is there."""
-    if config.halves and "weights" in config.identifies and not folder.subspace.exists():
-        train_halves(config, folder, inputs)
     if not folder.subspace.exists():
+        train_halves(config, folder, inputs)
         find_subspace(config, folder, inputs).save(folder.subspace)
     return Subspace.load(folder.subspace)
 
@@ -165,10 +163,7 @@ def train(
         reads.apply(model)
     found = None if subspace is None or subspace.is_empty else subspace
     if subspace is not None or anchor is not None:
-        project = config.project if config.is_projected else "residual"  # off nothing
-        replace_lora_layers(
-            model, found, project=project, closed=config.closed, backend=config.backend
-        )
+        replace_lora_layers(model, found, closed=config.closed, backend=config.backend)
     train_adapter(
         model,
         inputs.train,
@@ -240,7 +235,7 @@ def contrastive_reads(
 
 
 def train_halves(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
-    """Two short adapters on disjoint data, each from a seed of its own."""
+    """Two short adapters on disjoint data, each from a seed of its own, where they are wanted."""
     last_step = max(early_checkpoints(config, folder, inputs.steps))
     for i, out in enumerate(_halves(config, folder)):
         if not out.exists():
@@ -264,7 +259,7 @@ def early_checkpoints(config: RunConfig, folder: RunFolder, steps: int) -> dict[
 
     Never before the first step with a learning rate above 0.
     """
-    if "weights" not in config.identifies:
+    if not config.is_projected:
         return {}
     first = 2 if warmup_steps(config, steps) else 1
     at = sorted({max(first, round(part * steps)) for part in config.early_checkpoints})
@@ -278,20 +273,7 @@ def _public_name(config: RunConfig) -> str:
 
 
 def find_subspace(config: RunConfig, folder: RunFolder, inputs: Inputs) -> Subspace:
-    """Identify the subspace from what the options name."""
-    if config.identify == "weights":
-        return _identify_from_weights(config, folder, inputs)
-    if config.identify == "self-contrast":
-        return _identify_from_answers(config, inputs)
-    weights, answers = folder.sources["weights"], folder.sources["self-contrast"]
-    if not weights.exists():
-        _identify_from_weights(config, folder, inputs).save(weights)
-    if not answers.exists():
-        _identify_from_answers(config, inputs).save(answers)
-    return unite(Subspace.load(weights), Subspace.load(answers))
-
-
-def _identify_from_weights(config: RunConfig, folder: RunFolder, inputs: Inputs) -> Subspace:
+    """Identify the subspace from the early adapters, beside those of the halves."""
     from grasp_kernels.identification import identify
 
     adapters = [str(p) for p in early_checkpoints(config, folder, inputs.steps).values()]
@@ -300,25 +282,9 @@ def _identify_from_weights(config: RunConfig, folder: RunFolder, inputs: Inputs)
             adapters,
             k=config.k,
             side=config.side,
-            scope="shared" if config.scope == "auto" else config.scope,
             generator=torch.Generator().manual_seed(config.seed),
             base_model=str(inputs.checkpoint),
             halves=[str(path) for path in _halves(config, folder)],
         )
         bar.update()
     return subspace
-
-
-def _identify_from_answers(config: RunConfig, inputs: Inputs) -> Subspace:
-    from grasp_kernels.identification import identify_self_contrast
-
-    return identify_self_contrast(
-        load_model(inputs.checkpoint, config.dtype),
-        inputs.tokenizer,
-        [record for record in inputs.records if "messages" in record],
-        k=config.k,
-        scope="layer" if config.scope == "auto" else config.scope,
-        batch_size=config.batch_size,
-        generator=torch.Generator().manual_seed(config.seed),
-        progress=True,
-    )

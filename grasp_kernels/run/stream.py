@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from grasp_kernels.data import Example, collate
-from grasp_kernels.identification import span
 from grasp_kernels.identification.frozen_model import kept_outputs
 from grasp_kernels.sites import Site, site_rules
 
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from grasp_kernels.sites import SiteRules
-    from grasp_kernels.subspace import Subspace
 
 
 @dataclass(frozen=True)
@@ -51,20 +49,17 @@ class Movement:
         return {**asdict(self), "mean_along": self.mean_along, "share": self.share}
 
 
-def layer_bases(subspace: Subspace, rules: SiteRules) -> dict[int, Tensor]:
-    """Layer -> basis of the stream after it, `[D, k]`; empty where only readers have bases."""
-    found = bases_by_layer(subspace.write, rules)
-    return found if subspace.stream is None else dict.fromkeys(found, subspace.stream)
+def layer_bases(write: Mapping[str, Tensor], rules: SiteRules) -> dict[int, Tensor]:
+    """Layer -> basis of the stream after it, `[D, k]`, from the write bases of its modules by name.
 
-
-def bases_by_layer(write: Mapping[str, Tensor], rules: SiteRules) -> dict[int, Tensor]:
-    """The span `[D, k]` of the write bases of each layer, from those of its modules by name."""
-    found: dict[int, list[Tensor]] = {}
+    Empty without writers whose output is in the stream.
+    """
+    found: dict[int, Tensor] = {}
     for name, basis in write.items():
         site = rules.site(name)
         if site is not None and site.norm is None:
-            found.setdefault(site.layer, []).append(basis)
-    return {layer: span(bases) for layer, bases in sorted(found.items())}
+            found.setdefault(site.layer, basis)
+    return dict(sorted(found.items()))
 
 
 def measure_movement(
