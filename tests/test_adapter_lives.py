@@ -22,7 +22,8 @@ from torch import nn
 from transformers import GPT2Config, Qwen3MoeConfig
 
 import grasp_kernels as gk
-from grasp_kernels.sites import adapted_layers, model_sites
+from grasp_kernels.models.architectures import model_sites
+from grasp_kernels.models.names import adapted_layers
 from grasp_kernels.testing import orthonormal
 
 

@@ -26,10 +26,10 @@ from transformers import (
 
 import grasp_kernels as gk
 from grasp_kernels.adapters import load_adapter
-from grasp_kernels.adapters.model_weights import model_weights
 from grasp_kernels.cli import main
 from grasp_kernels.diagnosis.pair import open_pair
-from grasp_kernels.sites import model_gains, model_sites
+from grasp_kernels.models.architectures import model_gains, model_sites
+from grasp_kernels.models.weights import model_weights
 
 WEIGHTS = "adapter_model.safetensors"
 D = 32

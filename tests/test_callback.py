@@ -17,8 +17,8 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 
 import grasp_kernels as gk
 from grasp_kernels.data import collate
+from grasp_kernels.models.architectures import RULES, model_sites
 from grasp_kernels.run.stream import layer_bases
-from grasp_kernels.sites import RULES, model_sites
 
 WIDTH = 32
 PROBES = [[1, 2, 3, 4], [5, 6]]

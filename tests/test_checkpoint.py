@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from grasp_kernels.models.checkpoint import find_checkpoint, load_model, load_tokenizer
 from grasp_kernels.run import RunConfig, run, stages
-from grasp_kernels.run.checkpoint import find_checkpoint, load_model, load_tokenizer
 
 pytest_plugins = ("fixtures_run",)
 

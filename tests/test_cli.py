@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from grasp_kernels.cli import main
+from grasp_kernels.models.architectures import model_sites
+from grasp_kernels.models.checkpoint import load_model
 from grasp_kernels.run import RunConfig
-from grasp_kernels.run.checkpoint import load_model
 from grasp_kernels.run.inputs import attach_lora
-from grasp_kernels.sites import model_sites
 from grasp_kernels.subspace import Subspace
 
 pytest_plugins = ("fixtures_run",)
@@ -76,7 +76,7 @@ def test_run_takes_its_options_and_defaults_from_the_configuration(
     paths = ["run", "--model", "m", "--data", "d", "--output", "o"]
     main(paths)
     assert seen.pop() == RunConfig(model="m", data="d", output="o")
-    options = "--k 3 --no-closed --early-checkpoints 0.1 1 --steps 9 --neutral n --identify both"
+    options = "--k 3 --no-closed --early-checkpoints 0.1 1 --steps 9 --neutral n"
     main([*paths, *options.split(), "--target-modules", "o_proj", "down_proj"])
     assert seen.pop() == RunConfig(
         model="m",

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from test_replacement import a_subspace, logits
 
 import grasp_kernels as gk
+from grasp_kernels.models.names import base_name
 from grasp_kernels.ops.projection import project_columns, project_rows
-from grasp_kernels.sites import base_name
 
 
 def test_leakage_is_the_share_of_the_update() -> None:

@@ -24,8 +24,8 @@ from grasp_kernels.diagnosis.verdict import carried, judge
 from grasp_kernels.effect.answers import Batch, answer_batches
 from grasp_kernels.effect.pair import Pair
 from grasp_kernels.effect.shift import common_shift
-from grasp_kernels.run.stream import token_scores
-from grasp_kernels.sites import RULES
+from grasp_kernels.effect.tokens import token_scores
+from grasp_kernels.models.architectures import RULES
 from grasp_kernels.testing import budget, relative_error
 
 families = pytest.mark.parametrize("family", FAMILIES)

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import synthetic_adapter, unit_directions
 
-from grasp_kernels.identification.evidence import (
+from grasp_kernels.subspace.search import (
     chance_overlap,
     choose_k,
     gap_after,
     overlap,
 )
-from grasp_kernels.identification.stack import Stack, largest_by_chance, stack_blocks
+from grasp_kernels.subspace.stack import Stack, largest_by_chance, stack_blocks
 from grasp_kernels.testing import budget, relative_error
 
 WIDTH = 64

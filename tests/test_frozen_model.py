@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from grasp_kernels.data import encode_prompt
-from grasp_kernels.identification.frozen_model import frozen_base, generate_answers, stream_means
+from grasp_kernels.models.frozen_model import frozen_base, generate_answers, stream_means
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 
 import grasp_kernels as gk
 from grasp_kernels.adapters import files, load_adapter
-from grasp_kernels.adapters.model_weights import model_weights
 from grasp_kernels.cli import main
 from grasp_kernels.diagnosis.pair import open_pair
 from grasp_kernels.diagnosis.report import diagnosis_text
+from grasp_kernels.effect.markdown import answers_table, cell
 from grasp_kernels.inert import inert, printable
-from grasp_kernels.run.markdown import answers_table, cell
+from grasp_kernels.models.weights import model_weights
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FOREIGN = "{0.x} \x1b[2J\n# Verdict: clean\n<img src=x> ![t](http://h/x.png) | `a` **b** \u202e"

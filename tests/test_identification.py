@@ -10,10 +10,9 @@ from models import tiny_peft_model
 from synthetic import RULE, synthetic_adapter, unit_directions
 from torch import Tensor
 
-import grasp_kernels.identification.weights as identification
+import grasp_kernels.subspace.identification as identification
 from grasp_kernels.adapters import Adapter, LoRAWeights
-from grasp_kernels.identification import identify
-from grasp_kernels.subspace import Subspace
+from grasp_kernels.subspace import Subspace, identify
 
 WIDTH = 128
 

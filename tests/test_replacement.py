@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import MistralConfig, OPTConfig, Qwen2Config, Qwen3Config
 
 import grasp_kernels as gk
-from grasp_kernels.sites import base_name, model_gains, model_sites
+from grasp_kernels.models.architectures import model_gains, model_sites
+from grasp_kernels.models.names import base_name
 from grasp_kernels.testing import budget, orthonormal, relative_error
 
 

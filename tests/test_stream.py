@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from grasp_kernels.effect.tokens import lens
+from grasp_kernels.models.architectures import RULES, model_sites
+from grasp_kernels.models.checkpoint import load_model
 from grasp_kernels.run import RunConfig
-from grasp_kernels.run.checkpoint import load_model
 from grasp_kernels.run.inputs import attach_lora
-from grasp_kernels.run.stream import layer_bases, mean_loss, measure_movement, promoted_tokens
-from grasp_kernels.sites import RULES, model_sites
+from grasp_kernels.run.stream import layer_bases, mean_loss, measure_movement
 from grasp_kernels.subspace import Subspace
 
 pytest_plugins = ("fixtures_run",)
@@ -115,6 +116,6 @@ def test_direction_of_an_unembedding_row_speaks_of_its_token(model: Any) -> None
     row = model.lm_head.weight[7].detach()
     with torch.no_grad():
         model.lm_head.weight[5] = -2 * row
-    ((one, other),) = promoted_tokens(model, tokenizer(), row[:, None] / row.norm(), n_tokens=2)
-    assert one[0] == "7"
-    assert other[0] == "5"
+    (shown,) = lens(model, tokenizer(), row[:, None] / row.norm(), RULES["llama"], 2)
+    assert shown["up"][0]["token"] == "7"
+    assert shown["down"][0]["token"] == "5"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from synthetic import RULE, unit_directions
 from torch import Tensor
 
-from grasp_kernels.sites import Site
+from grasp_kernels.models.architectures import Site
 from grasp_kernels.subspace import Subspace, check_basis, orthonormal
 
 SITES = tuple(RULE.sites("model.layers", range(3)))

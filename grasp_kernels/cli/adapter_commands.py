@@ -60,7 +60,7 @@ def add_identify(commands: Any, common: argparse.ArgumentParser) -> None:
 def _identify(arguments: argparse.Namespace) -> int:
     import torch
 
-    from grasp_kernels.identification import identify
+    from grasp_kernels.subspace import identify
 
     several = len(arguments.adapters) > 1
     subspace = identify(

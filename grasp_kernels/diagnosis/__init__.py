@@ -5,7 +5,6 @@ inputs      files, folders and modules -> prompts, answers and a tokenizer
 examination one diagnosis at work, on all of the following
 directions  the weights (identification) and what neutral prompts show -> directions of the stream
 movement    how far prompts and training answers move along them
-lens        which tokens they speak of
 examples    which training records move most along them
 causal      what steering along them does to the base model, and their removal to the adapter
 verdict     numbers -> found, weak or nothing, with reasons

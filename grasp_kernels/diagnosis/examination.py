@@ -22,7 +22,6 @@ from grasp_kernels.diagnosis.directions import (
 )
 from grasp_kernels.diagnosis.examples import most_moved
 from grasp_kernels.diagnosis.inputs import Task
-from grasp_kernels.diagnosis.lens import lens, token_ids
 from grasp_kernels.diagnosis.movement import (
     Moved,
     consistency,
@@ -39,6 +38,7 @@ from grasp_kernels.effect import (
 )
 from grasp_kernels.effect.answers import Batch, Tokens, answer_batches, own_answers
 from grasp_kernels.effect.pair import Pair
+from grasp_kernels.effect.tokens import lens
 from grasp_kernels.subspace import Subspace
 
 # Enough for a mean over answer tokens; each is run for every dose and every random direction.
@@ -147,17 +147,19 @@ class Examination:
         """All numbers of one direction."""
         vectors, options = direction.vectors, self.options
         neutral = movement_along(self.neutral, vectors, self.random)
+        pair, last = self.pair, vectors[-1][:, None]
+        (tokens,) = lens(pair.base, self.tokenizer, last, pair.rules, options.n_tokens)
         found: dict[str, Any] = {
             "name": direction.name,
             "neutral": neutral,
-            "tokens": lens(self.pair, self.tokenizer, vectors[-1], options.n_tokens),
+            "tokens": tokens,
             **self.exchange(direction),
         }
         if self.training is not None:
             numbered = [(task.number, task.record) for task in self.tasks]
             found["training"] = movement_along(self.training, vectors, self.random)
             found["examples"] = most_moved(self.training, vectors, numbered, options.n_examples)
-        found["steering"] = self._steering(direction, neutral, found["tokens"])
+        found["steering"] = self._steering(direction, neutral, tokens)
         return found
 
     def exchange(self, direction: Direction) -> dict[str, Any]:
@@ -188,7 +190,7 @@ class Examination:
                 {"dose": dose, **causal.against_random(values)} for dose, values in by_dose.items()
             ]
 
-        promoted = causal.promotion(token_ids(tokens["up"]))
+        promoted = causal.promotion(torch.tensor([token["id"] for token in tokens["up"]]))
         found = {
             "layer": self.pair.layers[place],
             "length": length,

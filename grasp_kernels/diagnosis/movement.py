@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from grasp_kernels.effect.pair import Pair
-from grasp_kernels.identification.frozen_model import stream_means
+from grasp_kernels.models.frozen_model import stream_means
 
 _FLIPS = 999  # smallest p-value 0.001
 

@@ -28,17 +28,18 @@ from grasp_kernels.adapters.files import (
     sort_keys,
 )
 from grasp_kernels.adapters.load import adapter_parts
-from grasp_kernels.adapters.model_weights import (
+from grasp_kernels.files import inside, whole_folder
+from grasp_kernels.inert import listed, shown
+from grasp_kernels.models.architectures import site_rules
+from grasp_kernels.models.names import adapted_name, expert_part
+from grasp_kernels.models.sharding import gathered
+from grasp_kernels.models.weights import (
     check_merged,
     compared,
     model_type_of,
     model_weights,
 )
-from grasp_kernels.files import inside, whole_folder
-from grasp_kernels.inert import listed, shown
 from grasp_kernels.ops.projection import project_columns, project_rows
-from grasp_kernels.processes import gathered
-from grasp_kernels.sites import adapted_name, expert_part, site_rules
 from grasp_kernels.subspace import Subspace
 
 _COPIED = (".json", ".md", ".jinja")  # an adapter folder's configuration, card, tokenizer

@@ -21,19 +21,17 @@ from grasp_kernels.layers.experts import GraspLoRAExperts
 from grasp_kernels.layers.linear import GraspLoRALinear, why_never
 from grasp_kernels.layers.projected import why_adapter_never
 from grasp_kernels.layers.quantised import library_of, quantised, why_wrong_gradient
-from grasp_kernels.ops import backends, project_gradient
-from grasp_kernels.processes import by_fsdp2, refuse_away, refuse_tensor_parallel
-from grasp_kernels.sites import (
+from grasp_kernels.models.architectures import (
     Site,
     SiteRules,
-    adapted_name,
-    base_name,
     model_gains,
-    model_names,
     model_rules,
     model_sites,
     width_at,
 )
+from grasp_kernels.models.names import adapted_name, base_name, model_names
+from grasp_kernels.models.sharding import by_fsdp2, refuse_away, refuse_tensor_parallel
+from grasp_kernels.ops import backends, project_gradient
 from grasp_kernels.subspace import Subspace
 from grasp_kernels.subspace.basis import basis_at
 

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from grasp_kernels.data import neutral_prompts
-from grasp_kernels.identification.frozen_model import measuring
 from grasp_kernels.layers.closure import leakage
+from grasp_kernels.models.architectures import SiteRules, site_rules
+from grasp_kernels.models.frozen_model import measuring
+from grasp_kernels.models.names import base_name
 from grasp_kernels.run.stream import layer_bases, measure_movement
-from grasp_kernels.sites import SiteRules, base_name, site_rules
 from grasp_kernels.subspace import Subspace
 
 N_PROBES = 8  # no single question decides, and two forwards of each are little beside `every` steps

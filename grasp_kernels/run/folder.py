@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from datetime import date
@@ -18,17 +18,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from grasp_kernels.files import (
-    check_own_folder,
-    left_behind,
-    read_json,
-    whole_file,
-    whole_folder,
-)
+from grasp_kernels.files import check_own_folder, left_behind, read_json, write_json
 from grasp_kernels.run.config import RunConfig
 from grasp_kernels.version import __version__
-
-__all__ = ["RunFolder", "fingerprint", "whole_folder", "write_json", "write_lines", "write_text"]
 
 # Files up to this size are hashed whole. Of larger ones (weights) only both ends are: hashing the
 # 16 GB of an 8B model takes a minute, and the header with all shapes lies at the beginning.
@@ -183,22 +175,6 @@ def _check_whole(file: Path, artefact: Path) -> None:
 def _record(config: RunConfig, fingerprints: dict[str, str]) -> dict[str, Any]:
     record = {"grasp_kernels": __version__, "config": asdict(config), "fingerprints": fingerprints}
     return json.loads(json.dumps(record))  # tuples become lists, as they are when read back
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` whole or not at all."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text` whole or not at all."""
-    with whole_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-def write_lines(path: Path, values: Iterable[Any]) -> None:
-    """Write one line of JSON for each value, whole or not at all."""
-    write_text(path, "".join(f"{json.dumps(value)}\n" for value in values))
 
 
 def fingerprint(path: str | Path) -> str:

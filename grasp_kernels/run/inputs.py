@@ -25,15 +25,16 @@ from grasp_kernels.data import (
     read_records,
     tokenize_each,
 )
-from grasp_kernels.run.checkpoint import (
+from grasp_kernels.models.architectures import SiteRules, site_rules
+from grasp_kernels.models.checkpoint import (
     device,
     load_config,
     load_model,
     load_tokenizer,
     reading,
 )
+from grasp_kernels.models.names import base_name
 from grasp_kernels.run.config import RunConfig
-from grasp_kernels.sites import SiteRules, base_name, site_rules
 
 if TYPE_CHECKING:
     from peft import PeftModel

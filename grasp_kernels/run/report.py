@@ -28,17 +28,17 @@ from grasp_kernels.effect import (
     told,
     verdict,
 )
-from grasp_kernels.files import whole_folder
-from grasp_kernels.run.checkpoint import load_model
+from grasp_kernels.effect.tokens import lens
+from grasp_kernels.files import whole_folder, write_json, write_text
+from grasp_kernels.models.checkpoint import load_model
+from grasp_kernels.models.frozen_model import blocks_by_layer
 from grasp_kernels.run.config import RunConfig
-from grasp_kernels.run.folder import LOG_NAME, RunFolder, write_json, write_text
+from grasp_kernels.run.folder import LOG_NAME, RunFolder
 from grasp_kernels.run.inputs import ANSWER_TOKENS, Inputs
 from grasp_kernels.run.stream import (
-    blocks_by_layer,
     layer_bases,
     mean_loss,
     measure_movement,
-    promoted_tokens,
 )
 from grasp_kernels.subspace import Subspace
 
@@ -209,9 +209,13 @@ def _tokens(model: Any, inputs: Inputs, subspace: Subspace | None) -> list[dict[
     if not bases:
         return []
     basis: Tensor = bases[max(bases)][:, :_SHOWN_DIRECTIONS]
+    words = lens(model, inputs.tokenizer, basis, inputs.rules, _SHOWN_TOKENS)
     return [
-        {"one_end": one, "other_end": other}
-        for one, other in promoted_tokens(model, inputs.tokenizer, basis)
+        {
+            "one_end": [token["token"] for token in one["up"]],
+            "other_end": [token["token"] for token in one["down"]],
+        }
+        for one in words
     ]
 
 

@@ -6,9 +6,9 @@ from statistics import median
 from typing import Any
 
 from grasp_kernels.effect.changed import CHANGED
+from grasp_kernels.effect.markdown import answers_table, cell, table
 from grasp_kernels.effect.measure import NOTICEABLE
 from grasp_kernels.inert import inert
-from grasp_kernels.run.markdown import answers_table, cell, table
 
 Numbers = dict[str, Any]
 

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
-from grasp_kernels.run.checkpoint import find_checkpoint, load_model
+from grasp_kernels.models.checkpoint import find_checkpoint, load_model
 from grasp_kernels.run.config import MOST_SEED, RunConfig
 from grasp_kernels.run.folder import RunFolder, fingerprint
 from grasp_kernels.run.inputs import Inputs, attach_lora, prepare, warmup_steps
@@ -274,7 +274,7 @@ def _public_name(config: RunConfig) -> str:
 
 def find_subspace(config: RunConfig, folder: RunFolder, inputs: Inputs) -> Subspace:
     """Identify the subspace from the early adapters, beside those of the halves."""
-    from grasp_kernels.identification import identify
+    from grasp_kernels.subspace import identify
 
     adapters = [str(p) for p in early_checkpoints(config, folder, inputs.steps).values()]
     with tqdm(total=1, desc="subspace of the weights", unit="subspace") as bar:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from grasp_kernels.choices import SIDES
 from grasp_kernels.files import whole_file
-from grasp_kernels.sites import Site
+from grasp_kernels.models.architectures import Site
 from grasp_kernels.subspace.header import header_fault
 
 _ORTHONORMAL_TOLERANCE = 1e-5
@@ -234,6 +234,25 @@ class Subspace:
 
 
 _PLAIN_FIELDS = ("k", "side", "reasons", "evidence", "metadata")
+
+
+def is_subspace(path: str | PathLike[str]) -> bool:
+    """Whether a file is one that `Subspace.save` wrote; adapters are folders or other files.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"There is no {path}: give an adapter folder or a subspace file.")
+    if Path(path).is_dir():
+        return False
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return any(key.startswith("grasp_kernels") for key in file.metadata() or {})
+    except SafetensorError:
+        return False
 
 
 def check_basis(name: str, basis: Tensor) -> None:

@@ -16,11 +16,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from grasp_kernels.adapters.checkpoint import Stored, indexed, read_tensors, refuse_nonfinite
 from grasp_kernels.files import inside, read_json
 from grasp_kernels.inert import shown
-from grasp_kernels.processes import whole
-from grasp_kernels.sites import base_name, expert_part, same_module, stored_name
+from grasp_kernels.models.names import base_name, expert_part, same_module, stored_name
+from grasp_kernels.models.sharding import whole
+from grasp_kernels.models.tensors import Stored, indexed, read_tensors, refuse_nonfinite
 
 _WEIGHTS = "model.safetensors"
 MOST_LAYERS = 1000  # that any model has

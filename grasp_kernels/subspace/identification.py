@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from grasp_kernels.adapters import Adapter, load_adapter
-from grasp_kernels.identification.search import Finding, Options, compare_sources, search
-from grasp_kernels.identification.stack import stack_blocks
-from grasp_kernels.sites import Site, SiteRules
-from grasp_kernels.subspace import SIDES, Subspace
+from grasp_kernels.choices import SIDES
+from grasp_kernels.models.architectures import Site, SiteRules
+from grasp_kernels.subspace.basis import Subspace
+from grasp_kernels.subspace.search import Finding, Options, compare_sources, search
+from grasp_kernels.subspace.stack import stack_blocks
 from grasp_kernels.version import __version__
 
 _BLIND_SPOT = (
