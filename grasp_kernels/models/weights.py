@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from grasp_kernels.inert import shown
-from grasp_kernels.models.base_model import model_config, read_folder
+from grasp_kernels.models.base_model import model_config
 from grasp_kernels.models.names import base_name, expert_part, stored_name
-from grasp_kernels.models.tensors import refuse_nonfinite
+from grasp_kernels.models.tensors import read_folder, refuse_nonfinite
 
 _TRANSPOSED = ("gpt2",)  # model types whose linear layers store W[K, N]
 _EMBEDDINGS = ("wte", "wpe")  # and whose embeddings do not
