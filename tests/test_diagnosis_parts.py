@@ -17,13 +17,18 @@ from torch import Tensor, nn
 
 from grasp_kernels.diagnosis import Options, causal, diagnose
 from grasp_kernels.diagnosis.directions import movement_direction
-from grasp_kernels.diagnosis.examples import most_moved
-from grasp_kernels.diagnosis.movement import Moved, consistency, measure_moved, movement_along
+from grasp_kernels.diagnosis.movement import (
+    Moved,
+    consistency,
+    measure_moved,
+    most_moved,
+    movement_along,
+)
 from grasp_kernels.diagnosis.pair import open_pair
 from grasp_kernels.diagnosis.verdict import judge
 from grasp_kernels.effect.answers import Batch, answer_batches
+from grasp_kernels.effect.measure import common_shift
 from grasp_kernels.effect.pair import Pair
-from grasp_kernels.effect.shift import common_shift
 from grasp_kernels.effect.tokens import token_scores
 from grasp_kernels.models.architectures import RULES
 from grasp_kernels.testing import budget, relative_error

@@ -119,12 +119,6 @@ def test_verdict_and_scope_of_an_old_file_are_ignored(tmp_path: Path, verdict: s
         Subspace.load(path)
 
 
-def test_moving_keeps_shared_bases_shared() -> None:
-    moved = some_subspace("both").to("cpu")
-    assert len({id(basis) for basis in moved.write.values()}) == 1
-    assert len({id(basis) for basis in moved.read.values()}) == 6
-
-
 def with_basis(basis: Tensor, **changes: Any) -> Subspace:
     fields: dict[str, Any] = {"k": 1, "side": "write"}
     return Subspace({"m": basis}, {}, None, **{**fields, **changes})

@@ -20,12 +20,12 @@ from grasp_kernels.diagnosis.directions import (
     movement_direction,
     weight_directions,
 )
-from grasp_kernels.diagnosis.examples import most_moved
 from grasp_kernels.diagnosis.inputs import Task
 from grasp_kernels.diagnosis.movement import (
     Moved,
     consistency,
     measure_moved,
+    most_moved,
     movement_along,
     random_directions,
 )

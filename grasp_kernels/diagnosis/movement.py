@@ -1,6 +1,7 @@
-"""How far an adapter moves the residual stream, as a whole and along directions.
+"""How far an adapter moves the residual stream, as a whole and along directions, and where most.
 
-Shapes: `L` blocks, `M` sequences, `D` residual width, `J` random directions, `F` sign flips.
+Shapes: `L` blocks, `M` sequences or records, `D` residual width, `J` random directions, `F` sign
+flips.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grasp_kernels.data import Record
 from grasp_kernels.effect.pair import Pair
 from grasp_kernels.models.frozen_model import stream_means
 
 _FLIPS = 999  # smallest p-value 0.001
+_SHOWN_CHARACTERS = 120
 
 
 @dataclass(frozen=True)
@@ -130,3 +133,39 @@ def random_directions(count: int, width: int, generator: torch.Generator) -> Ten
     """Unit vectors `[J, D]`, drawn alike in every direction."""
     drawn = torch.randn(count, width, generator=generator, device=generator.device).cpu()
     return drawn / drawn.norm(dim=1, keepdim=True)
+
+
+def most_moved(
+    moved: Moved, vectors: Tensor, records: list[tuple[int, Record]], count: int
+) -> list[dict[str, Any]]:
+    """The records that move most along the direction, in the direction's own sense first.
+
+    Args:
+        records: number of each record in the data (from 1), and the record, in the order of
+            `moved`.
+    """
+    along = relative_movement(moved, vectors)
+    order = along.argsort(descending=True)[:count].tolist()
+    return [
+        {"record": records[i][0], "movement": along[i].item(), **_shown(records[i][1])}
+        for i in order
+    ]
+
+
+def _shown(record: Record) -> dict[str, str]:
+    """The last question and the first answer after it, cut."""
+    if "text" in record:
+        return {"prompt": "", "answer": _cut(record["text"])}
+    turns = record["messages"]
+    first = next(
+        i
+        for i, turn in enumerate(turns)
+        if turn["role"] == "assistant" and i >= record.get("context", 0)
+    )
+    prompt = turns[first - 1]["content"] if first else ""
+    return {"prompt": _cut(prompt), "answer": _cut(turns[first]["content"])}
+
+
+def _cut(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 1]}…"

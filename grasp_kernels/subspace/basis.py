@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -95,10 +95,10 @@ class Subspace:
 
         Args:
             basis: `[D,k]` (or `[D]`). Columns need not be orthonormal, but must be independent.
-            sites: the writers and readers of the model, see `sites.model_sites`.
-            gains: norm -> `γ[D]`, see `sites.model_gains`. A stream direction `u` reaches a reader
+            sites: the writers and readers of the model, see `model_sites`.
+            gains: norm -> `γ[D]`, see `model_gains`. A stream direction `u` reaches a reader
                 as `γ ⊙ u`, so its basis is `orth(γ ⊙ u)`, and so is that of a writer before a norm
-                (for both see `sites`); a norm without an entry has `γ = 1`.
+                (see `Site`); a norm without an entry has `γ = 1`.
             side: which sites get a basis.
 
         Raises:
@@ -131,16 +131,6 @@ class Subspace:
     @property
     def is_empty(self) -> bool:
         return not self.write and not self.read and self.stream is None
-
-    def to(self, device: torch.device | str) -> Subspace:
-        """The same subspace on another device; modules that share a basis go on sharing it."""
-        moved = {id(basis): basis.to(device) for _, basis in self._named()}
-        return replace(
-            self,
-            write={name: moved[id(basis)] for name, basis in self.write.items()},
-            read={name: moved[id(basis)] for name, basis in self.read.items()},
-            stream=None if self.stream is None else moved[id(self.stream)],
-        )
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write one safetensors file: each basis once, the rest as JSON in its metadata."""
