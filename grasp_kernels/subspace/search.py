@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from grasp_kernels.subspace.stack import Stack, largest_by_chance
+from grasp_kernels.svd import randomized_svd
 
 _MAX_K = 4  # k="auto" never takes more; a factor is assumed to be simple
 _NULL_DRAWS = 64
@@ -135,12 +136,15 @@ def compare_sources(
 
 
 def _leading(stack: Stack, rank: int, options: Options) -> tuple[Tensor, Tensor]:
-    return stack.leading(
+    """Leading directions `[D, rank]` and singular values `[rank]`."""
+    u, s, _ = randomized_svd(
+        stack.rows.mT,
         rank,
         n_oversamples=options.n_oversamples,
         n_iter=options.n_iter,
         generator=options.generator,
     )
+    return u, s
 
 
 def _null_of_largest(stack: Stack, options: Options) -> float:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from grasp_kernels.adapters import LoRAWeights
-from grasp_kernels.svd import randomized_svd
 
 # Lanczos steps for the largest singular value of a draw. Noise blocks are the hardest case, since
 # their spectrum has no gap: on 64 orthonormal blocks of rank 16 and width 4096 the mean draw is
@@ -62,19 +61,6 @@ class Stack:
                 parts.append(part)
                 start += len(part)
         return Stack(torch.cat(parts), tuple(groups))
-
-    def leading(
-        self, rank: int, *, n_oversamples: int, n_iter: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Leading directions `[D, rank]` and singular values `[rank]`."""
-        u, s, _ = randomized_svd(
-            self.rows.mT,
-            rank,
-            n_oversamples=n_oversamples,
-            n_iter=n_iter,
-            generator=generator,
-        )
-        return u, s
 
 
 def stack_blocks(layers: Iterable[LoRAWeights]) -> tuple[Stack, list[str]]:
