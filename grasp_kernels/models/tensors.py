@@ -55,11 +55,12 @@ def read_folder(folder: Path) -> dict[str, Stored]:
     Raises:
         FileNotFoundError, ValueError: a shard is missing, or cannot be read.
     """
-    if (folder / WEIGHTS).is_file():  # which transformers takes, whatever else is there
-        return read_tensors([folder / WEIGHTS])
+    files = sorted(folder.glob("*.safetensors"))
     if (folder / INDEX).is_file():
-        return read_tensors(indexed(folder / INDEX, "model"))
-    return read_tensors(sorted(folder.glob("*.safetensors")))
+        files = indexed(folder / INDEX, "model")
+    if (folder / WEIGHTS).is_file():  # which transformers takes, whatever else is there
+        files = [folder / WEIGHTS]
+    return read_tensors(files)
 
 
 def _opened(file: Path) -> Any:
