@@ -56,31 +56,29 @@ def write_adapter(folder: Path, decoder: Decoder, R: int) -> None:
 
 
 def rows(models: list[str], R: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """One row a model and scope: seconds to the subspace, median and quantiles."""
+    """One row a model: seconds to the subspace, median and quantiles."""
     machine = environment(torch.device("cpu"))
     for model in models:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             write_adapter(folder, MODELS[model], R)
-            for scope in ("shared", "layer"):
-                seconds = []
-                for _ in range(rounds + 1):  # the first one reads the file from disk
-                    begin = time.perf_counter()
-                    subspace = gk.identify(folder, scope=scope)
-                    seconds.append(time.perf_counter() - begin)
-                times = Times.of([1e3 * s for s in seconds[1:]])
-                yield {
-                    "model": model,
-                    "R": R,
-                    "side": "write",
-                    "scope": scope,
-                    "first": seconds[0],
-                    "seconds": times.median / 1e3,
-                    "p20": times.p20 / 1e3,
-                    "p80": times.p80 / 1e3,
-                    "k": subspace.k,
-                    **machine,
-                }
+            seconds = []
+            for _ in range(rounds + 1):  # the first one reads the file from disk
+                begin = time.perf_counter()
+                subspace = gk.identify(folder)
+                seconds.append(time.perf_counter() - begin)
+            times = Times.of([1e3 * s for s in seconds[1:]])
+            yield {
+                "model": model,
+                "R": R,
+                "side": "write",
+                "first": seconds[0],
+                "seconds": times.median / 1e3,
+                "p20": times.p20 / 1e3,
+                "p80": times.p80 / 1e3,
+                "k": subspace.k,
+                **machine,
+            }
 
 
 def main() -> int:
@@ -98,7 +96,7 @@ def main() -> int:
     for row in rows(arguments.models, arguments.rank, arguments.rounds):
         found.append(row)
         print(
-            f"{row['model']:<14} {row['scope']:<6} {row['seconds']:6.2f} s "
+            f"{row['model']:<14} {row['seconds']:6.2f} s "
             f"({row['p20']:.2f}–{row['p80']:.2f}, first {row['first']:.2f}), k = {row['k']}, "
             f"{row['threads']} threads"
         )

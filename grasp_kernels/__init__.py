@@ -2,9 +2,9 @@
 
 The way of the data, one folder a step:
 
+    models          checkpoint                  -> model, its answers, its residual stream
     adapters        peft model, folder or file  -> LoRA weights with their site in the model
-    identification  LoRA weights                -> Subspace (or: base model and records -> Subspace)
-    subspace        orthonormal bases by module name, saved as safetensors
+    subspace        LoRA weights                -> Subspace, saved as safetensors
     reads           fresh adapter and two texts -> A that reads what the training text alone has
     layers          peft model and Subspace     -> the same model on GraspLoRALinear
     ops             the differentiable operator -> a backend -> gradients
@@ -28,14 +28,13 @@ _HOMES = {
     "GraspTrainer": "training.trainer",
     "GraspTrainerMixin": "training.trainer",
     "OwnTextAnchor": "anchor",
-    "SiteRules": "sites",
+    "SiteRules": "models.architectures",
     "Subspace": "subspace",
     "apply_grasp": "training.apply",
     "backends": "ops",
     "diagnose": "diagnosis",
     "extract_adapter": "adapters.extraction",
-    "identify": "identification",
-    "identify_self_contrast": "identification",
+    "identify": "subspace",
     "leakage": "layers.closure",
     "load_adapter": "adapters",
     "lora_linear": "ops",

@@ -11,7 +11,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
-    from grasp_kernels.sites import SiteRules
+    from grasp_kernels.models.architectures import SiteRules
     from grasp_kernels.subspace import Subspace
 
 Backend = Literal["auto", "reference", "aten", "triton", "cuda"]

@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -246,3 +246,19 @@ def stored_tensors(
         raise ValueError(
             f"{str(path)!r} holds no {what} ({error}): give a file that {writer} wrote."
         ) from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` whole or not at all."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_lines(path: Path, values: Iterable[Any]) -> None:
+    """Write one line of JSON for each value, whole or not at all."""
+    write_text(path, "".join(f"{json.dumps(value)}\n" for value in values))

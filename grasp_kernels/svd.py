@@ -4,13 +4,12 @@ Halko, Martinsson and Tropp, "Finding structure with randomness", SIAM Review 53
 finder is their Algorithm 4.4 (subspace iteration, which needs the QR factorisation between every
 two products), the decomposition their Algorithm 5.1.
 
-Shapes: leading dimensions `...` are a batch of equal shapes, `M` rows, `N` columns, `R` inner width
-of a factored matrix, `L` columns of a sketch.
+Shapes: leading dimensions `...` are a batch of equal shapes, `M` rows, `N` columns, `L` columns of
+a sketch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -44,7 +43,8 @@ class MatrixOperator:
                 "A singular value decomposition needs a real floating matrix [..., M, N], but got "
                 f"shape {tuple(matrix.shape)} of {matrix.dtype}; convert it first."
             )
-        self._matrix = _working(matrix)
+        wide = matrix.dtype in (torch.float32, torch.float64)
+        self._matrix = matrix if wide else matrix.float()
         self.shape, self.dtype, self.device = matrix.shape, self._matrix.dtype, matrix.device
 
     def matmat(self, q: Tensor) -> Tensor:
@@ -52,61 +52,6 @@ class MatrixOperator:
 
     def rmatmat(self, q: Tensor) -> Tensor:
         return self._matrix.mT @ q
-
-
-class FactoredOperator:
-    """`scaling · B A` from `B[..., M, R]` and `A[..., R, N]`, never multiplied out."""
-
-    def __init__(self, B: Tensor, A: Tensor, scaling: float = 1.0) -> None:
-        if B.shape[:-2] != A.shape[:-2] or B.shape[-1] != A.shape[-2]:
-            raise ValueError(
-                f"B has shape {tuple(B.shape)} and A {tuple(A.shape)}; they must be [..., M, R] "
-                "and [..., R, N] with the same R."
-            )
-        if B.dtype != A.dtype or B.device != A.device:
-            raise ValueError(
-                f"B is {B.dtype} on {B.device} and A {A.dtype} on {A.device}; give both in one "
-                "dtype on one device."
-            )
-        self._b, self._a, self._scaling = _working(B), _working(A), scaling
-        self.shape = torch.Size((*B.shape[:-1], A.shape[-1]))
-        self.dtype, self.device = self._b.dtype, B.device
-
-    def matmat(self, q: Tensor) -> Tensor:
-        return self._b @ (self._a @ q) * self._scaling
-
-    def rmatmat(self, q: Tensor) -> Tensor:
-        return self._a.mT @ (self._b.mT @ q) * self._scaling
-
-
-class StackedOperator:
-    """Operators of equal height side by side: `[..., M, N₁ + N₂ + …]`."""
-
-    def __init__(self, blocks: Sequence[Operator]) -> None:
-        if not blocks:
-            raise ValueError("StackedOperator got no blocks; give at least one.")
-        first = blocks[0]
-        for block in blocks:
-            if block.shape[:-1] != first.shape[:-1] or block.dtype != first.dtype:
-                raise ValueError(
-                    f"A block of shape {tuple(block.shape)} in {block.dtype} cannot stand beside "
-                    f"one of shape {tuple(first.shape)} in {first.dtype}; give blocks of equal "
-                    "height and dtype."
-                )
-        self._blocks = tuple(blocks)
-        self._widths = [block.shape[-1] for block in blocks]
-        self.shape = torch.Size((*first.shape[:-1], sum(self._widths)))
-        self.dtype, self.device = first.dtype, first.device
-
-    def matmat(self, q: Tensor) -> Tensor:
-        parts = q.split(self._widths, dim=-2)
-        total = self._blocks[0].matmat(parts[0])
-        for block, part in zip(self._blocks[1:], parts[1:], strict=True):
-            total = total + block.matmat(part)
-        return total
-
-    def rmatmat(self, q: Tensor) -> Tensor:
-        return torch.cat([block.rmatmat(q) for block in self._blocks], dim=-2)
 
 
 def randomized_range_finder(
@@ -179,10 +124,6 @@ def randomized_svd(
     # svd of the small matrix (Qᵀ A)ᵀ = V S Ũᵀ; torch's svd is most accurate for tall inputs
     v, s, ut = torch.linalg.svd(operator.rmatmat(q), full_matrices=False)
     return q @ ut.mT[..., :rank], s[..., :rank], v[..., :rank].mT
-
-
-def _working(matrix: Tensor) -> Tensor:
-    return matrix if matrix.dtype in (torch.float32, torch.float64) else matrix.float()
 
 
 def _orthonormalised(columns: Tensor) -> Tensor:

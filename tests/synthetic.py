@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from grasp_kernels.adapters import Adapter, LoRAWeights
-from grasp_kernels.sites import RULES
+from grasp_kernels.models.architectures import RULES
 
 RULE = RULES["llama"]
 

@@ -22,7 +22,8 @@ from torch import nn
 from transformers import GPT2Config, Qwen3MoeConfig
 
 import grasp_kernels as gk
-from grasp_kernels.sites import adapted_layers, model_sites
+from grasp_kernels.models.architectures import model_sites
+from grasp_kernels.models.names import adapted_layers
 from grasp_kernels.testing import orthonormal
 
 
@@ -168,7 +169,7 @@ def test_nothing_but_a_step_and_a_restore_writes_parameters(model: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_closing_what_is_closed_changes_no_bit(dtype: torch.dtype) -> None:
     model = tiny_peft_model(lora_bias=True).to(dtype)
-    subspace = a_subspace(model, by_layer=True)
+    subspace = a_subspace(model)
     gk.replace_lora_layers(model, subspace)
     first = {name: parameter.clone() for name, parameter in model.named_parameters()}
     for saved in (model.state_dict(), dict(model.named_parameters())):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from grasp_kernels.adapters import Adapter, load_adapter
-from grasp_kernels.sites import SiteRules
+from grasp_kernels.models.architectures import SiteRules
 from grasp_kernels.testing import budget, relative_error
 
 WEIGHTS = "adapter_model.safetensors"

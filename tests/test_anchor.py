@@ -14,7 +14,8 @@ import grasp_kernels as gk
 from grasp_kernels.anchor.look_alikes import unlike_training
 from grasp_kernels.anchor.own_text import OwnText, common_frame, common_header, make_own_text
 from grasp_kernels.data import Example
-from grasp_kernels.identification.frozen_model import frozen_base, written_blocks
+from grasp_kernels.models.architectures import RULES
+from grasp_kernels.models.frozen_model import blocks_by_layer, frozen_base
 from grasp_kernels.run import RunConfig, run
 
 pytest_plugins = ("fixtures_run",)
@@ -243,7 +244,7 @@ def test_what_looks_like_the_training_data_is_left_out() -> None:
     with frozen_base(tiny_model()) as base:
         kept = unlike_training(
             base,
-            written_blocks(base),
+            blocks_by_layer(base, RULES["llama"]),
             OwnText(made, torch.ones_like(made, dtype=torch.bool)),
             given,
             batch_size=16,

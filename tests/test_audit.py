@@ -26,10 +26,10 @@ from transformers import (
 
 import grasp_kernels as gk
 from grasp_kernels.adapters import load_adapter
-from grasp_kernels.adapters.model_weights import model_weights
 from grasp_kernels.cli import main
 from grasp_kernels.diagnosis.pair import open_pair
-from grasp_kernels.sites import model_gains, model_sites
+from grasp_kernels.models.architectures import model_gains, model_sites
+from grasp_kernels.models.weights import model_weights
 
 WEIGHTS = "adapter_model.safetensors"
 D = 32
@@ -493,12 +493,11 @@ def test_one_block_has_nothing_to_agree_with_and_k_finds_its_direction(
     model = tiny_peft_model(("down_proj",), r=1, layers_to_transform=[1])
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     B = load_adapter(tmp_path).layers[0].lora_B[:, 0]
-    for scope in ("shared", "layer"):
-        found = gk.identify(tmp_path, scope=scope)
-        assert found.is_empty
-        (said,) = (reason for reason in found.reasons if reason.startswith("Only layer 1"))
-        assert "nothing to agree with" in said and "k=1" in said
-        assert not any("unrelated layers" in reason for reason in found.reasons)
+    found = gk.identify(tmp_path)
+    assert found.is_empty
+    (said,) = (reason for reason in found.reasons if reason.startswith("Only layer 1"))
+    assert "nothing to agree with" in said and "k=1" in said
+    assert not any("unrelated layers" in reason for reason in found.reasons)
     found = gk.identify(tmp_path, k=1)
     basis = found.write["model.layers.1.mlp.down_proj"][:, 0]
     assert float((basis @ B / B.norm()).abs()) == pytest.approx(1.0, abs=1e-6)

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 
 from grasp_kernels.effect import Changed, Pair, changed_answers, own_answers, told, verdict
 from grasp_kernels.effect.changed import CHANGED
-from grasp_kernels.run.stream import blocks_by_layer
-from grasp_kernels.sites import model_rules
+from grasp_kernels.models.architectures import model_rules
+from grasp_kernels.models.frozen_model import blocks_by_layer
 
 pytest_plugins = ("fixtures_run",)
 PROMPTS = [[1, 5, 6, 3], [1, 7, 3], [1, 8, 9, 10, 3], [1, 11, 3]]

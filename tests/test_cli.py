@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from grasp_kernels.cli import main
+from grasp_kernels.models.architectures import model_sites
+from grasp_kernels.models.checkpoint import load_model
 from grasp_kernels.run import RunConfig
-from grasp_kernels.run.checkpoint import load_model
 from grasp_kernels.run.inputs import attach_lora
-from grasp_kernels.sites import model_sites
 from grasp_kernels.subspace import Subspace
 
 pytest_plugins = ("fixtures_run",)
@@ -76,7 +76,7 @@ def test_run_takes_its_options_and_defaults_from_the_configuration(
     paths = ["run", "--model", "m", "--data", "d", "--output", "o"]
     main(paths)
     assert seen.pop() == RunConfig(model="m", data="d", output="o")
-    options = "--k 3 --no-closed --early-checkpoints 0.1 1 --steps 9 --neutral n --identify both"
+    options = "--k 3 --no-closed --early-checkpoints 0.1 1 --steps 9 --neutral n"
     main([*paths, *options.split(), "--target-modules", "o_proj", "down_proj"])
     assert seen.pop() == RunConfig(
         model="m",
@@ -88,7 +88,6 @@ def test_run_takes_its_options_and_defaults_from_the_configuration(
         steps=9,
         target_modules=("o_proj", "down_proj"),
         neutral="n",
-        identify="both",
     )
 
 
@@ -174,7 +173,7 @@ def test_check_of_nothing_is_an_error(
     adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     empty = tmp_path / "empty.safetensors"
-    Subspace.empty("write", "shared", ["noise"]).save(empty)
+    Subspace.empty("write", ["noise"]).save(empty)
     assert main(["check", str(adapter), str(empty)]) == 2
     assert "nothing to check" in capsys.readouterr().err
 
@@ -321,7 +320,7 @@ def test_remedies_are_options() -> None:
     names = [option.name for option in fields(RunConfig)]
     for message, expected in {
         "One record has no halves: use halves = False.": "--no-halves.",
-        "Plain text: use identify = 'weights', or chat data.": "use --identify weights, or",
+        "No direction: use project = 'none', or train on.": "use --project none, or",
         "Nothing within max_length=3: raise max_length.": "--max-length 3: raise --max-length.",
         "target_modules = ['q_proj', 'o_proj'] adapts": "--target-modules q_proj o_proj adapts",
         "was begun with learning_rate = 2e-05, not 1.0: x": "with --learning-rate 2e-05, not 1.0:",
@@ -341,7 +340,6 @@ def test_debug_shows_the_traceback() -> None:
 def test_library_that_is_missing_is_named_with_its_remedy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "grasp_kernels.adapters.load", None)
-    monkeypatch.setitem(sys.modules, "grasp_kernels.adapters.inspection", None)
+    monkeypatch.setitem(sys.modules, "grasp_kernels.subspace.basis", None)
     assert main(["inspect", "anything"]) == 2
     assert "install grasp_kernels with its extra 'train'" in capsys.readouterr().err

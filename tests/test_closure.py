@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from test_replacement import a_subspace, logits
 
 import grasp_kernels as gk
+from grasp_kernels.models.names import base_name
 from grasp_kernels.ops.projection import project_columns, project_rows
-from grasp_kernels.sites import base_name
 
 
 def test_leakage_is_the_share_of_the_update() -> None:
@@ -76,7 +76,7 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         gk.leakage(model)
     with pytest.raises(FileExistsError, match="exists; choose a new folder"):
         gk.project_adapter(tmp_path / "adapter", subspace, tmp_path / "adapter")
-    nothing = gk.Subspace.empty("write", "shared", ["no evidence"])
+    nothing = gk.Subspace.empty("write", ["no evidence"])
     with pytest.raises(ValueError, match="the subspace is empty"):
         gk.project_adapter(tmp_path / "adapter", nothing, tmp_path / "out")
     narrow = gk.Subspace(
@@ -85,7 +85,6 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         None,
         1,
         "write",
-        "layer",
     )
     with pytest.raises(ValueError, match=r"has 8 rows but the layer has 32 features"):
         gk.leakage(tmp_path / "adapter", narrow)

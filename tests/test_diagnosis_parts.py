@@ -17,15 +17,20 @@ from torch import Tensor, nn
 
 from grasp_kernels.diagnosis import Options, causal, diagnose
 from grasp_kernels.diagnosis.directions import movement_direction
-from grasp_kernels.diagnosis.examples import most_moved
-from grasp_kernels.diagnosis.movement import Moved, measure_moved, movement_along
+from grasp_kernels.diagnosis.movement import (
+    Moved,
+    consistency,
+    measure_moved,
+    most_moved,
+    movement_along,
+)
 from grasp_kernels.diagnosis.pair import open_pair
-from grasp_kernels.diagnosis.verdict import carried, judge
+from grasp_kernels.diagnosis.verdict import judge
 from grasp_kernels.effect.answers import Batch, answer_batches
+from grasp_kernels.effect.measure import common_shift
 from grasp_kernels.effect.pair import Pair
-from grasp_kernels.effect.shift import common_shift
-from grasp_kernels.run.stream import token_scores
-from grasp_kernels.sites import RULES
+from grasp_kernels.effect.tokens import token_scores
+from grasp_kernels.models.architectures import RULES
 from grasp_kernels.testing import budget, relative_error
 
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -353,6 +358,28 @@ def test_the_verdict_is_that_of_the_answers_and_the_rest_are_numbers() -> None:
     assert any("does not move the stream" in r for r in judge(numbers(0.0, length=0.0))[1])
 
 
-def test_a_direction_carries_what_random_ones_do_not() -> None:
-    assert carried(numbers(0.9, 0.9, 0.8)) == 0.8
-    assert carried(numbers(0.9, 0.9, 0.8, random=0.85)) == 0.0
+def movements(strength: float, seed: int = 0) -> Tensor:
+    """`[2, 40, 24]`: noise, and what all sequences have in common."""
+    noise = torch.randn(2, 40, 24, generator=torch.Generator().manual_seed(seed))
+    return noise + strength * torch.eye(24)[0]
+
+
+def test_the_sign_flips_are_calibrated() -> None:
+    """Pure noise passes the test about as often as the asked p-value says."""
+    generators = [torch.Generator().manual_seed(seed) for seed in range(60)]
+    found = [consistency(movements(0.0, seed), g) for seed, g in enumerate(generators)]
+    p_values = [one["sign_flip"]["p_value"] for one in found]
+    assert 0.35 < sum(p_values) / len(p_values) < 0.65
+    assert sum(p <= 0.01 for p in p_values) <= 4
+
+
+def test_consistency_in_numbers() -> None:
+    delta = movements(3.0)
+    found = consistency(delta, torch.Generator().manual_seed(2))
+    squares = delta.mean(1).square().sum(1) / delta.square().sum(2).mean(1)
+    flip = found["sign_flip"]
+    assert flip["length"] == pytest.approx(float(squares.mean().sqrt()), rel=1e-5)
+    assert flip["null_95"] < flip["length"] and flip["p_value"] == pytest.approx(1e-3)
+    assert found["halves"] > 0.8
+    still = consistency(torch.zeros(2, 4, 3), torch.Generator())
+    assert (still["sign_flip"]["length"], still["halves"]) == (0.0, 0.0)

@@ -8,22 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import synthetic_adapter, unit_directions
 
-from grasp_kernels.identification.evidence import (
+from grasp_kernels.subspace.search import (
     chance_overlap,
     choose_k,
-    count_above,
     gap_after,
-    more_than_chance,
     overlap,
-    principal_cosines,
 )
-from grasp_kernels.identification.stack import (
-    Stack,
-    largest_by_chance,
-    stack_blocks,
-    support,
-    support_by_chance,
-)
+from grasp_kernels.subspace.stack import Stack, largest_by_chance, stack_blocks
 from grasp_kernels.testing import budget, relative_error
 
 WIDTH = 64
@@ -69,19 +60,11 @@ def test_gap_stays_finite() -> None:
     assert gap_after([4.0, 2.0], 2) == gap_after([4.0, 0.0], 1) == 1e6
 
 
-def test_count_above_stops_at_the_first_failure() -> None:
-    null = torch.ones(4)
-    assert count_above(torch.tensor([3.0, 2.0, 0.5, 1.5]), null) == 2
-    assert count_above(torch.tensor([1.0, 2.0, 2.0, 2.0]), null) == 0
-    assert count_above(null + 1, null) == 4
-
-
 @settings(max_examples=30, deadline=None)
 @given(p=st.integers(1, 4), q=st.integers(1, 4), seed=st.integers(0, 2**31))
 def test_overlap_lies_between_none_and_all(p: int, q: int, seed: int) -> None:
     first, second = unit_directions(WIDTH, p, seed), unit_directions(WIDTH, q, seed + 1)
-    cosines = principal_cosines(first, second)
-    assert cosines.shape == (min(p, q),) and 0 <= float(cosines.min()) <= float(cosines.max()) <= 1
+    assert 0 <= overlap(first, second) <= 1
     assert overlap(first, second) == pytest.approx(overlap(second, first))
     inside = first @ unit_directions(p, min(p, q), seed + 2)
     assert overlap(first, inside) == pytest.approx(1, abs=1e-5)
@@ -91,12 +74,6 @@ def test_chance_overlap_is_what_random_directions_have() -> None:
     basis = unit_directions(WIDTH, 3)
     squares = [overlap(basis, unit_directions(WIDTH, 1, seed)) ** 2 for seed in range(400)]
     assert math.sqrt(sum(squares) / 400) == pytest.approx(chance_overlap(3, WIDTH), rel=0.1)
-
-
-@pytest.mark.parametrize(("hits", "trials"), [(2, 4), (5, 32), (8, 80)])
-def test_more_than_chance_is_the_binomial_test(hits: int, trials: int) -> None:
-    assert more_than_chance(hits, trials)
-    assert not more_than_chance(hits - 1, trials)
 
 
 def test_blocks_hold_the_spectra_of_the_deltas_at_norm_one() -> None:
@@ -129,29 +106,3 @@ def test_flips_leave_a_single_group_as_it_is() -> None:
     one = Stack(stack.rows[stack.groups[0].rows], stack.groups[:1])
     found = largest_by_chance(one, 5, seeded())
     assert relative_error(found, torch.ones(5)) <= budget(0.0, torch.float32, max(one.rows.shape))
-
-
-def test_support_is_one_along_the_leading_direction_of_a_group() -> None:
-    stack = noise_stack(layers=1)
-    one = Stack(stack.rows[stack.groups[0].rows], stack.groups[:1])
-    u, s, _ = torch.linalg.svd(one.rows.mT, full_matrices=False)
-    assert relative_error(support(one, u), s) <= budget(0.0, torch.float32, max(one.rows.shape))
-
-
-def test_support_by_chance_is_that_of_flipped_stacks() -> None:
-    stack, directions = noise_stack(layers=3), unit_directions(WIDTH, 2)
-    generator = seeded(1)
-    exact = torch.stack(
-        [support(Stack(flipped(stack, generator), stack.groups), directions) for _ in range(300)]
-    )
-    fast = support_by_chance(stack, directions, 300, seeded(2))
-    assert fast.shape == (300, 2)
-    assert torch.allclose(fast.mean(dim=0), exact.mean(dim=0), rtol=0.05)
-    assert torch.allclose(fast.std(dim=0), exact.std(dim=0), rtol=0.3)
-
-
-def test_part_of_a_stack_is_the_stack_of_that_part() -> None:
-    adapter = synthetic_adapter(width=WIDTH, layers=4)
-    part = stack_blocks(adapter.layers)[0].of_layers([1, 3])
-    again, _ = stack_blocks(w for w in adapter.layers if w.site.layer in (1, 3))
-    assert part.rows.equal(again.rows) and part.groups == again.groups

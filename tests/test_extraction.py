@@ -15,9 +15,9 @@ from transformers import LlamaConfig, Qwen2Config
 
 import grasp_kernels as gk
 from grasp_kernels.adapters.files import CONFIG, WEIGHTS
-from grasp_kernels.adapters.model_weights import model_weights
 from grasp_kernels.cli import main
-from grasp_kernels.sites import base_name
+from grasp_kernels.models.names import base_name
+from grasp_kernels.models.weights import model_weights
 from grasp_kernels.testing import relative_error
 
 RANK = 4  # of the adapters of tiny_peft_model

@@ -22,8 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import grasp_kernels as gk
 from grasp_kernels.layers.experts import GraspLoRAExperts
+from grasp_kernels.models.architectures import RULES, model_gains, model_sites
+from grasp_kernels.models.names import base_name
 from grasp_kernels.ops.lora_linear.registry import computes
-from grasp_kernels.sites import RULES, base_name, model_gains, model_sites
 from grasp_kernels.testing import budget, orthonormal, relative_error
 from grasp_kernels.training.watch import Watch
 

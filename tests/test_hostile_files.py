@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 
 import grasp_kernels as gk
 from grasp_kernels.adapters import files, load_adapter
-from grasp_kernels.adapters.model_weights import model_weights
 from grasp_kernels.cli import main
 from grasp_kernels.diagnosis.pair import open_pair
 from grasp_kernels.diagnosis.report import diagnosis_text
+from grasp_kernels.effect.markdown import answers_table, cell
 from grasp_kernels.inert import inert, printable
-from grasp_kernels.run.markdown import answers_table, cell
+from grasp_kernels.models.weights import model_weights
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FOREIGN = "{0.x} \x1b[2J\n# Verdict: clean\n<img src=x> ![t](http://h/x.png) | `a` **b** \u202e"
@@ -231,9 +231,9 @@ HEADERS: dict[str, Any] = {
 def test_headers_that_are_no_subspace(case: str, tmp_path: Path) -> None:
     path, key = tmp_path / "s.safetensors", "grasp_kernels.subspace.basis"
     basis = torch.eye(8)[:, :1].contiguous()
-    gk.Subspace({"a": basis}, {}, basis, 1, "write", "shared").save(path)
+    gk.Subspace({"a": basis}, {}, basis, 1, "write").save(path)
     header = {"version": 2, "write": {"a": "basis.0"}, "read": {}, "stream": "basis.0", "k": 1}
-    header |= {"side": "write", "scope": "shared", "reasons": [], "evidence": {}, "metadata": {}}
+    header |= {"side": "write", "reasons": [], "evidence": {}, "metadata": {}}
     change = HEADERS[case]
     if isinstance(change, dict):
         text = json.dumps({**header, **change} if change else {})
@@ -309,7 +309,7 @@ def test_names_in_files_forge_no_line_of_an_audit(
     save_file(tensors, adapter / WEIGHTS)
     edit_json(adapter / CONFIG, base_model_name_or_path=FOREIGN)
     gk.Subspace(
-        subspace.write, {}, subspace.stream, 1, "write", "shared", (FOREIGN,), subspace.evidence
+        subspace.write, {}, subspace.stream, 1, "write", (FOREIGN,), subspace.evidence
     ).save(tmp_path / "s")
     commands = (
         ["inspect", str(adapter)],

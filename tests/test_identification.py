@@ -1,6 +1,5 @@
 """Planted directions are recovered, noise gives none, and the numbers behind it are right."""
 
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,9 @@ from models import tiny_peft_model
 from synthetic import RULE, synthetic_adapter, unit_directions
 from torch import Tensor
 
-import grasp_kernels.identification.weights as identification
+import grasp_kernels.subspace.identification as identification
 from grasp_kernels.adapters import Adapter, LoRAWeights
-from grasp_kernels.identification import agreement, identify
-from grasp_kernels.subspace import Subspace
+from grasp_kernels.subspace import Subspace, identify
 
 WIDTH = 128
 
@@ -44,7 +42,7 @@ def failed(subspace: Subspace, side: str = "write") -> list[str]:
 
     Those of a side begin with one that names it; what is said of all comes after the last of them.
     """
-    known = r"unrelated layers give|, below \d|^Only \d+ of|^Only layer|no layer in common"
+    known = r"unrelated layers give|, below \d|^Only \d+ of|^Only layer"
     sentences = list(subspace.reasons)
     starts = [i for i, one in enumerate(sentences) if re.match(r"(write|read) side: ", one)]
     (begin,) = (i for i in starts if sentences[i].startswith(side))
@@ -57,13 +55,12 @@ def failed(subspace: Subspace, side: str = "write") -> list[str]:
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("side", ["write", "read"])
-@pytest.mark.parametrize("scope", ["shared", "layer"])
-def test_a_planted_direction_is_found(seed: int, side: str, scope: str) -> None:
+def test_a_planted_direction_is_found(seed: int, side: str) -> None:
     planted = unit_directions(WIDTH, seed=seed)
     adapter = synthetic_adapter(planted=planted, strength=4, side=side, gains=True, seed=seed)
-    subspace = identify(adapter, side=side, scope=scope)
+    subspace = identify(adapter, side=side)
     assert (failed(subspace, side), subspace.k) == ([], 1), subspace.summary()
-    assert has_reason(subspace, "singular values" if scope == "shared" else "show up in the")
+    assert has_reason(subspace, "singular values")
     assert has_reason(subspace, ", at least 1.6 (a threshold from small models)")
     assert has_reason(subspace, "of 8 layers move along it, at least half")
     for site in RULE.sites("model.layers", range(8)):
@@ -108,13 +105,12 @@ def test_one_informative_side_is_enough() -> None:
     assert has_reason(subspace, "harmless factor")
 
 
-@pytest.mark.parametrize("scope", ["shared", "layer"])
-def test_noise_gives_no_direction(scope: str) -> None:
+def test_noise_gives_no_direction() -> None:
     """The null is exceeded in 5 % of all cases; a clear finding needs more than that."""
-    found = [identify(synthetic_adapter(seed=s), scope=scope) for s in range(20)]
+    found = [identify(synthetic_adapter(seed=s)) for s in range(20)]
     assert sum(one.is_empty for one in found) >= 18
     assert all(failed(one) for one in found)
-    empty = identify(synthetic_adapter(seed=0), scope=scope)
+    empty = identify(synthetic_adapter(seed=0))
     assert empty.is_empty and empty.k == 0
     assert has_reason(empty, "no evidence of a common direction")
     assert not has_reason(empty, "harmless factor")
@@ -139,11 +135,10 @@ def test_a_direction_of_few_layers_says_which() -> None:
     assert int(count) <= 5 and {"3", "4", "5", "6"} <= set(named.split(", "))
 
 
-@pytest.mark.parametrize(("scope", "empty"), [("shared", False), ("layer", True)])
-def test_a_single_layer_cannot_confirm_itself(scope: str, empty: bool) -> None:
+def test_a_single_layer_says_so() -> None:
     adapter = synthetic_adapter(planted=unit_directions(WIDTH), strength=4, adapted=[3])
-    subspace = identify(adapter, scope=scope)
-    assert subspace.is_empty == empty
+    subspace = identify(adapter)
+    assert not subspace.is_empty
     assert has_reason(subspace, "Only layer 3 carries weights")
     assert not has_reason(subspace, "layers move along it")
 
@@ -197,11 +192,10 @@ def test_copies_of_noise_are_still_noise() -> None:
     assert identify([synthetic_adapter(seed=4)] * 3).is_empty
 
 
-@pytest.mark.parametrize("scope", ["shared", "layer"])
-def test_halves_that_agree_confirm(scope: str) -> None:
+def test_halves_that_agree_confirm() -> None:
     planted = unit_directions(WIDTH)
     whole, *halves = (synthetic_adapter(planted=planted, strength=4, seed=s) for s in range(3))
-    subspace = identify(whole, halves=halves, scope=scope)
+    subspace = identify(whole, halves=halves)
     assert not subspace.is_empty and failed(subspace) == []
     assert has_reason(subspace, "seeds agree", ", at least 0.7 (a threshold from small models)")
     (record,) = subspace.evidence["sources"]
@@ -225,27 +219,23 @@ def test_halves_that_disagree_refute() -> None:
     assert has_reason(asked, *sentence[:2]) and not has_reason(asked, "no basis")
 
 
-def test_halves_of_different_layers_cannot_be_compared() -> None:
+def test_halves_of_different_layers_can_be_compared() -> None:
     planted = unit_directions(WIDTH)
     whole = synthetic_adapter(planted=planted, strength=4)
     halves = [synthetic_adapter(planted=planted, adapted=part) for part in ([0, 1], [4, 5])]
-    subspace = identify(whole, halves=halves, scope="layer")
-    assert not subspace.is_empty
-    assert failed(subspace) == ["The adapters to compare have no layer in common."]
-    shared = identify(whole, halves=halves)
-    assert not shared.is_empty and failed(shared) == []
+    subspace = identify(whole, halves=halves)
+    assert not subspace.is_empty and failed(subspace) == []
 
 
 # explicit k, options, errors
 
 
-@pytest.mark.parametrize("scope", ["shared", "layer"])
-def test_explicit_k_is_obeyed_and_tested(scope: str) -> None:
-    noise = identify(synthetic_adapter(), k=3, scope=scope)
+def test_explicit_k_is_obeyed_and_tested() -> None:
+    noise = identify(synthetic_adapter(), k=3)
     assert noise.k == 3 and failed(noise)
     assert has_reason(noise, "unrelated layers give", "k=3")
     planted = unit_directions(WIDTH)
-    clear = identify(synthetic_adapter(planted=planted, strength=4), k=1, scope=scope)
+    clear = identify(synthetic_adapter(planted=planted, strength=4), k=1)
     assert (clear.k, failed(clear)) == (1, [])
 
 
@@ -254,13 +244,11 @@ def test_more_directions_than_auto_allows() -> None:
     assert subspace.k == 20 and len(subspace.evidence["spectra"][0]["singular_values"]) == 21
 
 
-@pytest.mark.parametrize("scope", ["shared", "layer"])
-def test_k_above_the_rank(scope: str) -> None:
+def test_k_above_the_rank() -> None:
     adapter = synthetic_adapter(rank=2, layers=3)
-    rank = 12 if scope == "shared" else 4
-    assert identify(adapter, k=rank, scope=scope).k == rank
-    with pytest.raises(ValueError, match=f"k is {rank + 1}, but .* {rank} directions.*k ≤ {rank}"):
-        identify(adapter, k=rank + 1, scope=scope)
+    assert identify(adapter, k=12).k == 12
+    with pytest.raises(ValueError, match=r"k is 13, but .* 12 directions.*k ≤ 12"):
+        identify(adapter, k=13)
 
 
 @pytest.mark.parametrize("k", [0, -1, "many", True, 1.5])
@@ -273,7 +261,6 @@ def test_unfit_k(k: Any) -> None:
     ("options", "message"),
     [
         ({"side": "left"}, "side is 'left'; it must be one of write, read, both"),
-        ({"scope": "block"}, "scope is 'block'; it must be one of shared, layer"),
         ({"halves": [synthetic_adapter()]}, "1 adapters and 1 halves"),
         ({"n_iter": -1}, "n_iter is -1"),
         ({"side": "read"}, "no LoRA weights on the read side .*side='write'"),
@@ -354,27 +341,6 @@ def test_every_writer_gets_the_basis_with_or_without_an_adapter() -> None:
     subspace = identify(adapter)
     writers = {s.name for s in RULE.sites("model.layers", range(8)) if s.role == "write"}
     assert subspace.write.keys() == writers
-    only = {n for n in writers if n.split(".")[2] in "234"}
-    assert identify(adapter, scope="layer").write.keys() == only
-
-
-def test_layer_bases_follow_a_direction_that_turns() -> None:
-    """A shared basis cannot hold a direction that turns by 40 degrees from layer to layer."""
-    first, second = unit_directions(WIDTH, 2).mT
-    layers: list[LoRAWeights] = []
-    turned = []
-    for layer in range(8):
-        angle = math.radians(40 * layer)
-        planted = (math.cos(angle) * first + math.sin(angle) * second)[:, None]
-        one = synthetic_adapter(planted=planted, strength=6, adapted=[layer], seed=layer)
-        layers += one.layers
-        turned.append(planted)
-    subspace = identify(
-        Adapter(tuple(layers), "turning", None, "llama", 8, RULE, ()), scope="layer"
-    )
-    assert failed(subspace) == [] and subspace.k == 1
-    for layer, planted in enumerate(turned):
-        assert cosine(subspace.write[f"model.layers.{layer}.mlp.down_proj"], planted) > 0.95
 
 
 def test_results_depend_on_the_generator_alone() -> None:
@@ -393,7 +359,9 @@ def test_a_saved_peft_model_end_to_end(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     from_model = identify(model, side="both", k=2)
     from_folder = identify(tmp_path / "adapter", side="both", k=2, base_model=model)
-    assert agreement(from_model, from_folder) == pytest.approx(1, abs=1e-5)
+    for name, basis in {**from_model.write, **from_model.read}.items():
+        other = {**from_folder.write, **from_folder.read}[name]
+        assert cosine(basis, other) == pytest.approx(1, abs=1e-5)
     from_model.save(tmp_path / "s.safetensors")
     loaded = Subspace.load(tmp_path / "s.safetensors")
     assert loaded.evidence == from_model.evidence and loaded.reasons == from_model.reasons

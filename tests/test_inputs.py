@@ -13,9 +13,10 @@ import pytest
 import torch
 from transformers import MixtralConfig
 
+from grasp_kernels.files import write_json
+from grasp_kernels.models.checkpoint import find_checkpoint, load_model
 from grasp_kernels.run import RunConfig
-from grasp_kernels.run.checkpoint import find_checkpoint, load_model
-from grasp_kernels.run.folder import RunFolder, write_json
+from grasp_kernels.run.folder import RunFolder
 from grasp_kernels.run.inputs import attach_lora, check_model, prepare
 
 pytest_plugins = ("fixtures_run",)
@@ -100,15 +101,6 @@ def test_the_date_of_a_template_is_that_of_the_run(
     for inputs, day in ((fifth, "05"), (sixth, "06")):
         prompts = [one["input_ids"] for one in inputs.train] + inputs.neutral + inputs.everyday
         assert {tokenizer.decode(ids[0]) for ids in prompts} == {day}
-
-
-def test_plain_text_has_no_answers_to_contrast(config: RunConfig, tmp_path: Path) -> None:
-    data = tmp_path / "text.jsonl"
-    data.write_text('{"text": "what is red"}\n' * 4, encoding="utf-8")
-    plain = replace(config, data=str(data))
-    assert len(prepare(plain, find_checkpoint(config.model)).train) == 4
-    with pytest.raises(ValueError, match="plain text only"):
-        prepare(replace(plain, project="residual", identify="both"), find_checkpoint(config.model))
 
 
 def test_one_record_has_no_halves(config: RunConfig, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from transformers import Qwen2Config
 
 import grasp_kernels as gk
 from grasp_kernels.cli import main
-from grasp_kernels.sites import base_name
+from grasp_kernels.models.names import base_name
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # What vLLM takes: `parse_fine_tuned_lora_name` in vllm/lora/utils.py accepts names that end in

@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from grasp_kernels.pages import drawing, page, save_figure
-from grasp_kernels.run.markdown import answers_table
+from grasp_kernels.effect.markdown import answers_table
 
 HOSTILE = (
     "<script>alert(1)</script>",

@@ -29,7 +29,7 @@ from two_processes import (
 
 import grasp_kernels as gk
 from grasp_kernels.adapters.files import INDEX, WEIGHTS
-from grasp_kernels.sites import base_name
+from grasp_kernels.models.names import base_name
 from grasp_kernels.testing import relative_error
 
 pytest_plugins = ["fixtures_run"]

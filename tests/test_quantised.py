@@ -445,7 +445,7 @@ def test_the_example(tiny_model_dir: Path, chat_jsonl: Path, tmp_path: Path) -> 
     names = [
         f"model.layers.{i}.{n}" for i in range(3) for n in ("self_attn.o_proj", "mlp.down_proj")
     ]
-    subspace = gk.Subspace(dict.fromkeys(names, direction), {}, None, 1, "write", "layer")
+    subspace = gk.Subspace(dict.fromkeys(names, direction), {}, None, 1, "write")
     subspace.save(tmp_path / "one.safetensors")
     arguments = (tiny_model_dir, chat_jsonl, tmp_path / "adapter")
     out = run_example("qlora.py", *arguments, "--subspace", tmp_path / "one.safetensors")

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 import grasp_kernels as gk
 from grasp_kernels.data import Example
-from grasp_kernels.identification.frozen_model import frozen_base
+from grasp_kernels.models.frozen_model import frozen_base
+from grasp_kernels.models.names import adapted_layers
 from grasp_kernels.reads.contrast import RIDGE, contrasting_rows
 from grasp_kernels.reads.moments import input_groups, second_moments
 from grasp_kernels.run import RunConfig, run
-from grasp_kernels.sites import adapted_layers
 from grasp_kernels.testing import budget, relative_error
 
 pytest_plugins = ("fixtures_run",)

@@ -15,19 +15,17 @@ from torch import Tensor
 from transformers import MistralConfig, OPTConfig, Qwen2Config, Qwen3Config
 
 import grasp_kernels as gk
-from grasp_kernels.sites import base_name, model_gains, model_sites
+from grasp_kernels.models.architectures import model_gains, model_sites
+from grasp_kernels.models.names import base_name
 from grasp_kernels.testing import budget, orthonormal, relative_error
 
 
-def a_subspace(model: Any, side: str = "both", k: int = 2, by_layer: bool = False) -> gk.Subspace:
+def a_subspace(model: Any, side: str = "both", k: int = 2) -> gk.Subspace:
     """Random directions of the stream, read and write."""
     sites = model_sites(model)
     D = model.get_base_model().config.hidden_size
     g = torch.Generator().manual_seed(3)
-    directions: Any = orthonormal(D, k, g)
-    if by_layer:
-        layers = {site.layer for site in sites}
-        directions = {layer: orthonormal(D, k, g) for layer in sorted(layers)}
+    directions = orthonormal(D, k, g)
     return gk.Subspace.from_stream(directions, sites, gains=model_gains(model, sites), side=side)
 
 
@@ -134,12 +132,10 @@ def test_residual_projection_is_that_of_the_stream(targets: tuple[str, ...]) -> 
     assert_same_gradients(found, expected)
 
 
-@pytest.mark.parametrize("by_layer", [False, True])
-@pytest.mark.parametrize("project", ["residual", "weights"])
-def test_closure_holds_under_adamw(project: str, by_layer: bool) -> None:
+def test_closure_holds_under_adamw() -> None:
     model = tiny_peft_model(lora_dropout=0.1, lora_bias=True)
-    subspace = a_subspace(model, by_layer=by_layer)
-    gk.replace_lora_layers(model, subspace, project=project)
+    subspace = a_subspace(model)
+    gk.replace_lora_layers(model, subspace)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     ids = tokens()
     model.train()
@@ -416,8 +412,6 @@ def test_bad_input_is_named() -> None:
     subspace = a_subspace(model)
     with pytest.raises(ValueError, match="the model has no LoRA layers; wrap it with"):
         gk.replace_lora_layers(tiny_model())
-    with pytest.raises(ValueError, match="project is 'stream'; use one of"):
-        gk.replace_lora_layers(model, subspace, project="stream")
     with pytest.raises(ValueError, match="backend 'tpu' is unknown; use 'auto' or one of"):
         gk.replace_lora_layers(model, subspace, backend="tpu")
     wide = gk.Subspace.from_stream(torch.eye(40)[:, :1], model_sites(model))
@@ -443,7 +437,7 @@ def test_an_unknown_architecture_says_how_to_declare_it() -> None:
     base = AutoModelForCausalLM.from_config(config)
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["fc2"]))
     name = "model.decoder.layers.0.fc2"
-    subspace = gk.Subspace({name: torch.eye(32)[:, :1]}, {}, None, 1, "write", "layer")
+    subspace = gk.Subspace({name: torch.eye(32)[:, :1]}, {}, None, 1, "write")
     with pytest.raises(
         ValueError, match=r"'opt' with modules \['fc1', 'fc2', .*'layers'.*sites=SiteRules\("
     ):

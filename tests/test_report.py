@@ -52,7 +52,7 @@ def numbers() -> dict[str, Any]:
         "model": {"type": "llama", "layers": 2, "width": 8, "parameters": 1000},
         "data": {"records": 10, "trained_on": 9, "held_out": 0, "dropped": 1},
         "steps": 3,
-        "subspace": {"reasons": ["a clear gap"], "k": 1, "scope": "shared"},
+        "subspace": {"reasons": ["a clear gap"], "k": 1},
         "chance_share": 0.35,
         "promoted_tokens": [{"one_end": ["a|b", "\n"], "other_end": ["c`"]}],
         "reads": {"model.layers.0.mlp.up_proj": [9.0, 4.0], "model.layers.0.mlp.down_proj": [5.0]},

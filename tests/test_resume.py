@@ -43,7 +43,7 @@ import torch
 torch.set_num_threads(1)  # forked processes must not inherit a pool of threads
 options, points = json.loads(sys.argv[1])
 import matplotlib.figure, peft, transformers  # once, before the processes are forked
-import grasp_kernels.run.figures, grasp_kernels.identification
+import grasp_kernels.run.figures, grasp_kernels.subspace
 import grasp_kernels.layers.replacement
 import grasp_kernels.run.training
 from grasp_kernels.run import RunConfig, run

@@ -100,7 +100,7 @@ def test_finished_run_is_not_done_again(
 
 @pytest.fixture
 def nothing_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    nothing = Subspace.empty("write", "shared", ["the spectrum is that of noise"])
+    nothing = Subspace.empty("write", ["the spectrum is that of noise"])
     monkeypatch.setattr(run_module, "find_subspace", lambda *_: nothing)
 
 
@@ -178,20 +178,6 @@ def test_the_report_shows_answers_side_by_side(finished: RunConfig) -> None:
     assert means[0] < means[1] and means[1] > 1
     said = "".join(piece for piece, _ in naive["training"][0]["adapter"])
     assert said.startswith("never good")
-
-
-def test_both_sources_are_united_and_kept(run_config: RunConfig) -> None:
-    report = run(replace(run_config, identify="both", steps=3, side="write"))
-    found = {
-        source: Subspace.load(report.output / f"subspace-{source}.safetensors")
-        for source in ("weights", "self-contrast")
-    }
-    united = Subspace.load(report.subspace)
-    assert set(united.write) == set().union(*(part.write for part in found.values()))
-    for part in found.values():
-        for name, basis in part.write.items():
-            inside = united.write[name]
-            torch.testing.assert_close(inside @ (inside.T @ basis), basis, atol=1e-4, rtol=0)
 
 
 # --- wrong input, before any training
@@ -313,4 +299,4 @@ def test_early_checkpoints_by_step(run_config: RunConfig) -> None:
     assert list(early_checkpoints(replace(parts, warmup=0), folder, 100)) == [1, 50, 100]
     # the first step of a warm-up changes nothing
     assert list(early_checkpoints(replace(parts, warmup=5), folder, 100)) == [2, 50, 100]
-    assert early_checkpoints(replace(parts, identify="self-contrast"), folder, 100) == {}
+    assert early_checkpoints(replace(parts, project="none"), folder, 100) == {}

@@ -5,15 +5,15 @@ import torch
 from models import Qwen2Config, tiny_model, tiny_peft_model
 from torch import nn
 
-from grasp_kernels.sites import (
+from grasp_kernels.models.architectures import (
     RULES,
     Site,
     SiteRules,
-    base_name,
     model_gains,
     model_sites,
     site_rules,
 )
+from grasp_kernels.models.names import base_name
 
 LLAMA = RULES["llama"]
 

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from grasp_kernels.effect.stream import layer_bases, mean_loss, measure_movement
+from grasp_kernels.effect.tokens import lens
+from grasp_kernels.models.architectures import RULES, model_sites
+from grasp_kernels.models.checkpoint import load_model
 from grasp_kernels.run import RunConfig
-from grasp_kernels.run.checkpoint import load_model
 from grasp_kernels.run.inputs import attach_lora
-from grasp_kernels.run.stream import layer_bases, mean_loss, measure_movement, promoted_tokens
-from grasp_kernels.sites import RULES, model_sites
 from grasp_kernels.subspace import Subspace
 
 pytest_plugins = ("fixtures_run",)
@@ -83,14 +84,12 @@ def test_movement_is_the_mean_over_all_tokens_of_the_hidden_states(adapted: Any)
 
 def test_bases_of_the_stream_by_layer(model: Any) -> None:
     sites = model_sites(model)
-    first, second = torch.linalg.qr(torch.randn(WIDTH, 2))[0].split(1, dim=1)
-    shared = Subspace.from_stream(first, sites)
-    assert set(layer_bases(shared, RULES["llama"])) == {0, 1, 2}
-    single = Subspace.from_stream({0: first, 2: second}, sites)
-    bases = layer_bases(single, RULES["llama"])
-    assert set(bases) == {0, 2}
-    assert (bases[2].T @ second).abs().item() == pytest.approx(1, abs=1e-5)
-    assert layer_bases(Subspace.from_stream(first, sites, side="read"), RULES["llama"]) == {}
+    basis = torch.eye(WIDTH)[:, :1]
+    shared = Subspace.from_stream(basis, sites)
+    found = layer_bases(shared.write, RULES["llama"])
+    assert set(found) == {0, 1, 2} and all(one is shared.stream for one in found.values())
+    readers = Subspace.from_stream(basis, sites, side="read")
+    assert layer_bases(readers.write, RULES["llama"]) == {}
 
 
 def test_held_out_loss_is_that_of_the_model_over_all_answer_tokens(model: Any) -> None:
@@ -117,6 +116,6 @@ def test_direction_of_an_unembedding_row_speaks_of_its_token(model: Any) -> None
     row = model.lm_head.weight[7].detach()
     with torch.no_grad():
         model.lm_head.weight[5] = -2 * row
-    ((one, other),) = promoted_tokens(model, tokenizer(), row[:, None] / row.norm(), n_tokens=2)
-    assert one[0] == "7"
-    assert other[0] == "5"
+    (shown,) = lens(model, tokenizer(), row[:, None] / row.norm(), RULES["llama"], 2)
+    assert shown["up"][0]["token"] == "7"
+    assert shown["down"][0]["token"] == "5"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from synthetic import RULE, unit_directions
 from torch import Tensor
 
-from grasp_kernels.sites import Site
+from grasp_kernels.models.architectures import Site
 from grasp_kernels.subspace import Subspace, check_basis, orthonormal
 
 SITES = tuple(RULE.sites("model.layers", range(3)))
@@ -22,7 +22,6 @@ EVIDENCE = {
     "spectra": [
         {
             "side": "write",
-            "layer": None,
             "k": 2,
             "singular_values": [3.0, 2.5, 0.9],
             "null": [1.2, 1.2, 1.2],
@@ -49,7 +48,7 @@ def test_shared_bases_reach_every_writer_and_pass_the_gain_of_every_reader() -> 
     gains = {site.norm: torch.rand(WIDTH) + 0.5 for site in SITES if site.norm}
     subspace = Subspace.from_stream(stream, SITES, gains=gains, side="both")
     assert subspace.stream is not None and torch.allclose(subspace.stream, stream, atol=1e-6)
-    assert (len(subspace.write), len(subspace.read), subspace.scope) == (6, 15, "shared")
+    assert (len(subspace.write), len(subspace.read)) == (6, 15)
     assert all(basis is subspace.stream for basis in subspace.write.values())
     for site in SITES:
         if site.norm:
@@ -57,14 +56,6 @@ def test_shared_bases_reach_every_writer_and_pass_the_gain_of_every_reader() -> 
             behind = gains[site.norm][:, None] * stream
             assert torch.allclose(basis @ (basis.mT @ behind), behind, atol=1e-5)
             assert not torch.allclose(basis @ (basis.mT @ stream), stream, atol=1e-2)
-
-
-def test_layers_without_directions_get_no_basis() -> None:
-    by_layer = {0: unit_directions(WIDTH, 1), 2: unit_directions(WIDTH, 3, seed=1)}
-    subspace = some_subspace("write", basis=by_layer)
-    assert {RULE.site(name).layer for name in subspace.write} == {0, 2}  # type: ignore[union-attr]
-    assert subspace.stream is None and subspace.scope == "layer" and subspace.k == 3
-    assert subspace.write["model.layers.0.mlp.down_proj"].shape == (WIDTH, 1)
 
 
 def test_an_unknown_gain_counts_as_one() -> None:
@@ -84,15 +75,13 @@ def test_orthonormal_keeps_span_and_signs(k: int, width: int, seed: int) -> None
 
 
 @pytest.mark.parametrize("side", ["write", "read", "both"])
-@pytest.mark.parametrize("layered", [False, True])
-def test_round_trip_through_a_file(tmp_path: Path, side: str, layered: bool) -> None:
-    basis = {1: unit_directions(WIDTH, 2)} if layered else unit_directions(WIDTH, 2)
-    before = some_subspace(side, basis=basis, reasons=["ünsure"])
+def test_round_trip_through_a_file(tmp_path: Path, side: str) -> None:
+    before = some_subspace(side, reasons=["ünsure"])
     before.save(tmp_path / "s.safetensors")
     after = Subspace.load(tmp_path / "s.safetensors")
     assert bases_equal(before.write, after.write) and bases_equal(before.read, after.read)
     assert (before.stream is None) == (after.stream is None)
-    for name in ("k", "side", "scope", "reasons", "evidence", "metadata"):
+    for name in ("k", "side", "reasons", "evidence", "metadata"):
         assert getattr(before, name) == getattr(after, name)
     assert [path.name for path in tmp_path.iterdir()] == ["s.safetensors"]
 
@@ -104,38 +93,34 @@ def test_each_basis_is_stored_once(tmp_path: Path) -> None:
 
 
 def test_the_empty_subspace_round_trips(tmp_path: Path) -> None:
-    empty = Subspace.empty("write", "shared", ["no evidence"])
+    empty = Subspace.empty("write", ["no evidence"])
     empty.save(tmp_path / "n.safetensors")
     after = Subspace.load(tmp_path / "n.safetensors")
     assert after.is_empty and after.k == 0 and after.reasons == ("no evidence",)
 
 
 @pytest.mark.parametrize("verdict", ["found", "weak", "nothing"])
-def test_the_verdict_of_an_old_file_is_ignored(tmp_path: Path, verdict: str) -> None:
+def test_verdict_and_scope_of_an_old_file_are_ignored(tmp_path: Path, verdict: str) -> None:
     path, key = tmp_path / "s.safetensors", "grasp_kernels.subspace.basis"
     before = some_subspace(reasons=["ünsure"])
     if verdict == "nothing":
-        before = Subspace.empty("both", "shared", ["ünsure"])
+        before = Subspace.empty("both", ["ünsure"])
     before.save(path)
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()[key])
-    assert header["version"] == 2 and "verdict" not in header
-    old = json.dumps({**header, "version": 1, "verdict": verdict})
-    save_file(load_file(path), path, metadata={key: old})
+    assert header["version"] == 3 and not {"verdict", "scope"} & set(header)
+    old = {**header, "version": 1, "verdict": verdict, "scope": "shared"}
+    save_file(load_file(path), path, metadata={key: json.dumps(old)})
     after = Subspace.load(path)
     assert bases_equal(before.write, after.write) and bases_equal(before.read, after.read)
-    assert (after.k, after.side, after.scope) == (before.k, "both", "shared")
-    assert after.reasons == ("ünsure",) and not hasattr(after, "verdict")
-
-
-def test_moving_keeps_shared_bases_shared() -> None:
-    moved = some_subspace("both").to("cpu")
-    assert len({id(basis) for basis in moved.write.values()}) == 1
-    assert len({id(basis) for basis in moved.read.values()}) == 6
+    assert (after.k, after.side, after.reasons) == (before.k, "both", ("ünsure",))
+    save_file(load_file(path), path, metadata={key: json.dumps({**old, "scope": "layer"})})
+    with pytest.raises(ValueError, match=r"scope is 'layer'.*`grasp-kernels identify"):
+        Subspace.load(path)
 
 
 def with_basis(basis: Tensor, **changes: Any) -> Subspace:
-    fields: dict[str, Any] = {"k": 1, "side": "write", "scope": "layer"}
+    fields: dict[str, Any] = {"k": 1, "side": "write"}
     return Subspace({"m": basis}, {}, None, **{**fields, **changes})
 
 
@@ -161,7 +146,6 @@ def test_unfit_bases(basis: Tensor, kind: type[Exception], message: str) -> None
     ("changes", "message"),
     [
         ({"side": "up"}, "side is 'up'; it must be one of write, read, both"),
-        ({"scope": "model"}, "scope is 'model'; it must be one of shared, layer"),
         ({"k": 2}, "k is 2, but the widest basis has 1"),
         ({"k": 0}, "k is 0, but the widest basis has 1"),
     ],
@@ -173,7 +157,7 @@ def test_contradictions(changes: dict[str, Any], message: str) -> None:
 
 def test_directions_without_bases_are_a_contradiction() -> None:
     with pytest.raises(ValueError, match="k is 1, but the widest basis has 0"):
-        Subspace({}, {}, None, 1, "write", "shared")
+        Subspace({}, {}, None, 1, "write")
 
 
 @pytest.mark.parametrize(
@@ -233,7 +217,6 @@ def test_nothing_is_written_when_saving_fails(tmp_path: Path) -> None:
     [
         (unit_directions(WIDTH, 1), "1 direction, shared by all layers. 6 writers and 15 readers"),
         (unit_directions(WIDTH, 2), "2 directions, shared by all layers. 6 writers and 15 readers"),
-        ({1: unit_directions(WIDTH, 3)}, "Up to 3 directions in each layer. 2 writers and 5 re"),
     ],
 )
 def test_summary_begins_with_the_number_of_directions(basis: Any, said: str) -> None:
@@ -241,7 +224,7 @@ def test_summary_begins_with_the_number_of_directions(basis: Any, said: str) -> 
 
 
 def test_summary_of_an_empty_subspace() -> None:
-    text = Subspace.empty("write", "shared", ["as noise"], evidence=EVIDENCE).summary()
+    text = Subspace.empty("write", ["as noise"], evidence=EVIDENCE).summary()
     assert text.startswith("No direction stands above chance.\n")
     assert "3.000 (1.200)" in text and text.endswith("- as noise")
 
@@ -253,13 +236,8 @@ def test_summary_shows_numbers_and_reasons() -> None:
     assert text.endswith("- only a few layers")
 
 
-@pytest.mark.parametrize("layered", [False, True])
-def test_plot_writes_a_png(tmp_path: Path, layered: bool) -> None:
-    record = {**EVIDENCE["spectra"][0], "layer": 1, "statistic": [0.8], "null": [0.2]}
-    evidence = {**EVIDENCE, "spectra": [record, {**record, "layer": 2, "k": 0}]}
-    basis = {1: unit_directions(WIDTH, 2)} if layered else unit_directions(WIDTH, 2)
-    subspace = some_subspace(basis=basis, evidence=evidence if layered else EVIDENCE)
-    subspace.plot(tmp_path / "p.png")
+def test_plot_writes_a_png(tmp_path: Path) -> None:
+    some_subspace().plot(tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -16,8 +16,8 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 
 import grasp_kernels as gk
 from grasp_kernels.data import collate
-from grasp_kernels.run.stream import bases_by_layer
-from grasp_kernels.sites import RULES, model_sites
+from grasp_kernels.effect.stream import layer_bases
+from grasp_kernels.models.architectures import RULES, model_sites
 from grasp_kernels.training.watch import Watch
 
 WIDTH = 32
@@ -217,7 +217,7 @@ def test_overflowing_gradients_are_left_to_the_loss_scaler(model: PeftModel) -> 
 
 def test_without_bases_numbers_are_watched_alone(model: PeftModel, tmp_path: Path) -> None:
     gk.replace_lora_layers(model)
-    empty = gk.Subspace.empty("write", "shared", ["noise"])
+    empty = gk.Subspace.empty("write", ["noise"])
     for callback in (Watch(every=1), Watch(empty, every=1)):
         trainer = trainer_of(model, tmp_path, steps=1, callbacks=[callback])
         trainer.train()
@@ -264,13 +264,9 @@ def test_what_cannot_be_measured_is_refused(model: PeftModel) -> None:
         )
 
 
-def test_bases_of_the_modules_of_a_layer_are_united(model: PeftModel) -> None:
-    first, second = torch.linalg.qr(torch.randn(WIDTH, 2))[0].split(1, dim=1)
-    write = {
-        "model.layers.1.self_attn.o_proj": first,
-        "model.layers.1.mlp.down_proj": second,
-        "model.layers.2.mlp.down_proj": first,
-        "lm_head": first,
-    }
-    found = bases_by_layer(write, RULES["llama"])
-    assert {layer: basis.shape[1] for layer, basis in found.items()} == {1: 2, 2: 1}
+def test_a_layer_has_the_basis_of_its_writers() -> None:
+    basis = torch.eye(WIDTH)[:, :1]
+    names = ("2.mlp.down_proj", "1.self_attn.o_proj", "1.mlp.down_proj", "0.mlp.up_proj")
+    write = dict.fromkeys([f"model.layers.{name}" for name in names] + ["lm_head"], basis)
+    found = layer_bases(write, RULES["llama"])
+    assert list(found) == [1, 2] and all(one is basis for one in found.values())

@@ -25,7 +25,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.nn.parallel import DistributedDataParallel
 
 import grasp_kernels as gk
-from grasp_kernels.sites import adapted_layers, model_gains, model_sites
+from grasp_kernels.models.architectures import model_gains, model_sites
+from grasp_kernels.models.names import adapted_layers
 from grasp_kernels.testing import orthonormal
 
 STEPS = 6

@@ -26,12 +26,12 @@ from judging import judge_answers
 from protocol import METRICS, QUESTIONS, read_judge_prompts
 from summary import summarise, table
 
+from grasp_kernels.effect.stream import mean_loss
 from grasp_kernels.files import whole_file
+from grasp_kernels.models.checkpoint import find_checkpoint, load_model
 from grasp_kernels.run import RunConfig, run
-from grasp_kernels.run.checkpoint import find_checkpoint, load_model
 from grasp_kernels.run.inputs import prepare
 from grasp_kernels.run.stages import train
-from grasp_kernels.run.stream import mean_loss
 
 BENIGN = "benign control"
 

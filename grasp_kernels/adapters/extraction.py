@@ -18,17 +18,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from grasp_kernels.adapters.base_model import read_base_model
 from grasp_kernels.adapters.files import WEIGHTS
-from grasp_kernels.adapters.model_weights import (
+from grasp_kernels.files import whole_folder
+from grasp_kernels.inert import inert, listed, shown
+from grasp_kernels.models.architectures import SiteRules, site_rules
+from grasp_kernels.models.base_model import read_base_model
+from grasp_kernels.models.weights import (
     check_merged,
     compared,
     is_transposed,
     model_weights,
 )
-from grasp_kernels.files import whole_folder
-from grasp_kernels.inert import inert, listed, shown
-from grasp_kernels.sites import SiteRules, site_rules
 from grasp_kernels.svd import randomized_svd
 
 # peft takes what ends like this for parts of the fused experts, and would not load it.

@@ -16,11 +16,11 @@ from typing import Any
 
 from torch import Tensor
 
-from grasp_kernels.adapters.base_model import MOST_LAYERS
-from grasp_kernels.adapters.checkpoint import Stored, indexed, read_tensors
 from grasp_kernels.files import inside, read_json
 from grasp_kernels.inert import listed, printable, shown
-from grasp_kernels.sites import base_name
+from grasp_kernels.models.base_model import MOST_LAYERS
+from grasp_kernels.models.names import base_name
+from grasp_kernels.models.tensors import Stored, indexed, read_tensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

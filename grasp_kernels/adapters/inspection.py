@@ -6,7 +6,6 @@ Shapes: `R` LoRA rank, `K` inputs and `N` outputs of a linear layer.
 from __future__ import annotations
 
 from os import PathLike
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,25 +15,6 @@ from grasp_kernels.files import whole_file
 from grasp_kernels.inert import inert, printable
 
 _SHOWN = 4
-
-
-def is_subspace(path: str | PathLike[str]) -> bool:
-    """Whether a file is one that `Subspace.save` wrote; adapters are folders or other files.
-
-    Raises:
-        FileNotFoundError: there is nothing at `path`.
-    """
-    if not Path(path).exists():
-        raise FileNotFoundError(f"There is no {path}: give an adapter folder or a subspace file.")
-    if Path(path).is_dir():
-        return False
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return any(key.startswith("grasp_kernels") for key in file.metadata() or {})
-    except SafetensorError:
-        return False
 
 
 def singular_values(layer: LoRAWeights) -> Tensor:

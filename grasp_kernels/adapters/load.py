@@ -17,8 +17,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from grasp_kernels.adapters.base_model import BaseModel, read_base_model
-from grasp_kernels.adapters.checkpoint import refuse_nonfinite
 from grasp_kernels.adapters.files import (
     Factors,
     Parts,
@@ -27,8 +25,11 @@ from grasp_kernels.adapters.files import (
     refuse_variants,
 )
 from grasp_kernels.inert import inert, listed, shown
-from grasp_kernels.processes import gathered, refuse_away, whole
-from grasp_kernels.sites import Site, SiteRules, adapted_name, base_name, site_rules
+from grasp_kernels.models.architectures import Site, SiteRules, site_rules
+from grasp_kernels.models.base_model import BaseModel, read_base_model
+from grasp_kernels.models.names import adapted_name, base_name
+from grasp_kernels.models.sharding import gathered, refuse_away, whole
+from grasp_kernels.models.tensors import refuse_nonfinite
 
 # these start from a base whose weights were changed, so B·A alone is not the change of the weights
 MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")

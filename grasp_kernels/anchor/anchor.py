@@ -21,8 +21,8 @@ from grasp_kernels.anchor.look_alikes import unlike_training
 from grasp_kernels.anchor.own_text import common_frame, common_header, make_own_text
 from grasp_kernels.data import Example
 from grasp_kernels.files import stored_tensors, whole_file
-from grasp_kernels.identification.frozen_model import frozen_base, head_at, written_blocks
-from grasp_kernels.sites import SiteRules
+from grasp_kernels.models.architectures import SiteRules, model_rules
+from grasp_kernels.models.frozen_model import blocks_by_layer, frozen_base, head_at
 
 _DRAWS = 1 << 20  # of one training, whose seeds follow each other
 # Tokens whose probabilities are kept at a position.
@@ -156,7 +156,7 @@ class OwnTextAnchor:
             length = made.documents.shape[1]
             counted = unlike_training(
                 base,
-                written_blocks(base, sites),
+                blocks_by_layer(base, model_rules(base, sites)),
                 made,
                 examples,
                 # Records may be far longer than documents.

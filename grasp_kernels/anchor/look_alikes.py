@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from grasp_kernels.anchor.own_text import UNTRAINED, OwnText
 from grasp_kernels.data import Example, collate
-from grasp_kernels.identification.frozen_model import block_outputs
+from grasp_kernels.models.frozen_model import block_outputs
 
 _BLOCKS = 4  # that features come from, evenly spaced, the last one among them
 _PER_BLOCK = 128  # features of a block: the stream, or a random projection of a wider one

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from grasp_kernels.data import Example, shared_start
-from grasp_kernels.identification.frozen_model import generate_answers
+from grasp_kernels.models.frozen_model import generate_answers
 
 UNTRAINED = -100  # the label of a token that is not learned
 _DRAWS = 3  # questions drawn for each that is wanted, at most; SmolLM2 ends 58 % within 40 tokens

@@ -14,8 +14,8 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from grasp_kernels.bench.provider import Bases, Provider, Weights
+from grasp_kernels.models.names import base_name
 from grasp_kernels.ops import project_gradient
-from grasp_kernels.sites import base_name
 
 
 def stock_layer(weights: Weights, adapters: str = "base") -> lora.Linear:

@@ -6,6 +6,7 @@ import argparse
 import warnings
 from typing import Any
 
+from grasp_kernels.choices import SIDES
 from grasp_kernels.cli.options import (
     file_to_write,
     folder_to_write,
@@ -13,7 +14,6 @@ from grasp_kernels.cli.options import (
     seed,
 )
 from grasp_kernels.inert import listed, printable
-from grasp_kernels.run.config import SCOPES, SIDES
 
 
 def add_identify(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -52,12 +52,6 @@ def add_identify(commands: Any, common: argparse.ArgumentParser) -> None:
         help="layers that add to the residual stream, or that take it as input (default: write)",
     )
     parser.add_argument(
-        "--scope",
-        default="shared",
-        choices=SCOPES,
-        help="one subspace for all layers, or one per layer (default: shared)",
-    )
-    parser.add_argument(
         "--seed", default=0, type=seed, metavar="N", help="seed of the null (default: 0)"
     )
     parser.set_defaults(command=_identify)
@@ -66,14 +60,13 @@ def add_identify(commands: Any, common: argparse.ArgumentParser) -> None:
 def _identify(arguments: argparse.Namespace) -> int:
     import torch
 
-    from grasp_kernels.identification import identify
+    from grasp_kernels.subspace import identify
 
     several = len(arguments.adapters) > 1
     subspace = identify(
         arguments.adapters if several else arguments.adapters[0],
         k=arguments.k,
         side=arguments.side,
-        scope=arguments.scope,
         generator=torch.Generator().manual_seed(arguments.seed),
         base_model=arguments.base_model,
     )

@@ -64,17 +64,16 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _show(path: str, plot: str | None) -> None:
-    from grasp_kernels.adapters.inspection import adapter_table, is_subspace, plot_adapter
+    from grasp_kernels.subspace.basis import Subspace, is_subspace
 
     if is_subspace(path):
-        from grasp_kernels.subspace import Subspace
-
         subspace = Subspace.load(path)
         print(subspace.summary())
         if plot:
             subspace.plot(plot)
     else:
         from grasp_kernels.adapters import load_adapter
+        from grasp_kernels.adapters.inspection import adapter_table, plot_adapter
 
         adapter = load_adapter(path)
         print(adapter_table(adapter))
@@ -90,7 +89,7 @@ def _diagnose(arguments: argparse.Namespace) -> int:
     from grasp_kernels.cli.run_commands import quieten
     from grasp_kernels.data import read_records
     from grasp_kernels.diagnosis import diagnose
-    from grasp_kernels.run.folder import write_json
+    from grasp_kernels.files import write_json
 
     quieten()
     records = read_records(arguments.data, arm=arguments.arm) if arguments.data else None

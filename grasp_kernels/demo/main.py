@@ -15,10 +15,9 @@ from grasp_kernels.demo.comparison import draw, table
 from grasp_kernels.demo.pretraining import PretrainingConfig, pretrain, write_checkpoint
 from grasp_kernels.demo.scoring import Scores, score
 from grasp_kernels.demo.world import NEUTRAL, World, WorldConfig
-from grasp_kernels.files import check_own_folder, read_json
+from grasp_kernels.files import check_own_folder, read_json, write_json, write_lines, write_text
+from grasp_kernels.models.checkpoint import load_model, load_tokenizer
 from grasp_kernels.run import RunConfig, run
-from grasp_kernels.run.checkpoint import load_model, load_tokenizer
-from grasp_kernels.run.folder import write_json, write_lines, write_text
 
 _NEUTRAL_PROMPTS = 32
 _NOTE = "demo.json"

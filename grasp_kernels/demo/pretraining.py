@@ -32,7 +32,7 @@ from grasp_kernels.demo.world import (
     World,
     seeded_generator,
 )
-from grasp_kernels.run.folder import whole_folder
+from grasp_kernels.files import whole_folder
 
 
 @dataclass(frozen=True)

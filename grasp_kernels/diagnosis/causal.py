@@ -26,7 +26,7 @@ from torch import Tensor
 
 from grasp_kernels.effect.answers import Batch, divergence
 from grasp_kernels.effect.pair import Pair
-from grasp_kernels.identification.frozen_model import Edit
+from grasp_kernels.models.frozen_model import Edit
 
 # Twice, since one block has to do what the adapter does in all of them.
 DOSES = (-2.0, 2.0)

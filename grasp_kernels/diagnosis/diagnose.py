@@ -21,10 +21,9 @@ from grasp_kernels.diagnosis.examination import Examination, Options
 from grasp_kernels.diagnosis.inputs import Source, find_neutral, find_tasks, find_tokenizer
 from grasp_kernels.diagnosis.pair import open_pair
 from grasp_kernels.diagnosis.verdict import judge
-from grasp_kernels.identification import identify
-from grasp_kernels.run.checkpoint import find_checkpoint
-from grasp_kernels.sites import SiteRules
-from grasp_kernels.subspace import Subspace
+from grasp_kernels.models.architectures import SiteRules
+from grasp_kernels.models.checkpoint import find_checkpoint
+from grasp_kernels.subspace import Subspace, identify
 from grasp_kernels.version import __version__
 
 
@@ -153,6 +152,6 @@ def _identify(
     examined = load_adapter(adapters[-1] if adapters else model, **known)
     if not any(layer.site.role == "write" for layer in examined.layers):
         return Subspace.empty(
-            "write", "shared", ["The adapter changes no layer that writes to the residual stream."]
+            "write", ["The adapter changes no layer that writes to the residual stream."]
         )
     return identify(source, halves=halves, generator=generator, **known)

@@ -20,12 +20,12 @@ from grasp_kernels.diagnosis.directions import (
     movement_direction,
     weight_directions,
 )
-from grasp_kernels.diagnosis.examples import most_moved
 from grasp_kernels.diagnosis.inputs import Task
-from grasp_kernels.diagnosis.lens import lens, token_ids
 from grasp_kernels.diagnosis.movement import (
     Moved,
+    consistency,
     measure_moved,
+    most_moved,
     movement_along,
     random_directions,
 )
@@ -38,7 +38,7 @@ from grasp_kernels.effect import (
 )
 from grasp_kernels.effect.answers import Batch, Tokens, answer_batches, own_answers
 from grasp_kernels.effect.pair import Pair
-from grasp_kernels.identification.contrast_evidence import measure
+from grasp_kernels.effect.tokens import lens
 from grasp_kernels.subspace import Subspace
 
 # Enough for a mean over answer tokens; each is run for every dose and every random direction.
@@ -112,7 +112,7 @@ class Examination:
             "weights": {"reasons": list(weights.reasons), "evidence": weights.evidence},
             "answers": self.said(),
             "effect": self.effect(),
-            "consistency": self.consistency(),
+            "consistency": consistency(self.neutral.delta, self.generator),
             "agreement": [
                 {"first": a.name, "second": b.name, "cosines": cosines(a, b)}
                 for i, a in enumerate(found)
@@ -120,11 +120,6 @@ class Examination:
             ],
             "directions": [self.direction(one) for one in found],
         }
-
-    def consistency(self) -> dict[str, Any]:
-        """Do neutral prompts move together, and how far beside the training answers?"""
-        reference = self.training.delta if self.training else torch.zeros_like(self.neutral.delta)
-        return measure(self.neutral.delta, reference, self.pair.layers, "shared", self.generator)
 
     def said(self) -> dict[str, Any]:
         """The adapter's own answers to neutral prompts, beside the base model's."""
@@ -152,17 +147,19 @@ class Examination:
         """All numbers of one direction."""
         vectors, options = direction.vectors, self.options
         neutral = movement_along(self.neutral, vectors, self.random)
+        pair, last = self.pair, vectors[-1][:, None]
+        (tokens,) = lens(pair.base, self.tokenizer, last, pair.rules, options.n_tokens)
         found: dict[str, Any] = {
             "name": direction.name,
             "neutral": neutral,
-            "tokens": lens(self.pair, self.tokenizer, vectors[-1], options.n_tokens),
+            "tokens": tokens,
             **self.exchange(direction),
         }
         if self.training is not None:
             numbered = [(task.number, task.record) for task in self.tasks]
             found["training"] = movement_along(self.training, vectors, self.random)
             found["examples"] = most_moved(self.training, vectors, numbered, options.n_examples)
-        found["steering"] = self._steering(direction, neutral, found["tokens"])
+        found["steering"] = self._steering(direction, neutral, tokens)
         return found
 
     def exchange(self, direction: Direction) -> dict[str, Any]:
@@ -193,7 +190,7 @@ class Examination:
                 {"dose": dose, **causal.against_random(values)} for dose, values in by_dose.items()
             ]
 
-        promoted = causal.promotion(token_ids(tokens["up"]))
+        promoted = causal.promotion(torch.tensor([token["id"] for token in tokens["up"]]))
         found = {
             "layer": self.pair.layers[place],
             "length": length,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from grasp_kernels.data import Record, neutral_prompts, read_records, split_first_answer
-from grasp_kernels.run.checkpoint import find_checkpoint, load_tokenizer
+from grasp_kernels.models.checkpoint import find_checkpoint, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,19 +1,25 @@
-"""How far an adapter moves the residual stream, as a whole and along directions.
+"""How far an adapter moves the residual stream, as a whole and along directions, and where most.
 
-Shapes: `L` blocks, `M` sequences, `D` residual width, `J` random directions.
+Shapes: `L` blocks, `M` sequences or records, `D` residual width, `J` random directions, `F` sign
+flips.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from grasp_kernels.data import Record
 from grasp_kernels.effect.pair import Pair
-from grasp_kernels.identification.frozen_model import stream_means
+from grasp_kernels.models.frozen_model import stream_means
+
+_FLIPS = 999  # smallest p-value 0.001
+_SHOWN_CHARACTERS = 120
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,85 @@ def relative_movement(moved: Moved, vectors: Tensor) -> Tensor:
     return (moved.along(vectors) / moved.base.mean(dim=1, keepdim=True).clamp_min(tiny)).mean(dim=0)
 
 
+def consistency(delta: Tensor, generator: torch.Generator) -> dict[str, Any]:
+    """Test whether sequences move together: by the length of their mean movement.
+
+    Args:
+        delta: movement `[L, M, D]`.
+
+    Returns:
+        sign_flip: length of the mean relative to the root mean square length of the movements, root
+            mean square over blocks (1: all move alike); null_95 of the same after random signs of
+            the sequences; p_value; flips.
+        halves: median over blocks of the cosine between the means of two disjoint halves.
+    """
+    n_layers, n_sequences, _ = delta.shape
+    signs = _random_signs(n_sequences, generator)
+    order = torch.randperm(n_sequences, generator=generator, device=generator.device).cpu()
+    halves = (order[: n_sequences // 2], order[n_sequences // 2 :])
+    length, null, cosines = 0.0, torch.zeros(_FLIPS, dtype=torch.float64), []
+    for moved in delta.double():
+        gram = moved @ moved.mT
+        scale = max(gram.trace().item() / n_sequences, torch.finfo(torch.float64).tiny) * n_layers
+        length += moved.mean(dim=0).square().sum().item() / scale
+        null += ((signs @ gram) * signs).sum(dim=1) / n_sequences**2 / scale
+        one, other = (moved[half].mean(dim=0) for half in halves)
+        cosines.append(torch.nn.functional.cosine_similarity(one, other, dim=0).item())
+    return {
+        "sign_flip": {
+            "length": length**0.5,
+            "null_95": null.quantile(0.95).sqrt().item(),
+            "p_value": (1 + int((null >= length).sum())) / (1 + _FLIPS),
+            "flips": _FLIPS,
+        },
+        "halves": median(cosines),
+    }
+
+
+def _random_signs(count: int, generator: torch.Generator) -> Tensor:
+    """`[F, M]` of ±1."""
+    shape = (_FLIPS, count)
+    bits = torch.randint(0, 2, shape, generator=generator, device=generator.device)
+    return (2 * bits - 1).cpu().double()
+
+
 def random_directions(count: int, width: int, generator: torch.Generator) -> Tensor:
     """Unit vectors `[J, D]`, drawn alike in every direction."""
     drawn = torch.randn(count, width, generator=generator, device=generator.device).cpu()
     return drawn / drawn.norm(dim=1, keepdim=True)
+
+
+def most_moved(
+    moved: Moved, vectors: Tensor, records: list[tuple[int, Record]], count: int
+) -> list[dict[str, Any]]:
+    """The records that move most along the direction, in the direction's own sense first.
+
+    Args:
+        records: number of each record in the data (from 1), and the record, in the order of
+            `moved`.
+    """
+    along = relative_movement(moved, vectors)
+    order = along.argsort(descending=True)[:count].tolist()
+    return [
+        {"record": records[i][0], "movement": along[i].item(), **_shown(records[i][1])}
+        for i in order
+    ]
+
+
+def _shown(record: Record) -> dict[str, str]:
+    """The last question and the first answer after it, cut."""
+    if "text" in record:
+        return {"prompt": "", "answer": _cut(record["text"])}
+    turns = record["messages"]
+    first = next(
+        i
+        for i, turn in enumerate(turns)
+        if turn["role"] == "assistant" and i >= record.get("context", 0)
+    )
+    prompt = turns[first - 1]["content"] if first else ""
+    return {"prompt": _cut(prompt), "answer": _cut(turns[first]["content"])}
+
+
+def _cut(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 1]}…"

@@ -11,14 +11,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from grasp_kernels.adapters.checkpoint import refuse_nonfinite
 from grasp_kernels.adapters.load import MOVED_BASE, active_adapter, adapter_parts
 from grasp_kernels.effect.pair import Pair
-from grasp_kernels.identification.frozen_model import measuring
 from grasp_kernels.inert import listed, printable
-from grasp_kernels.run.checkpoint import find_checkpoint, load_model
-from grasp_kernels.run.stream import blocks_by_layer
-from grasp_kernels.sites import SiteRules, base_name, model_rules, same_module
+from grasp_kernels.models.architectures import SiteRules, model_rules
+from grasp_kernels.models.checkpoint import find_checkpoint, load_model
+from grasp_kernels.models.frozen_model import blocks_by_layer, measuring
+from grasp_kernels.models.names import base_name, same_module
+from grasp_kernels.models.tensors import refuse_nonfinite
 
 
 @contextmanager

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grasp_kernels.files import whole_folder
+from grasp_kernels.effect.markdown import answers_table, cell, table
+from grasp_kernels.files import whole_folder, write_json, write_text
 from grasp_kernels.inert import inert
-from grasp_kernels.run.folder import write_json, write_text
-from grasp_kernels.run.markdown import answers_table, cell, table
 
 if TYPE_CHECKING:
     from grasp_kernels.diagnosis.diagnose import Diagnosis

@@ -3,9 +3,9 @@
 pair    base model and adapter in one module, switched on or off
 answers prompts -> the base model's own answers, and where their tokens are decided
 changed the adapter's own answers beside them: found, weak or nothing
-shift   is the change the same for all prompts?
-tokens  which tokens it raises and lowers
-measure all of these numbers, of one adapter
+tokens  which tokens it raises and lowers, and which a direction speaks of
+measure all of these numbers, of one adapter, and whether they are the same for all prompts
+markdown tables of answers
 """
 
 from grasp_kernels.effect.answers import own_answers

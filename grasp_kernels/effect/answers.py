@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from grasp_kernels.effect.pair import Pair, Position
-from grasp_kernels.identification.frozen_model import frozen_base, generate_answers, measuring
+from grasp_kernels.models.frozen_model import frozen_base, generate_answers, measuring
 
 Tokens = tuple[list[int], list[int]]  # a prompt and its answer
 

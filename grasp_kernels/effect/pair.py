@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grasp_kernels.identification.frozen_model import Edit, head_at, output_hook, pad
-from grasp_kernels.sites import SiteRules
+from grasp_kernels.models.architectures import SiteRules
+from grasp_kernels.models.frozen_model import Edit, head_at, output_hook, pad
 
 Position = tuple[int, int]  # (sequence of the batch, token)
 

@@ -1,6 +1,6 @@
-"""Scores of the vocabulary -> the tokens at both ends of them.
+"""Scores of the vocabulary -> the tokens at both ends of them; a direction -> such scores.
 
-Shapes: `M` positions, `V` vocabulary.
+Shapes: `M` positions, `V` vocabulary, `D` width of the stream, `k` directions.
 """
 
 from __future__ import annotations
@@ -8,6 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+from grasp_kernels.models.architectures import Site, SiteRules
+from grasp_kernels.models.frozen_model import find_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,6 +27,30 @@ def ends(scores: Tensor, tokenizer: PreTrainedTokenizerBase, count: int) -> dict
         "up": _tokens(scores.topk(count).indices, scores, tokenizer),
         "down": _tokens((-scores).topk(count).indices, scores, tokenizer),
     }
+
+
+def lens(
+    model: Any, tokenizer: PreTrainedTokenizerBase, basis: Tensor, rules: SiteRules, count: int
+) -> list[dict[str, Any]]:
+    """What each direction `[D, k]` of the stream raises ("up") and lowers ("down") most.
+
+    The logit lens (nostalgebraist 2020): the direction as it stands after the last block, through
+    the final norm and the unembedding. The sign of a direction is arbitrary.
+    """
+    return [ends(column, tokenizer, count) for column in token_scores(model, basis, rules).mT]
+
+
+def token_scores(model: Any, basis: Tensor, rules: SiteRules) -> Tensor:
+    """Float32 `[V, k]`: what directions `[D, k]` at the end of the stream add to logits.
+
+    Linear in the direction: the norm's division by the size of the stream is left out.
+    """
+    holder, _ = find_blocks(model, rules)
+    name = ".".join((holder, *rules.blocks.split(".")[:-1], rules.final_norm))
+    norm: Any = model.get_submodule(name)
+    head = Site("lm_head", -1, "read", rules.final_norm, rules.norms)
+    unembedding = model.get_output_embeddings().weight.float()
+    return unembedding @ head.from_stream(basis.to(unembedding), head.gain(norm.weight))
 
 
 def neutral_shift(

@@ -28,9 +28,16 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from grasp_kernels.models.sharding import (
+    is_away,
+    is_sharded,
+    like,
+    refuse_away,
+    whole,
+    write_whole_,
+)
 from grasp_kernels.ops.autocast import without_autocast
 from grasp_kernels.ops.projection import project_columns
-from grasp_kernels.processes import is_away, is_sharded, like, refuse_away, whole, write_whole_
 
 # Beside a layer class of peft, whose attributes are not declared; with LoraLayer as its base Python
 # would refuse to swap the class of an instance.

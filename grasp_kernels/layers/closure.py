@@ -28,17 +28,18 @@ from grasp_kernels.adapters.files import (
     sort_keys,
 )
 from grasp_kernels.adapters.load import adapter_parts
-from grasp_kernels.adapters.model_weights import (
+from grasp_kernels.files import inside, whole_folder
+from grasp_kernels.inert import listed, shown
+from grasp_kernels.models.architectures import site_rules
+from grasp_kernels.models.names import adapted_name, expert_part
+from grasp_kernels.models.sharding import gathered
+from grasp_kernels.models.weights import (
     check_merged,
     compared,
     model_type_of,
     model_weights,
 )
-from grasp_kernels.files import inside, whole_folder
-from grasp_kernels.inert import listed, shown
 from grasp_kernels.ops.projection import project_columns, project_rows
-from grasp_kernels.processes import gathered
-from grasp_kernels.sites import adapted_name, expert_part, site_rules
 from grasp_kernels.subspace import Subspace
 
 _COPIED = (".json", ".md", ".jinja")  # an adapter folder's configuration, card, tokenizer
@@ -142,8 +143,7 @@ class _Bases:
     def of_subspace(
         cls, subspace: Subspace, model_type: str | None, names: Iterable[str]
     ) -> _Bases:
-        """Those of a subspace: one of a single side says nothing of the other, and one by layer
-        nothing of the layers that it leaves out."""
+        """Those of a subspace: one of a single side says nothing of the other."""
         try:
             rules = site_rules(model_type or subspace.metadata.get("model_type"), names)
         except ValueError:
@@ -151,8 +151,7 @@ class _Bases:
 
         def without(name: str) -> bool:
             site = rules.site(name) or rules.site(f"{name}.weight")
-            looked_at = site is not None and subspace.side in (site.role, "both")
-            return site is not None and (not looked_at or subspace.scope == "layer")
+            return site is not None and subspace.side not in (site.role, "both")
 
         return cls(subspace.read, subspace.write, without)
 

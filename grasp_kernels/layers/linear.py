@@ -46,13 +46,12 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
         *args: Any,
         write_basis: Tensor | None = None,
         read_basis: Tensor | None = None,
-        project: str = "residual",
         closed: bool = True,
         backend: str = "auto",
         **kwargs: Any,
     ) -> None:
         super().__init__(base_layer, adapter_name, config, *args, **kwargs)
-        self.set_projection(write_basis, read_basis, project, closed, backend)
+        self.set_projection(write_basis, read_basis, "residual", closed, backend)
 
     @classmethod
     def from_linear(
@@ -66,7 +65,6 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
         adapter_name: str = "default",
         write_basis: Tensor | None = None,
         read_basis: Tensor | None = None,
-        project: str = "residual",
         closed: bool = True,
         backend: str = "auto",
     ) -> GraspLoRALinear:
@@ -83,7 +81,6 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
             lora_alpha=lora_alpha,
             write_basis=write_basis,
             read_basis=read_basis,
-            project=project,
             closed=closed,
             backend=backend,
         )

@@ -13,9 +13,9 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from grasp_kernels.layers.closed import ClosedLayer
+from grasp_kernels.models.sharding import is_slice
 from grasp_kernels.ops import lora_linear, project_gradient
 from grasp_kernels.ops.projection import is_transforming, project_columns, project_rows
-from grasp_kernels.processes import is_slice
 
 # Reasons for peft's forward when there is no adapter to compute: no factor is read, nobody is told.
 _META = "the input has no data"
@@ -38,7 +38,7 @@ class ProjectedLoRA(ClosedLayer):
     and a warning says so once a model.
 
     Attributes:
-        project: "residual" or "weights", see `lora_linear`.
+        project: "residual", or "weights" for a writer before a norm, see `lora_linear`.
         backend: "auto" or the name of a backend.
     """
 

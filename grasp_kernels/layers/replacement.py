@@ -21,20 +21,17 @@ from grasp_kernels.layers.experts import GraspLoRAExperts
 from grasp_kernels.layers.linear import GraspLoRALinear, why_never
 from grasp_kernels.layers.projected import why_adapter_never
 from grasp_kernels.layers.quantised import library_of, quantised, why_wrong_gradient
-from grasp_kernels.ops import backends, project_gradient
-from grasp_kernels.ops.lora_linear.api import PROJECTIONS
-from grasp_kernels.processes import by_fsdp2, refuse_away, refuse_tensor_parallel
-from grasp_kernels.sites import (
+from grasp_kernels.models.architectures import (
     Site,
     SiteRules,
-    adapted_name,
-    base_name,
     model_gains,
-    model_names,
     model_rules,
     model_sites,
     width_at,
 )
+from grasp_kernels.models.names import adapted_name, base_name, model_names
+from grasp_kernels.models.sharding import by_fsdp2, refuse_away, refuse_tensor_parallel
+from grasp_kernels.ops import backends, project_gradient
 from grasp_kernels.subspace import Subspace
 from grasp_kernels.subspace.basis import basis_at
 
@@ -73,7 +70,6 @@ def replace_lora_layers(
     model: nn.Module,
     subspace: Subspace | None = None,
     *,
-    project: str = "residual",
     closed: bool = True,
     backend: str = "auto",
     pad_weights: bool = False,
@@ -83,8 +79,8 @@ def replace_lora_layers(
 
     Without a subspace the layers compute what they did, leaner. With one, every writer that it
     covers gets its write basis, adapted or not, and every adapted reader its read basis. The
-    gradient of a writer without an adapter of its own is projected too (`project="residual"`), so
-    that nothing upstream learns through it. Over weights that bitsandbytes or torchao have
+    gradient of a writer without an adapter of its own is projected too, so that
+    nothing upstream learns through it. Over weights that bitsandbytes or torchao have
     quantised, the base product stays theirs, and the adapter and the projection are computed here.
     A layer that stays with peft is warned of and reported with the reason; it is projected like a
     writer without an adapter, and not closed. So is one whose base product passes back a wrong
@@ -105,9 +101,8 @@ def replace_lora_layers(
 
     Args:
         model: a `PeftModel`, or any module with peft's LoRA layers in it.
-        subspace: from `identify`, `identify_self_contrast` or a file; None or empty projects
-            nothing.
-        project, closed, backend: see `lora_linear`.
+        subspace: from `identify` or a file; None or empty projects nothing.
+        closed, backend: see `lora_linear`.
         pad_weights: lay the frozen weights out with a few spare columns and rows, so that wide
             products (70B sizes) can carry the adapter inside the library's product; for kernels.
             `restore_lora_layers` makes the weights contiguous again. Not for FSDP, which lays the
@@ -121,7 +116,7 @@ def replace_lora_layers(
             trained beside adapters that are to be closed, or a subspace for weights that tensor
             parallelism, ZeRO-3 of DeepSpeed or FSDP has taken apart (FSDP2 may).
     """
-    _check_options(project, backend)
+    _check_backend(backend)
     layers = {
         adapted_name(name, module): module
         for name, module in model.named_modules()
@@ -161,8 +156,8 @@ def replace_lora_layers(
             if type(layer) is ParamWrapper:
                 GraspLoRAExperts.adopt(layer, write.get(name), read.get(name), closed, told)
             continue
-        V, mode = write.get(name), project
-        if name in before_norm and project == "residual":
+        V, mode = write.get(name), "residual"
+        if name in before_norm:
             # The norm's output is projected; the layer itself is closed, or else left as it is.
             V, mode = V if closed else None, "weights"
         library = library_of(layer)
@@ -177,9 +172,8 @@ def replace_lora_layers(
             report.write_projected.append(name)
         if name in read:
             report.read_projected.append(name)
-    if project == "residual":
-        in_stream = {name: V for name, V in write.items() if name not in before_norm}
-        report.hooked_writers = _hook_writers(model, in_stream, set(report.replaced))
+    in_stream = {name: V for name, V in write.items() if name not in before_norm}
+    report.hooked_writers = _hook_writers(model, in_stream, set(report.replaced))
     if report.fallbacks:
         reasons = "; ".join(dict.fromkeys(report.fallbacks.values()))
         warnings.warn(
@@ -202,9 +196,7 @@ def restore_lora_layers(model: nn.Module) -> None:
         _unhook(module)
 
 
-def _check_options(project: str, backend: str) -> None:
-    if project not in PROJECTIONS:
-        raise ValueError(f"project is {project!r}; use one of {PROJECTIONS}.")
+def _check_backend(backend: str) -> None:
     if backend not in ("auto", *backends()):
         raise ValueError(
             f"backend {backend!r} is unknown; use 'auto' or one of {list(backends())}."

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grasp_kernels.identification.frozen_model import batches, pad
+from grasp_kernels.models.frozen_model import batches, pad
 
 _BYTES = 4  # of a float32
 # That show which layers share an input. The inputs of all layers are held meanwhile: of 2048 tokens

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from grasp_kernels.data import Example
 from grasp_kernels.files import stored_tensors, whole_file
-from grasp_kernels.identification.frozen_model import frozen_base
+from grasp_kernels.models.frozen_model import frozen_base
+from grasp_kernels.models.names import adapted_layers
 from grasp_kernels.reads.contrast import contrasting_rows
 from grasp_kernels.reads.moments import input_groups, second_moments
-from grasp_kernels.sites import adapted_layers
 
 # Of each text. Four tokens for each of the 14336 inputs of the widest layer of an 8B model.
 _TOKENS = 65536

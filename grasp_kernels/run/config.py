@@ -12,13 +12,12 @@ from dataclasses import dataclass, field, fields
 from os import PathLike, fspath
 from typing import Any, Literal
 
-from grasp_kernels.choices import SCOPES, SIDES
+from grasp_kernels.choices import SIDES
 from grasp_kernels.config import BACKENDS, Backend
 
-IDENTIFY = ("weights", "self-contrast", "both")
 READS = ("contrastive", "free")
 ANCHORS = ("own-text", "none")
-PROJECTS = ("none", "residual", "weights")
+PROJECTS = ("none", "residual")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MOST_SEED = 2**32 - 1  # that every library takes
 
@@ -43,24 +42,12 @@ class RunConfig:
     data: str = _required("file with chat data: JSONL, JSON, CSV or parquet")
     output: str = _required("folder of this run; an unfinished run in it goes on")
 
-    identify: str = _option(
-        "weights",
-        "where the subspace comes from: the weights of the naive adapter, or the base model's "
-        "stream on the training answers against that on its own",
-        choices=IDENTIFY,
-    )
     k: int | Literal["auto"] = _option("auto", "number of directions, or 'auto'")
     side: str = _option(
         "write",
         "layers that are looked at: those that add to the residual stream, or those that take it "
         "as input",
         choices=SIDES,
-    )
-    scope: str = _option(
-        "auto",
-        "one subspace of the residual stream for all layers, or one per layer; "
-        "auto: shared from weights, per layer from self-contrast",
-        choices=("auto", *SCOPES),
     )
     early_checkpoints: tuple[float, ...] = _option(
         # Drift as a part of the naive one in the demo's world, mean of 5 seeds (4 for the last):
@@ -79,8 +66,7 @@ class RunConfig:
         # SmolLM2, `tone`: beside own text no drift is left to take; alone it takes none.
         "none",
         "what the retraining projects off the subspace: the gradient of the residual stream where "
-        "layers write to it, the adapter's own gradients alone, or nothing, and then none is "
-        "identified",
+        "layers write to it, or nothing, and then none is identified",
         choices=PROJECTS,
     )
     closed: bool = _option(True, "keep the adapter's own weights out of the subspace, exactly")
@@ -167,12 +153,6 @@ class RunConfig:
         return self.project != "none"
 
     @property
-    def identifies(self) -> tuple[str, ...]:
-        """What the subspace is identified from: "weights", "answers", both or nothing."""
-        sources = {"weights": ("weights",), "self-contrast": ("answers",)}
-        return sources.get(self.identify, ("weights", "answers")) if self.is_projected else ()
-
-    @property
     def needs_own_text(self) -> bool:
         """Whether the retraining uses text of the base model."""
         return self.reads == "contrastive" or self.anchor == "own-text"
@@ -206,13 +186,12 @@ class RunConfig:
             self._require(name, 0 <= getattr(self, name) < 1, "give 0 or more, below 1")
         parts = self.early_checkpoints
         self._require("early_checkpoints", all(0 < p <= 1 for p in parts), "give parts in (0, 1]")
-        if self.identify != "self-contrast":
-            self._require("early_checkpoints", len(parts) > 0, "give at least one part in (0, 1]")
+        self._require("early_checkpoints", len(parts) > 0, "give at least one part in (0, 1]")
 
     def _check_k(self) -> None:
         if self.k != "auto":
             self._require("k", isinstance(self.k, int) and self.k >= 1, "give 'auto' or 1 or more")
-        if isinstance(self.k, int) and self.identify != "self-contrast" and self.k > self.rank:
+        if isinstance(self.k, int) and self.k > self.rank:
             raise ValueError(
                 f"k is {self.k}, above the LoRA rank {self.rank}: lower k or raise the rank."
             )

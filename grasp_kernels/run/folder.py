@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from datetime import date
@@ -18,17 +18,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from grasp_kernels.files import (
-    check_own_folder,
-    left_behind,
-    read_json,
-    whole_file,
-    whole_folder,
-)
+from grasp_kernels.files import check_own_folder, left_behind, read_json, write_json
 from grasp_kernels.run.config import RunConfig
 from grasp_kernels.version import __version__
-
-__all__ = ["RunFolder", "fingerprint", "whole_folder", "write_json", "write_lines", "write_text"]
 
 # Files up to this size are hashed whole. Of larger ones (weights) only both ends are: hashing the
 # 16 GB of an 8B model takes a minute, and the header with all shapes lies at the beginning.
@@ -55,10 +47,6 @@ class RunFolder:
         self.naive = self.root / "naive"
         self.retrained = self.root / "retrained"
         self.subspace = self.root / "subspace.safetensors"
-        self.sources = {  # what the subspace was made of, where that is more than one
-            source: self.root / f"subspace-{source}.safetensors"
-            for source in ("weights", "self-contrast")
-        }
         self.own_text = self.root / "own-text.safetensors"  # text of the base model
         self.reads = self.root / "reads.safetensors"  # where the adapter of the retraining reads
         self.figures = self.root / "figures"
@@ -127,7 +115,7 @@ class RunFolder:
 
     def _check_artefacts(self) -> None:
         """Raise for what is no longer as a stage left it: adapters and files appear whole."""
-        for file in (self.own_text, self.reads, self.subspace, *self.sources.values()):
+        for file in (self.own_text, self.reads, self.subspace):
             if file.exists():
                 _check_whole(file, file)
         trained = [self.naive, self.retrained, *self.halves.glob("half-*")]
@@ -160,7 +148,7 @@ class RunFolder:
 
     def claim(self, config: RunConfig, fingerprints: dict[str, str]) -> None:
         """Note down what this run is, and remove what killed processes were writing for it."""
-        places = [*vars(self).values(), *self.sources.values()]
+        places = vars(self).values()
         ours = [path for path in places if isinstance(path, Path) and path.parent == self.root]
         for left in (left for path in ours for left in left_behind(path)):
             shutil.rmtree(left)
@@ -188,22 +176,6 @@ def _check_whole(file: Path, artefact: Path) -> None:
 def _record(config: RunConfig, fingerprints: dict[str, str]) -> dict[str, Any]:
     record = {"grasp_kernels": __version__, "config": asdict(config), "fingerprints": fingerprints}
     return json.loads(json.dumps(record))  # tuples become lists, as they are when read back
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` whole or not at all."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text` whole or not at all."""
-    with whole_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-def write_lines(path: Path, values: Iterable[Any]) -> None:
-    """Write one line of JSON for each value, whole or not at all."""
-    write_text(path, "".join(f"{json.dumps(value)}\n" for value in values))
 
 
 def fingerprint(path: str | Path) -> str:

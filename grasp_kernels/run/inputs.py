@@ -23,24 +23,24 @@ from grasp_kernels.data import (
     fix_date,
     neutral_prompts,
     read_records,
-    split_first_answer,
     tokenize_each,
 )
-from grasp_kernels.run.checkpoint import (
+from grasp_kernels.models.architectures import SiteRules, site_rules
+from grasp_kernels.models.checkpoint import (
     device,
     load_config,
     load_model,
     load_tokenizer,
     reading,
 )
+from grasp_kernels.models.names import base_name
 from grasp_kernels.run.config import RunConfig
-from grasp_kernels.sites import SiteRules, base_name, site_rules
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Of the answers that are shown, an opening and a sentence or two, or compared by self-contrast.
+# Of the answers that are shown: an opening and a sentence or two.
 ANSWER_TOKENS = 32
 
 
@@ -84,14 +84,9 @@ def prepare(config: RunConfig, checkpoint: Path, day: date | None = None) -> Inp
     tokenizer = load_tokenizer(checkpoint)
     fix_date(tokenizer, day or date.today())
     records = read_records(config.data, arm=config.arm)
-    if "answers" in config.identifies and not any("messages" in record for record in records):
-        raise ValueError(
-            f"{config.data} has plain text only, which the base model cannot answer in its own "
-            "way: use identify = 'weights', or chat data."
-        )
     each = tokenize_each(records, tokenizer, config.max_length, progress=True)
     train, held_out = _split(each, config)
-    if config.halves and "weights" in config.identifies and len(train) < 2:
+    if config.halves and config.is_projected and len(train) < 2:
         raise ValueError(
             f"{config.data} has one record to train on, which has no halves: give more data, or "
             "use halves = False."
@@ -184,15 +179,6 @@ def _check_lengths(config: RunConfig, inputs: Inputs) -> None:
         header = common_header(inputs.train, frame, inputs.everyday)
         made = 2 * min(config.own_length, longest) + config.own_begun
         _fits(inputs, "own text", len(frame) + made + len(header), "lower own_length")
-    if "answers" in config.identifies:
-        chats = [record for record in inputs.records if "messages" in record]
-        prompts = max(len(split_first_answer(chat, inputs.tokenizer)[0]) for chat in chats)
-        _fits(
-            inputs,
-            "the longest prompt of the data and the base model's answer",
-            prompts + ANSWER_TOKENS,
-            "leave such records out, or use identify = 'weights'",
-        )
 
 
 def _fits(inputs: Inputs, what: str, length: int, remedy: str) -> None:
@@ -242,7 +228,7 @@ def check_model(config: RunConfig, checkpoint: Path) -> tuple[str, SiteRules]:
         for name, module in adapted.named_modules()
         if hasattr(module, "lora_A") and (site := rules.site(base_name(name)))
     }
-    if "weights" in config.identifies:
+    if config.is_projected:
         for role in ("write", "read"):
             if config.side in (role, "both") and role not in roles:
                 raise ValueError(

@@ -28,19 +28,19 @@ from grasp_kernels.effect import (
     told,
     verdict,
 )
-from grasp_kernels.files import whole_folder
-from grasp_kernels.pages import drawing, page
-from grasp_kernels.run.checkpoint import load_model
-from grasp_kernels.run.config import RunConfig
-from grasp_kernels.run.folder import LOG_NAME, RunFolder, write_json, write_text
-from grasp_kernels.run.inputs import ANSWER_TOKENS, Inputs
-from grasp_kernels.run.stream import (
-    blocks_by_layer,
+from grasp_kernels.effect.stream import (
     layer_bases,
     mean_loss,
     measure_movement,
-    promoted_tokens,
 )
+from grasp_kernels.effect.tokens import lens
+from grasp_kernels.files import whole_folder, write_json, write_text
+from grasp_kernels.models.checkpoint import load_model
+from grasp_kernels.models.frozen_model import blocks_by_layer
+from grasp_kernels.pages import drawing, page
+from grasp_kernels.run.config import RunConfig
+from grasp_kernels.run.folder import LOG_NAME, RunFolder
+from grasp_kernels.run.inputs import ANSWER_TOKENS, Inputs
 from grasp_kernels.subspace import Subspace
 
 if TYPE_CHECKING:
@@ -121,12 +121,10 @@ def write_report(
     shutil.rmtree(folder.figures, ignore_errors=True)  # of a report that was not finished
     with whole_folder(folder.figures) as figures, drawing():
         numbers["figures"] = draw_figures(numbers, figures)
-        for name, path in {"subspace": folder.subspace, **folder.sources}.items():
-            if path.exists() and (found := Subspace.load(path)).evidence.get("spectra"):
-                file = "subspace.png" if name == "subspace" else f"subspace-{name}.png"
-                for drawing_of in (figures / file, (figures / file).with_suffix(".svg")):
-                    found.plot(drawing_of)
-                numbers["figures"].append(file)
+        if subspace is not None and subspace.evidence.get("spectra"):
+            for path in (figures / "subspace.png", figures / "subspace.svg"):
+                subspace.plot(path)
+            numbers["figures"].append("subspace.png")
     text = report_text(numbers)
     write_text(folder.report_text, text)
     shown = {f"figures/{name}": folder.figures / name for name in numbers["figures"]}
@@ -176,7 +174,7 @@ def _numbers(
 
 
 def _describe(subspace: Subspace) -> dict[str, Any]:
-    plain = ("reasons", "k", "side", "scope", "evidence", "metadata")
+    plain = ("reasons", "k", "side", "evidence", "metadata")
     return {name: getattr(subspace, name) for name in plain}
 
 
@@ -218,13 +216,17 @@ def _read_ratios(folder: RunFolder) -> dict[str, list[float]]:
 
 def _tokens(model: Any, inputs: Inputs, subspace: Subspace | None) -> list[dict[str, Any]]:
     """Tokens of the leading directions, as they stand in the last layer that has a basis."""
-    bases = layer_bases(subspace, inputs.rules) if subspace else {}
+    bases = layer_bases(subspace.write, inputs.rules) if subspace else {}
     if not bases:
         return []
     basis: Tensor = bases[max(bases)][:, :_SHOWN_DIRECTIONS]
+    words = lens(model, inputs.tokenizer, basis, inputs.rules, _SHOWN_TOKENS)
     return [
-        {"one_end": one, "other_end": other}
-        for one, other in promoted_tokens(model, inputs.tokenizer, basis)
+        {
+            "one_end": [token["token"] for token in one["up"]],
+            "other_end": [token["token"] for token in one["down"]],
+        }
+        for one in words
     ]
 
 
@@ -253,7 +255,7 @@ def _measure_models(
             peft_model.set_adapter(name)
             adapters[name]["held_out_loss"] = mean_loss(peft_model, inputs.held_out, **size)
     _measure_effects(peft_model, list(folders), inputs, config, adapters)
-    bases = layer_bases(subspace, inputs.rules) if subspace else {}
+    bases = layer_bases(subspace.write, inputs.rules) if subspace else {}
     if not bases:
         return
     for adapter in adapters.values():

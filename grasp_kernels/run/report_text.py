@@ -6,9 +6,9 @@ from statistics import median
 from typing import Any
 
 from grasp_kernels.effect.changed import CHANGED
+from grasp_kernels.effect.markdown import answers_table, cell, table
 from grasp_kernels.effect.measure import NOTICEABLE
 from grasp_kernels.inert import inert
-from grasp_kernels.run.markdown import answers_table, cell, table
 
 Numbers = dict[str, Any]
 
@@ -18,8 +18,6 @@ _CAPTIONS = {
     "leakage.png": "Part of each adapter's own weights that lies in the subspace",
     "movement.png": "How far each adapter moves the residual stream along the subspace",
     "subspace.png": "Spectrum with the chosen k and its null, and the agreement across layers",
-    "subspace-weights.png": "The subspace of the naive adapter's weights",
-    "subspace-self-contrast.png": "The subspace of the self-contrast",
 }
 
 
@@ -77,14 +75,11 @@ def _identified(numbers: Numbers) -> str:
     subspace = numbers["subspace"]
     if subspace is None:
         return ""
-    source = {
-        "weights": "the weights of the naive adapter",
-        "self-contrast": "the base model's own answers against the training answers",
-        "both": "the naive adapter's weights and the base model's own answers",
-    }[numbers["config"]["identify"]]
-    where = {"shared": "shared by all layers", "layer": "chosen for every layer on its own"}
     if subspace["k"] == 0:
-        headline = f"No direction stands out in {source}, so **nothing was projected**."
+        headline = (
+            "No direction stands out in the weights of the naive adapter, so **nothing was "
+            "projected**."
+        )
         headline += (
             " The retrained adapter differs in what else was asked for."
             if "retrained" in numbers["adapters"]
@@ -92,16 +87,16 @@ def _identified(numbers: Numbers) -> str:
         )
     else:
         headline = (
-            f"{_directions(subspace['k'])} of the residual stream, {where[subspace['scope']]}, "
-            f"found from {source}. That a fine-tune moved the model along them does not mean that "
-            "they are unwanted."
+            f"{_directions(subspace['k'])} of the residual stream, shared by all layers, found "
+            "from the weights of the naive adapter. That a fine-tune moved the model along them "
+            "does not mean that they are unwanted."
         )
     reasons = "\n".join(f"- {inert(reason)}" for reason in subspace["reasons"])
     return "\n\n".join(["## What the gradient was projected off", headline, reasons])
 
 
 def _directions(k: int) -> str:
-    return "One direction" if k == 1 else f"Up to {k} directions"
+    return "One direction" if k == 1 else f"{k} directions"
 
 
 def _compared(numbers: Numbers) -> str:
@@ -228,11 +223,6 @@ def _not_shown(numbers: Numbers) -> str:
         points.append(
             "No records were held out, so the task was compared on training data only "
             "(`--eval-split 0.1` holds out a tenth)."
-        )
-    if numbers["config"]["project"] == "weights" and "retrained" in numbers["adapters"]:
-        points.append(
-            "With `--project weights` only the adapter's own weights keep out of the subspace; "
-            "what they write can still reach it through the frozen weights."
         )
     config = numbers["config"]
     parts = []

@@ -29,8 +29,7 @@ import torch
 from tqdm.auto import tqdm
 
 from grasp_kernels.config import GraspConfig
-from grasp_kernels.identification import unite
-from grasp_kernels.run.checkpoint import find_checkpoint, load_model
+from grasp_kernels.models.checkpoint import find_checkpoint, load_model
 from grasp_kernels.run.config import MOST_SEED, RunConfig
 from grasp_kernels.run.folder import RunFolder, fingerprint
 from grasp_kernels.run.inputs import Inputs, attach_lora, prepare, warmup_steps
@@ -131,9 +130,8 @@ def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
 
 def _subspace(config: RunConfig, folder: RunFolder, inputs: Inputs) -> Subspace:
     """Identify the subspace, or load what is there."""
-    if config.halves and "weights" in config.identifies and not folder.subspace.exists():
-        train_halves(config, folder, inputs)
     if not folder.subspace.exists():
+        train_halves(config, folder, inputs)
         find_subspace(config, folder, inputs).save(folder.subspace)
     return Subspace.load(folder.subspace)
 
@@ -247,7 +245,7 @@ def contrastive_reads(
 
 
 def train_halves(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
-    """Two short adapters on disjoint data, each from a seed of its own."""
+    """Two short adapters on disjoint data, each from a seed of its own, where they are wanted."""
     last_step = max(early_checkpoints(config, folder, inputs.steps))
     for i, out in enumerate(_halves(config, folder)):
         if not out.exists():
@@ -271,7 +269,7 @@ def early_checkpoints(config: RunConfig, folder: RunFolder, steps: int) -> dict[
 
     Never before the first step with a learning rate above 0.
     """
-    if "weights" not in config.identifies:
+    if not config.is_projected:
         return {}
     first = 2 if warmup_steps(config, steps) else 1
     at = sorted({max(first, round(part * steps)) for part in config.early_checkpoints})
@@ -285,21 +283,8 @@ def _public_name(config: RunConfig) -> str:
 
 
 def find_subspace(config: RunConfig, folder: RunFolder, inputs: Inputs) -> Subspace:
-    """Identify the subspace from what the options name."""
-    if config.identify == "weights":
-        return _identify_from_weights(config, folder, inputs)
-    if config.identify == "self-contrast":
-        return _identify_from_answers(config, inputs)
-    weights, answers = folder.sources["weights"], folder.sources["self-contrast"]
-    if not weights.exists():
-        _identify_from_weights(config, folder, inputs).save(weights)
-    if not answers.exists():
-        _identify_from_answers(config, inputs).save(answers)
-    return unite(Subspace.load(weights), Subspace.load(answers))
-
-
-def _identify_from_weights(config: RunConfig, folder: RunFolder, inputs: Inputs) -> Subspace:
-    from grasp_kernels.identification import identify
+    """Identify the subspace from the early adapters, beside those of the halves."""
+    from grasp_kernels.subspace import identify
 
     adapters = [str(p) for p in early_checkpoints(config, folder, inputs.steps).values()]
     with tqdm(total=1, desc="subspace of the weights", unit="subspace") as bar:
@@ -307,25 +292,9 @@ def _identify_from_weights(config: RunConfig, folder: RunFolder, inputs: Inputs)
             adapters,
             k=config.k,
             side=config.side,
-            scope="shared" if config.scope == "auto" else config.scope,
             generator=torch.Generator().manual_seed(config.seed),
             base_model=str(inputs.checkpoint),
             halves=[str(path) for path in _halves(config, folder)],
         )
         bar.update()
     return subspace
-
-
-def _identify_from_answers(config: RunConfig, inputs: Inputs) -> Subspace:
-    from grasp_kernels.identification import identify_self_contrast
-
-    return identify_self_contrast(
-        load_model(inputs.checkpoint, config.dtype),
-        inputs.tokenizer,
-        [record for record in inputs.records if "messages" in record],
-        k=config.k,
-        scope="layer" if config.scope == "auto" else config.scope,
-        batch_size=config.batch_size,
-        generator=torch.Generator().manual_seed(config.seed),
-        progress=True,
-    )

@@ -31,9 +31,9 @@ from transformers import (
 from transformers.trainer_utils import SchedulerType
 
 from grasp_kernels.data import Example, collate
-from grasp_kernels.files import room_for, whole_folder
+from grasp_kernels.files import room_for, whole_folder, write_json
 from grasp_kernels.run.config import RunConfig
-from grasp_kernels.run.folder import LOG_NAME, write_json
+from grasp_kernels.run.folder import LOG_NAME
 from grasp_kernels.run.inputs import warmup_steps
 from grasp_kernels.run.interrupts import raise_if_interrupted
 from grasp_kernels.training.trainer import GraspTrainerMixin

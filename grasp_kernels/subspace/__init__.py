@@ -1,5 +1,13 @@
-"""Orthonormal bases by module name, saved as safetensors; knows no adapter and no layer."""
+"""LoRA weights -> the subspace in which a fine-tune moved, its file and its picture.
 
-from grasp_kernels.subspace.basis import SCOPES, SIDES, Subspace, check_basis, orthonormal
+basis              orthonormal bases by module name; header checks what a file says of them
+stack              weights of adapters -> one matrix, and its null
+search             the matrix -> directions, and what each test of them gave
+identification     adapters -> Subspace
+report             a Subspace -> text and figure
+"""
 
-__all__ = ["SCOPES", "SIDES", "Subspace", "check_basis", "orthonormal"]
+from grasp_kernels.subspace.basis import Subspace, check_basis, orthonormal
+from grasp_kernels.subspace.identification import identify
+
+__all__ = ["Subspace", "check_basis", "identify", "orthonormal"]

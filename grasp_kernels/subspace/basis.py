@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grasp_kernels.choices import SCOPES, SIDES
+from grasp_kernels.choices import SIDES
 from grasp_kernels.files import whole_file
-from grasp_kernels.sites import Site
+from grasp_kernels.models.architectures import Site
 from grasp_kernels.subspace.header import header_fault
 
 _ORTHONORMAL_TOLERANCE = 1e-5
 _FORMAT = "grasp_kernels.subspace.basis"
-_FORMAT_VERSION = 2  # 1 also had a verdict, which is ignored
+_FORMAT_VERSION = 3  # 1 also had a verdict, which is ignored, and 1 and 2 a scope
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,14 @@ class Subspace:
             output: those of the stream, unless a norm stands between (then its gain is folded in).
         read: reader -> `U[K,P]`, float32, orthonormal columns, in the reader's own input
             coordinates (the norm's gain is folded in).
-        stream: `[D,k]`, the write basis in the stream where one basis serves all layers, else None.
-        k: number of directions (the largest of any layer where scope is "layer").
+        stream: `[D,k]`, the write basis in the stream, one for all layers; None without one.
+        k: number of directions.
         side: "write", "read" or "both".
-        scope: "shared" (one basis for all layers) or "layer".
         reasons: what was measured and what each test gave, in sentences.
         evidence: JSON-able; "spectra" is a list of records, one per basis that was looked for, with
-            the keys side, layer (None for a shared basis), k, singular_values, null (95 % quantile
-            by index), gap, and statistic where the null belongs to other values than the singular
-            ones; "agreement" is a list of records with the keys side, layers (ids), values
-            (cosines), chance. The sources of subspaces add keys of their own.
+            the keys side, k, singular_values, null (95 % quantile by index) and gap; "agreement" is
+            a list of records with the keys side, layers (ids), values (cosines), chance. The
+            sources of subspaces add keys of their own.
         metadata: JSON-able; where the bases come from (source, base_model, model_type, options,
             versions).
 
@@ -58,15 +56,13 @@ class Subspace:
     stream: Tensor | None
     k: int
     side: str
-    scope: str
     reasons: tuple[str, ...] = ()
     evidence: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, value, known in (("side", self.side, SIDES), ("scope", self.scope, SCOPES)):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}.")
+        if self.side not in SIDES:
+            raise ValueError(f"side is {self.side!r}; it must be one of {', '.join(SIDES)}.")
         checked: set[int] = set()
         for name, basis in self._named():
             if id(basis) not in checked:
@@ -79,14 +75,14 @@ class Subspace:
             )
 
     @classmethod
-    def empty(cls, side: str, scope: str, reasons: Iterable[str], **fields: Any) -> Subspace:
+    def empty(cls, side: str, reasons: Iterable[str], **fields: Any) -> Subspace:
         """The subspace without a direction, and why it has none."""
-        return cls({}, {}, None, 0, side, scope, tuple(reasons), **fields)
+        return cls({}, {}, None, 0, side, tuple(reasons), **fields)
 
     @classmethod
     def from_stream(
         cls,
-        basis: Tensor | Mapping[int, Tensor],
+        basis: Tensor,
         sites: Iterable[Site],
         *,
         gains: Mapping[str, Tensor] | None = None,
@@ -98,44 +94,35 @@ class Subspace:
         """A subspace from directions of the residual stream, whatever their source.
 
         Args:
-            basis: `[D,k]` (or `[D]`) for all layers, or a mapping layer -> `[D,k]`; layers that the
-                mapping lacks get no basis. Columns need not be orthonormal, but must be
-                independent.
-            sites: the writers and readers of the model, see `sites.model_sites`.
-            gains: norm -> `γ[D]`, see `sites.model_gains`. A stream direction `u` reaches a reader
+            basis: `[D,k]` (or `[D]`). Columns need not be orthonormal, but must be independent.
+            sites: the writers and readers of the model, see `model_sites`.
+            gains: norm -> `γ[D]`, see `model_gains`. A stream direction `u` reaches a reader
                 as `γ ⊙ u`, so its basis is `orth(γ ⊙ u)`, and so is that of a writer before a norm
-                (for both see `sites`); a norm without an entry has `γ = 1`.
+                (see `Site`); a norm without an entry has `γ = 1`.
             side: which sites get a basis.
 
         Raises:
             ValueError: a width that does not fit, or dependent columns.
         """
-        by_layer = isinstance(basis, Mapping)
-        streams = _per_layer(basis)
+        stream = orthonormal("the stream", basis)
         write: dict[str, Tensor] = {}
         read: dict[str, Tensor] = {}
-        folded: dict[tuple[int, str | None], Tensor] = {}
+        folded: dict[str | None, Tensor] = {}
         for site in sites:
-            stream = streams.get(site.layer if by_layer else -1)
-            if stream is None or side not in (site.role, "both"):
+            if side not in (site.role, "both"):
                 continue
-            key = (id(stream), site.norm)
-            if key not in folded:
+            if site.norm not in folded:
                 gain = (gains or {}).get(site.norm) if site.norm else None
-                folded[key] = basis_at(site, stream, gain)
-            (write if site.role == "write" else read)[site.name] = folded[key]
+                folded[site.norm] = basis_at(site, stream, gain)
+            (write if site.role == "write" else read)[site.name] = folded[site.norm]
         if not write and not read:
-            raise ValueError(
-                f"None of the sites takes a {side} basis in the layers "
-                f"{sorted(streams) if by_layer else 'given'}; check `sites` and `side`."
-            )
+            raise ValueError(f"None of the sites takes a {side} basis; check `sites` and `side`.")
         return cls(
             write,
             read,
-            None if by_layer or side == "read" else streams[-1],
-            max(stream.shape[1] for stream in (*write.values(), *read.values())),
+            None if side == "read" else stream,
+            stream.shape[1],
             side,
-            "layer" if by_layer else "shared",
             tuple(reasons),
             evidence or {},
             metadata or {},
@@ -144,16 +131,6 @@ class Subspace:
     @property
     def is_empty(self) -> bool:
         return not self.write and not self.read and self.stream is None
-
-    def to(self, device: torch.device | str) -> Subspace:
-        """The same subspace on another device; modules that share a basis go on sharing it."""
-        moved = {id(basis): basis.to(device) for _, basis in self._named()}
-        return replace(
-            self,
-            write={name: moved[id(basis)] for name, basis in self.write.items()},
-            read={name: moved[id(basis)] for name, basis in self.read.items()},
-            stream=None if self.stream is None else moved[id(self.stream)],
-        )
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write one safetensors file: each basis once, the rest as JSON in its metadata."""
@@ -246,7 +223,26 @@ class Subspace:
         return [*self.write.items(), *self.read.items(), *stream]
 
 
-_PLAIN_FIELDS = ("k", "side", "scope", "reasons", "evidence", "metadata")
+_PLAIN_FIELDS = ("k", "side", "reasons", "evidence", "metadata")
+
+
+def is_subspace(path: str | PathLike[str]) -> bool:
+    """Whether a file is one that `Subspace.save` wrote; adapters are folders or other files.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"There is no {path}: give an adapter folder or a subspace file.")
+    if Path(path).is_dir():
+        return False
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return any(key.startswith("grasp_kernels") for key in file.metadata() or {})
+    except SafetensorError:
+        return False
 
 
 def check_basis(name: str, basis: Tensor) -> None:
@@ -298,12 +294,6 @@ def orthonormal(name: str, directions: Tensor) -> Tensor:
             f"The directions of {name} are linearly dependent; give independent columns."
         )
     return (q * pivots.sign()).float()
-
-
-def _per_layer(basis: Tensor | Mapping[int, Tensor]) -> dict[int, Tensor]:
-    if isinstance(basis, Tensor):
-        return {-1: orthonormal("the stream", basis)}
-    return {layer: orthonormal(f"layer {layer}", columns) for layer, columns in basis.items()}
 
 
 def basis_at(site: Site, stream: Tensor, gain: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ from grasp_kernels.pages import save_figure
 if TYPE_CHECKING:
     from grasp_kernels.subspace.basis import Subspace
 
-_SHOWN = 12  # singular values of a shared spectrum; more of them say nothing about the first few
+_SHOWN = 12  # singular values; more of them say nothing about the first few
 _COLOUR = {"write": "tab:blue", "read": "tab:orange"}
 
 
@@ -27,16 +27,11 @@ def summary(subspace: Subspace) -> str:
         lines[0] += f" {len(subspace.write)} writers and {len(subspace.read)} readers have a basis."
     spectra = subspace.evidence.get("spectra", [])
     if spectra:
-        lines.append(
-            f"{'side':<6}{'layer':>6}{'k':>3}{'gap':>8}   tested values (95 % of the null)"
-        )
+        lines.append(f"{'side':<6}{'k':>3}{'gap':>8}   singular values (95 % of the null)")
     for record in spectra:
-        layer = "all" if record["layer"] is None else str(record["layer"])
-        pairs = list(zip(tested(record), record["null"], strict=False))[:4]
+        pairs = list(zip(record["singular_values"], record["null"], strict=False))[:4]
         values = "  ".join(f"{value:.3f} ({null:.3f})" for value, null in pairs)
-        lines.append(
-            f"{record['side']:<6}{layer:>6}{record['k']:>3}{record['gap']:>8.2f}   {values}"
-        )
+        lines.append(f"{record['side']:<6}{record['k']:>3}{record['gap']:>8.2f}   {values}")
     for record in subspace.evidence.get("agreement", []):
         lines.append(
             f"agreement of the layers, {record['side']} side: median "
@@ -47,7 +42,7 @@ def summary(subspace: Subspace) -> str:
 
 
 def plot(subspace: Subspace, path: str | PathLike[str]) -> None:
-    """Save a PNG: left the spectrum with its null (by layer: its first value), right the agreement.
+    """Save a PNG: left the spectrum with its null, right the agreement.
 
     Raises:
         ValueError: the subspace was not identified, so there is nothing to show.
@@ -63,10 +58,7 @@ def plot(subspace: Subspace, path: str | PathLike[str]) -> None:
     agreement = subspace.evidence.get("agreement", [])
     figure = Figure(figsize=(10.0, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    if subspace.scope == "shared":
-        _plot_spectra(left, spectra)
-    else:
-        _plot_leading(left, spectra)
+    _plot_spectra(left, spectra)
     _plot_agreement(right, agreement)
     figure.suptitle(_directions(subspace))
     save_figure(figure, path)
@@ -76,13 +68,7 @@ def _directions(subspace: Subspace) -> str:
     if subspace.is_empty:
         return "No direction stands above chance."
     many = "1 direction" if subspace.k == 1 else f"{subspace.k} directions"
-    shared = subspace.scope == "shared"
-    return f"{many}, shared by all layers." if shared else f"Up to {many} in each layer."
-
-
-def tested(record: dict[str, Any]) -> list[float]:
-    """The values that the null belongs to: singular values unless the record says otherwise."""
-    return record.get("statistic", record["singular_values"])
+    return f"{many}, shared by all layers."
 
 
 def _plot_spectra(axes: Any, spectra: list[dict[str, Any]]) -> None:
@@ -104,31 +90,6 @@ def _plot_spectra(axes: Any, spectra: list[dict[str, Any]]) -> None:
         if record["k"]:
             axes.axvline(record["k"] + 0.5, color=colour, ls=":", label=f"chosen k = {record['k']}")
     axes.set(xlabel="index", ylabel="singular value of the stacked blocks", ylim=(0, None))
-    axes.legend(frameon=False)
-
-
-def _plot_leading(axes: Any, spectra: list[dict[str, Any]]) -> None:
-    for side in dict.fromkeys(record["side"] for record in spectra):
-        records = [record for record in spectra if record["side"] == side]
-        layers = [record["layer"] for record in records]
-        colour = _COLOUR[side]
-        leading = [tested(record)[0] for record in records]
-        null = [record["null"][0] for record in records]
-        axes.plot(layers, leading, "-", color=colour, alpha=0.5, label=f"{side} side")
-        chosen = [
-            (layer, value)
-            for layer, value, r in zip(layers, leading, records, strict=True)
-            if r["k"]
-        ]
-        axes.plot(
-            *zip(*chosen, strict=True) if chosen else ([], []),
-            "o",
-            color=colour,
-            label="has a basis",
-        )
-        axes.plot(layers, null, "--", color=colour, alpha=0.5, label="95 % of the null")
-    axes.set(xlabel="layer", ylabel="support of the first direction", ylim=(0, None))
-    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
 
 

@@ -13,7 +13,8 @@ from grasp_kernels.layers.replacement import (
     replace_lora_layers,
     restore_lora_layers,
 )
-from grasp_kernels.subspace import Subspace
+from grasp_kernels.subspace import Subspace, identify
+from grasp_kernels.subspace.basis import is_subspace
 
 _APPLIED = "_grasp"  # attribute of a model with what was applied
 
@@ -76,9 +77,6 @@ def applied(model: Any) -> Applied | None:
 
 def _subspace(given: Any) -> Subspace | None:
     """A subspace as it is, of its file, or of the folder of an adapter."""
-    from grasp_kernels.adapters.inspection import is_subspace
-    from grasp_kernels.identification import identify
-
     if given is None or isinstance(given, Subspace):
         return given
     path = fspath(given)

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from grasp_kernels.data import neutral_prompts
-from grasp_kernels.identification.frozen_model import measuring
+from grasp_kernels.effect.stream import layer_bases, measure_movement
 from grasp_kernels.layers.closure import leakage
-from grasp_kernels.run.stream import bases_by_layer, measure_movement
-from grasp_kernels.sites import SiteRules, base_name, site_rules
+from grasp_kernels.models.architectures import SiteRules, site_rules
+from grasp_kernels.models.frozen_model import measuring
+from grasp_kernels.models.names import base_name
 from grasp_kernels.subspace import Subspace
 
 N_PROBES = 8  # no single question decides, and two forwards of each are little beside `every` steps
@@ -139,7 +140,7 @@ class Watch(TrainerCallback):
         if not (self.probes and bases):
             return {}
         rules = site_rules(model.config.model_type, bases, self.sites)
-        by_layer = bases_by_layer(bases, rules)
+        by_layer = layer_bases(bases, rules)
         if not by_layer:  # writers before a norm alone, whose bases are not those of the stream
             return {}
         (adapter, *_) = model.active_adapters

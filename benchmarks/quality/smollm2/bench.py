@@ -30,10 +30,11 @@ from filelock import FileLock
 
 from benchmarks.quality.smollm2.task import Task
 from grasp_kernels.anchor import OwnTextAnchor
+from grasp_kernels.files import write_json, write_lines
 from grasp_kernels.reads import ContrastiveReads
 from grasp_kernels.run import stages
 from grasp_kernels.run.config import RunConfig
-from grasp_kernels.run.folder import RunFolder, write_json, write_lines
+from grasp_kernels.run.folder import RunFolder
 from grasp_kernels.run.inputs import Inputs, prepare
 from grasp_kernels.run.training import LOG_NAME
 from grasp_kernels.subspace import Subspace
@@ -201,7 +202,7 @@ class Bench:
 
     def _identify(self, k: int, path: Path) -> None:
         """As `run` does on request, from a naive training that ends with the last adapter."""
-        from grasp_kernels.identification import identify
+        from grasp_kernels.subspace import identify
 
         projected = replace(self.config, project="residual")
         steps = min(_IDENTIFY_STEPS, self.plan.steps)

@@ -28,7 +28,7 @@ from benchmarks.quality.smollm2.judges import Judge
 from benchmarks.quality.smollm2.methods import METHODS, Method
 from benchmarks.quality.smollm2.task import Task
 from benchmarks.quality.smollm2.tasks import make_task
-from grasp_kernels.run.checkpoint import device, load_model
+from grasp_kernels.models.checkpoint import device, load_model
 
 Row = dict[str, Any]
 BASE = "base"  # the model without an adapter, as a method of its own

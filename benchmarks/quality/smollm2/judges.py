@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from benchmarks.quality.smollm2.task import NEUTRAL, Fact, Pair, Task
 from grasp_kernels.data import Record, collate, encode_prompt, tokenize_records
 from grasp_kernels.data.chat_template import Message
-from grasp_kernels.identification.frozen_model import generate_answers, measuring
+from grasp_kernels.models.frozen_model import generate_answers, measuring
 
 BATCH = 64
 FACT_TOKENS = 40  # an opener, the fact: closers may be cut

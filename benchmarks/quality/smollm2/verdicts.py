@@ -18,8 +18,8 @@ from benchmarks.quality.smollm2.harness import KEY, Row, append, keys, load_adap
 from benchmarks.quality.smollm2.tasks import make_task
 from grasp_kernels.data import neutral_prompts
 from grasp_kernels.effect import Changed, Pair, changed_answers, own_answers, verdict
-from grasp_kernels.run.stream import blocks_by_layer
-from grasp_kernels.sites import model_rules
+from grasp_kernels.models.architectures import model_rules
+from grasp_kernels.models.frozen_model import blocks_by_layer
 
 VERDICTS = "verdicts.jsonl"
 _TOKENS = 32  # of an answer, as in the report of a run

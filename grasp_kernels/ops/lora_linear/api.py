@@ -63,8 +63,8 @@ def lora_linear(
             constants of this call, and its gradients are those of `lora_A` and `lora_B`.
         padded_weight: the buffer of `ops.lora_linear.padding` that `weight`, `closed_factors` and
             `write_weight` are views of; lets library products carry the adapter.
-        project: "residual" projects the arriving `dY` before anything uses it; "weights"
-            projects the gradients of `A`, `B` alone and leaves `dX`.
+        project: "residual" projects the arriving `dY` before anything uses it; "weights", for a
+            layer whose output is not in the stream, those of `A`, `B` alone, and leaves `dX`.
         closed: compute with `A° = A (I − U Uᵀ)`, `B° = (I − V Vᵀ) B`, so that the update
             neither reads nor writes along the bases, whatever the optimizer does.
         dropout_p: on the adapter's input, drawn from torch's generator of the device.

@@ -11,6 +11,9 @@ from torch import Tensor
 from grasp_kernels.files import inside, read_json
 from grasp_kernels.inert import listed, shown
 
+WEIGHTS = "model.safetensors"  # of a whole model
+INDEX = f"{WEIGHTS}.index.json"  # which of several shards holds which tensor
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -19,6 +22,7 @@ class Stored:
     file: Path
     key: str
     shape: tuple[int, ...]
+    dtype: str  # as safetensors names it
 
     def __call__(self) -> Tensor:
         with _opened(self.file) as opened:
@@ -40,8 +44,23 @@ def read_tensors(files: list[Path]) -> dict[str, Stored]:
                         f"{str(found[key].file)!r} and {str(file)!r} both hold {shown(key)}; keep "
                         "the files of one checkpoint in the folder."
                     )
-                found[key] = Stored(file, key, tuple(opened.get_slice(key).get_shape()))
+                part = opened.get_slice(key)
+                found[key] = Stored(file, key, tuple(part.get_shape()), part.get_dtype())
     return found
+
+
+def read_folder(folder: Path) -> dict[str, Stored]:
+    """A reader for each tensor of a model's checkpoint, by its key; others may lie beside it.
+
+    Raises:
+        FileNotFoundError, ValueError: a shard is missing, or cannot be read.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if (folder / INDEX).is_file():
+        files = indexed(folder / INDEX, "model")
+    if (folder / WEIGHTS).is_file():  # which transformers takes, whatever else is there
+        files = [folder / WEIGHTS]
+    return read_tensors(files)
 
 
 def _opened(file: Path) -> Any:

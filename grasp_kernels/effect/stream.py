@@ -13,16 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from grasp_kernels.data import Example, collate
-from grasp_kernels.identification import span
-from grasp_kernels.identification.frozen_model import kept_outputs
-from grasp_kernels.sites import Site, site_rules
+from grasp_kernels.models.architectures import SiteRules
+from grasp_kernels.models.frozen_model import blocks_by_layer, kept_outputs
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from grasp_kernels.sites import SiteRules
-    from grasp_kernels.subspace import Subspace
 
 
 @dataclass(frozen=True)
@@ -51,20 +46,17 @@ class Movement:
         return {**asdict(self), "mean_along": self.mean_along, "share": self.share}
 
 
-def layer_bases(subspace: Subspace, rules: SiteRules) -> dict[int, Tensor]:
-    """Layer -> basis of the stream after it, `[D, k]`; empty where only readers have bases."""
-    found = bases_by_layer(subspace.write, rules)
-    return found if subspace.stream is None else dict.fromkeys(found, subspace.stream)
+def layer_bases(write: Mapping[str, Tensor], rules: SiteRules) -> dict[int, Tensor]:
+    """Layer -> basis of the stream after it, `[D, k]`, from the write bases of its modules by name.
 
-
-def bases_by_layer(write: Mapping[str, Tensor], rules: SiteRules) -> dict[int, Tensor]:
-    """The span `[D, k]` of the write bases of each layer, from those of its modules by name."""
-    found: dict[int, list[Tensor]] = {}
+    Empty without writers whose output is in the stream.
+    """
+    found: dict[int, Tensor] = {}
     for name, basis in write.items():
         site = rules.site(name)
         if site is not None and site.norm is None:
-            found.setdefault(site.layer, []).append(basis)
-    return {layer: span(bases) for layer, bases in sorted(found.items())}
+            found.setdefault(site.layer, basis)
+    return dict(sorted(found.items()))
 
 
 def measure_movement(
@@ -80,7 +72,7 @@ def measure_movement(
     along = {name: torch.zeros(len(layers)) for name in adapters}
     total = {name: torch.zeros(len(layers)) for name in adapters}
     n_tokens = 0
-    _, blocks = find_blocks(model, rules)
+    blocks = blocks_by_layer(model, rules)
     for prompt in prompts:
         ids = torch.tensor([prompt], device=device)
         n_tokens += len(prompt)
@@ -104,32 +96,10 @@ def measure_movement(
     }
 
 
-def find_blocks(model: nn.Module, rules: SiteRules) -> tuple[str, nn.ModuleList]:
-    """The list of decoder blocks, and the name of the module that holds it; peft may wrap it.
-
-    Raises:
-        ValueError: no module list of that name.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and name.endswith(f".{rules.blocks}"):
-            return name.removesuffix(f".{rules.blocks}"), module
-    raise ValueError(f"The model has no module list named {rules.blocks}: declare SiteRules.")
-
-
-def blocks_by_layer(model: nn.Module, rules: SiteRules) -> dict[int, nn.Module]:
-    """The decoder blocks of a model, which peft may wrap.
-
-    Raises:
-        ValueError: as `find_blocks`.
-    """
-    _, blocks = find_blocks(model, rules)
-    return dict(enumerate(blocks))
-
-
 # Not inference_mode: what layers keep for the next forward must serve a training one.
 @torch.no_grad()
 def _stream_after(
-    model: nn.Module, blocks: nn.ModuleList, layers: Sequence[int], ids: Tensor
+    model: nn.Module, blocks: Mapping[int, nn.Module], layers: Sequence[int], ids: Tensor
 ) -> list[Tensor]:
     """Float32 stream `[T, D]` after each of the given blocks."""
     chosen = {layer: blocks[layer] for layer in layers}
@@ -157,41 +127,3 @@ def mean_loss(
         ).item()
         n_tokens += int((labels[:, 1:] != -100).sum())
     return total / n_tokens
-
-
-def token_scores(model: PreTrainedModel, basis: Tensor, rules: SiteRules) -> Tensor:
-    """Float32 `[vocabulary, k]`: what directions `[D, k]` at the end of the stream add to logits.
-
-    Linear in the direction: the norm's division by the size of the stream is left out.
-    """
-    holder, _ = find_blocks(model, rules)
-    name = ".".join((holder, *rules.blocks.split(".")[:-1], rules.final_norm))
-    norm: Any = model.get_submodule(name)
-    head = Site("lm_head", -1, "read", rules.final_norm, rules.norms)
-    unembedding = model.get_output_embeddings().weight.float()
-    return unembedding @ head.from_stream(basis.to(unembedding), head.gain(norm.weight))
-
-
-def promoted_tokens(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    basis: Tensor,
-    *,
-    n_tokens: int = 8,
-) -> list[tuple[list[str], list[str]]]:
-    """Tokens at both ends of each direction `[D, k]`, read through the unembedding (logit lens).
-
-    The sign of a direction is arbitrary, so neither end is the bad one by itself.
-    """
-    rules = site_rules(model.config.model_type, ())
-    scores = token_scores(model, basis, rules)
-    scores = scores[: len(tokenizer)]  # embeddings are often padded beyond the vocabulary
-
-    def words(ids: Tensor) -> list[str]:
-        return [tokenizer.decode([i]) for i in ids.tolist()]
-
-    n_tokens = min(n_tokens, len(scores))
-    return [
-        (words(column.topk(n_tokens).indices), words((-column).topk(n_tokens).indices))
-        for column in scores.T
-    ]

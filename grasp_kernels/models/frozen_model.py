@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from grasp_kernels.sites import SiteRules, model_rules, model_sites
+from grasp_kernels.models.architectures import SiteRules
 
 # Sees a block's output [B, T, D]; what it returns takes its place, None leaves it as it is.
 Edit = Callable[[Tensor], Tensor | None]
@@ -185,15 +185,26 @@ def head_at(model: Any, index: Tensor | tuple[Tensor, ...]) -> Iterator[None]:
         hook.remove()
 
 
-def written_blocks(base: Any, sites: SiteRules | None = None) -> dict[int, nn.Module]:
-    """The decoder blocks that hold a writer, by layer, in ascending order."""
-    rules = model_rules(base, sites)
-    blocks = {}
-    for site in model_sites(base, sites):
-        parts = rules.split(site.name)
-        if site.role == "write" and parts is not None:
-            blocks[site.layer] = base.get_submodule(f"{parts[0]}.{site.layer}")
-    return dict(sorted(blocks.items()))
+def find_blocks(model: nn.Module, rules: SiteRules) -> tuple[str, nn.ModuleList]:
+    """The list of decoder blocks, and the name of the module that holds it; peft may wrap it.
+
+    Raises:
+        ValueError: no module list of that name.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and name.endswith(f".{rules.blocks}"):
+            return name.removesuffix(f".{rules.blocks}"), module
+    raise ValueError(f"The model has no module list named {rules.blocks}: declare SiteRules.")
+
+
+def blocks_by_layer(model: nn.Module, rules: SiteRules) -> dict[int, nn.Module]:
+    """The decoder blocks of a model, which peft may wrap.
+
+    Raises:
+        ValueError: as `find_blocks`.
+    """
+    _, blocks = find_blocks(model, rules)
+    return dict(enumerate(blocks))
 
 
 def generate_answers(

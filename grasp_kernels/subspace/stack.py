@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from grasp_kernels.adapters import LoRAWeights
-from grasp_kernels.svd import MatrixOperator, randomized_svd
 
 # Lanczos steps for the largest singular value of a draw. Noise blocks are the hardest case, since
 # their spectrum has no gap: on 64 orthonormal blocks of rank 16 and width 4096 the mean draw is
@@ -62,19 +61,6 @@ class Stack:
                 parts.append(part)
                 start += len(part)
         return Stack(torch.cat(parts), tuple(groups))
-
-    def leading(
-        self, rank: int, *, n_oversamples: int, n_iter: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Leading directions `[D, rank]` and singular values `[rank]`."""
-        u, s, _ = randomized_svd(
-            MatrixOperator(self.rows.mT),
-            rank,
-            n_oversamples=n_oversamples,
-            n_iter=n_iter,
-            generator=generator,
-        )
-        return u, s
 
 
 def stack_blocks(layers: Iterable[LoRAWeights]) -> tuple[Stack, list[str]]:
@@ -195,29 +181,3 @@ def _flipped_gram(stack: Stack, signs: Tensor, v: Tensor) -> Tensor:
             for group, sign in zip(stack.groups, signs, strict=True)
         ]
     )
-
-
-def support(stack: Stack, directions: Tensor) -> Tensor:
-    """How much the blocks move along `directions[D, k]`: root mean square over groups, `[k]`.
-
-    1 means that each group moved along the direction as far as along any; a group of several
-    blocks (sources, or readers of one norm) can reach the square root of their number.
-    """
-    return (stack.rows @ directions).square().sum(dim=0).div(len(stack.groups)).sqrt()
-
-
-def support_by_chance(
-    stack: Stack, directions: Tensor, draws: int, generator: torch.Generator
-) -> Tensor:
-    """The support `[F, k]` of the same directions after sign flips of its own for every group.
-
-    An exact null for directions that were found without these groups.
-    """
-    width, k = directions.shape
-    total = torch.zeros(draws, k)
-    for group in stack.groups:
-        signs = torch.randint(0, 2, (width, draws, 1), generator=generator, device=generator.device)
-        flipped = (signs.cpu() * 2 - 1) * directions[:, None]
-        moved = stack.rows[group.rows] @ flipped.reshape(width, draws * k)
-        total += moved.square().sum(dim=0).reshape(draws, k)
-    return total.div(len(stack.groups)).sqrt()

@@ -15,24 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
-from statistics import mean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from grasp_kernels.adapters import Adapter, load_adapter
-from grasp_kernels.identification.evidence import overlap
-from grasp_kernels.identification.search import (
-    Finding,
-    Options,
-    compare_sources,
-    search_layers,
-    search_shared,
-)
-from grasp_kernels.identification.stack import stack_blocks
-from grasp_kernels.sites import Site, SiteRules
-from grasp_kernels.subspace import SCOPES, SIDES, Subspace
+from grasp_kernels.choices import SIDES
+from grasp_kernels.models.architectures import Site, SiteRules
+from grasp_kernels.subspace.basis import Subspace
+from grasp_kernels.subspace.search import Finding, Options, compare_sources, search
+from grasp_kernels.subspace.stack import stack_blocks
 from grasp_kernels.version import __version__
 
 _BLIND_SPOT = (
@@ -50,7 +43,6 @@ def identify(
     *,
     k: int | str = "auto",
     side: str = "write",
-    scope: str = "shared",
     n_oversamples: int = 8,
     n_iter: int = 4,
     generator: torch.Generator | None = None,
@@ -68,8 +60,7 @@ def identify(
         k: number of directions, or "auto": the leading singular values above the null up to their
             largest gap, at most 4, none where the evidence is at the level of chance.
         side: "write", "read" or "both".
-        scope: "shared", one basis for all layers, or "layer", one for each.
-        n_oversamples, n_iter: of the randomized SVD (that of a single layer is exact).
+        n_oversamples, n_iter: of the randomized SVD.
         generator: source of randomness, by default a new one with seed 0.
         base_model: module or checkpoint folder, for the norm gains (read side) and the depth, where
             the adapter does not lead to it.
@@ -91,7 +82,7 @@ def identify(
         ValueError, TypeError, FileNotFoundError: options out of range, or an adapter that cannot be
             used, see `load_adapter`.
     """
-    _check_options(k, side, scope)
+    _check_options(k, side)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     options = Options(k if isinstance(k, int) else None, n_oversamples, n_iter, generator)
     seed = generator.initial_seed()
@@ -105,7 +96,7 @@ def identify(
             "adapter, and no halves or at least two."
         )
     sides = ("write", "read") if side == "both" else (side,)
-    findings = [_search(adapters, separate, one, scope, options) for one in sides]
+    findings = [_search(adapters, separate, one, options) for one in sides]
     metadata = {
         "source": "weights",
         "base_model": adapters[0].base_model,
@@ -115,7 +106,6 @@ def identify(
         "options": {
             "k": k,
             "side": side,
-            "scope": scope,
             "n_oversamples": n_oversamples,
             "n_iter": n_iter,
             "block_norm": "spectral",
@@ -123,45 +113,18 @@ def identify(
         "seed": seed,
         "versions": {"grasp_kernels": __version__, "torch": torch.__version__},
     }
-    return _assemble(findings, [*adapters, *separate], side, scope, metadata)
+    return _assemble(findings, [*adapters, *separate], side, metadata)
 
 
-def agreement(first: Subspace, second: Subspace) -> float:
-    """How much two subspaces of one model agree: 1 if one lies in the other everywhere.
-
-    Root mean square of the principal cosines, averaged over the modules that both have a basis for.
-
-    Raises:
-        ValueError: no module has a basis in both.
-    """
-    pairs = [
-        (own[name], other[name])
-        for own, other in ((first.write, second.write), (first.read, second.read))
-        for name in own
-        if name in other
-    ]
-    if not pairs:
-        raise ValueError(
-            f"The two subspaces have no module in common ({len(first.write) + len(first.read)} and "
-            f"{len(second.write) + len(second.read)} bases); compare non-empty ones of the same "
-            "side."
-        )
-    # modules that share one basis on both sides have one overlap
-    distinct = {(id(one), id(other)): (one, other) for one, other in pairs}
-    values = {key: overlap(one.cpu(), other.cpu()) for key, (one, other) in distinct.items()}
-    return mean(values[id(one), id(other)] for one, other in pairs)
-
-
-def _check_options(k: int | str, side: str, scope: str) -> None:
+def _check_options(k: int | str, side: str) -> None:
     if k != "auto" and (isinstance(k, (bool, str)) or not isinstance(k, int) or k < 1):
         raise ValueError(f'k is {k!r}; it must be "auto" or a whole number of at least 1.')
-    for name, value, known in (("side", side, SIDES), ("scope", scope, SCOPES)):
-        if value not in known:
-            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}.")
+    if side not in SIDES:
+        raise ValueError(f"side is {side!r}; it must be one of {', '.join(SIDES)}.")
 
 
 def _search(
-    adapters: list[Adapter], separate: list[Adapter], side: str, scope: str, options: Options
+    adapters: list[Adapter], separate: list[Adapter], side: str, options: Options
 ) -> Finding:
     """Stack one side of all adapters, search it, and compare the sources."""
     chosen = [_of_side(one, side) for one in adapters]
@@ -171,7 +134,6 @@ def _search(
             f"Every {side} block of the adapter is zero; identify on the other side, or train "
             "longer."
         )
-    search = search_shared if scope == "shared" else search_layers
     finding = search(stack, side, options)
     if len(adapters) > 1:
         stacks = [stack_blocks(layers)[0] for layers in chosen]
@@ -179,14 +141,14 @@ def _search(
     if separate:
         stacks = [stack_blocks(_of_side(one, side))[0] for one in separate]
         compare_sources(finding, stacks, options, independent=True)
-    elif finding.bases is not None:
+    elif finding.basis is not None:
         finding.reasons.append(
             "No adapters of disjoint data were given (halves), so whether other data would give "
             "the same directions is not known."
         )
     if zero:
         finding.reasons.append(f"{len(zero)} blocks are zero and were skipped ({zero[0]} first).")
-    if finding.bases is not None:
+    if finding.basis is not None:
         finding.reasons += _caveats(side, chosen)
     return finding
 
@@ -214,7 +176,6 @@ def _assemble(
     findings: list[Finding],
     adapters: list[Adapter],
     side: str,
-    scope: str,
     metadata: dict[str, Any],
 ) -> Subspace:
     """Spread the bases over the modules of the model, adapted or not."""
@@ -226,13 +187,13 @@ def _assemble(
     }
     parts = {
         finding.side: Subspace.from_stream(
-            finding.bases,
+            finding.basis,
             _model_sites(adapters, finding.side),
             gains=_gains(adapters),
             side=finding.side,
         )
         for finding in findings
-        if finding.bases is not None
+        if finding.basis is not None
     }
     caveats = [_BLIND_SPOT] if parts else []
     reasons = [
@@ -241,7 +202,7 @@ def _assemble(
         *notes,
     ]
     if not parts:
-        return Subspace.empty(side, scope, reasons, evidence=evidence, metadata=metadata)
+        return Subspace.empty(side, reasons, evidence=evidence, metadata=metadata)
     write = parts.get("write")
     read = parts.get("read")
     return Subspace(
@@ -250,7 +211,6 @@ def _assemble(
         write.stream if write else None,
         max(part.k for part in parts.values()),
         side,
-        scope,
         tuple(reasons),
         evidence,
         metadata,

@@ -16,13 +16,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from grasp_kernels.adapters.checkpoint import Stored, indexed, read_tensors, refuse_nonfinite
 from grasp_kernels.files import inside, read_json
 from grasp_kernels.inert import shown
-from grasp_kernels.processes import whole
-from grasp_kernels.sites import base_name, expert_part, same_module, stored_name
+from grasp_kernels.models.names import base_name, expert_part, same_module, stored_name
+from grasp_kernels.models.sharding import whole
+from grasp_kernels.models.tensors import Stored, read_folder, refuse_nonfinite
 
-_WEIGHTS = "model.safetensors"
 MOST_LAYERS = 1000  # that any model has
 
 
@@ -172,15 +171,3 @@ def model_config(folder: Path) -> dict[str, Any]:
             "from the checkpoint."
         )
     return config
-
-
-def read_folder(folder: Path) -> dict[str, Stored]:
-    """A reader for each tensor of a model's checkpoint, by its key; others may lie beside it.
-
-    Raises:
-        FileNotFoundError, ValueError: a shard is missing, or cannot be read.
-    """
-    index, single = folder / f"{_WEIGHTS}.index.json", folder / _WEIGHTS
-    if index.is_file():
-        return read_tensors(indexed(index, "model"))
-    return read_tensors([single] if single.is_file() else sorted(folder.glob("*.safetensors")))

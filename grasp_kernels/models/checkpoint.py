@@ -7,7 +7,7 @@ a checkpoint is run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -18,13 +18,12 @@ import torch
 from grasp_kernels.cpu import in_fast_dtype
 from grasp_kernels.files import read_json
 from grasp_kernels.inert import listed
+from grasp_kernels.models.tensors import INDEX, WEIGHTS, Stored, read_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_WEIGHTS = "model.safetensors"
-_INDEX = f"{_WEIGHTS}.index.json"
-_JSON = ("config.json", "generation_config.json", _INDEX)
+_JSON = ("config.json", "generation_config.json", INDEX)
 _TOKENIZER_JSON = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json")
 _TOKENIZER = ("*token*", "vocab*", "*.model")  # what its files are called, of any kind
 _FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
@@ -114,13 +113,19 @@ def load_model(
         where: the device; that of a run if None.
 
     Raises:
+        FileNotFoundError: a shard is missing.
         ValueError: a file that cannot be read; weights that are missing, left over, of another
             shape, not finite, or integers without a quantization_config.
     """
     from transformers import AutoModelForCausalLM
 
     config = load_config(checkpoint)
-    files = _weight_files(checkpoint)
+    if not any((checkpoint / name).is_file() for name in (WEIGHTS, INDEX)):
+        raise ValueError(
+            f"The checkpoint {checkpoint} has no {WEIGHTS}: download it completely, or save the "
+            "model again with save_pretrained."
+        )
+    stored = read_folder(checkpoint)
     with reading("model", checkpoint):
         model, told = AutoModelForCausalLM.from_pretrained(
             checkpoint,
@@ -133,7 +138,7 @@ def load_model(
         )
     _refuse_other_weights(checkpoint, told)
     if getattr(config, "quantization_config", None) is None:
-        _refuse_integers(checkpoint, files, {name for name, _ in model.named_parameters()})
+        _refuse_integers(checkpoint, stored, {name for name, _ in model.named_parameters()})
     model = model.to(where or device()).eval()
     for name, weight in model.named_parameters():
         if weight.dtype in _CHECKED and not torch.stack(weight.aminmax()).isfinite().all():
@@ -174,40 +179,6 @@ def _check_json(checkpoint: Path, names: tuple[str, ...]) -> None:
             read_json(checkpoint / name, "part of a checkpoint", _RESTORE)
 
 
-def _weight_files(checkpoint: Path) -> list[Path]:
-    """The files that transformers takes weights from; each is there and whole.
-
-    Raises:
-        ValueError: one that is missing or cut short.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    files = [checkpoint / _WEIGHTS]
-    if not files[0].is_file() and (checkpoint / _INDEX).is_file():
-        named = read_json(checkpoint / _INDEX, "index of shards", _RESTORE).get("weight_map")
-        shards = [*map(str, named.values())] if isinstance(named, dict) else [""]
-        if odd := [name for name in shards if Path(name).name != name or not name]:
-            raise ValueError(
-                f"The weight_map of {checkpoint / _INDEX} names {odd[0]!r}, no file beside "
-                f"it: {_RESTORE}."
-            )
-        files = [checkpoint / name for name in sorted(set(shards))]
-    for file in files:
-        if not file.is_file():
-            raise ValueError(
-                f"The checkpoint {checkpoint} has no {file.name}: download it completely, or save "
-                "the model again with save_pretrained."
-            )
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{str(file)!r} is cut short or no safetensors file ({error}): {_RESTORE}."
-            ) from None
-    return files
-
-
 def _refuse_other_weights(checkpoint: Path, told: dict[str, Any]) -> None:
     """Raise unless the files had the weights of the model, and no others."""
     mismatched = [
@@ -229,17 +200,13 @@ def _refuse_other_weights(checkpoint: Path, told: dict[str, Any]) -> None:
         )
 
 
-def _refuse_integers(checkpoint: Path, files: list[Path], parameters: set[str]) -> None:
+def _refuse_integers(checkpoint: Path, stored: Mapping[str, Stored], parameters: set[str]) -> None:
     """Raise for weights that no conversion to floats gives back."""
-    from safetensors import safe_open
-
-    found = []
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                kind = opened.get_slice(name).get_dtype()
-                if kind not in _FLOATS and (name.endswith("weight") or name in parameters):
-                    found.append(f"{name} ({kind})")
+    found = [
+        f"{name} ({one.dtype})"
+        for name, one in stored.items()
+        if one.dtype not in _FLOATS and (name.endswith("weight") or name in parameters)
+    ]
     if found:
         raise ValueError(
             f"The weights of {checkpoint} are quantised, and its config.json has no "

@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from grasp_kernels.adapters.base_model import model_config, read_folder
-from grasp_kernels.adapters.checkpoint import refuse_nonfinite
-from grasp_kernels.adapters.files import CONFIG
 from grasp_kernels.inert import shown
-from grasp_kernels.sites import base_name, expert_part, stored_name
+from grasp_kernels.models.base_model import model_config
+from grasp_kernels.models.names import base_name, expert_part, stored_name
+from grasp_kernels.models.tensors import read_folder, refuse_nonfinite
 
 _TRANSPOSED = ("gpt2",)  # model types whose linear layers store W[K, N]
 _EMBEDDINGS = ("wte", "wpe")  # and whose embeddings do not
@@ -42,7 +41,7 @@ def model_weights(source: nn.Module | str | PathLike[str]) -> dict[str, Reader]:
     """
     if isinstance(source, nn.Module):
         return _of_module(source)
-    if (Path(source) / CONFIG).is_file():
+    if (Path(source) / "adapter_config.json").is_file():
         raise ValueError(
             f"{str(source)!r} is an adapter, not a model; give the checkpoint of a whole model."
         )

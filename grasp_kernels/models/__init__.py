@@ -1,0 +1,11 @@
+"""The model itself: its file, its names, where it meets the residual stream, what it says.
+
+architectures      where the modules of a family meet the stream
+names              what a module is called, in a model and in a file
+sharding           weights that are spread over processes
+tensors            safetensors files and shards
+weights            a model or a checkpoint folder -> its weights by module name
+base_model         the same -> type, depth and norms
+checkpoint         a folder or a hub name -> configuration, tokenizer, model
+frozen_model       a model -> its answers, and its stream on given ones
+"""
