@@ -224,7 +224,6 @@ def test_rows_of_the_benchmark_become_the_table(table: Path) -> None:
         benchmark_row("grasp-triton-projected", 4.0, T=2048),  # Python would not keep up
         benchmark_row("grasp-triton", 0.1, device="AMD EPYC", capability=None),
         benchmark_row("grasp-auto", 0.1),
-        benchmark_row("grasp-triton-padded-projected", 0.1),
     ]
     assert adopt(rows, table) == 3
     stored = json.loads(table.read_text())["rows"]

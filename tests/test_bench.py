@@ -225,7 +225,7 @@ def test_every_backend_but_the_specification_is_a_provider(monkeypatch: pytest.M
     monkeypatch.setattr(ours.registry, "BACKENDS", ("new", "aten", "reference"))
     assert set(ours.our_providers()) == {
         *("grasp", "grasp-projected", "grasp-default", "grasp-new", "grasp-new-projected"),
-        *("grasp-new-padded-projected", "grasp-aten", "grasp-aten-projected"),
+        *("grasp-aten", "grasp-aten-projected"),
         *("grasp-reads-projected", "grasp-new-reads-projected", "grasp-aten-reads-projected"),
     }
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from grasp_kernels.ops.autocast import autocast_dtype
-from grasp_kernels.ops.lora_linear.checks import check, checked_padding
+from grasp_kernels.ops.lora_linear.checks import check
 from grasp_kernels.ops.lora_linear.differentiated import (
     N_DIFFERENTIATED,
     Plain,
@@ -36,7 +36,6 @@ def lora_linear(
     read_basis: Tensor | None = None,
     write_weight: Tensor | None = None,
     closed_factors: tuple[Tensor, Tensor] | None = None,
-    padded_weight: Tensor | None = None,
     project: str = "residual",
     closed: bool = True,
     dropout_p: float = 0.0,
@@ -61,8 +60,6 @@ def lora_linear(
         write_weight: `Vᵀ W [Q, K]`, if at hand; computed in each backward otherwise.
         closed_factors: `A°[R, K]`, `B°[N, R]` in the dtype of the activations, if at hand; they are
             constants of this call, and its gradients are those of `lora_A` and `lora_B`.
-        padded_weight: the buffer of `ops.lora_linear.padding` that `weight`, `closed_factors` and
-            `write_weight` are views of; lets library products carry the adapter.
         project: "residual" projects the arriving `dY` before anything uses it; "weights"
             projects the gradients of `A`, `B` alone and leaves `dX`.
         closed: compute with `A° = A (I − U Uᵀ)`, `B° = (I − V Vᵀ) B`, so that the update
@@ -94,10 +91,6 @@ def lora_linear(
         raise ValueError(f"project is {project!r}; use one of {PROJECTIONS}.")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; use a probability between 0 and 1.")
-    tensors = (
-        *tensors,
-        checked_padding(padded_weight, weight, closed_factors, write_weight),
-    )
     exact = backend not in KERNELS and is_exact(x.dtype, lora_A)
     options = float(scaling), float(dropout_p), project == "residual", closed, exact
     if not torch.compiler.is_compiling() and are_plain(x, base, *tensors):

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from grasp_kernels.ops.lora_linear.padding import parts
-
 
 def check(
     x: Tensor,
@@ -79,31 +77,3 @@ def _widths(x: Tensor, weight: Tensor | None, base: Tensor | None) -> tuple[int,
             f"x {tuple(x.shape)} and {name} {tuple(given.shape)} must be [..., K] and {form}."
         )
     return (given.shape[0], given.shape[1]) if base is None else (given.shape[-1], x.shape[-1])
-
-
-def checked_padding(
-    padded: Tensor | None,
-    weight: Tensor | None,
-    closed_factors: tuple[Tensor, Tensor] | None,
-    write_weight: Tensor | None,
-) -> Tensor | None:
-    """The buffer, if it is that of the operands of this call."""
-    if padded is None:
-        return None
-    if weight is None:
-        raise ValueError("padded_weight holds a weight; leave it out with base.")
-    (N, K), Q = weight.shape, 0 if write_weight is None else write_weight.shape[0]
-    given = [weight, *(closed_factors or ())] + ([] if write_weight is None else [write_weight])
-    R = closed_factors[0].shape[0] if closed_factors else 0
-    E = padded.shape[0] - N
-    expected = parts(padded, N, K, R, Q)
-    places = (expected.weight, expected.closed_A, expected.closed_B, expected.write_weight)
-    fits = closed_factors is not None and padded.shape == (N + E, K + E) and R + Q <= E
-    if not fits or any(
-        tensor.data_ptr() != place.data_ptr() for tensor, place in zip(given, places, strict=False)
-    ):
-        raise ValueError(
-            f"padded_weight {tuple(padded.shape)} does not hold the weight, the closed factors and "
-            "write_weight of this call; make them with padding.pad and padding.parts."
-        )
-    return padded
