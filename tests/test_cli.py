@@ -179,16 +179,16 @@ def test_check_of_nothing_is_an_error(
     assert "nothing to check" in capsys.readouterr().err
 
 
-def test_doctor_says_which_kernels_nobody_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_says_which_kernels_nobody_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     from grasp_kernels.cli import doctor
-    from grasp_kernels.ops.lora_linear import measured
+    from grasp_kernels.ops.lora_linear import registry
 
-    unchecked = (
-        "runs; has never passed the checks of a benchmark on this GPU, so auto does not take it"
-    )
-    monkeypatch.setattr(measured, "timed", lambda where: frozenset({"aten", "triton"}))
-    found = {name: doctor._backend(name) for name in ("cuda", "triton", "aten", "reference")}
-    assert found == {"cuda": unchecked, **dict.fromkeys(("triton", "aten", "reference"), "runs")}
+    untimed = "runs; was never timed on such a GPU, so auto does not take it"
+    for hopper, kernels in ((False, untimed), (True, "runs")):
+        monkeypatch.setattr(registry, "measured_on", lambda where, is_it=hopper: is_it)
+        found = {name: doctor._backend(name) for name in registry.BACKENDS}
+        expected = dict.fromkeys(registry.KERNELS, kernels)
+        assert found == expected | dict.fromkeys(("aten", "reference"), "runs")
 
 
 def test_doctor_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,12 +64,6 @@ def add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
     rows.add_argument(
         "--plot", type=file_to_write, metavar="FILE.png", help="draw the ratio to the floor"
     )
-    rows.add_argument(
-        "--adopt",
-        nargs="+",
-        metavar="FILE",
-        help='let backend "auto" choose by these rows, which were measured on this GPU',
-    )
     rows.add_argument("--list", action="store_true", help="list models, presets and providers")
     bench.set_defaults(
         command=_bench, when_stopped="the rows so far are in the file of --output, if given."
@@ -81,11 +75,6 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     if arguments.list:
         print(_listing())
-        return 0
-    if arguments.adopt:
-        from grasp_kernels.bench.adopt import adopt
-
-        print(f"{adopt(read_rows(*arguments.adopt))} shapes measured for backend 'auto'")
         return 0
     if arguments.report:
         rows = read_rows(*arguments.report)
