@@ -136,8 +136,6 @@ def _call(case: Case) -> None:
         write_basis=V,
         read_basis=U,
         write_weight=empty(Q, K) if Q else None,
-        closed_A=empty(R, K),
-        closed_B=empty(N, R),
         dropout_seed=empty(1, dtype=torch.int64) if case.dropout_p else None,
         scaling=2.0,
         dropout_p=case.dropout_p,

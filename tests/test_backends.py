@@ -133,7 +133,7 @@ def operands(K: int, N: int, R: int, P: int = 0, Q: int = 0) -> Operands:
     bases = (torch.empty(N, Q) if Q else None, torch.empty(K, P) if P else None)
     factors = torch.empty(R, K), torch.empty(N, R)
     return Operands(
-        torch.empty(N, K), None, *factors, None, *bases, *(None,) * 4, 1.0, 0.0, True, True
+        torch.empty(N, K), None, *factors, None, *bases, None, None, 1.0, 0.0, True, True
     )
 
 

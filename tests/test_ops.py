@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 import grasp_kernels as gk
 from grasp_kernels.ops.lora_linear.registry import BACKENDS, KERNELS, computes
-from grasp_kernels.ops.projection import project_columns, project_rows
 from grasp_kernels.testing import (
     DIFFERENTIABLE,
     Case,
@@ -359,31 +358,9 @@ def test_autocast_casts_what_a_linear_layer_casts(dtype: torch.dtype) -> None:
         assert torch.equal(y, gk.lora_linear(**cast, scaling=0.5))
 
 
-@everywhere
-@pytest.mark.parametrize("project", ["residual", "weights"])
-@pytest.mark.parametrize("closed", [True, False])
-def test_closed_factors_are_only_a_cache(
-    project: str, closed: bool, backend: str, device: str
-) -> None:
-    case = replace(BOTH, project=project, closed=closed, dropout_p=0.2, device=device)
-    case = suited(case, backend)
-    inputs = make_inputs(case)
-    A, B = inputs["lora_A"], inputs["lora_B"]
-    if closed:
-        A, B = project_rows(A, inputs["read_basis"]), project_columns(B, inputs["write_basis"])
-    A, B = A.to(case.dtype), B.to(case.dtype)
-    runs, budgets = [], budgets_of(case, backend)
-    for factors in (None, (A, B)):
-        torch.manual_seed(4)
-        runs.append(differentiate(case, inputs, closed_factors=factors, backend=backend))
-    for name, found in runs[1].items():
-        assert relative_error(found, runs[0][name]) <= 2 * budgets[name], name
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"closed_factors": (torch.zeros(4, 47), torch.zeros(40, 4))}, ValueError, "closed_fact"),
         ({"weight": torch.zeros(40, 47)}, ValueError, "x has shape"),
         (
             {"lora_B": torch.zeros(40, 5)},

@@ -35,7 +35,6 @@ def lora_linear(
     write_basis: Tensor | None = None,
     read_basis: Tensor | None = None,
     write_weight: Tensor | None = None,
-    closed_factors: tuple[Tensor, Tensor] | None = None,
     project: str = "residual",
     closed: bool = True,
     dropout_p: float = 0.0,
@@ -58,8 +57,6 @@ def lora_linear(
         write_basis: `V[N, Q]`, float32, orthonormal columns in the residual stream.
         read_basis: `U[K, P]`, float32, orthonormal columns in the input of this layer.
         write_weight: `Vᵀ W [Q, K]`, if at hand; computed in each backward otherwise.
-        closed_factors: `A°[R, K]`, `B°[N, R]` in the dtype of the activations, if at hand; they are
-            constants of this call, and its gradients are those of `lora_A` and `lora_B`.
         project: "residual" projects the arriving `dY` before anything uses it; "weights"
             projects the gradients of `A`, `B` alone and leaves `dX`.
         closed: compute with `A° = A (I − U Uᵀ)`, `B° = (I − V Vᵀ) B`, so that the update
@@ -84,7 +81,6 @@ def lora_linear(
         write_basis,
         read_basis,
         write_weight,
-        *((None, None) if closed_factors is None else closed_factors),
     )
     check(x, base, *tensors)
     if project not in PROJECTIONS:

@@ -19,8 +19,6 @@ def check(
     write_basis: Tensor | None,
     read_basis: Tensor | None,
     write_weight: Tensor | None,
-    closed_A: Tensor | None,
-    closed_B: Tensor | None,
 ) -> None:
     if base is not None and any(given is not None for given in (weight, bias, write_weight)):
         raise ValueError("base stands for weight, bias and write_weight; leave those out with it.")
@@ -40,8 +38,6 @@ def check(
         ("write_basis", write_basis, (N, Q)),
         ("read_basis", read_basis, (K, P)),
         ("write_weight", write_weight, (Q, K)),
-        ("closed_factors[0]", closed_A, (R, K)),
-        ("closed_factors[1]", closed_B, (N, R)),
     ):
         if tensor is None:
             continue
@@ -54,12 +50,7 @@ def check(
             raise ValueError(f"{name} is on {tensor.device} but x is on {device}; move it there.")
         if not tensor.is_floating_point():
             raise TypeError(f"{name} has dtype {tensor.dtype}; the operator needs floating point.")
-    for name, tensor in (
-        ("weight", weight),
-        ("bias", bias),
-        ("closed_factors[0]", closed_A),
-        ("closed_factors[1]", closed_B),
-    ):
+    for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != dtype:
             raise TypeError(
                 f"{name} has dtype {tensor.dtype} but x has {dtype}; "
