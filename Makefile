@@ -10,7 +10,7 @@ REAL ?= real-output
 .PHONY: demo test lint bench real real-report wheel clean
 
 demo: $(READY)
-	$(BIN)/grasp-kernels demo --output $(DEMO) --seed $(SEED)
+	$(BIN)/python -m benchmarks.demo --output $(DEMO) --seed $(SEED)
 
 test: lint
 	$(BIN)/python -m pytest -n auto

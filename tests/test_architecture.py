@@ -37,10 +37,9 @@ ALLOWED = {
         "subspace",
     },
     "diagnosis": {"adapters", "data", "effect", "identification", "run", "subspace"},
-    "demo": {"data", "run"},
     "bench": {"layers", "ops", "testing"},
     "cli": {
-        *("adapters", "bench", "data", "demo", "diagnosis", "identification", "layers", "ops"),
+        *("adapters", "bench", "data", "diagnosis", "identification", "layers", "ops"),
         *("run", "subspace"),
     },
 }

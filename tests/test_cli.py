@@ -204,17 +204,6 @@ def test_doctor_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
         assert expected in lines["backend auto"]
 
 
-def test_demo_gets_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    import grasp_kernels.demo
-
-    seen: list[Any] = []
-    monkeypatch.setattr(
-        grasp_kernels.demo, "run_demo", lambda output, *, seed: seen.append((output, seed))
-    )
-    assert main(["demo", "--output", "there", "--seed", "7"]) == 0
-    assert seen == [("there", 7)]
-
-
 @pytest.mark.parametrize(
     "command",
     [
@@ -291,7 +280,7 @@ def test_bench_replaces_rows_alone(tmp_path: Path, capsys: pytest.CaptureFixture
     ("arguments", "message"),
     [
         ("identify a --output x --k x", "error: --k: 'x' is no number: give 'auto'"),
-        ("demo --seed -1", "error: --seed: '-1' is no seed: give 0 to 4294967295"),
+        ("inspect a --seed -1", "error: --seed: '-1' is no seed: give 0 to 4294967295"),
         ("run --model m --data d --output o --seed 4294967296", "'4294967296' is no seed"),
         ("inspect a --seed 1e3", "'1e3' is no seed"),
         ("run --model m --data d --output o --k 17", "error: --k is 17, above the LoRA rank 16"),
