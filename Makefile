@@ -24,7 +24,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/grasp-kernels bench
+	$(BIN)/python -m benchmarks.kernels
 
 # Drift against task on a real chat model, hours on a core; stopped at any point, the same command goes on.
 real: $(VENV)/smollm2

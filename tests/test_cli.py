@@ -238,7 +238,6 @@ def test_missing_files_give_one_sentence(
         (["inspect", "ADAPTER", "--base-model", "MODEL"], "--plot"),
         (["inspect", "ADAPTER", "--base-model", "MODEL"], "--json"),
         (["inspect", "ADAPTER", "--base-model", "MODEL"], "--output"),
-        (["bench"], "--plot"),
     ],
 )
 def test_outputs_are_refused_over_anything_before_any_work(
@@ -266,14 +265,6 @@ def test_outputs_are_refused_over_anything_before_any_work(
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"error: {option}: ") and message in line
     assert mine.read_text() == "mine" and inside.read_bytes() == before
-
-
-def test_bench_replaces_rows_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    mine = tmp_path / "train.jsonl"
-    mine.write_text('{"text": "mine"}\n')
-    assert main(["bench", "--output", str(mine)]) == 2
-    assert "not a benchmark row" in capsys.readouterr().err
-    assert mine.read_text() == '{"text": "mine"}\n'
 
 
 @pytest.mark.parametrize(

@@ -69,17 +69,6 @@ def _three(label: str, backend: str, what: str, by_default: bool) -> dict[str, P
 def our_providers() -> dict[str, Provider]:
     """Three for each backend but the last, the specification, which nobody should time."""
     found = _three("grasp", "auto", "GraspLoRALinear as it comes", True)
-    found["grasp-default"] = on_peft(
-        "GraspLoRALinear on the float32 adapter that peft makes, no subspace",
-        _replaced("auto", False),
-        adapters="float32",
-        unavailable=_float32_is_the_base,
-        backend="auto",
-    )
     for backend in registry.BACKENDS[:-1]:
         found |= _three(f"grasp-{backend}", backend, f"GraspLoRALinear on {backend}", False)
     return found
-
-
-def _float32_is_the_base(device: torch.device, dtype: torch.dtype) -> str | None:
-    return "in float32 it is the provider 'grasp'" if dtype == torch.float32 else None
