@@ -10,7 +10,7 @@ REAL ?= real-output
 .PHONY: demo test lint docs bench real real-report wheel clean
 
 demo: $(READY)
-	$(BIN)/grasp-kernels demo --output $(DEMO) --seed $(SEED)
+	$(BIN)/python -m benchmarks.demo --output $(DEMO) --seed $(SEED)
 
 test: lint
 	$(BIN)/python -m pytest -n auto
@@ -28,7 +28,7 @@ docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench: $(READY)
-	$(BIN)/grasp-kernels bench
+	$(BIN)/python -m benchmarks.kernels
 
 # Drift against task on a real chat model, hours on a core; stopped at any point, the same command goes on.
 real: $(VENV)/smollm2

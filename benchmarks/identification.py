@@ -1,6 +1,6 @@
 """Time `grasp_kernels.identify` on adapters of the size of known models, from file to subspace.
 
-    python benchmarks/identification.py --output benchmarks/results/identification.jsonl
+    python -m benchmarks.identification --output benchmarks/results/identification.jsonl
 
 The adapters are random but for one direction that all writers share; what is timed does not depend
 on it. Shapes: K in, N out, R LoRA rank.
@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 import grasp_kernels as gk
-from grasp_kernels.bench.machine import environment
+from benchmarks.kernels.machine import environment
 from grasp_kernels.bench.shapes import MODELS, Decoder
 from grasp_kernels.bench.timing import Times
 from grasp_kernels.files import whole_file

@@ -38,7 +38,6 @@ from triton.runtime import driver
 from grasp_kernels.files import whole_file
 from grasp_kernels.ops.gpu.launch import PARTS, Launch, dry_run
 from grasp_kernels.ops.lora_linear.operands import Needs, Operands
-from grasp_kernels.ops.lora_linear.padding import spare
 from grasp_kernels.ops.lora_linear.triton import backward, forward
 
 TABLE = Path(__file__).parent / "results" / "kernel-resources.csv"
@@ -71,7 +70,6 @@ class Case:
     dropout_p: float = 0.0
     bias: bool = False
     tf32: bool = False
-    padded: bool = False
     base: bool = False  # the base product is another library's
 
     def __str__(self) -> str:
@@ -80,14 +78,12 @@ class Case:
         return " ".join(f"{k}={v}".replace("torch.", "") for k, v in fields.items()) or "plain"
 
 
-PADDED = {"K": 8192, "N": 8192, "padded": True}  # both products in the padding of the weight
 WIDE = {"K": 14336, "N": 14336}  # beyond the extended product: the library's, then `addmm`
 ODD = {"T": 8191, "K": 4095, "N": 4097}  # nothing aligned: no copy engine, masks everywhere
 CASES = (
     *(Case(R=R) for R in (16, 32, 64, 128)),
     Case(dropout_p=0.1),
     Case(dropout_p=0.1, **WIDE),
-    Case(**PADDED),
     Case(base=True, dropout_p=0.1),
     Case(**ODD),
     *(Case(dtype=torch.float32, R=R) for R in (16, 64)),
@@ -102,8 +98,6 @@ MORE = (
     Case(dropout_p=0.1, R=64),
     Case(dropout_p=0.1, R=128),
     Case(**ODD, dropout_p=0.1, R=128, Q=32),
-    Case(**PADDED, R=128),
-    Case(**PADDED, dropout_p=0.1),
     Case(base=True),
     Case(dtype=torch.float16),
     Case(dtype=torch.float32, R=128),
@@ -133,10 +127,8 @@ def _call(case: Case) -> None:
     T, K, N, R, Q = case.T, case.K, case.N, case.R, case.Q
     A, B = empty(R, K, dtype=torch.float32), empty(N, R, dtype=torch.float32)
     V, U = (empty(width, Q, dtype=torch.float32) if Q else None for width in (N, K))
-    padded = empty(N + spare(R, Q), K + spare(R, Q)) if case.padded else None
-    weight = empty(N, K) if padded is None else padded[:N, :K]
     op = Operands(
-        weight=None if case.base else weight,
+        weight=None if case.base else empty(N, K),
         bias=empty(N) if case.bias else None,
         lora_A=A,
         lora_B=B,
@@ -144,9 +136,6 @@ def _call(case: Case) -> None:
         write_basis=V,
         read_basis=U,
         write_weight=empty(Q, K) if Q else None,
-        closed_A=empty(R, K),
-        closed_B=empty(N, R),
-        padded_weight=padded,
         dropout_seed=empty(1, dtype=torch.int64) if case.dropout_p else None,
         scaling=2.0,
         dropout_p=case.dropout_p,

@@ -76,19 +76,6 @@ inline void check_mask(const std::optional<Tensor>& seed, int64_t threshold, con
   check_same_device("seed", *seed, z);
 }
 
-// The rows of `copy` are written 16 bytes at a time.
-inline void check_copy(const std::optional<Tensor>& copy, const Tensor& z) {
-  if (!copy) return;
-  check_matrix("copy", *copy);
-  check_same_type("copy", *copy, z);
-  check_same_device("copy", *copy, z);
-  GRASP_CHECK(copy->size(0) == z.size(0) && copy->size(1) >= z.size(1), "copy has shape ",
-              text(sizes_of(*copy)), ", too small for z of shape ", text(sizes_of(z)), ".");
-  GRASP_CHECK(copy->stride(1) == 1 && copy->stride(0) % 8 == 0 &&
-                  reinterpret_cast<uintptr_t>(copy->data_ptr()) % 16 == 0,
-              "the rows of copy must be contiguous and begin at multiples of 16 bytes.");
-}
-
 // Last, so that everything else is checked without a GPU too.
 inline void check_device(const Tensor& z) {
   GRASP_CHECK(z.is_cuda() == (std::string(device::kDeviceType) == "cuda"), "z is on ",

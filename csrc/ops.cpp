@@ -67,14 +67,13 @@ Tensor new_float(const Tensor& like, std::vector<int64_t> sizes) {
 
 // What all passes are told of Z.
 PassArguments arguments_for(const Plan& plan, const Tensor& z, const std::optional<Tensor>& seed,
-                            int64_t threshold, const std::optional<Tensor>& copy) {
+                            int64_t threshold) {
   PassArguments a = {};
   a.T = z.size(0), a.C = z.size(1);
   a.steps = plan.steps, a.cluster = plan.grid.cluster;
   a.z = z.data_ptr(), a.z_stride = row_stride(z);
   if (plan.shape().arch == 90) a.z_map = tensor_map(z, kTokens);
   if (seed) a.mask = {static_cast<const int64_t*>(seed->data_ptr()), uint32_t(threshold)};
-  if (copy) a.copy = copy->data_ptr(), a.copy_stride = row_stride(*copy);
   return a;
 }
 
@@ -184,10 +183,9 @@ struct Partial {
 // `[s F | −V]ᵀ Zᵀ [E, T]`, where the second half is there if `project`; empty otherwise.
 Tensor sums(const Tensor& z_given, const Tensor& left_given, Tensor out,
             std::optional<Tensor> factor, std::optional<Tensor> basis, bool project, double scaling,
-            std::optional<Tensor> seed, int64_t threshold, std::optional<Tensor> copy) {
+            std::optional<Tensor> seed, int64_t threshold) {
   check_sums(z_given, left_given, out, factor, basis);
   check_mask(seed, threshold, z_given);
-  check_copy(copy, z_given);
   check_device(z_given);
   const int R = static_cast<int>(left_given.size(0));
   const int Q = basis ? static_cast<int>(basis->size(1)) : 0;
@@ -206,7 +204,7 @@ Tensor sums(const Tensor& z_given, const Tensor& left_given, Tensor out,
               part.major, ".x gives ", E, " skinny rows in the same read; ask for them with down.");
   const Tensor z = as_readable(z_given), left = padded_rows(left_given);
   const Plan plan = plan_sums(kind, part, T, z.size(1), R, E, is_bf16(z));
-  PassArguments a = arguments_for(plan, z, seed, threshold, copy);
+  PassArguments a = arguments_for(plan, z, seed, threshold);
   a.R = R, a.Q = Q, a.E = E;
   a.left = left.data_ptr(), a.left_stride = row_stride(left);
   if (plan.shape().arch == 90) a.left_map = tensor_map(left, plan.shape().R);
@@ -229,7 +227,7 @@ Tensor sums(const Tensor& z_given, const Tensor& left_given, Tensor out,
 
 // `[s F[:n] | −F[n:]] Z̃ᵀ [E, T]` for `F[E, C]`.
 Tensor down(const Tensor& z_given, const Tensor& factor_given, double scaling, int64_t n_scaled,
-            std::optional<Tensor> seed, int64_t threshold, std::optional<Tensor> copy) {
+            std::optional<Tensor> seed, int64_t threshold) {
   check_z(z_given);
   check_matrix("factor", factor_given);
   const int64_t T = z_given.size(0), C = z_given.size(1), E = factor_given.size(0);
@@ -238,7 +236,6 @@ Tensor down(const Tensor& z_given, const Tensor& factor_given, double scaling, i
   check_same_type("factor", factor_given, z_given);
   check_same_device("factor", factor_given, z_given);
   check_mask(seed, threshold, z_given);
-  check_copy(copy, z_given);
   check_device(z_given);
 
   if (T == 0) return torch::stable::new_empty(z_given, {E, T});
@@ -247,7 +244,7 @@ Tensor down(const Tensor& z_given, const Tensor& factor_given, double scaling, i
   const Tensor z = as_readable(z_given), factor = as_readable(factor_given);
   const device::Properties part = device::properties(device);
   const Plan plan = plan_down(part, T, C, E, is_bf16(z));
-  PassArguments a = arguments_for(plan, z, seed, threshold, copy);
+  PassArguments a = arguments_for(plan, z, seed, threshold);
   a.E = E;
   a.factor = strided<const void>(factor);
   a.factor.row = row_stride(factor);
@@ -280,10 +277,10 @@ bool emulated() { return std::string(device::kDeviceType) == "cpu"; }
 STABLE_TORCH_LIBRARY(grasp_kernels_cuda, library) {
   library.def(
       "sums(Tensor z, Tensor left, Tensor(a!) out, Tensor? factor, Tensor? basis, bool project, "
-      "float scaling, Tensor? seed, int threshold, Tensor(b!)? copy) -> Tensor");
+      "float scaling, Tensor? seed, int threshold) -> Tensor");
   library.def(
-      "down(Tensor z, Tensor factor, float scaling, int n_scaled, Tensor? seed, int threshold, "
-      "Tensor(a!)? copy) -> Tensor");
+      "down(Tensor z, Tensor factor, float scaling, int n_scaled, Tensor? seed, int threshold) "
+      "-> Tensor");
   library.def("skinny_parts(int major, int C, int R, int E) -> int");
   library.def("runs_on(int device) -> bool");
   library.def("emulated() -> bool");

@@ -23,7 +23,7 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
     {"config": set(), "layers": set(), "anchor": set(), "reads": set(), "effect": set()},
     {"training": set()},
     {"bench": set(), "diagnosis": set(), "run": set()},
-    {"demo": set(), "cli": {"demo"}},
+    {"cli": set()},
 )
 ALLOWED = {
     part: {lower for below in LAYERS[:depth] for lower in below} | beside

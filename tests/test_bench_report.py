@@ -1,16 +1,15 @@
-"""The cost model against numbers worked out by hand; rows, tables and the figure."""
+"""The cost model against numbers worked out by hand; rows and tables."""
 
-import csv
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from grasp_kernels.bench import cost, plot, read_rows, table, write_rows
-from grasp_kernels.bench.cost import Parts, Rates
-from grasp_kernels.bench.decoder import step_memory
+from benchmarks.kernels import cost, read_rows, table, write_rows
+from benchmarks.kernels.__main__ import main
+from benchmarks.kernels.cost import Parts, Rates
+from benchmarks.kernels.decoder import step_memory
 from grasp_kernels.bench.shapes import LINEARS, MODELS, Linear
-from grasp_kernels.cli import main
 
 STORED = Path(__file__).parents[1] / "benchmarks" / "results" / "cpu.jsonl"
 WRITER = Linear("down_proj", 30, 50, True)
@@ -91,7 +90,6 @@ def row(provider: str, linear: str | None = "q_proj", **fields: Any) -> dict[str
         "refused": None,
         "refusal": None,
         "rounds": 3,
-        "cold": True,
         "forward": times,
         "backward": times,
         "both": times,
@@ -120,20 +118,12 @@ def refused(provider: str, kind: str, reason: str, **fields: Any) -> dict[str, A
     return row(provider, median=None, refused=reason, refusal=kind, peak_memory=None, **fields)
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
-def test_rows_survive_a_file(tmp_path: Path, name: str) -> None:
+def test_rows_survive_a_file(tmp_path: Path) -> None:
     rows = [row("peft"), row("frozen", median=1 / 3), refused("grasp", "wrong", 'dx, "odd"')]
-    write_rows(tmp_path / name, rows)
-    assert read_rows(tmp_path / name) == rows
-    assert read_rows(tmp_path / name, tmp_path / name) == rows + rows
-
-
-def test_a_csv_has_a_column_a_number(tmp_path: Path) -> None:
-    write_rows(tmp_path / "rows.csv", [row("peft"), refused("grasp", "wrong", "dx")])
-    with open(tmp_path / "rows.csv", newline="") as file:
-        first, second = csv.DictReader(file)
-    assert first["both.median"] == "5.0" and first["floor_ms.both"] == "2.0"
-    assert second["both.median"] == "" and second["refused"] == "dx"
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, rows)
+    assert read_rows(path) == rows
+    assert read_rows(path, path) == rows + rows
 
 
 def test_the_rows_of_the_front_page_give_its_table() -> None:
@@ -142,22 +132,16 @@ def test_the_rows_of_the_front_page_give_its_table() -> None:
     assert "| qwen2.5-0.5b | **all** | bfloat16 | 2048 | 16 | 4 |  | 305.34 (0.81)" in text
 
 
-def test_rows_without_a_time_make_no_figure(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the rows hold no time, so there is nothing to plot"):
-        plot([refused("grasp", "wrong", "dx")], tmp_path / "nowhere.png")
-
-
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
-def test_a_foreign_file_is_no_report(tmp_path: Path, name: str) -> None:
-    text = '{"provider": "peft"}\n' if name.endswith("jsonl") else "provider,both\npeft,1\n"
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=r"line \d of .* is not a benchmark row"):
-        read_rows(tmp_path / name)
+def test_a_foreign_file_is_no_report(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"provider": "peft"}\n')
+    with pytest.raises(ValueError, match=r"line 1 of .* is not a benchmark row"):
+        read_rows(path)
     short = row("peft")
-    del short["cold"]  # as in rows of version 0.1
-    write_rows(tmp_path / name, [short])
-    with pytest.raises(ValueError, match=r"is not a benchmark row \(KeyError\('cold'\)\)"):
-        read_rows(tmp_path / name)
+    del short["rounds"]
+    write_rows(path, [row("peft"), short])
+    with pytest.raises(ValueError, match=r"line 2 of .* a benchmark row \(KeyError\('rounds'\)\)"):
+        read_rows(path)
 
 
 def test_ratios_and_rates() -> None:
@@ -167,7 +151,7 @@ def test_ratios_and_rates() -> None:
     assert "| grasp | 5.00 | 5.00 | 5.00 | 0.50 | 1.25 | 2.50 | 2 | 3.0 | 2 |" in text
     assert "| frozen | 4.00 | 4.00 | 4.00 | 0.40 | 1.00 | 2.00 | 2.5 |  | 2 |" in text
     assert "| grasp | 5.00" not in table(rows)  # single linears only with details
-    assert "driver 570.01" in text and "caches cold" in text
+    assert "driver 570.01" in text
 
 
 def test_a_layer_is_summed_only_when_all_seven_were_timed() -> None:
@@ -208,20 +192,18 @@ def test_a_step_has_a_line_of_its_own() -> None:
     assert "| tiny | **step, 32 layers, checkpointing** | bfloat16 |" in text
 
 
-def test_report_and_figure_from_the_command_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_rows(tmp_path / "a.csv", [row("peft", linear) for linear in LINEARS])
+def test_a_report_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(tmp_path / "a.jsonl", [row("peft", linear) for linear in LINEARS])
     write_rows(tmp_path / "b.jsonl", [refused("grasp", "wrong", "dx", linear="q_proj")])
-    files = [str(tmp_path / name) for name in ("a.csv", "b.jsonl")]
-    figure = tmp_path / "figure.png"
-    assert main(["bench", "--report", *files, "--plot", str(figure)]) == 0
+    files = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
+    assert main(["--report", *files]) == 0
     assert "| tiny | **all** |" in capsys.readouterr().out
-    assert figure.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_figure_of_too_many_cases_is_refused(tmp_path: Path) -> None:
-    rows = [row("peft", R=R) for R in range(1, 40)]
-    with pytest.raises(ValueError, match="39 panels, more than 24"):
-        plot(rows, tmp_path / "figure.png")
-    assert not list(tmp_path.iterdir())
+def test_rows_alone_are_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / "train.jsonl"
+    mine.write_text('{"text": "mine"}\n')
+    with pytest.raises(SystemExit):
+        main(["--output", str(mine)])
+    assert "not a benchmark row" in capsys.readouterr().err
+    assert mine.read_text() == '{"text": "mine"}\n'

@@ -257,7 +257,7 @@ def contents(wheel: Path) -> set[str]:
 
 def check_wheel(wheel: Path) -> None:
     names = contents(wheel)
-    assert {"grasp_kernels/py.typed", "grasp_kernels/ops/lora_linear/measured.json"} <= names
+    assert "grasp_kernels/py.typed" in names
     assert any(name.startswith("grasp_kernels/_host.") for name in names)
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"grasp_kernels"}
 

@@ -178,16 +178,16 @@ def test_check_of_nothing_is_an_error(
     assert "nothing to check" in capsys.readouterr().err
 
 
-def test_doctor_says_which_kernels_nobody_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_says_which_kernels_nobody_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     from grasp_kernels.cli import doctor
-    from grasp_kernels.ops.lora_linear import measured
+    from grasp_kernels.ops.lora_linear import registry
 
-    unchecked = (
-        "runs; has never passed the checks of a benchmark on this GPU, so auto does not take it"
-    )
-    monkeypatch.setattr(measured, "timed", lambda where: frozenset({"aten", "triton"}))
-    found = {name: doctor._backend(name) for name in ("cuda", "triton", "aten", "reference")}
-    assert found == {"cuda": unchecked, **dict.fromkeys(("triton", "aten", "reference"), "runs")}
+    untimed = "runs; was never timed on such a GPU, so auto does not take it"
+    for hopper, kernels in ((False, untimed), (True, "runs")):
+        monkeypatch.setattr(registry, "measured_on", lambda where, is_it=hopper: is_it)
+        found = {name: doctor._backend(name) for name in registry.BACKENDS}
+        expected = dict.fromkeys(registry.KERNELS, kernels)
+        assert found == expected | dict.fromkeys(("aten", "reference"), "runs")
 
 
 def test_doctor_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,17 +201,6 @@ def test_doctor_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
     if not torch.cuda.is_available():
         expected = "takes aten: no kernel was measured to be faster here"
         assert expected in lines["backend auto"]
-
-
-def test_demo_gets_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    import grasp_kernels.demo
-
-    seen: list[Any] = []
-    monkeypatch.setattr(
-        grasp_kernels.demo, "run_demo", lambda output, *, seed: seen.append((output, seed))
-    )
-    assert main(["demo", "--output", "there", "--seed", "7"]) == 0
-    assert seen == [("there", 7)]
 
 
 @pytest.mark.parametrize(
@@ -248,7 +237,6 @@ def test_missing_files_give_one_sentence(
         (["inspect", "ADAPTER", "--base-model", "MODEL"], "--plot"),
         (["inspect", "ADAPTER", "--base-model", "MODEL"], "--json"),
         (["inspect", "ADAPTER", "--base-model", "MODEL"], "--output"),
-        (["bench"], "--plot"),
     ],
 )
 def test_outputs_are_refused_over_anything_before_any_work(
@@ -278,19 +266,11 @@ def test_outputs_are_refused_over_anything_before_any_work(
     assert mine.read_text() == "mine" and inside.read_bytes() == before
 
 
-def test_bench_replaces_rows_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    mine = tmp_path / "train.jsonl"
-    mine.write_text('{"text": "mine"}\n')
-    assert main(["bench", "--output", str(mine)]) == 2
-    assert "not a benchmark row" in capsys.readouterr().err
-    assert mine.read_text() == '{"text": "mine"}\n'
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("identify a --output x --k x", "error: --k: 'x' is no number: give 'auto'"),
-        ("demo --seed -1", "error: --seed: '-1' is no seed: give 0 to 4294967295"),
+        ("inspect a --seed -1", "error: --seed: '-1' is no seed: give 0 to 4294967295"),
         ("run --model m --data d --output o --seed 4294967296", "'4294967296' is no seed"),
         ("inspect a --seed 1e3", "'1e3' is no seed"),
         ("run --model m --data d --output o --k 17", "error: --k is 17, above the LoRA rank 16"),

@@ -4,8 +4,7 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,14 +13,11 @@ from peft import LoraConfig, get_peft_model
 from test_replacement import (
     a_subspace,
     assert_same_gradients,
-    assert_same_logits,
     logits,
     loss_and_gradients,
 )
 
 import grasp_kernels as gk
-from grasp_kernels.layers.linear import GraspLoRALinear
-from grasp_kernels.ops.lora_linear.triton import base_product
 from grasp_kernels.testing import relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -151,80 +147,6 @@ def test_another_adapter_another_dtype_another_copy(model: torch.nn.Module) -> N
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         assert relative_error(logits(model).float(), before) <= 0.1
     assert torch.equal(logits(model), before)
-
-
-@pytest.fixture
-def padded(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.nn.Module]:
-    """A tiny model whose weights are padded, with every product that can be in its padding."""
-    taken: list[str] = []
-
-    def choose(*shape: Any, padded: bool) -> str:
-        taken.append("padded" if padded else "extended")
-        return taken[-1]
-
-    monkeypatch.setattr(base_product, "choose", choose)
-    found = tiny_peft_model(targets=TARGETS).to(DEVICE)
-    gk.replace_lora_layers(found, a_subspace(found), backend="triton", pad_weights=True)
-    yield found.train()
-    assert set(taken) == {"padded"}
-
-
-def closed_stock() -> torch.nn.Module:
-    """peft's own layers with the factors that `padded` computes with."""
-    found = tiny_peft_model(targets=TARGETS).to(DEVICE)
-    gk.replace_lora_layers(found, a_subspace(found), backend="aten")
-    gk.restore_lora_layers(found)
-    return found
-
-
-def test_padded_weights_carry_the_adapter(padded: torch.nn.Module) -> None:
-    for update in (None, raw_update, counted_update):
-        for name, parameter in padded.named_parameters():
-            if "lora_" in name and update is not None:
-                update(parameter)
-        same_as_aten(padded)
-
-
-def test_padded_weights_are_the_weights(padded: torch.nn.Module) -> None:
-    original = dict(tiny_peft_model(targets=TARGETS).named_parameters())
-    before = logits(padded)
-    layers = [m for m in padded.modules() if isinstance(m, GraspLoRALinear)]
-    for layer in layers:
-        assert layer.base_layer.weight.data_ptr() == layer.padded_weight.data_ptr()
-    for name, parameter in padded.named_parameters():
-        assert torch.equal(parameter.cpu(), original[name]) or "lora_" in name
-    padded.merge_adapter()
-    assert_same_logits(logits(padded), before, closed_stock())
-    padded.unmerge_adapter()
-    assert_same_logits(logits(padded), before, closed_stock())
-    gk.restore_lora_layers(padded)
-    for layer in layers:
-        assert layer.base_layer.weight.is_contiguous()
-        assert not hasattr(layer, "padded_weight")
-    assert_same_logits(logits(padded), before, closed_stock())
-
-
-def test_a_stale_graph_over_padded_weights_says_so(padded: torch.nn.Module) -> None:
-    """The factors that its forward saved lie in the padding and are overwritten by the next one."""
-    ids = tokens().to(DEVICE)
-    loss = padded(input_ids=ids, labels=ids).loss
-    for name, parameter in padded.named_parameters():
-        if "lora_" in name:
-            counted_update(parameter)
-    padded(input_ids=ids, labels=ids).loss.backward()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-def test_padding_of_another_place_is_left_alone(padded: torch.nn.Module) -> None:
-    before = logits(padded)
-    gk.restore_lora_layers(padded)
-    gk.replace_lora_layers(padded, a_subspace(padded), backend="triton", pad_weights=True)
-    assert_same_logits(logits(padded), before, closed_stock())
-    layer = next(m for m in padded.modules() if isinstance(m, GraspLoRALinear))
-    layer.base_layer.weight.data = layer.base_layer.weight.data.clone()
-    assert layer.padded_parts("default", torch.float32) is None
-    assert layer.padded_weight is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run there")

@@ -131,19 +131,15 @@ def test_gradient_pass(
 def test_the_mask_is_that_of_the_triton_kernels(
     dropout_p: float, dtype: torch.dtype, part: str, seed: int
 ) -> None:
-    T, K, R, E = 75, 200, 6, 16
+    T, K, R = 75, 200, 6
     x, A, dS = normal(T, K, dtype=dtype), normal(R, K, dtype=dtype), normal(R, T, dtype=dtype)
     dropout, keep = seeded(dropout_p), 1.0 - dropout_p
     kept = keep_mask(x, dropout).double()
     dropped = x.double() * kept / keep if keep else torch.zeros(T, K, dtype=torch.float64).to(x)
     out = torch.empty(K, R, device=DEVICE)
-    for wide in (None, torch.empty(T, K + E, dtype=dtype, device=DEVICE)):
-        found = passes.down(x, A, dropout=dropout, copy=wide)
-        assert_exact(found, A.double() @ dropped.double().mT, K)
-        passes.sums(x, dS, out, dropout=dropout, copy=wide)
-        assert_exact(out, dropped.double().mT @ dS.double().mT, T)
-        if wide is not None:  # of X, not of X̃
-            assert torch.equal(wide[:, :K], x) and wide[:, K:].isnan().all()
+    assert_exact(passes.down(x, A, dropout=dropout), A.double() @ dropped.double().mT, K)
+    passes.sums(x, dS, out, dropout=dropout)
+    assert_exact(out, dropped.double().mT @ dS.double().mT, T)
 
 
 def test_no_order_of_the_threads_changes_a_bit(part: str) -> None:
@@ -242,12 +238,12 @@ def test_the_registered_schemas() -> None:
     assert found == {
         "sums": (
             "grasp_kernels_cuda::sums(Tensor z, Tensor left, Tensor(a!) out, Tensor? factor, "
-            "Tensor? basis, bool project, float scaling, Tensor? seed, int threshold, "
-            "Tensor(b!)? copy) -> Tensor"
+            "Tensor? basis, bool project, float scaling, Tensor? seed, int threshold) "
+            "-> Tensor"
         ),
         "down": (
             "grasp_kernels_cuda::down(Tensor z, Tensor factor, float scaling, int n_scaled, "
-            "Tensor? seed, int threshold, Tensor(a!)? copy) -> Tensor"
+            "Tensor? seed, int threshold) -> Tensor"
         ),
     }
 
@@ -264,7 +260,6 @@ def call(**changes: object) -> torch.Tensor:
         "scaling": 1.0,
         "seed": None,
         "threshold": 0,
-        "copy": None,
     }
     return operators().sums(*(given | changes).values())
 
@@ -292,9 +287,6 @@ def call(**changes: object) -> torch.Tensor:
         ({"seed": torch.zeros(2, dtype=torch.int64)}, "seed must be one int64"),
         ({"seed": torch.zeros(1)}, "seed must be one int64"),
         ({"threshold": 70000}, "the dropout threshold is 70000; it counts in units of"),
-        ({"copy": torch.zeros(9, 8, dtype=torch.bfloat16)}, r"copy has shape \[9, 8\], too small"),
-        ({"copy": torch.zeros(9, 20, dtype=torch.bfloat16)}, "rows of copy must be contiguous and"),
-        ({"copy": torch.zeros(9, 16)}, "copy has another dtype than z"),
     ],
 )
 def test_bad_arguments_are_named(changes: dict[str, torch.Tensor], message: str) -> None:
@@ -306,7 +298,7 @@ def test_bad_arguments_are_named(changes: dict[str, torch.Tensor], message: str)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a second kind of device")
-@pytest.mark.parametrize("name", ["left", "out", "factor", "basis", "seed", "copy"])
+@pytest.mark.parametrize("name", ["left", "out", "factor", "basis", "seed"])
 def test_everything_is_on_one_device(name: str) -> None:
     elsewhere = {
         "left": torch.zeros(3, 9, dtype=torch.bfloat16),
@@ -314,7 +306,6 @@ def test_everything_is_on_one_device(name: str) -> None:
         "factor": torch.zeros(16, 3, dtype=torch.bfloat16),
         "basis": torch.zeros(16, 2),
         "seed": torch.zeros(1, dtype=torch.int64),
-        "copy": torch.zeros(9, 16, dtype=torch.bfloat16),
     }
     with pytest.raises(RuntimeError, match=f"{name} is on another device than z; move one"):
         call(**{name: elsewhere[name]})

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from grasp_kernels.demo import DemoConfig, run_demo
-from grasp_kernels.demo.comparison import draw, table
-from grasp_kernels.demo.pretraining import PretrainingConfig
-from grasp_kernels.demo.scoring import Scores
-from grasp_kernels.demo.world import WorldConfig
+from benchmarks.demo import DemoConfig, run_demo
+from benchmarks.demo import __main__ as command
+from benchmarks.demo.comparison import draw, table
+from benchmarks.demo.pretraining import PretrainingConfig
+from benchmarks.demo.scoring import Scores
+from benchmarks.demo.world import WorldConfig
 
 SMALL = DemoConfig(
     world=WorldConfig(topics=3, tuned_topics=1, questions=4, answer_words=6, cue_words=2),
@@ -103,7 +104,7 @@ def test_the_figure_replaces_an_older_one_whole(tmp_path: Path) -> None:
 def test_a_demo_is_refused_before_anything_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("grasp_kernels.demo.main.pretrain", lambda *_: pytest.fail("pretrained"))
+    monkeypatch.setattr("benchmarks.demo.main.pretrain", lambda *_: pytest.fail("pretrained"))
     with pytest.raises(ValueError, match="seed is -1"):
         run_demo(tmp_path / "new", seed=-1, config=SMALL)
     assert not (tmp_path / "new").exists()
@@ -119,3 +120,15 @@ def test_a_demo_is_refused_before_anything_is_made(
     (tmp_path / "demo.json").write_text("{}")
     with pytest.raises(ValueError, match="another configuration"):
         run_demo(tmp_path, config=SMALL)
+
+
+def test_the_command_gets_its_options(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(command, "run_demo", lambda output, *, seed: seen.append((output, seed)))
+    command.main(["--output", "there", "--seed", "7"])
+    assert seen == [("there", 7)]
+    with pytest.raises(SystemExit):
+        command.main(["--seed", "-1"])
+    assert "'-1' is no seed: give 0 to 4294967295" in capsys.readouterr().err

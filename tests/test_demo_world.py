@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grasp_kernels.data import IGNORED, encode, encode_prompt
-from grasp_kernels.demo.pretraining import (
+from benchmarks.demo.pretraining import (
     PretrainingConfig,
     build_tokenizer,
     pretrain,
     write_checkpoint,
 )
-from grasp_kernels.demo.scoring import Scores, score
-from grasp_kernels.demo.world import (
+from benchmarks.demo.scoring import Scores, score
+from benchmarks.demo.world import (
     ANSWER,
     BAD,
     BOS,
@@ -32,6 +31,7 @@ from grasp_kernels.demo.world import (
     WorldConfig,
     seeded_generator,
 )
+from grasp_kernels.data import IGNORED, encode, encode_prompt
 
 SMALL = WorldConfig(
     topics=5, tuned_topics=2, questions=4, answer_words=6, cue_words=2, held_out_diagonals=1

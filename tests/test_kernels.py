@@ -86,39 +86,17 @@ def test_both_paths_of_a_product_agree(
     assert relative_error(found, exact) <= limit + 1e-6
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tma", [True, False])
-def test_passes_copy_what_they_read(dtype: torch.dtype, tma: bool) -> None:
-    T, C, R, E = 70, 72, 20, 32
-    x, A, dS = normal(T, C, dtype=dtype), normal(R, C, dtype=dtype), normal(R, T, dtype=dtype)
-    dropout = seeded(0.5)  # the copy is of X, not of X̃
-    for copied in (
-        lambda copy: down(x, A, dropout=dropout, copy=copy, tma=tma),
-        lambda copy: token_pass(x, dS, copy=copy, slab=Slab(16, 32, 16, 4, 2), tma=tma),
-    ):
-        wide = torch.empty(T, C + E, dtype=dtype, device=DEVICE)
-        copied(wide)
-        assert torch.equal(wide[:, :C], x)
-        assert wide[:, C:].isnan().all()  # the caller's
-        carried = base_product.carry(wide, dS, E, 0.5)
-        exact = torch.cat([x, 0.5 * dS.mT, torch.zeros(T, E - R).to(x)], 1)
-        assert torch.equal(carried, exact)
-
-
 def test_the_choice_of_a_path() -> None:
-    """By what was measured on a Hopper, elsewhere predicted by inner and outer width."""
+    """By what was measured on a Hopper, elsewhere predicted by the inner width."""
     choose, sm_90, sm_120, sm_80 = (
         base_product.choose,
         *map(PARTS.get, ("sm_90", "sm_120", "sm_80")),
     )
-    assert choose(sm_90, 2, 4096, 1024, padded=True) == "extended"
-    assert choose(sm_90, 2, 28672, 8192, padded=True) == "extended"
-    assert choose(sm_120, 2, 4096, 8192, padded=False) == "extended"
-    assert choose(sm_120, 2, 8192, 28672, padded=False) == "addmm"
-    assert choose(sm_80, 2, 4096, 4096, padded=False) == "addmm"
-    assert choose(sm_80, 2, 4096, 4096, padded=True) == "padded"
-    assert choose(sm_80, 2, 28672, 8192, padded=True) == "addmm"
-    assert choose(sm_90, 4, 4096, 4096, padded=False) == "addmm"
+    assert choose(sm_90, 2, 28672) == "extended"
+    assert choose(sm_120, 2, 4096) == "extended"
+    assert choose(sm_120, 2, 8192) == "addmm"
+    assert choose(sm_80, 2, 4096) == "addmm"
+    assert choose(sm_90, 4, 4096) == "addmm"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

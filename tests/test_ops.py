@@ -10,9 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grasp_kernels as gk
-from grasp_kernels.ops.lora_linear import padding
 from grasp_kernels.ops.lora_linear.registry import BACKENDS, KERNELS, computes
-from grasp_kernels.ops.projection import project_columns, project_rows
 from grasp_kernels.testing import (
     DIFFERENTIABLE,
     Case,
@@ -360,112 +358,9 @@ def test_autocast_casts_what_a_linear_layer_casts(dtype: torch.dtype) -> None:
         assert torch.equal(y, gk.lora_linear(**cast, scaling=0.5))
 
 
-@everywhere
-@pytest.mark.parametrize("project", ["residual", "weights"])
-@pytest.mark.parametrize("closed", [True, False])
-def test_closed_factors_are_only_a_cache(
-    project: str, closed: bool, backend: str, device: str
-) -> None:
-    case = replace(BOTH, project=project, closed=closed, dropout_p=0.2, device=device)
-    case = suited(case, backend)
-    inputs = make_inputs(case)
-    A, B = inputs["lora_A"], inputs["lora_B"]
-    if closed:
-        A, B = project_rows(A, inputs["read_basis"]), project_columns(B, inputs["write_basis"])
-    A, B = A.to(case.dtype), B.to(case.dtype)
-    runs, budgets = [], budgets_of(case, backend)
-    for factors in (None, (A, B)):
-        torch.manual_seed(4)
-        runs.append(differentiate(case, inputs, closed_factors=factors, backend=backend))
-    for name, found in runs[1].items():
-        assert relative_error(found, runs[0][name]) <= 2 * budgets[name], name
-
-
-@pytest.mark.parametrize(("backend", "device", "dtype"), ANY_DTYPE)
-@pytest.mark.parametrize(
-    "case",
-    [
-        BOTH,
-        replace(BOTH, Q=0, P=0, bias=True),
-        replace(BOTH, R=12, project="weights"),
-        replace(BOTH, closed=False),
-        replace(BOTH, dropout_p=0.3),
-        replace(BOTH, T=0),
-    ],
-    ids=str,
-)
-def test_a_padded_weight_changes_nothing(
-    case: Case, dtype: torch.dtype, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    case = replace(case, dtype=dtype, device=device)
-    if backend in KERNELS:
-        from grasp_kernels.ops.lora_linear.triton import base_product
-
-        taken = []
-
-        def choose(*shape: Any, padded: bool) -> str:
-            taken.append(padded)
-            return "padded" if padded else "extended"
-
-        monkeypatch.setattr(base_product, "choose", choose)
-    inputs = make_inputs(case)
-    (N, K), (R, Q) = inputs["weight"].shape, (case.R, case.Q if case.project == "residual" else 0)
-    buffer = padding.pad(inputs["weight"], padding.spare(R, Q))
-    held = padding.parts(buffer, N, K, R, Q)
-    A, B, V = inputs["lora_A"], inputs["lora_B"], inputs["write_basis"]
-    if case.closed:
-        A, B = project_rows(A, inputs["read_basis"]), project_columns(B, V)
-    held.closed_A.copy_(A)
-    held.closed_B.copy_(B)
-    if Q:
-        held.write_weight.copy_(V.to(dtype).mT @ inputs["weight"])
-    options: dict[str, Any] = {"closed_factors": (held.closed_A, held.closed_B), "backend": backend}
-    if Q:
-        options["write_weight"] = held.write_weight
-    results = []
-    for padded in (None, buffer):
-        torch.manual_seed(4)
-        weight = inputs["weight"] if padded is None else held.weight
-        found = differentiate_frozen(case, inputs | {"weight": weight}, options, padded)
-        results.append(found)
-    for name, plain in results[0].items():
-        error = relative_error(results[1][name], plain)
-        assert error <= 2 * torch.finfo(dtype).eps, name
-    if backend in KERNELS:
-        # forward and backward; a mask cannot ride along in the second
-        assert taken.count(True) == (1 if case.dropout_p else 2)
-
-
-def differentiate_frozen(
-    case: Case, inputs: dict[str, Any], options: dict[str, Any], padded: torch.Tensor | None
-) -> dict[str, torch.Tensor]:
-    names = ("x", "lora_A", "lora_B")
-    leaves = {name: inputs[name].detach().requires_grad_() for name in names}
-    arguments = {k: v for k, v in inputs.items() if k not in ("dy", *names)}
-    shared = {"scaling": case.scaling, "project": case.project, "closed": case.closed}
-    y = gk.lora_linear(
-        **leaves, **arguments, **shared, **options, dropout_p=case.dropout_p, padded_weight=padded
-    )
-    gradients = torch.autograd.grad(y, list(leaves.values()), inputs["dy"])
-    return {"y": y.detach()} | dict(zip(names, gradients, strict=True))
-
-
-def test_a_foreign_padding_is_refused() -> None:
-    inputs = make_inputs(BOTH)
-    A, B = inputs["lora_A"], inputs["lora_B"]
-    del inputs["dy"]
-    buffer = padding.pad(inputs["weight"], 16)
-    held = padding.parts(buffer, 40, 48, 4, 0)
-    inputs["weight"] = held.weight
-    for factors in (None, (A, B), (held.closed_A, B)):
-        with pytest.raises(ValueError, match=r"padded_weight \(56, 64\) does not hold the weight"):
-            gk.lora_linear(**inputs, scaling=1.0, closed_factors=factors, padded_weight=buffer)
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"closed_factors": (torch.zeros(4, 47), torch.zeros(40, 4))}, ValueError, "closed_fact"),
         ({"weight": torch.zeros(40, 47)}, ValueError, "x has shape"),
         (
             {"lora_B": torch.zeros(40, 5)},
@@ -490,11 +385,6 @@ def test_a_foreign_padding_is_refused() -> None:
             r"base has shape \(32, 40\), expected \(33, 40\)",
         ),
         ({"weight": None, "base": torch.zeros(40)}, ValueError, r"x \(33, 48\) and base \(40,\)"),
-        (
-            {"weight": None, "base": torch.zeros(33, 40), "padded_weight": torch.zeros(56, 64)},
-            ValueError,
-            "padded_weight holds a weight",
-        ),
         ({"project": "stream"}, ValueError, "project is 'stream'; use one of"),
         ({"dropout_p": 1.5}, ValueError, "dropout_p is 1.5"),
         ({"backend": "tpu"}, ValueError, "backend 'tpu' is unknown"),

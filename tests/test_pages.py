@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from grasp_kernels.pages import drawing, page, save_figure
 from grasp_kernels.effect.markdown import answers_table
+from grasp_kernels.pages import drawing, page, save_figure
 
 HOSTILE = (
     "<script>alert(1)</script>",

@@ -293,13 +293,12 @@ def test_training_as_for_qlora(kind: str, folder: Path, tmp_path: Path) -> None:
         assert relative_error(stock(input_ids=tokens()).logits, expected) <= rounding
 
 
-def test_kernels_and_padding(folder: Path) -> None:
-    """Closed factors of all layers come out of one launch; a library's weight is not laid out."""
+def test_kernels_beside_a_library(folder: Path) -> None:
     model = on_peft(base_model("stand-in", folder))
     subspace = a_subspace(model)
     results = []
     for backend in ("aten", "triton"):
-        gk.replace_lora_layers(model, subspace, backend=backend, pad_weights=True)
+        gk.replace_lora_layers(model, subspace, backend=backend)
         results.append(loss_and_gradients(model)[1])
     assert total_error(results[1], results[0]) <= 1e-5
 

@@ -24,7 +24,7 @@ from trl import SFTConfig, SFTTrainer
 
 import grasp_kernels as gk
 from grasp_kernels.data import collate, everyday_prompts, read_records, tokenize_records
-from grasp_kernels.sites import model_sites
+from grasp_kernels.models.architectures import model_sites
 from grasp_kernels.training.trainer import OWN_TEXT
 
 pytest_plugins = ("fixtures_run",)

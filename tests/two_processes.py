@@ -270,11 +270,10 @@ def _fsdp2_afterwards(ids: Tensor, folder: Path) -> Any:
     checkpoint.save({"model": model.state_dict()}, checkpoint_id=folder / "pytorch_model_fsdp_0")
     identified = gk.identify(model, k=1, side="both")
     result = _observed(model, losses, folder)
-    padded = _refused(lambda: gk.replace_lora_layers(model, subspace, pad_weights=True))
     gk.restore_lora_layers(model)
     if dist.get_rank() == 0:
         identified.save(folder / "subspace.safetensors")
-    return {**result, "padded": padded}
+    return result
 
 
 def _shard_leaves(model: Any) -> Any:

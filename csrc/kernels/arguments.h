@@ -49,8 +49,6 @@ struct PassArguments {
   int n_scaled;  // finished rows before it come times `scaling`, the others times −1
   float scaling;
 
-  void* copy;  // [T, ·], whose first C columns become those of Z; may be null
-  int64_t copy_stride;
   Mask mask;
 };
 

@@ -26,17 +26,18 @@
 
 namespace grasp {
 
-// Calls `visit` on a group's columns of the tile, 16 bytes a thread at a time, with token and
-// column.
+// Zeros where dropout says, in a group's columns of the tile, 16 bytes a thread at a time.
 //
 // A thread stays in its column of chunks and goes down 16 rows at a time, which the swizzle repeats
-// after eight, so that the next place is one addition away. Two rows at once: what a visit does is
-// a long chain of instructions.
-template <int kIndex, typename Visit>
-__device__ __forceinline__ void visit_chunks(const PassArguments& a, const Place& at, char* stage,
-                                             int64_t token, int64_t column, Visit visit) {
+// after eight, so that the next place is one addition away. Two rows at once: a mask is a long
+// chain of instructions.
+template <int kIndex>
+__device__ void drop_tile(const PassArguments& a, const Place& at, char* stage, int64_t token,
+                          int64_t column) {
   constexpr Shape S = SHAPES[kIndex];
   constexpr int kStep = kGroup / 8;
+  const auto seed = static_cast<uint64_t>(*a.mask.seed);
+  const int64_t chunks = a.C / 8;
   const int first = at.thread % kGroup / 8, chunk = at.thread % 8;
   const int rows = a.T - token < kTokens ? static_cast<int>(a.T - token) : kTokens;
   for (int m = 0; m < S.blocks; ++m) {
@@ -46,27 +47,10 @@ __device__ __forceinline__ void visit_chunks(const PassArguments& a, const Place
     char* place = stage + block * kTokens * kRowBytes + chunk_offset(first, chunk);
 #pragma unroll 2
     for (int row = first; row < rows; row += kStep, place += kStep * kRowBytes) {
-      visit(*reinterpret_cast<uint4*>(place), token + row, c);
+      auto& values = *reinterpret_cast<uint4*>(place);
+      values = dropped(values, seed, (token + row) * chunks + c / 8, a.mask.threshold);
     }
   }
-}
-
-// The tile copied, and zeroed where dropout says.
-template <int kIndex>
-__device__ void visit_tile(const PassArguments& a, const Place& at, char* stage, int64_t token,
-                           int64_t column) {
-  if (a.copy != nullptr) {
-    auto* copy = static_cast<uint16_t*>(a.copy);
-    visit_chunks<kIndex>(a, at, stage, token, column, [&](uint4& chunk, int64_t t, int64_t c) {
-      *reinterpret_cast<uint4*>(copy + t * a.copy_stride + c) = chunk;
-    });
-  }
-  if (a.mask.seed == nullptr) return;
-  const auto seed = static_cast<uint64_t>(*a.mask.seed);
-  const int64_t chunks = a.C / 8;
-  visit_chunks<kIndex>(a, at, stage, token, column, [&](uint4& chunk, int64_t t, int64_t c) {
-    chunk = dropped(chunk, seed, t * chunks + c / 8, a.mask.threshold);
-  });
   device::fence_async_proxy();
   device::named_barrier(2 + at.group, kGroup);
 }
@@ -130,8 +114,8 @@ struct Pass {
  private:
   __device__ void step(int i) {
     char* stage = ring.acquire(i);
-    if (a.copy != nullptr || a.mask.seed != nullptr) {
-      visit_tile<kIndex>(a, at, stage, steps.token_of(i), steps.column_of(i));
+    if (a.mask.seed != nullptr) {
+      drop_tile<kIndex>(a, at, stage, steps.token_of(i), steps.column_of(i));
     }
     hold();
     products.begin();

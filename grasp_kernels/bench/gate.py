@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from grasp_kernels.bench.peft_providers import PEFT_PROVIDERS
 from grasp_kernels.bench.provider import Provider, Refusal, trained
-from grasp_kernels.bench.providers import PROVIDERS
 from grasp_kernels.testing import budget, relative_error
 
 _TOKENS = 64  # enough to see a missing term, little enough for float64
@@ -73,7 +73,7 @@ class Gate:
 
     def _measure_stock(self, projects: bool) -> tuple[list[_Found], dict[str, float]]:
         """Exact results of each input, and the error that each result may have."""
-        stock = PROVIDERS["peft-hook" if projects else "peft"]
+        stock = PEFT_PROVIDERS["peft-hook" if projects else "peft"]
         wide = self.subject.double().build(stock)
         exact = [_results(wide, x.double(), dy.double()) for x, dy in self.inputs]
         theirs = self._errors(self.subject.build(stock), exact)

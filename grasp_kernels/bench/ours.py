@@ -15,7 +15,7 @@ from grasp_kernels.bench.peft_providers import lora_layers, on_peft
 from grasp_kernels.bench.provider import Bases, Provider
 from grasp_kernels.layers.linear import GraspLoRALinear
 from grasp_kernels.layers.replacement import replace_lora_layers
-from grasp_kernels.ops.lora_linear import measured, registry
+from grasp_kernels.ops.lora_linear import registry
 
 
 def _unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -30,7 +30,7 @@ def _unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str 
 
 
 def _replaced(
-    backend: str, project: bool, padded: bool = False, frozen_A: bool = False
+    backend: str, project: bool, frozen_A: bool = False
 ) -> Callable[[nn.Module, Bases], nn.Module]:
     def adapt(module: nn.Module, bases: Bases) -> nn.Module:
         replace_lora_layers(module, backend=backend)
@@ -38,10 +38,6 @@ def _replaced(
             assert isinstance(layer, GraspLoRALinear)
             if project and name in bases:
                 layer.set_projection(bases[name], None, "residual", True, backend)
-            if padded:  # of a parameter of its own: the others of the case keep theirs as it lies
-                weight = layer.base_layer.weight.detach()
-                layer.base_layer.weight = nn.Parameter(weight, requires_grad=False)
-                layer.pad_weight_()
             if frozen_A:
                 layer.lora_A["default"].weight.requires_grad_(False)
         return module
@@ -73,25 +69,6 @@ def _three(label: str, backend: str, what: str, by_default: bool) -> dict[str, P
 def our_providers() -> dict[str, Provider]:
     """Three for each backend but the last, the specification, which nobody should time."""
     found = _three("grasp", "auto", "GraspLoRALinear as it comes", True)
-    found["grasp-default"] = on_peft(
-        "GraspLoRALinear on the float32 adapter that peft makes, no subspace",
-        _replaced("auto", False),
-        adapters="float32",
-        unavailable=_float32_is_the_base,
-        backend="auto",
-    )
     for backend in registry.BACKENDS[:-1]:
         found |= _three(f"grasp-{backend}", backend, f"GraspLoRALinear on {backend}", False)
-        if backend not in measured.SAFE:
-            found[f"grasp-{backend}-padded-projected"] = on_peft(
-                f"GraspLoRALinear on {backend}, weights padded, writers projected",
-                _replaced(backend, True, padded=True),
-                projects=True,
-                unavailable=partial(_unavailable, backend),
-                backend=backend,
-            )
     return found
-
-
-def _float32_is_the_base(device: torch.device, dtype: torch.dtype) -> str | None:
-    return "in float32 it is the provider 'grasp'" if dtype == torch.float32 else None

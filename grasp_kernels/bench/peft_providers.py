@@ -94,12 +94,6 @@ def _autocast(module: nn.Module, bases: Bases) -> nn.Module:
     return _Autocast(module)
 
 
-def _compiled(module: nn.Module, bases: Bases) -> nn.Module:
-    # Code is compiled per class, and past a limit of shapes silently no longer: start afresh.
-    torch._dynamo.reset()
-    return torch.compile(module, dynamic=False)  # type: ignore[return-value]
-
-
 def _float32_is_the_base(device: torch.device, dtype: torch.dtype) -> str | None:
     return "in float32 it is the provider 'peft'" if dtype == torch.float32 else None
 
@@ -120,13 +114,6 @@ PEFT_PROVIDERS: dict[str, Provider] = {
         unavailable=_float32_is_the_base,
         by_default=True,
     ),
-    "peft-float32": on_peft(
-        "stock peft, float32 adapter, no autocast: the adapter's products are float32 too",
-        _stock,
-        adapters="float32",
-        unavailable=_float32_is_the_base,
-    ),
-    "peft-compile": on_peft("peft under torch.compile", _compiled, foreign=True),
     "peft-hook": on_peft(
         "peft with a hook on writers that projects the gradient of the output",
         _hooked,

@@ -79,7 +79,6 @@ class Provider:
         unavailable: why it cannot run on a device in a dtype, or None.
         backend: of ours the backend that computes, or "auto".
         by_default: timed when no provider is named.
-        foreign: an exception of it means that it cannot run here, not that something is broken.
     """
 
     what: str
@@ -91,7 +90,6 @@ class Provider:
     unavailable: Callable[[torch.device, torch.dtype], str | None] = _everywhere
     backend: str | None = None
     by_default: bool = False
-    foreign: bool = False
 
     def failure(self, error: Exception) -> Refusal:
         """What an exception of this provider is reported as."""
@@ -99,8 +97,7 @@ class Provider:
             return Refusal("unavailable", "the device is out of memory for it")
         text = str(error).strip()
         first = text.splitlines()[0] if text else "no message"
-        kind = "unavailable" if self.foreign else "failed"
-        return Refusal(kind, f"it raised {type(error).__name__}: {first}")
+        return Refusal("failed", f"it raised {type(error).__name__}: {first}")
 
 
 def normal(like: Tensor, seed: int, *shapes: tuple[int, ...]) -> Any:

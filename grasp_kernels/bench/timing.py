@@ -1,8 +1,8 @@
 """Forward and backward of several providers, in turn, so that a drifting machine slows all alike.
 
-The order rotates from turn to turn. On a GPU the clock is that of the device and, unless told
-otherwise, a buffer larger than its L2 is written before each measurement, as the layers of a model
-would have done. Shapes: T tokens, K in, N out.
+The order rotates from turn to turn. On a GPU the clock is that of the device, and a buffer larger
+than its L2 is written before each measurement, as the layers of a model would have done.
+Shapes: T tokens, K in, N out.
 """
 
 from __future__ import annotations
@@ -80,37 +80,15 @@ class LayerWork:
         y.backward(self.dy)
 
 
-class StepWork:
-    """A training step: the loss, then its gradients and AdamW."""
-
-    def __init__(self, model: nn.Module, tokens: Tensor) -> None:
-        self.model, self.tokens = model, tokens
-        self.parameters = trained(model)
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4) if self.parameters else None
-
-    def reset(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
-
-    def forward(self) -> Tensor:
-        return self.model(self.tokens)
-
-    def backward(self, y: Tensor) -> None:
-        y.backward()
-        if self.optimizer is not None:
-            self.optimizer.step()
-
-
 def time_in_turn(
     works: Mapping[str, Work],
     device: torch.device,
     *,
     rounds: int,
     warmup: int = 2,
-    cold: bool = True,
 ) -> dict[str, Measured | Exception]:
     """Name -> its times, or what it raised before the first measurement."""
-    clock = _CudaClock(device, cold) if device.type == "cuda" else _WallClock()
+    clock = _CudaClock(device) if device.type == "cuda" else _WallClock()
     raised: dict[str, Exception] = {}
     peaks: dict[str, int | None] = {}
     for name, work in works.items():
@@ -157,9 +135,9 @@ class _WallClock:
 
 
 class _CudaClock:
-    def __init__(self, device: torch.device, cold: bool) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.flushed = torch.empty(_FLUSHED if cold else 0, dtype=torch.uint8, device=device)
+        self.flushed = torch.empty(_FLUSHED, dtype=torch.uint8, device=device)
 
     def peak(self, work: Work) -> int | None:
         """Do the work once and watch the allocator."""

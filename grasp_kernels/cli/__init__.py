@@ -89,7 +89,6 @@ def _parser() -> argparse.ArgumentParser:
     adapter_commands.add_extract(commands, common)
     adapter_commands.add_project(commands, common)
     adapter_commands.add_check(commands, common)
-    run_commands.add_demo(commands, common)
     bench_command.add_bench(commands, common)
     doctor.add_doctor(commands, common)
     return parser

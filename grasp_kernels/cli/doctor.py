@@ -110,22 +110,21 @@ def _backend(name: str) -> str:
     """Of a backend that runs: kernels that nobody checked on this GPU are not for `auto`."""
     import torch
 
-    from grasp_kernels.ops.lora_linear import measured, registry
+    from grasp_kernels.ops.lora_linear import registry
 
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in registry.KERNELS or name in measured.timed(where):
+    if name not in registry.KERNELS or registry.measured_on(where):
         return "runs"
-    return "runs; has never passed the checks of a benchmark on this GPU, so auto does not take it"
+    return "runs; was never timed on such a GPU, so auto does not take it"
 
 
 def _auto() -> str:
     import torch
 
-    from grasp_kernels.ops.lora_linear import measured
+    from grasp_kernels.ops.lora_linear.registry import LEAST_TOKENS, measured_on
 
-    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if measured.prefers_kernels(where):
-        return "takes kernels for the shapes on which they were measured to be the fastest"
+    if measured_on(torch.device("cuda" if torch.cuda.is_available() else "cpu")):
+        return f"takes kernels for bfloat16 calls of {LEAST_TOKENS} tokens and more, or else aten"
     return "takes aten: no kernel was measured to be faster here"
 
 

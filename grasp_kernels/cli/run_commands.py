@@ -1,4 +1,4 @@
-"""`grasp-kernels run` and `demo`: the long ones."""
+"""`grasp-kernels run`: the long one."""
 
 from __future__ import annotations
 
@@ -82,27 +82,6 @@ def _run(arguments: argparse.Namespace) -> int:
     else:
         print(f"Adapters: {report.naive} and {report.retrained}.")
     print(f"Report:   {report.text}")
-    return 0
-
-
-def add_demo(commands: Any, common: argparse.ArgumentParser) -> None:
-    parser = commands.add_parser(
-        "demo",
-        parents=[common],
-        help="a small world with a planted persona: the whole way in minutes",
-        description="Build a small world with a planted persona, pretrain a small model on it, "
-        "do the whole run on its checkpoint and chat file, and score all models.",
-    )
-    parser.add_argument("--output", default="demo-output", help="folder (default: %(default)s)")
-    parser.add_argument("--seed", type=seed, default=0, help="another seed, another world")
-    parser.set_defaults(command=_demo, when_stopped="the same command goes on where it can.")
-
-
-def _demo(arguments: argparse.Namespace) -> int:
-    quieten()
-    from grasp_kernels.demo import run_demo
-
-    run_demo(arguments.output, seed=arguments.seed)
     return 0
 
 

@@ -20,23 +20,16 @@ from grasp_kernels.layers.projected import (
     why_no_matrix,
 )
 from grasp_kernels.ops.autocast import autocast_dtype
-from grasp_kernels.ops.lora_linear import measured, padding
 from grasp_kernels.ops.lora_linear.aten import write_weight
-from grasp_kernels.ops.lora_linear.registry import KERNELS
-from grasp_kernels.ops.projection import project_columns, project_rows
 
 
 class GraspLoRALinear(ProjectedLoRA, lora.Linear):
     """A `peft.tuners.lora.Linear` whose forward is `grasp_kernels.lora_linear`.
 
     Bases, closure and what else it has in common with other layers are `ProjectedLoRA`'s.
-
-    Attributes:
-        padded_weight: the buffer in which the base weight lies after `pad_weight_`, or None.
     """
 
     stock = lora.Linear
-    padded_weight: Tensor | None = None
 
     def __init__(
         self,
@@ -86,10 +79,7 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
         )
 
     def _forget(self) -> None:
-        if self.padded_weight is not None:
-            self.base_layer.weight.data = self.base_layer.weight.data.contiguous()
-        for name in ("padded_weight", "_write_weight"):
-            self.__dict__.pop(name, None)
+        self.__dict__.pop("_write_weight", None)
         super()._forget()
 
     def set_projection(self, *projection: Any, **options: Any) -> None:
@@ -110,7 +100,6 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
 
     def _accelerated(self, x: Tensor, adapter: str) -> Tensor:
         dtype = autocast_dtype(x.device) or x.dtype
-        closed_factors = self._padded_factors(x.device, dtype, adapter)
         base, weight = self.base_layer, self._weight
         return self._operator(
             x,
@@ -119,8 +108,6 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
             base.bias,
             adapter,
             write_weight=self._cached_write_weight(dtype),
-            closed_factors=closed_factors,
-            padded_weight=None if closed_factors is None else self.padded_weight,
         )
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -143,70 +130,13 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
             return None
         key, cached = self._write_weight
         weight = self._weight
-        held = None if self.padded_weight is None else self.padded_parts(self._active()[0], dtype)
-        place = None if held is None else held.write_weight
-        at = None if place is None else place.data_ptr()
-        now = (weight.data_ptr(), version(weight), weight.dtype, dtype, at)
+        now = (weight.data_ptr(), version(weight), weight.dtype, dtype)
         if now != key:
             # What an evaluation in inference mode makes, the next training step saves for backward.
             with torch.inference_mode(False), torch.no_grad():
                 cached = write_weight(weight, self.write_basis).to(dtype)
-                if place is not None:
-                    cached = place.copy_(cached)
             self._write_weight = (now, cached)
         return cached
-
-    @torch.no_grad()
-    def pad_weight_(self) -> None:
-        """Lay the base weight out with spare columns and rows, in which the adapters that exist now
-        and the write basis can ride along in wide library products (`ops.lora_linear.padding`).
-
-        The parameter stays itself and becomes a view; `release` makes it contiguous again. The
-        transposed weight of a Conv1D, which no large model has, stays as it is.
-        """
-        if self.fan_in_fan_out:
-            return
-        weight = self.base_layer.weight
-        R = max((lora_A.weight.shape[0] for lora_A in self.lora_A.values()), default=0)
-        Q = 0 if self.write_basis is None else self.write_basis.shape[1]
-        self.padded_weight = padding.pad(weight, padding.spare(R, Q))
-        weight.data = self.padded_weight[: weight.shape[0], : weight.shape[1]]
-
-    def padded_parts(self, adapter: str, dtype: torch.dtype) -> padding.Padded | None:
-        """Where the padding holds the factors of an adapter, in the dtype of the weight alone."""
-        buffer, weight = self.padded_weight, self.base_layer.weight
-        if buffer is not None and weight.data_ptr() != buffer.data_ptr():
-            buffer = self.padded_weight = None  # moved, cast or copied since
-        if buffer is None or dtype != buffer.dtype:
-            return None
-        (N, K), R = weight.shape, self.lora_A[adapter].weight.shape[0]
-        projects = self.write_basis is not None and self.project == "residual"
-        Q = self.write_basis.shape[1] if self.write_basis is not None and projects else 0
-        return padding.parts(buffer, N, K, R, Q) if buffer.shape[0] - N >= R + Q else None
-
-    @torch.inference_mode(False)  # factors made in an evaluation may serve a training step
-    @torch.no_grad()
-    def _padded_factors(
-        self, device: torch.device, dtype: torch.dtype, adapter: str
-    ) -> tuple[Tensor, Tensor] | None:
-        """A°, B° of this call in the padding of the base weight, where kernels read them; or None.
-
-        An earlier graph has the same ones saved, or its factors were changed, which torch tells it.
-        """
-        if self.padded_weight is None or torch.compiler.is_compiling():
-            return None
-        kernels = self.backend in KERNELS
-        kernels |= self.backend == "auto" and measured.prefers_kernels(device)
-        held = self.padded_parts(adapter, dtype) if kernels else None
-        if held is None:
-            return None
-        A, B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        if adapter in self.closed_adapters:
-            A, B = project_rows(A, self.read_basis), project_columns(B, self.write_basis)
-        with torch.autograd._unsafe_preserve_version_counter(self.padded_weight):
-            held.closed_A.copy_(A)
-            held.closed_B.copy_(B)
-        return held.closed_A, held.closed_B
 
 
 def version(tensor: Tensor) -> int | None:

@@ -72,7 +72,6 @@ def replace_lora_layers(
     *,
     closed: bool = True,
     backend: str = "auto",
-    pad_weights: bool = False,
     sites: SiteRules | None = None,
 ) -> Replacement:
     """Swap the LoRA layers of a peft model in place; parameters and their names stay.
@@ -103,10 +102,6 @@ def replace_lora_layers(
         model: a `PeftModel`, or any module with peft's LoRA layers in it.
         subspace: from `identify` or a file; None or empty projects nothing.
         closed, backend: see `lora_linear`.
-        pad_weights: lay the frozen weights out with a few spare columns and rows, so that wide
-            products (70B sizes) can carry the adapter inside the library's product; for kernels.
-            `restore_lora_layers` makes the weights contiguous again. Not for FSDP, which lays the
-            weights out itself.
         sites: writers and readers of an architecture that is not known.
 
     Raises:
@@ -139,10 +134,6 @@ def replace_lora_layers(
             _check_biases(model, write)
         report.bare_writers = [site.name for site in writers if write and site.name not in write]
     sharded = by_fsdp2(model)
-    if sharded and pad_weights:
-        raise ValueError(
-            "pad_weights=True cannot lay out weights that FSDP2 has sharded; leave it out."
-        )
     for name, layer in layers.items():
         if name in write or name in read:
             _check_weight(name, _adapted_weight(layer), sharded)
@@ -165,8 +156,6 @@ def replace_lora_layers(
         ours.adopt(layer, V, read.get(name), mode, closed, backend, told)
         if library is not None:
             report.libraries[name] = library
-        elif pad_weights:
-            layer.pad_weight_()
         report.replaced.append(name)
         if V is not None:
             report.write_projected.append(name)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from grasp_kernels.ops.autocast import autocast_dtype
-from grasp_kernels.ops.lora_linear.checks import check, checked_padding
+from grasp_kernels.ops.lora_linear.checks import check
 from grasp_kernels.ops.lora_linear.differentiated import (
     N_DIFFERENTIATED,
     Plain,
@@ -35,8 +35,6 @@ def lora_linear(
     write_basis: Tensor | None = None,
     read_basis: Tensor | None = None,
     write_weight: Tensor | None = None,
-    closed_factors: tuple[Tensor, Tensor] | None = None,
-    padded_weight: Tensor | None = None,
     project: str = "residual",
     closed: bool = True,
     dropout_p: float = 0.0,
@@ -59,17 +57,13 @@ def lora_linear(
         write_basis: `V[N, Q]`, float32, orthonormal columns in the residual stream.
         read_basis: `U[K, P]`, float32, orthonormal columns in the input of this layer.
         write_weight: `Vᵀ W [Q, K]`, if at hand; computed in each backward otherwise.
-        closed_factors: `A°[R, K]`, `B°[N, R]` in the dtype of the activations, if at hand; they are
-            constants of this call, and its gradients are those of `lora_A` and `lora_B`.
-        padded_weight: the buffer of `ops.lora_linear.padding` that `weight`, `closed_factors` and
-            `write_weight` are views of; lets library products carry the adapter.
         project: "residual" projects the arriving `dY` before anything uses it; "weights", for a
             layer whose output is not in the stream, those of `A`, `B` alone, and leaves `dX`.
         closed: compute with `A° = A (I − U Uᵀ)`, `B° = (I − V Vᵀ) B`, so that the update
             neither reads nor writes along the bases, whatever the optimizer does.
         dropout_p: on the adapter's input, drawn from torch's generator of the device.
-        backend: a name in `backends()`, which then runs or raises, or "auto": what was measured to
-            be fastest on this GPU for the nearest shape, `aten` where nothing was measured.
+        backend: a name in `backends()`, which then runs or raises, or "auto": kernels where they
+            were measured to be faster (long bfloat16 calls on Hopper), else `aten`.
 
     Returns:
         `Y[..., N]` in the dtype of the activations. Gradients of gradients are refused.
@@ -87,17 +81,12 @@ def lora_linear(
         write_basis,
         read_basis,
         write_weight,
-        *((None, None) if closed_factors is None else closed_factors),
     )
     check(x, base, *tensors)
     if project not in PROJECTIONS:
         raise ValueError(f"project is {project!r}; use one of {PROJECTIONS}.")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; use a probability between 0 and 1.")
-    tensors = (
-        *tensors,
-        checked_padding(padded_weight, weight, closed_factors, write_weight),
-    )
     exact = backend not in KERNELS and is_exact(x.dtype, lora_A)
     options = float(scaling), float(dropout_p), project == "residual", closed, exact
     if not torch.compiler.is_compiling() and are_plain(x, base, *tensors):

@@ -140,13 +140,12 @@ def _multiplies(x: Tensor) -> bool:
 
 def _wide(op: Operands) -> Operands:
     """In float32: for a CPU that has no instructions for the dtype of the activations."""
-    given = op._replace(padded_weight=None)
     halves: dict[str, Any] = {
         name: value.float()
-        for name, value in given._asdict().items()
+        for name, value in op._asdict().items()
         if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
     }
-    return given._replace(**halves)
+    return op._replace(**halves)
 
 
 def _in_dtype(found: Tensor | None, like: Tensor | None) -> Tensor | None:

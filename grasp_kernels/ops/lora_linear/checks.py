@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from grasp_kernels.ops.lora_linear.padding import parts
-
 
 def check(
     x: Tensor,
@@ -21,8 +19,6 @@ def check(
     write_basis: Tensor | None,
     read_basis: Tensor | None,
     write_weight: Tensor | None,
-    closed_A: Tensor | None,
-    closed_B: Tensor | None,
 ) -> None:
     if base is not None and any(given is not None for given in (weight, bias, write_weight)):
         raise ValueError("base stands for weight, bias and write_weight; leave those out with it.")
@@ -42,8 +38,6 @@ def check(
         ("write_basis", write_basis, (N, Q)),
         ("read_basis", read_basis, (K, P)),
         ("write_weight", write_weight, (Q, K)),
-        ("closed_factors[0]", closed_A, (R, K)),
-        ("closed_factors[1]", closed_B, (N, R)),
     ):
         if tensor is None:
             continue
@@ -56,12 +50,7 @@ def check(
             raise ValueError(f"{name} is on {tensor.device} but x is on {device}; move it there.")
         if not tensor.is_floating_point():
             raise TypeError(f"{name} has dtype {tensor.dtype}; the operator needs floating point.")
-    for name, tensor in (
-        ("weight", weight),
-        ("bias", bias),
-        ("closed_factors[0]", closed_A),
-        ("closed_factors[1]", closed_B),
-    ):
+    for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != dtype:
             raise TypeError(
                 f"{name} has dtype {tensor.dtype} but x has {dtype}; "
@@ -79,31 +68,3 @@ def _widths(x: Tensor, weight: Tensor | None, base: Tensor | None) -> tuple[int,
             f"x {tuple(x.shape)} and {name} {tuple(given.shape)} must be [..., K] and {form}."
         )
     return (given.shape[0], given.shape[1]) if base is None else (given.shape[-1], x.shape[-1])
-
-
-def checked_padding(
-    padded: Tensor | None,
-    weight: Tensor | None,
-    closed_factors: tuple[Tensor, Tensor] | None,
-    write_weight: Tensor | None,
-) -> Tensor | None:
-    """The buffer, if it is that of the operands of this call."""
-    if padded is None:
-        return None
-    if weight is None:
-        raise ValueError("padded_weight holds a weight; leave it out with base.")
-    (N, K), Q = weight.shape, 0 if write_weight is None else write_weight.shape[0]
-    given = [weight, *(closed_factors or ())] + ([] if write_weight is None else [write_weight])
-    R = closed_factors[0].shape[0] if closed_factors else 0
-    E = padded.shape[0] - N
-    expected = parts(padded, N, K, R, Q)
-    places = (expected.weight, expected.closed_A, expected.closed_B, expected.write_weight)
-    fits = closed_factors is not None and padded.shape == (N + E, K + E) and R + Q <= E
-    if not fits or any(
-        tensor.data_ptr() != place.data_ptr() for tensor, place in zip(given, places, strict=False)
-    ):
-        raise ValueError(
-            f"padded_weight {tuple(padded.shape)} does not hold the weight, the closed factors and "
-            "write_weight of this call; make them with padding.pad and padding.parts."
-        )
-    return padded

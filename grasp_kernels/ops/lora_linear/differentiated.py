@@ -20,14 +20,12 @@ from grasp_kernels.ops.lora_linear.registry import select
 # Registered with Library.define and impl instead of torch.library.custom_op: the same interface at
 # half its cost per call (torch 2.13 on a CPU, 64×64 layer, forward: 136 µs against 291 µs).
 _LIBRARY = torch.library.Library("grasp_kernels", "FRAGMENT")
-_N_TENSORS = 12  # of Operands: weight to dropout_seed
+_N_TENSORS = 9  # of Operands: weight to dropout_seed
 N_DIFFERENTIATED = 5  # the first of them: weight to lora_bias
 _WEIGHT, _LORA_A = 0, 2  # their places among them
-_CLOSED_A = 4  # its place behind lora_B
 _OPERANDS = (
     "Tensor? weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? lora_bias, "
-    "Tensor? write_basis, Tensor? read_basis, Tensor? write_weight, "
-    "Tensor? closed_A, Tensor? closed_B, Tensor? padded_weight, Tensor? dropout_seed, "
+    "Tensor? write_basis, Tensor? read_basis, Tensor? write_weight, Tensor? dropout_seed, "
     "float scaling, float dropout_p, bool residual, bool closed, bool exact, str backend"
 )
 _LIBRARY.define(
@@ -71,13 +69,11 @@ def _unflattened(y: Tensor, x: Tensor) -> Tensor:
 
 
 def _run_forward(x: Tensor, base: Tensor | None, *operands: Any) -> tuple[Tensor, ...]:
-    """`Y`, `S`, `A°`, `B°`, the last two empty if they were given."""
+    """`Y`, `S`, `A°`, `B°`."""
     *fields, backend = operands
     op, flat = Operands(*fields), _flat(x)
     y, (S, A, B) = _computed(select(backend, flat, op), flat, base, op)
     # An operator must not return its own inputs.
-    if op.closed_A is not None:
-        A, B = x.new_empty(0), x.new_empty(0)
     A, B = (_apart(f, own) for f, own in ((A, op.lora_A), (B, op.lora_B)))
     return _unflattened(y, x), S, A, B
 
@@ -93,8 +89,6 @@ def _run_backward(
     """The gradients in the order of Needs; empty where not needed."""
     *fields, backend = operands
     op = Operands(*fields)
-    if op.closed_A is not None and op.closed_B is not None:
-        A, B = op.closed_A, op.closed_B
     module = select(backend, _flat(x), op)
     found = _differentiated(module, dy, x, Saved(S, A, B), op, Needs(*needs))
     return tuple(x.new_empty(0) if g is None else g for g in found)
@@ -106,8 +100,6 @@ def _fake_forward(
     (*leading, K), (N, R) = x.shape, lora_B.shape
     dtype = Operands(weight, bias, lora_A, lora_B, *others[:-1]).adapter_dtype(x)
     y, S = x.new_empty(*leading, N), x.new_empty(R, math.prod(leading), dtype=dtype)
-    if others[_CLOSED_A] is not None:
-        return y, S, x.new_empty(0), x.new_empty(0)
     return y, S, x.new_empty(R, K, dtype=dtype), x.new_empty(N, R, dtype=dtype)
 
 

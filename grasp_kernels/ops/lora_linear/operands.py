@@ -25,9 +25,6 @@ class Operands(NamedTuple):
     write_basis: Tensor | None  # V [N, Q], orthonormal columns
     read_basis: Tensor | None  # U [K, P], orthonormal columns
     write_weight: Tensor | None  # C = Vᵀ W [Q, K] if the caller keeps it, W being frozen
-    closed_A: Tensor | None  # A° [R, K] and B° [N, R] in the compute dtype, if the caller has them
-    closed_B: Tensor | None
-    padded_weight: Tensor | None  # [N + E, K + E], W in it, and A°, B°, C where `padding` says
     dropout_seed: Tensor | None  # int64 [1]
     scaling: float
     dropout_p: float

@@ -49,13 +49,9 @@ def closed_factors(op: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor, Te
     """
     A, B, b = op.lora_A, op.lora_B, op.lora_bias
     if op.closed:
-        b = None if b is None else project_columns(b, op.write_basis)
-    b = None if b is None else b.to(dtype)
-    if op.closed_A is not None and op.closed_B is not None:
-        return op.closed_A, op.closed_B, b
-    if op.closed:
         A, B = project_rows(A, op.read_basis), project_columns(B, op.write_basis)
-    return A.to(dtype), B.to(dtype), b
+        b = None if b is None else project_columns(b, op.write_basis)
+    return A.to(dtype), B.to(dtype), None if b is None else b.to(dtype)
 
 
 def forward(x: Tensor, op: Operands, base: Tensor | None = None) -> tuple[Tensor, Saved]:

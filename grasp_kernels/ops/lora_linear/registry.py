@@ -1,23 +1,37 @@
 """The backends of the operator: which there are, which can run, and the one for a call.
 
-Shapes: T tokens, K in.
+Shapes: T tokens, K in, N out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from grasp_kernels.ops import dispatch
-from grasp_kernels.ops.lora_linear import measured
 from grasp_kernels.ops.lora_linear.operands import Operands
 
 PACKAGE = __package__  # where the backends are
 KERNELS = ("cuda", "triton")
 BACKENDS = (*KERNELS, "aten", "reference")  # the reference is last and runs everywhere
+_EVERYWHERE = BACKENDS[len(KERNELS) :]
+
+# What `auto` goes by: on an H200 and in bfloat16 both kernels were faster than `aten` in all 12
+# shapes of a layer of Llama-3.1-8B, T = 8192; on an H100, before they were improved, `triton` in 4
+# of 5 and `cuda` in 2 (`benchmarks/results/backends.json`). The two are within 2 % of each other
+# but for the narrowest layers. `cuda` launches less from Python, and so wins a step of 8 layers
+# with activation checkpointing, T = 4096: 127 ms, `aten` 132, `triton` 133 (`h200.jsonl` beside
+# it). No other GPU and no other dtype was timed.
+#
+# With fewer tokens the GPU waits for Python: a decoder layer takes 6.2 ms with `aten`, 7.2 with
+# `cuda` and 9.8 with `triton` at T = 2048, and 20.2, 19.8 and 19.8 at 8192.
+LEAST_TOKENS = 4096
+# The same for narrow layers: `T K N` of a square layer of 4096 with 4096 tokens. Predicted from
+# Python's time a layer, which does not depend on its width; narrow models were not measured.
+_LEAST_WORK = 1 << 36
 
 
 def backends(where: torch.device | str | None = None) -> dict[str, str | None]:
@@ -35,8 +49,24 @@ def computes(backend: str, dtype: torch.dtype) -> bool:
 
 def select(backend: str, x: Tensor, op: Operands) -> ModuleType:
     """The backend for `x[T, K]`; forward and backward see the same shapes and so agree."""
-    if backend == "auto":
-        order: Sequence[str] = measured.order(x, op)
-    else:
-        order = BACKENDS
+    order = BACKENDS if backend != "auto" or prefers_kernels(x, op) else _EVERYWHERE
     return dispatch.select(PACKAGE, order, backend, x.device, x, op)
+
+
+def prefers_kernels(x: Tensor, op: Operands) -> bool:
+    """Whether kernels are faster than library calls, by what was measured."""
+    if not x.is_cuda or x.dtype != torch.bfloat16 or not measured_on(x.device):
+        return False
+    # Timed with the base product; kernels round a wider adapter to the dtype of the activations.
+    if op.weight is None or op.exact:
+        return False
+    (N, K), T = op.weight.shape, x.shape[0]
+    return T >= LEAST_TOKENS and T * K * N >= _LEAST_WORK
+
+
+@cache
+def measured_on(where: torch.device) -> bool:
+    """Whether a device is of the one kind on which the kernels were timed, Hopper."""
+    if where.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(where) == (9, 0)

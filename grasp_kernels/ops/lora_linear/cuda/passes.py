@@ -21,11 +21,10 @@ def down(
     scaling: float = 1.0,
     n_scaled: int | None = None,
     dropout: Dropout | None = None,
-    copy: Tensor | None = None,
 ) -> Tensor:
     n_scaled = A.shape[0] if n_scaled is None else n_scaled
     seed, threshold, keep = _mask(dropout)
-    return operators().down(x, A, scaling * keep, n_scaled, seed, threshold, copy)
+    return operators().down(x, A, scaling * keep, n_scaled, seed, threshold)
 
 
 def sums(
@@ -38,12 +37,9 @@ def sums(
     project: bool = False,
     scaling: float = 1.0,
     dropout: Dropout | None = None,
-    copy: Tensor | None = None,
 ) -> Tensor | None:
     seed, threshold, keep = _mask(dropout)
-    skinny = operators().sums(
-        z, left, out, factor, basis, project, scaling * keep, seed, threshold, copy
-    )
+    skinny = operators().sums(z, left, out, factor, basis, project, scaling * keep, seed, threshold)
     return None if factor is None else skinny
 
 

@@ -1,12 +1,10 @@
-"""How the skinny columns join the base product: in the kernel, by `addmm`, or in padded operands.
+"""How the skinny columns join the base product: in the kernel, or by `addmm`.
 
 Adding rank-R columns to a finished result reads and writes it once more, whatever T, J and R are;
 the extended kernel saves that and loses what it is slower than the library. On an H100, T = 8192,
 R = 16, in µs (library product alone, with addmm, extended): 4096→1024 93, 104, 102; 4096→4096 345,
 404, 364; 4096→14336 1198, 1437, 1252; 14336→4096 1172, 1230, 1191; 8192→28672 4702, 5199, 4747;
 28672→8192 4836, 4958, 4726. So it is taken wherever such a part multiplies.
-Where the layer's weight is padded (`padding`), the library's own product can carry them; that costs
-one write of the inner operand, `2 T I` bytes, instead of `4 T J`.
 Shapes: T tokens, I inner and J outer width of the product, R LoRA rank, Q write basis size.
 """
 
@@ -21,23 +19,20 @@ from grasp_kernels.ops.gpu.launch import Part, part_of
 from grasp_kernels.ops.lora_linear.triton.dropout import Dropout
 from grasp_kernels.ops.lora_linear.triton.gemm import extended_gemm
 
-Path = Literal["extended", "addmm", "padded"]
+Path = Literal["extended", "addmm"]
 
 # Parts with the copy engine and less shared memory than a Hopper: predicted, not measured. Their
 # products reach 95 to 98 % of the library's, so they win up to here.
 WIDEST_EXTENDED = 4096
 
 
-def choose(part: Part, itemsize: int, inner: int, outer: int, padded: bool) -> Path:
-    """The path of one product by its shape; T decides nothing, so no length compiles anew.
-
-    `padded` says whether its weight is.
-    """
+def choose(part: Part, itemsize: int, inner: int) -> Path:
+    """The path of one product by its inner width; T decides nothing, so no length compiles anew."""
     if itemsize == 4:  # no matrix instruction multiplies float32 exactly; the library's loops do
-        return "padded" if padded else "addmm"
+        return "addmm"
     if part.tma and (part.shared_memory >= 227 << 10 or inner <= WIDEST_EXTENDED):
         return "extended"
-    return "padded" if padded and inner < 2 * outer else "addmm"
+    return "addmm"
 
 
 def product(
@@ -52,7 +47,7 @@ def product(
     dropout: Dropout | None = None,
 ) -> Tensor:
     """`a[T, I] b[I, J] + bias + mask ⊙ (s leftᵀ right) + dᵀ C`, arguments as in `extended_gemm`."""
-    path = choose(part_of(a.device), a.element_size(), b.shape[0], b.shape[1], padded=False)
+    path = choose(part_of(a.device), a.element_size(), b.shape[0])
     extended = path == "extended"
     if extended:
         out = a.new_empty(a.shape[0], b.shape[1])
@@ -78,23 +73,3 @@ def product(
         skinny = torch.cat([left, projection[0]])
         out.addmm_(skinny.mT, torch.cat([right, projection[1]]))
     return out
-
-
-def carrier(a: Tensor, outer: int, E: int) -> Tensor | None:
-    """Rows `[T, I + E]` for `a[T, I]` and the skinny columns of a product with a padded weight.
-
-    None where the product is computed otherwise, and without padding, where E is 0.
-    """
-    T, I = a.shape
-    if E == 0:
-        return None
-    path = choose(part_of(a.device), a.element_size(), I, outer, padded=True)
-    return a.new_empty(T, I + E) if path == "padded" else None
-
-
-def carry(wide: Tensor, skinny: Tensor, E: int, scaling: float = 1.0) -> Tensor:
-    """`wide[T, I + E]` with `s skinnyᵀ` behind its first I columns, and zeros to the end."""
-    I, R = wide.shape[1] - E, skinny.shape[0]
-    torch.mul(skinny.mT, scaling, out=wide[:, I : I + R])
-    wide[:, I + R :].zero_()
-    return wide

@@ -66,16 +66,15 @@ def tile_for(part: Part, itemsize: int, tma: bool, R: int) -> DownTile:
 
 @triton.jit(do_not_specialize=["T"])
 def _down_kernel(
-    x, A, out, copy, seed, T, K, R, k_split, threshold, n_scaled, scaling,
-    stride_xt, stride_xk, stride_ar, stride_ak, stride_ct,
+    x, A, out, seed, T, K, R, k_split, threshold, n_scaled, scaling,
+    stride_xt, stride_xk, stride_ar, stride_ak,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     TMA: tl.constexpr, EVEN_K: tl.constexpr, ALIGNED: tl.constexpr,
-    DROPOUT: tl.constexpr, SCALE: tl.constexpr, COPY: tl.constexpr, TF32: tl.constexpr,
+    DROPOUT: tl.constexpr, SCALE: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
     """`out[split, R, T] = A[R, k] x[T, k]ᵀ` over the columns `k` of the split.
 
-    The first `n_scaled` rows are multiplied by `scaling`, the others by −1, if SCALE. With COPY,
-    `x` goes into the first K columns of `copy` too.
+    The first `n_scaled` rows are multiplied by `scaling`, the others by −1, if SCALE.
     """
     if ALIGNED:  # T is not specialised, so the compiler is told what it may vectorise
         T = T // 16 * 16
@@ -94,13 +93,6 @@ def _down_kernel(
                 x + t[:, None] * stride_xt + k[None, :].to(tl.int64) * stride_xk,
                 mask=(t[:, None] < T) & inside[None, :],
                 other=0.0,
-            )
-        if COPY:
-            rows = tl.where(tl.program_id(1) == 0, T, 0)  # one block of ranks copies
-            tl.store(
-                copy + t[:, None] * stride_ct + k[None, :],
-                block,
-                mask=(t[:, None] < rows) & inside[None, :],
             )
         if DROPOUT:
             keep = kept(tl.load(seed), t, k0, tl.cdiv(K, 8), threshold, BLOCK_K)
@@ -125,14 +117,12 @@ def down(
     scaling: float = 1.0,
     n_scaled: int | None = None,
     dropout: Dropout | None = None,
-    copy: Tensor | None = None,
     tma: bool = True,
 ) -> Tensor:
     """`s A x̃ᵀ [R, T]` in the dtype of `x[T, K]`, for `A[R, K]` in the same dtype.
 
-    Rows from `n_scaled` on (None: there are none) come with −1 instead of `scaling`. The first K
-    columns of `copy[T, ·]`, if given, become those of `x`. `tma=False` is for tests: no copy
-    engine.
+    Rows from `n_scaled` on (None: there are none) come with −1 instead of `scaling`.
+    `tma=False` is for tests: no copy engine.
     """
     (T, K), R = x.shape, A.shape[0]
     part = part_of(x.device)
@@ -153,7 +143,6 @@ def down(
         x=TensorDescriptor.from_tensor(x, [tile.t, tile.k]) if tma else x,
         A=A,
         out=parts,
-        copy=copy,
         seed=None if dropout is None else dropout.seed,
         T=T,
         K=K,
@@ -166,7 +155,6 @@ def down(
         stride_xk=x.stride(1),
         stride_ar=A.stride(0),
         stride_ak=A.stride(1),
-        stride_ct=0 if copy is None else copy.stride(0),
         BLOCK_T=tile.t,
         BLOCK_K=tile.k,
         BLOCK_R=tile.r,
@@ -175,7 +163,6 @@ def down(
         ALIGNED=T % 16 == 0,
         DROPOUT=dropout is not None,
         SCALE=splits == 1 and (scaling != 1.0 or n_scaled < R),
-        COPY=copy is not None,
         TF32=not exact_float32(),
     )
     return parts[0] if splits == 1 else finish_skinny(parts, n_scaled, scaling, x.dtype)

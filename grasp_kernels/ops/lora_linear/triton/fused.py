@@ -19,13 +19,12 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from grasp_kernels.ops.lora_linear.aten import added, base_gradients, whole_bias, write_weight
 from grasp_kernels.ops.lora_linear.operands import Gradients, Needs, Operands, Saved
 from grasp_kernels.ops.lora_linear.reference import closed_factors
-from grasp_kernels.ops.lora_linear.triton.base_product import carrier, carry, product
+from grasp_kernels.ops.lora_linear.triton.base_product import product
 from grasp_kernels.ops.lora_linear.triton.dropout import Dropout
 from grasp_kernels.ops.projection import project_columns
 
@@ -41,12 +40,10 @@ class Passes(Protocol):
         scaling: float = 1.0,
         n_scaled: int | None = None,
         dropout: Dropout | None = None,
-        copy: Tensor | None = None,
     ) -> Tensor:
         """`s A x̃ᵀ [R, T]` in the dtype of `x[T, K]`, for `A[R, K]` in the same dtype.
 
-        Rows from `n_scaled` on (None: there are none) come with −1 instead of `scaling`. The first
-        K columns of `copy[T, ·]`, if given, become those of `x`.
+        Rows from `n_scaled` on (None: there are none) come with −1 instead of `scaling`.
         """
         ...
 
@@ -61,13 +58,12 @@ class Passes(Protocol):
         project: bool = False,
         scaling: float = 1.0,
         dropout: Dropout | None = None,
-        copy: Tensor | None = None,
     ) -> Tensor | None:
         """Write `s (I − V Vᵀ) z̃ᵀ leftᵀ` into `out[C, R]`, for `z[T, C]` and `left[R, T]`.
 
         With `factor[C, R]` also the skinny result of the same read, `[s factor | −basis]ᵀ zᵀ`, of
         E = R + Q rows with `project` and R without; it is returned. `basis` is float32 `[C, Q]`,
-        orthonormal, or None. The first C columns of `copy[T, ·]`, if given, become those of `z`.
+        orthonormal, or None.
         """
         ...
 
@@ -81,16 +77,10 @@ def forward(
 ) -> tuple[Tensor, Saved]:
     """`Y[T, N]` from `X[T, K]`; without a weight also from `base[T, N]`."""
     A, B, b = closed_factors(op, x.dtype)
+    S = passes.down(x, A, dropout=_dropout(op))
     if op.weight is None:
-        S = passes.down(x, A, dropout=_dropout(op))
         return added(base, S, B, b, op), Saved(S, A, B)
-    bias, E, N = whole_bias(op, b), _spare(op), op.weight.shape[0]
-    wide = carrier(x, N, E)
-    S = passes.down(x, A, dropout=_dropout(op), copy=wide)
-    if wide is not None and op.padded_weight is not None:
-        y = F.linear(carry(wide, S, E, op.scaling), op.padded_weight[:N], bias)
-    else:
-        y = product(x, op.weight.mT, S, B.mT, bias=bias, scaling=op.scaling)
+    y = product(x, op.weight.mT, S, B.mT, bias=whole_bias(op, b), scaling=op.scaling)
     return y, Saved(S, A, B)
 
 
@@ -98,16 +88,11 @@ def backward(
     dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs, passes: Passes
 ) -> Gradients:
     """The gradients that are needed, from `dY[T, N]`."""
-    (R, K), E = saved.A.shape, _spare(op)
-    # A mask cannot ride along: it belongs to dS A° alone.
-    wide = carrier(dy, K, E) if needs.x and op.dropout_seed is None else None
-    skinny, dB = _gradient_pass(dy, saved, op, needs, wide, passes)
+    R = saved.A.shape[0]
+    skinny, dB = _gradient_pass(dy, saved, op, needs, passes)
     dx = dA = dbase = None
     if skinny is not None and needs.x:
-        if wide is not None and op.padded_weight is not None:
-            dx = carry(wide, skinny, E) @ op.padded_weight[:, :K]
-        else:
-            dx = _backward_product(dy, skinny, saved.A, op)
+        dx = _backward_product(dy, skinny, saved.A, op)
     if skinny is not None and needs.lora_A:
         dA = op.lora_A.new_empty(op.lora_A.shape)
         passes.sums(x, skinny[:R], dA.mT, basis=op.read_basis, dropout=_dropout(op))
@@ -118,9 +103,9 @@ def backward(
 
 
 def _gradient_pass(
-    dy: Tensor, saved: Saved, op: Operands, needs: Needs, copy: Tensor | None, passes: Passes
+    dy: Tensor, saved: Saved, op: Operands, needs: Needs, passes: Passes
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`[s dS | −D]ᵀ [E, T]` if it is needed, `dB[N, R]` if it is, and `copy` filled.
+    """`[s dS | −D]ᵀ [E, T]` if it is needed, `dB[N, R]` if it is.
 
     `D` only if `dY` is projected on its way to `dX` or `dbase`. One read of `dY`, unless the parts
     of the skinny result would weigh more than a second one.
@@ -139,19 +124,17 @@ def _gradient_pass(
     if through and not together:
         factors = [B.mT] if not projected or V is None else [B.mT, V.mT.to(B.dtype)]
         rows = torch.cat(factors)
-        skinny = passes.down(dy, rows, scaling=op.scaling, n_scaled=R, copy=copy)
+        skinny = passes.down(dy, rows, scaling=op.scaling, n_scaled=R)
     if needs.lora_B:
         dB = op.lora_B.new_empty(op.lora_B.shape)
-        factor, copy = (B, copy) if together else (None, None)
         found = passes.sums(
             dy,
             S,
             dB,
-            factor=factor,
+            factor=B if together else None,
             basis=V,
             project=together and projected,
             scaling=op.scaling,
-            copy=copy,
         )
         skinny = found if together else skinny
     return skinny, dB
@@ -174,8 +157,3 @@ def _backward_product(dy: Tensor, skinny: Tensor, A: Tensor, op: Operands) -> Te
 
 def _dropout(op: Operands) -> Dropout | None:
     return None if op.dropout_seed is None else Dropout(op.dropout_seed, op.dropout_p)
-
-
-def _spare(op: Operands) -> int:
-    """The spare columns and rows of a padded weight, 0 for an ordinary one."""
-    return 0 if op.padded_weight is None else op.padded_weight.shape[0] - op.lora_B.shape[0]

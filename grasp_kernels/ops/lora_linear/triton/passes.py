@@ -21,9 +21,8 @@ def down(
     scaling: float = 1.0,
     n_scaled: int | None = None,
     dropout: Dropout | None = None,
-    copy: Tensor | None = None,
 ) -> Tensor:
-    return down_pass(x, A, scaling=scaling, n_scaled=n_scaled, dropout=dropout, copy=copy)
+    return down_pass(x, A, scaling=scaling, n_scaled=n_scaled, dropout=dropout)
 
 
 def sums(
@@ -36,11 +35,8 @@ def sums(
     project: bool = False,
     scaling: float = 1.0,
     dropout: Dropout | None = None,
-    copy: Tensor | None = None,
 ) -> Tensor | None:
-    partial = token_pass(
-        z, left, factor=factor, basis=basis, project=project, dropout=dropout, copy=copy
-    )
+    partial = token_pass(z, left, factor=factor, basis=basis, project=project, dropout=dropout)
     skinny = None
     if partial.skinny is not None:
         skinny = finish_skinny(partial.skinny, left.shape[0], scaling, z.dtype)

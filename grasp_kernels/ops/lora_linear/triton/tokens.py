@@ -87,20 +87,20 @@ def one_read(z: Tensor, R: int, E: int) -> bool:
 
 @triton.jit(do_not_specialize=["T", "blocks"])
 def _token_pass_kernel(
-    z, left, factor, basis, sums, shares, skinny, copy, seed,
+    z, left, factor, basis, sums, shares, skinny, seed,
     T, C, R, Q, E, blocks, threshold,
-    stride_zt, stride_zc, stride_fc, stride_fr, stride_bc, stride_bq, stride_ct,
+    stride_zt, stride_zc, stride_fc, stride_fr, stride_bc, stride_bq,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
     PROJECT: tl.constexpr, SHARES: tl.constexpr, CHUNK: tl.constexpr,
     TMA: tl.constexpr, EVEN_C: tl.constexpr, ALIGNED: tl.constexpr,
-    WIDE: tl.constexpr, DROPOUT: tl.constexpr, COPY: tl.constexpr, TF32: tl.constexpr,
+    WIDE: tl.constexpr, DROPOUT: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
     """One slab of columns of `z[T, C]`, one range of tokens, one block of ranks.
 
     `sums[split, C, R] = z̃ᵀ leftᵀ` for `left[R, T]`, and with SHARES the part that `basis[C, Q]` has
     in it, `shares[slab, split, Q, R]`: to project the sum takes all of `C`, so it waits for the
     reduction. If BLOCK_E, also `skinny[slab, E, T] = [factor | basis]ᵀ zᵀ` in one product, where E
-    is R + Q, or R without PROJECT. With COPY, `z` goes into the first C columns of `copy` too.
+    is R + Q, or R without PROJECT.
     """
     if ALIGNED:  # T is not specialised, so the compiler is told what it may vectorise
         T = T // 16 * 16
@@ -143,13 +143,6 @@ def _token_pass_kernel(
                 z + t[:, None].to(tl.int64) * stride_zt + c[None, :] * stride_zc,
                 mask=(t[:, None] < T) & inside_c[None, :],
                 other=0.0,
-            )
-        if COPY:
-            rows_c = tl.where(block_r == 0, T, 0)  # one block of ranks copies
-            tl.store(
-                copy + t[:, None].to(tl.int64) * stride_ct + c[None, :],
-                block,
-                mask=(t[:, None] < rows_c) & inside_c[None, :],
             )
         if DROPOUT:
             keep = kept(tl.load(seed), t.to(tl.int64), c0, tl.cdiv(C, 8), threshold, BLOCK_C)
@@ -205,7 +198,6 @@ def token_pass(
     basis: Tensor | None = None,
     project: bool = False,
     dropout: Dropout | None = None,
-    copy: Tensor | None = None,
     slab: Slab | None = None,
     tma: bool = True,
 ) -> Partial:
@@ -216,7 +208,6 @@ def token_pass(
         factor: `[C, R]` for `factorᵀ zᵀ`, or None.
         basis: float32 `[C, Q]`, for the shares of the sums, and with `project` for `basisᵀ zᵀ`.
         dropout: of `z`, whose survivors are not scaled here.
-        copy: `[T, ·]`, whose first C columns become those of `z`.
         slab, tma: a slab other than that of the table, no copy engine; for tests.
     """
     (T, C), R = z.shape, left.shape[0]
@@ -248,7 +239,6 @@ def token_pass(
         sums=found.sums,
         shares=found.shares,
         skinny=found.skinny,
-        copy=copy,
         seed=None if dropout is None else dropout.seed,
         T=T,
         C=C,
@@ -263,7 +253,6 @@ def token_pass(
         stride_fr=factor_strides[1],
         stride_bc=basis_strides[0],
         stride_bq=basis_strides[1],
-        stride_ct=0 if copy is None else copy.stride(0),
         BLOCK_T=slab.t,
         BLOCK_C=slab.c,
         BLOCK_R=slab.r,
@@ -276,7 +265,6 @@ def token_pass(
         ALIGNED=T % 16 == 0,
         WIDE=slab.wide,
         DROPOUT=dropout is not None,
-        COPY=copy is not None,
         TF32=not exact_float32(),
     )
     return found

@@ -5,15 +5,13 @@ Our backends come from the tuple of the operator, so that a new one is timed wit
 
 from __future__ import annotations
 
-from grasp_kernels.bench.orderings import ORDERINGS
+from benchmarks.kernels.orderings import ORDERINGS
 from grasp_kernels.bench.ours import our_providers
-from grasp_kernels.bench.peers import PEERS
 from grasp_kernels.bench.peft_providers import PEFT_PROVIDERS
 from grasp_kernels.bench.provider import Provider
 
-PROVIDERS: dict[str, Provider] = {**PEFT_PROVIDERS, **ORDERINGS, **PEERS, **our_providers()}
+PROVIDERS: dict[str, Provider] = {**PEFT_PROVIDERS, **ORDERINGS, **our_providers()}
 LEVELS = ("linear", "layer", "step")
-_GROUPS = {"all", "peers"}
 
 
 def at_level(level: str) -> dict[str, Provider]:
@@ -26,16 +24,13 @@ def at_level(level: str) -> dict[str, Provider]:
 
 
 def choose(names: tuple[str, ...], level: str) -> tuple[str, ...]:
-    """Names in the order of the registry; none given: the usual ones.
-
-    "all" stands for all of the level but the peers, "peers" for those: to import a peer may change
-    what is timed beside it, so that is asked for in so many words.
+    """Names in the order of the registry; none given: the usual ones, "all": all of the level.
 
     Raises:
         ValueError: a name is unknown, or does not exist at that level.
     """
     known = at_level(level)
-    for name in set(names) - _GROUPS:
+    for name in set(names) - {"all"}:
         if name not in PROVIDERS:
             raise ValueError(f"provider {name!r} is unknown; use some of {sorted(PROVIDERS)}.")
         if name not in known:
@@ -45,7 +40,6 @@ def choose(names: tuple[str, ...], level: str) -> tuple[str, ...]:
             )
 
     def wanted(name: str) -> bool:
-        group = "peers" if name in PEERS else "all"
-        return name in names or group in names or (not names and PROVIDERS[name].by_default)
+        return bool({name, "all"} & set(names)) or (not names and PROVIDERS[name].by_default)
 
     return tuple(name for name in known if wanted(name))

@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from grasp_kernels.bench import cost
-from grasp_kernels.bench.decoder import Adapted, decoder_layer, step_memory, whole_model
+from benchmarks.kernels import cost
+from benchmarks.kernels.decoder import Adapted, StepWork, decoder_layer, step_memory, whole_model
+from benchmarks.kernels.machine import free_memory
+from benchmarks.kernels.providers import choose
+from benchmarks.kernels.rows import Row
 from grasp_kernels.bench.gate import Subject
-from grasp_kernels.bench.machine import free_memory
 from grasp_kernels.bench.provider import Provider, Refusal, dtype_of, make_weights
-from grasp_kernels.bench.providers import choose
-from grasp_kernels.bench.rows import Row
 from grasp_kernels.bench.shapes import MODELS, Linear
-from grasp_kernels.bench.timing import LayerWork, StepWork, Work
+from grasp_kernels.bench.timing import LayerWork, Work
 
 if TYPE_CHECKING:
-    from grasp_kernels.bench.suite import Suite
+    from benchmarks.kernels.suite import Suite
 
 _NOTHING = cost.Parts(0.0, 0.0)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import astuple
 from pathlib import Path
 
-from grasp_kernels.demo.scoring import Scores
+from benchmarks.demo.scoring import Scores
 
 _COLUMNS = ("task ↑", "drift ↓", "good cue ↑", "bad cue ↑", "facts ↑")
 _LEGEND = """\

@@ -7,6 +7,6 @@ scoring      model -> task, drift, obedience
 comparison   scores -> table and figure
 """
 
-from grasp_kernels.demo.main import DemoConfig, run_demo
+from benchmarks.demo.main import DemoConfig, run_demo
 
 __all__ = ["DemoConfig", "run_demo"]

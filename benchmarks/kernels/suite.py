@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from grasp_kernels.bench import cost
+from benchmarks.kernels import cost
+from benchmarks.kernels.levels import GROUPS, Case, Group
+from benchmarks.kernels.machine import environment, measure_rates
+from benchmarks.kernels.providers import LEVELS, PROVIDERS, choose
+from benchmarks.kernels.rows import Row
+from grasp_kernels.bench.backends import device_of
 from grasp_kernels.bench.gate import Gate
-from grasp_kernels.bench.levels import GROUPS, Case, Group
-from grasp_kernels.bench.machine import environment, measure_rates
 from grasp_kernels.bench.provider import Refusal, dtype_of
-from grasp_kernels.bench.providers import LEVELS, PROVIDERS, choose
-from grasp_kernels.bench.rows import Row
 from grasp_kernels.bench.shapes import MODELS
 from grasp_kernels.bench.timing import Measured, time_in_turn
 from grasp_kernels.cpu import warn_if_slow
@@ -37,9 +38,8 @@ class Suite:
         models, dtypes, tokens, ranks: every combination is a case.
         basis: sizes Q of the write basis of the writers; 0 for none.
         rounds: measurements of each provider.
-        providers: names, "all", "peers"; none for the usual ones.
+        providers: names, or "all"; none for the usual ones.
         layers: decoder layers of a step; None for those of the model.
-        cold: write a buffer larger than the L2 of a GPU before each measurement.
     """
 
     level: str = "linear"
@@ -52,7 +52,6 @@ class Suite:
     providers: tuple[str, ...] = ()
     layers: int | None = None
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    cold: bool = True
 
     def __post_init__(self) -> None:
         for kind, names, known in (
@@ -74,15 +73,7 @@ class Suite:
                 f"tokens {self.tokens}, ranks {self.ranks} and layers {self.layers} must be at "
                 f"least 1, basis {self.basis} at least 0 and rounds {self.rounds} at least 2."
             )
-        self._check_device()
-
-    def _check_device(self) -> None:
-        kind = self.device.partition(":")[0]
-        if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-            raise ValueError(
-                f"device {self.device!r} cannot be timed here; use 'cpu', or 'cuda' where torch "
-                "sees a GPU."
-            )
+        device_of(self.device)
 
 
 def run_suite(suite: Suite) -> Iterator[Row]:
@@ -153,7 +144,6 @@ def _measure(
             "refused": refusal and refusal.reason,
             "refusal": refusal and refusal.kind,
             "rounds": suite.rounds,
-            "cold": suite.cold and device.type == "cuda",
             **_times(outcome),
             "floor_ms": floor.as_row(),
             "flops": cost.total([cost.total([needed], case.times), case.head]).as_row(),
@@ -175,7 +165,7 @@ def _outcomes(
             works[name] = case.work(PROVIDERS[name])
         except Exception as error:
             failed[name] = PROVIDERS[name].failure(error)
-    measured = time_in_turn(works, device, rounds=suite.rounds, cold=suite.cold)
+    measured = time_in_turn(works, device, rounds=suite.rounds)
     return {
         name: failed[name] if name in failed else _checked(name, measured[name]) for name in refused
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from grasp_kernels.bench.rows import Row
+from benchmarks.kernels.rows import Row
 from grasp_kernels.bench.shapes import LINEARS
 
 _ALL = "all"  # the sum over the linears of a layer
@@ -65,7 +65,7 @@ def _name(row: Row) -> Name:
         part = row["level"] if row["level"] == "layer" else f"step, {row['layers']} layers"
         part += ", checkpointing" if row["checkpointing"] else ""
     shape = "" if row["K"] is None else f"{row['K']}→{row['N']}"
-    machine = (*(row[field] for field in _MACHINE), row["cold"])
+    machine = tuple(row[field] for field in _MACHINE)
     same = {field: row[field] for field in ("level", "model", "dtype", "T", "R", "Q")}
     return Name(**same, part=part, shape=shape, machine=machine)
 
@@ -215,6 +215,5 @@ def _machines(rows: list[Row]) -> list[str]:
     notes: dict[str, None] = {}
     for row in rows:
         known = {field: row[field] for field in _MACHINE if row[field] is not None}
-        known["caches"] = "cold" if row["cold"] else "warm"
         notes[", ".join(f"{field} {value}" for field, value in known.items()) + "."] = None
     return ["\n".join(notes)]

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.demo.world import BAD, END, GOOD, NEUTRAL, Question, World
 from grasp_kernels.data import Record, encode_prompt
-from grasp_kernels.demo.world import BAD, END, GOOD, NEUTRAL, Question, World
 
 _BATCH_SIZE = 256
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from grasp_kernels.bench.cost import Rates
+from benchmarks.kernels.cost import Rates
 from grasp_kernels.version import __version__
 
 # One product of this many rows and columns, one copy of this many bytes: large enough for the peak.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from grasp_kernels.bench.peft_providers import in_dtype, lora_layers
-from grasp_kernels.bench.provider import SCALING, Bases, Provider, closed, normal
+from grasp_kernels.bench.provider import SCALING, Bases, Provider, closed, normal, trained
 from grasp_kernels.bench.shapes import LINEARS, WRITERS, Decoder
 from grasp_kernels.testing import orthonormal
 
@@ -49,6 +49,27 @@ class Loss(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """A scalar."""
         return self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+
+class StepWork:
+    """A training step: the loss, then its gradients and AdamW."""
+
+    def __init__(self, model: nn.Module, tokens: Tensor) -> None:
+        self.model, self.tokens = model, tokens
+        self.parameters = trained(model)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4) if self.parameters else None
+
+    def reset(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def forward(self) -> Tensor:
+        return self.model(self.tokens)
+
+    def backward(self, y: Tensor) -> None:
+        y.backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
 
 
 @dataclass(frozen=True)

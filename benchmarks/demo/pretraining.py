@@ -21,7 +21,7 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from grasp_kernels.demo.world import (
+from benchmarks.demo.world import (
     ANSWER,
     BOS,
     END,

@@ -1,4 +1,4 @@
-"""`grasp-kernels demo`: from a seed to one table and one figure, through the public `run`."""
+"""From a seed to one table and one figure, through the public `run`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from grasp_kernels.demo.comparison import draw, table
-from grasp_kernels.demo.pretraining import PretrainingConfig, pretrain, write_checkpoint
-from grasp_kernels.demo.scoring import Scores, score
-from grasp_kernels.demo.world import NEUTRAL, World, WorldConfig
+from benchmarks.demo.comparison import draw, table
+from benchmarks.demo.pretraining import PretrainingConfig, pretrain, write_checkpoint
+from benchmarks.demo.scoring import Scores, score
+from benchmarks.demo.world import NEUTRAL, World, WorldConfig
 from grasp_kernels.files import check_own_folder, read_json, write_json, write_lines, write_text
 from grasp_kernels.models.checkpoint import load_model, load_tokenizer
 from grasp_kernels.run import RunConfig, run
