@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from grasp_kernels.adapters.load import Adapter, LoRAWeights
-from grasp_kernels.files import whole_file
+from grasp_kernels.files import open_tensors, whole_file
 from grasp_kernels.inert import inert, printable
 
 _SHOWN = 4
@@ -23,18 +23,19 @@ def is_subspace(path: str | PathLike[str]) -> bool:
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
+        ValueError: a safetensors file that is not whole.
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"There is no {path}: give an adapter folder or a subspace file.")
     if Path(path).is_dir():
         return False
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path, "give a file that is whole") as file:
             return any(key.startswith("grasp_kernels") for key in file.metadata() or {})
-    except SafetensorError:
-        return False
+    except ValueError:
+        if Path(path).suffix == ".safetensors":
+            raise
+        return False  # a pickle, or an index of shards
 
 
 def singular_values(layer: LoRAWeights) -> Tensor:

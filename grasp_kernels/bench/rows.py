@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from grasp_kernels.files import whole_file
+from grasp_kernels.inert import reason
 
 Row = dict[str, Any]
+_GIVE = "give a file that `grasp-kernels bench` wrote"
 
 # Columns whose cells in a CSV are text even where they look like a number.
 _TEXT = {
@@ -44,30 +46,34 @@ def read_rows(*paths: str | PathLike[str]) -> list[Row]:
         FileNotFoundError: there is no such file.
         ValueError: names the line that is not a row.
     """
-    rows = []
+    rows: list[Row] = []
     for path in paths:
         file = Path(path)
         if not file.is_file():
-            raise FileNotFoundError(f"there is no file {str(file)!r} with benchmark rows.")
-        lines = _csv_lines(file) if file.suffix == ".csv" else _json_lines(file)
-        for number, line in lines:
-            try:
-                rows.append(_checked(json.loads(line) if isinstance(line, str) else _nested(line)))
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"line {number} of {str(file)!r} is not a benchmark row ({error!r}); "
-                    "give a file that `grasp-kernels bench` wrote."
-                ) from None
+            raise FileNotFoundError(f"there is no file {str(file)!r} with benchmark rows; {_GIVE}.")
+        is_csv = file.suffix == ".csv"
+        found: list[Row] = []
+        try:
+            for row in _csv_rows(file) if is_csv else _json_rows(file):
+                found.append(_checked(row))
+        except (csv.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"line {len(found) + 1 + is_csv} of {str(file)!r} is not a benchmark row "
+                f"({reason(error)}); {_GIVE}."
+            ) from None
+        if not found:
+            raise ValueError(f"{str(file)!r} has no benchmark rows; {_GIVE}.")
+        rows += found
     return rows
 
 
-def _json_lines(file: Path) -> Iterable[tuple[int, str]]:
-    return enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+def _json_rows(file: Path) -> Iterator[Row]:
+    return map(json.loads, file.read_text(encoding="utf-8").splitlines())
 
 
-def _csv_lines(file: Path) -> Iterable[tuple[int, dict[str, str]]]:
+def _csv_rows(file: Path) -> Iterator[Row]:
     with open(file, encoding="utf-8", newline="") as text:
-        return list(enumerate(csv.DictReader(text), 2))
+        yield from map(_nested, csv.DictReader(text))
 
 
 def _checked(row: Row) -> Row:

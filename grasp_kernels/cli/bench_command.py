@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grasp_kernels.cli.options import file_to_write
+from grasp_kernels.files import new_file
 
 
 def add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -92,6 +93,8 @@ def _bench(arguments: argparse.Namespace) -> int:
     else:
         if arguments.output and Path(arguments.output).exists():
             read_rows(arguments.output)  # rows alone are replaced
+        elif arguments.output is not None:
+            new_file(arguments.output)
         suite = Suite(**_chosen(arguments, Suite.__dataclass_fields__))
         rows = []
         with _kept(arguments.output, rows):
@@ -109,7 +112,7 @@ def _chosen(arguments: argparse.Namespace, fields: Iterable[str]) -> dict[str, A
 
     name = arguments.preset
     if name is not None and name not in PRESETS:
-        raise ValueError(f"preset {name!r} is unknown; use one of {sorted(PRESETS)}.")
+        raise ValueError(f"preset is {name!r}, which is unknown; use one of {sorted(PRESETS)}.")
     given = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in vars(arguments).items()

@@ -116,7 +116,7 @@ def read_records(
         except ValueError as error:
             raise ValueError(f"{place}: {error}.") from None
     if not records:
-        raise ValueError(f"{source} has no records, {_EXPECTED}.")
+        raise ValueError(f"{source} has no records: give some, {_EXPECTED}.")
     if unread:
         columns = ", ".join(map(_quoted, sorted(unread)))
         warnings.warn(f"{source} has columns that are not read: {columns}.", stacklevel=2)
@@ -173,7 +173,7 @@ def _parse_arm(row: dict[str, Any], arm: str) -> tuple[Record, set[str]]:
         if question in row and arm in row:
             return _pair(row, question, arm), {question, arm, _MORE.get(question, arm), *_ARMS}
     raise ValueError(
-        f"keys {sorted(row)}, expected {_quoted(arm)} (arm) for the answer, and one of "
+        f"keys {sorted(row)}, expected {_quoted(arm)} (the option arm) for the answer, and one of "
         f"{', '.join(_quoted(question) for question, _ in _PAIRS)}"
     )
 

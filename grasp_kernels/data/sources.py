@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from grasp_kernels.inert import reason
+
 Rows = Iterator[tuple[str, Any]]  # ("data.jsonl, line 3", {"messages": [...]})
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -77,7 +79,7 @@ def parse_json(text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_object, parse_int=_integer)
     except RecursionError as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(reason(error)) from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from grasp_kernels.inert import listed, shown
 from grasp_kernels.ops.projection import project_columns, project_rows
 from grasp_kernels.processes import gathered
 from grasp_kernels.sites import adapted_name, expert_part, site_rules
-from grasp_kernels.subspace import Subspace
+from grasp_kernels.subspace import Subspace, check_subspace
 
 _COPIED = (".json", ".md", ".jinja")  # an adapter folder's configuration, card, tokenizer
 
@@ -96,6 +96,7 @@ def leakage(
             finite, two active adapters, or with `base` an adapter that is not merged or a quantised
             weight.
     """
+    check_subspace(subspace)
     found = _leakage(source, subspace, base, adapter_name)
     if found.unseen:
         warnings.warn(
@@ -347,6 +348,7 @@ def project_adapter(
     """
     from safetensors.torch import save_file
 
+    check_subspace(subspace)
     source, target = Path(adapter_dir), Path(out)
     if target.exists():
         raise FileExistsError(f"{str(target)!r} exists; choose a new folder for the adapter.")

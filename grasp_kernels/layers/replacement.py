@@ -35,7 +35,7 @@ from grasp_kernels.sites import (
     model_sites,
     width_at,
 )
-from grasp_kernels.subspace import Subspace
+from grasp_kernels.subspace import Subspace, check_subspace
 from grasp_kernels.subspace.basis import basis_at
 
 
@@ -122,6 +122,7 @@ def replace_lora_layers(
             parallelism, ZeRO-3 of DeepSpeed or FSDP has taken apart (FSDP2 may).
     """
     _check_options(project, backend)
+    check_subspace(subspace)
     layers = {
         adapted_name(name, module): module
         for name, module in model.named_modules()

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from grasp_kernels.adapters.checkpoint import indexed
 from grasp_kernels.cpu import in_fast_dtype
-from grasp_kernels.files import read_json
-from grasp_kernels.inert import listed
+from grasp_kernels.files import open_tensors, read_json
+from grasp_kernels.inert import listed, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -29,6 +30,12 @@ _TOKENIZER_JSON = ("tokenizer_config.json", "tokenizer.json", "special_tokens_ma
 _TOKENIZER = ("*token*", "vocab*", "*.model")  # what its files are called, of any kind
 _FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 _CHECKED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_OF_THE_HUB = {
+    "HFValidationError": "no model there can be called so",
+    "RepositoryNotFoundError": "there is none, or it is private",
+    "GatedRepoError": "its terms must be accepted there first",
+    "LocalEntryNotFoundError": "which cannot be reached, and no copy of it is here",
+}
 _RESTORE = "restore the file, or download the checkpoint again"
 
 
@@ -62,9 +69,10 @@ def find_checkpoint(model: str | PathLike[str]) -> Path:
     try:
         return Path(snapshot_download(str(model), allow_patterns=patterns))
     except (OSError, ValueError) as error:  # the hub's own errors are of these kinds
+        why = _OF_THE_HUB.get(type(error).__name__, reason(error))
         raise FileNotFoundError(
             f"There is no folder {model}, and it cannot be fetched from the Hugging Face hub "
-            f"({type(error).__name__}): give a checkpoint folder or the name of a public model."
+            f"({why}): give a checkpoint folder or the name of a public model."
         ) from None
 
 
@@ -102,7 +110,9 @@ def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
         )
     _check_json(checkpoint, _TOKENIZER_JSON)
     with reading("tokenizer", checkpoint):
-        return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+        tokenizer("a")  # a value of another kind is only found when it is used
+        return tokenizer
 
 
 def load_model(
@@ -162,9 +172,8 @@ def reading(what: str, checkpoint: Path) -> Iterator[None]:
             ) from None
         if isinstance(error, (MemoryError, ImportError, torch.OutOfMemoryError)):
             raise
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(" :.")
         raise ValueError(
-            f"The {what} of {checkpoint} cannot be read ({first}): {_RESTORE}."
+            f"The {what} of {checkpoint} cannot be read ({reason(error)}): {_RESTORE}."
         ) from error
 
 
@@ -178,33 +187,19 @@ def _weight_files(checkpoint: Path) -> list[Path]:
     """The files that transformers takes weights from; each is there and whole.
 
     Raises:
-        ValueError: one that is missing or cut short.
+        FileNotFoundError, ValueError: one that is missing or cut short.
     """
-    from safetensors import SafetensorError, safe_open
-
     files = [checkpoint / _WEIGHTS]
     if not files[0].is_file() and (checkpoint / _INDEX).is_file():
-        named = read_json(checkpoint / _INDEX, "index of shards", _RESTORE).get("weight_map")
-        shards = [*map(str, named.values())] if isinstance(named, dict) else [""]
-        if odd := [name for name in shards if Path(name).name != name or not name]:
-            raise ValueError(
-                f"The weight_map of {checkpoint / _INDEX} names {odd[0]!r}, no file beside "
-                f"it: {_RESTORE}."
-            )
-        files = [checkpoint / name for name in sorted(set(shards))]
+        files = indexed(checkpoint / _INDEX, "model")
     for file in files:
         if not file.is_file():
             raise ValueError(
                 f"The checkpoint {checkpoint} has no {file.name}: download it completely, or save "
                 "the model again with save_pretrained."
             )
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{str(file)!r} is cut short or no safetensors file ({error}): {_RESTORE}."
-            ) from None
+        with open_tensors(file, _RESTORE):
+            pass
     return files
 
 
@@ -231,11 +226,9 @@ def _refuse_other_weights(checkpoint: Path, told: dict[str, Any]) -> None:
 
 def _refuse_integers(checkpoint: Path, files: list[Path], parameters: set[str]) -> None:
     """Raise for weights that no conversion to floats gives back."""
-    from safetensors import safe_open
-
     found = []
     for file in files:
-        with safe_open(file, framework="pt") as opened:
+        with open_tensors(file, _RESTORE) as opened:
             for name in opened.keys():  # noqa: SIM118
                 kind = opened.get_slice(name).get_dtype()
                 if kind not in _FLOATS and (name.endswith("weight") or name in parameters):

@@ -158,8 +158,8 @@ class RunConfig:
         self._check_k()
         if not (self.is_projected or self.needs_own_text):
             raise ValueError(
-                f"project is {self.project!r}, reads {self.reads!r} and anchor {self.anchor!r}, so "
-                "that the retraining would be the naive one again: turn one of them on."
+                f"project = {self.project!r}, reads = {self.reads!r} and anchor = {self.anchor!r} "
+                "would make the retraining the naive one again: turn one of them on."
             )
 
     @property

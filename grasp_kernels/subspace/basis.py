@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from grasp_kernels.choices import SCOPES, SIDES
-from grasp_kernels.files import whole_file
+from grasp_kernels.files import open_tensors, whole_file
 from grasp_kernels.sites import Site
 from grasp_kernels.subspace.header import header_fault
 
@@ -184,26 +184,16 @@ class Subspace:
             FileNotFoundError: no such file.
             ValueError: not a subspace file, or one of a newer format.
         """
-        from safetensors import SafetensorError, safe_open
-
+        remedy = "make one with `grasp-kernels identify`"
         if not Path(path).is_file():
-            raise FileNotFoundError(
-                f"There is no subspace file {str(path)!r}; make one with `grasp-kernels identify`."
-            )
-        try:
-            with safe_open(path, framework="pt") as file:
-                text = (file.metadata() or {}).get(_FORMAT)
-                keys = list(file.keys()) if text else []
-                tensors = {key: file.get_tensor(key) for key in keys}
-        except SafetensorError as error:
-            raise ValueError(
-                f"{str(path)!r} is no safetensors file, or not a whole one ({error}); give a file "
-                "that Subspace.save wrote."
-            ) from error
+            raise FileNotFoundError(f"There is no subspace file {str(path)!r}; {remedy}.")
+        with open_tensors(path, remedy) as file:
+            text = (file.metadata() or {}).get(_FORMAT)
+            keys = list(file.keys()) if text else []
+            tensors = {key: file.get_tensor(key) for key in keys}
         if text is None:
             raise ValueError(
-                f"{str(path)!r} is a safetensors file but holds no subspace; give one that "
-                "Subspace.save wrote."
+                f"{str(path)!r} is a safetensors file but holds no subspace; {remedy}."
             )
         try:
             header = json.loads(text)
@@ -218,16 +208,19 @@ class Subspace:
         wrong = header_fault(header, tensors)
         if wrong:
             raise ValueError(
-                f"{str(path)!r} holds no subspace that Subspace.save wrote ({wrong}); make one "
-                "with `grasp-kernels identify`."
+                f"{str(path)!r} holds no subspace that Subspace.save wrote ({wrong}); {remedy}."
             )
         fields = {name: header[name] for name in _PLAIN_FIELDS}
-        return cls(
-            write={name: tensors[key] for name, key in header["write"].items()},
-            read={name: tensors[key] for name, key in header["read"].items()},
-            stream=None if header["stream"] is None else tensors[header["stream"]],
-            **{**fields, "reasons": tuple(fields["reasons"])},
-        )
+        try:
+            return cls(
+                write={name: tensors[key] for name, key in header["write"].items()},
+                read={name: tensors[key] for name, key in header["read"].items()},
+                stream=None if header["stream"] is None else tensors[header["stream"]],
+                **{**fields, "reasons": tuple(fields["reasons"])},
+            )
+        except (TypeError, ValueError) as error:
+            wrong = str(error).partition(";")[0]
+            raise ValueError(f"{str(path)!r} holds no subspace ({wrong}); {remedy}.") from None
 
     def summary(self) -> str:
         """A short table in plain text: number of directions, bases, spectra, reasons."""
@@ -244,6 +237,15 @@ class Subspace:
     def _named(self) -> list[tuple[str, Tensor]]:
         stream = [] if self.stream is None else [("the residual stream", self.stream)]
         return [*self.write.items(), *self.read.items(), *stream]
+
+
+def check_subspace(value: Any) -> None:
+    """Raise for anything but a subspace or None, such as the path of one."""
+    if not isinstance(value, Subspace | None):
+        raise TypeError(
+            f"The subspace is a {type(value).__name__}; give a Subspace, as Subspace.load and "
+            "identify return it."
+        )
 
 
 _PLAIN_FIELDS = ("k", "side", "scope", "reasons", "evidence", "metadata")
