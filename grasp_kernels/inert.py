@@ -13,6 +13,13 @@ from collections.abc import Iterable
 # What would open a cell, code, emphasis, HTML or a fence, and the sign that looks alike.
 _LOOK_ALIKES = str.maketrans({"|": "¦", "`": "'", "*": "∗", "<": "‹", ">": "›", "~": "∼"})
 _LONGEST = 300
+_OF_THE_HUB = {  # of the Hugging Face hub, whose errors are long
+    "HFValidationError": "nothing there can be called so",
+    "RepositoryNotFoundError": "it is not there, or private",
+    "GatedRepoError": "its terms must be accepted there first",
+    "LocalEntryNotFoundError": "it cannot be reached, and there is no copy here",
+    "ConnectionError": "it cannot be reached",
+}
 
 
 def printable(text: str) -> str:
@@ -35,6 +42,8 @@ def shown(value: object) -> str:
 
 def reason(error: BaseException) -> str:
     """What the exception of a library says to somebody who does not read its code: one line."""
+    if type(error).__name__ in _OF_THE_HUB:
+        return _OF_THE_HUB[type(error).__name__]
     if isinstance(error, OSError) and error.strerror:
         return error.strerror[0].lower() + error.strerror[1:]
     if isinstance(error, MemoryError):

@@ -79,9 +79,9 @@ def content(folder: Path) -> dict[str, bytes | None]:
 
 # Of libraries and of Python, whose words say nothing to somebody at a command line.
 RAW = re.compile(
-    r"Traceback|Errno|os error|\b\w+Error\b|object has no attribute|object is not|"
-    r"not supported between|NoneType|unsupported operand|<class|indices must be|codec can't|invalid literal|adapter_name|sites=|"
-    r"SiteRules|\w=\.\.\.|takes \d+ positional|unexpected keyword"
+    r"Traceback|Errno|os error|\b\w+Error\b|object has no attribute|object is not|NoneType|<class|"
+    r"not supported between|unsupported operand|indices must be|codec can't|invalid literal|"
+    r"adapter_name|sites=|SiteRules|\w=\.\.\.|takes \d+ positional|unexpected keyword"
 )
 NAMES = [option.name for option in fields(RunConfig) if "_" in option.name]
 ARGUMENTS = re.compile(rf"(?<![\w./'\"-])({'|'.join([*NAMES, 'base_model'])})(?![\w/.'\"=])")

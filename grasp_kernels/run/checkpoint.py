@@ -30,12 +30,6 @@ _TOKENIZER_JSON = ("tokenizer_config.json", "tokenizer.json", "special_tokens_ma
 _TOKENIZER = ("*token*", "vocab*", "*.model")  # what its files are called, of any kind
 _FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 _CHECKED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_OF_THE_HUB = {
-    "HFValidationError": "no model there can be called so",
-    "RepositoryNotFoundError": "there is none, or it is private",
-    "GatedRepoError": "its terms must be accepted there first",
-    "LocalEntryNotFoundError": "which cannot be reached, and no copy of it is here",
-}
 _RESTORE = "restore the file, or download the checkpoint again"
 
 
@@ -69,10 +63,9 @@ def find_checkpoint(model: str | PathLike[str]) -> Path:
     try:
         return Path(snapshot_download(str(model), allow_patterns=patterns))
     except (OSError, ValueError) as error:  # the hub's own errors are of these kinds
-        why = _OF_THE_HUB.get(type(error).__name__, reason(error))
         raise FileNotFoundError(
             f"There is no folder {model}, and it cannot be fetched from the Hugging Face hub "
-            f"({why}): give a checkpoint folder or the name of a public model."
+            f"({reason(error)}): give a checkpoint folder or the name of a public model."
         ) from None
 
 
