@@ -416,6 +416,31 @@ def test_so_is_one_of_the_other_commands(
     refused(command, here, capsys, option)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("model", 3), ("data", None), ("batch_size", 2.5), ("rank", True), ("steps", "3")),
+        *(("learning_rate", None), ("warmup", "x"), ("closed", "no"), ("halves", 1), ("k", True)),
+        *(("target_modules", [3]), ("early_checkpoints", ["x"]), ("neutral", b"x")),
+    ],
+)
+def test_an_option_of_another_type_is_named(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} is .*: give "):
+        RunConfig(**{"model": "m", "data": "d", "output": "o", name: value})
+
+
+def test_a_path_is_no_subspace(here: Path) -> None:
+    for call in (
+        lambda: gk.leakage("adapter", "s.safetensors"),
+        lambda: gk.project_adapter("adapter", Path("s.safetensors"), "o"),
+        lambda: gk.replace_lora_layers(torch.nn.Linear(2, 2), "s.safetensors"),
+        lambda: gk.GraspCallback("s.safetensors"),
+    ):
+        with pytest.raises(TypeError, match=r"subspace is a \w+; give a Subspace"):
+            call()
+    assert not Path("o").exists()
+
+
 # --- a disk without room
 
 
