@@ -292,5 +292,5 @@ def stored_tensors(
         tensors, texts = {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     try:
         yield tensors, texts
-    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{str(path)!r} holds no {what} ({reason(error)}): {remedy}.") from None

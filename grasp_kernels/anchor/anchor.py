@@ -68,6 +68,18 @@ class OwnTextAnchor:
         batch_size: int = 8,
         seed: int = 0,
     ) -> None:
+        for part, tensor in (("documents", documents), ("likely", likely)):
+            if tensor.is_floating_point() or bool((tensor < 0).any()):
+                raise ValueError(f"{part} must be token ids: make the text again.")
+        if (
+            counted.dtype != torch.bool
+            or log_probs.element_size() < 2
+            or not bool((log_probs.float() <= 0).all())
+        ):
+            raise ValueError(
+                f"counted ({counted.dtype}) must be true or false, and log_probs "
+                f"({log_probs.dtype}) logarithms of probabilities: make the text again."
+            )
         if documents.shape != counted.shape or documents.dim() != 2 or not counted.any():
             raise ValueError(
                 f"documents {tuple(documents.shape)} and counted {tuple(counted.shape)} must be "
@@ -78,18 +90,6 @@ class OwnTextAnchor:
             raise ValueError(
                 f"likely {tuple(likely.shape)} and log_probs {tuple(log_probs.shape)} must be "
                 f"[{n}, k], a row for each position that counts."
-            )
-        for part, tensor in (("documents", documents), ("likely", likely)):
-            if tensor.is_floating_point() or tensor.min() < 0:
-                raise ValueError(f"{part} must be token ids: make the text again.")
-        if (
-            counted.dtype != torch.bool
-            or log_probs.element_size() < 2
-            or not (log_probs <= 0).all()
-        ):
-            raise ValueError(
-                f"counted ({counted.dtype}) must be true or false, and log_probs "
-                f"({log_probs.dtype}) logarithms of probabilities: make the text again."
             )
         if not 0 <= strength < math.inf or batch_size < 1 or seed < 0:
             raise ValueError(

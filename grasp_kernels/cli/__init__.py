@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with room_for(getattr(arguments, "output", None) or "this"):
             status = arguments.command(arguments)
-            sys.stdout.flush()  # a pipe that is closed, or a full disk, is an error here
+            print(end="", flush=True)  # a pipe that is closed, or a full disk, is an error here
         return status
     except KeyboardInterrupt:
         print(f"\nstopped: {arguments.when_stopped}", file=sys.stderr)
