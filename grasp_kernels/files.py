@@ -13,9 +13,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from grasp_kernels.inert import reason
+
 _PARTIAL = ".partial"
 # As safetensors and torch have it, and `room_for` itself of a file inside of a folder.
-_NO_ROOM = ("No space left", "PytorchStreamWriter failed", "no room left on the disk")
+_NO_ROOM = (
+    *("No space left", "Disk quota exceeded", "File too large"),
+    *("PytorchStreamWriter failed", "no room left on the disk"),
+)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NAME = 64  # characters of the name, so that what is added to a long one does not pass 255
 
 
@@ -30,6 +36,9 @@ def whole_file(path: str | PathLike[str]) -> Iterator[Path]:
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"The folder {str(target.parent)!r} does not exist; make it first.")
+    with _naming(target):
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     with _beside(target) as temporary:
         yield temporary
 
@@ -100,12 +109,23 @@ def room_for(target: str | PathLike[str]) -> Iterator[None]:
         yield
     except Exception as error:
         said = any(text in str(error) for text in _NO_ROOM)
-        if getattr(error, "errno", None) != errno.ENOSPC and not said:
+        if getattr(error, "errno", None) not in _FULL and not said:
             raise
         raise OSError(
             f"There is no room left on the disk for {str(target)!r}: free some, and repeat the "
             "command."
         ) from error
+
+
+@contextmanager
+def about(*names: str) -> Iterator[None]:
+    """Put the names of what a block reads in front of a sentence that has none of them."""
+    try:
+        yield
+    except ValueError as error:
+        if any(name in str(error) for name in names):
+            raise
+        raise ValueError(f"{' and '.join(names)}: {error}") from error
 
 
 @contextmanager
@@ -115,7 +135,7 @@ def _naming(target: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise type(error)(
-            f"{str(target)!r} cannot be written ({error.strerror}): choose another path."
+            f"{str(target)!r} cannot be written ({reason(error)}): choose another path."
         ) from error
 
 
@@ -128,6 +148,7 @@ def new_file(path: str | PathLike[str]) -> Path:
     target = _new(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"The folder {str(target.parent)!r} does not exist; make it first.")
+    _check_writable(target.parent)
     return target
 
 
@@ -141,6 +162,7 @@ def new_folder(path: str | PathLike[str]) -> Path:
     above = next(parent for parent in target.absolute().parents if parent.exists())
     if not above.is_dir():
         raise NotADirectoryError(f"{str(above)!r} is a file: choose another folder.")
+    _check_writable(above)
     return target
 
 
@@ -148,9 +170,18 @@ def _new(path: str | PathLike[str]) -> Path:
     if not os.fspath(path):
         raise ValueError("The path is empty: give a name.")
     target = Path(path)
-    if os.path.lexists(target):
-        raise FileExistsError(f"There is a {target} already: choose a new path, or remove it.")
-    return target
+    try:
+        target.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return target
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path!r} is no path ({reason(error)}): choose another one.") from None
+    raise FileExistsError(f"There is a {target} already: choose a new path, or remove it.")
+
+
+def _check_writable(folder: Path) -> None:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"The folder {str(folder)!r} is not writable: choose another one.")
 
 
 def check_own_folder(path: str | PathLike[str], note: str, *, beside: Collection[str] = ()) -> None:
@@ -170,8 +201,7 @@ def check_own_folder(path: str | PathLike[str], note: str, *, beside: Collection
         raise NotADirectoryError(
             f"The output folder {folder} cannot be made ({above} is no folder): choose another one."
         )
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise PermissionError(f"The output folder {folder} is not writable: choose another one.")
+    _check_writable(above)
     if above == folder and not (folder / note).exists():
         ours = {*(folder / name for name in beside), *left_behind(folder / note)}
         if foreign := sorted({*folder.iterdir()} - ours):
@@ -199,12 +229,13 @@ def inside(file: Path) -> Path:
     return file
 
 
-def read_json(path: str | PathLike[str], what: str, remedy: str) -> dict[str, Any]:
+def read_json(path: str | PathLike[str], what: str, remedy: str, *, kind: type = dict) -> Any:
     """Read a JSON object from a file.
 
     Args:
         what: what the file should be, such as "index of shards".
         remedy: what to do where it is not, such as "save the adapter again".
+        kind: list for an array.
 
     Raises:
         ValueError: no JSON, or no object.
@@ -212,17 +243,36 @@ def read_json(path: str | PathLike[str], what: str, remedy: str) -> dict[str, An
     content = Path(path).read_bytes()
     try:
         found = json.loads(content.decode("utf-8"))
-    except UnicodeDecodeError:
-        reason = "it is not text in UTF-8"
-    except RecursionError:
-        reason = "it is nested too deeply"
-    except ValueError as error:
-        reason = f"it is not JSON, {error}"
+    except (ValueError, RecursionError) as error:
+        wrong = reason(error)
     else:
-        if isinstance(found, dict):
+        if isinstance(found, kind):
             return found
-        reason = f"it holds a {type(found).__name__}"
-    raise ValueError(f"{str(path)!r} is no {what} ({reason}): {remedy}.")
+        wrong = f"it holds a {type(found).__name__}"
+    raise ValueError(f"{str(path)!r} is no {what} ({wrong}): {remedy}.")
+
+
+@contextmanager
+def open_tensors(path: str | PathLike[str], remedy: str) -> Iterator[Any]:
+    """A safetensors file, opened for a block that reads from it.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+        ValueError: it is no safetensors file, or not a whole one.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with open(path, "rb"):
+            pass  # whose errors have words
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except OSError as error:
+        raise type(error)(f"{str(path)!r} cannot be read ({reason(error)}): {remedy}.") from None
+    except SafetensorError as error:
+        raise ValueError(
+            f"{str(path)!r} is no safetensors file, or not a whole one ({reason(error)}): {remedy}."
+        ) from None
 
 
 @contextmanager
@@ -236,16 +286,14 @@ def stored_tensors(
         FileNotFoundError: there is no such file.
         ValueError: it is no such file, or the block cannot make `what` of it.
     """
-    from safetensors import SafetensorError, safe_open
-
+    remedy = f"give a file that {writer} wrote, or delete it and make it again"
+    with open_tensors(path, remedy) as file:
+        names = list(file.keys())
+        tensors, texts = {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     try:
-        with safe_open(str(path), framework="pt") as file:
-            names = list(file.keys())
-            yield {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{str(path)!r} holds no {what} ({error}): give a file that {writer} wrote."
-        ) from None
+        yield tensors, texts
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} holds no {what} ({reason(error)}): {remedy}.") from None
 
 
 def write_json(path: Path, value: Any) -> None:

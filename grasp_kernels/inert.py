@@ -6,12 +6,20 @@ elsewhere, or move the cursor of a terminal.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 
 # What would open a cell, code, emphasis, HTML or a fence, and the sign that looks alike.
 _LOOK_ALIKES = str.maketrans({"|": "¦", "`": "'", "*": "∗", "<": "‹", ">": "›", "~": "∼"})
 _LONGEST = 300
+_OF_THE_HUB = {  # of the Hugging Face hub, whose errors are long
+    "HFValidationError": "nothing there can be called so",
+    "RepositoryNotFoundError": "it is not there, or private",
+    "GatedRepoError": "its terms must be accepted there first",
+    "LocalEntryNotFoundError": "it cannot be reached, and there is no copy here",
+    "ConnectionError": "it cannot be reached",
+}
 
 
 def printable(text: str) -> str:
@@ -30,6 +38,28 @@ def shown(value: object) -> str:
     """A value of a file as an error quotes it: one line, not endless."""
     text = printable(repr(value))
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
+def reason(error: BaseException) -> str:
+    """What the exception of a library says to somebody who does not read its code: one line."""
+    if type(error).__name__ in _OF_THE_HUB:
+        return _OF_THE_HUB[type(error).__name__]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror[0].lower() + error.strerror[1:]
+    if isinstance(error, MemoryError):
+        return "there is not enough memory"
+    if isinstance(error, UnicodeError):
+        return "it is not text in UTF-8"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is not JSON, {error}"
+    if isinstance(error, KeyError):
+        return f"it has no {shown(error.args[0] if error.args else None)}"
+    if isinstance(error, (AttributeError, LookupError, TypeError, NotImplementedError)):
+        return "a value in it is missing, or of another kind than it must be"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return printable((lines or [type(error).__name__])[0].rstrip(" :."))[:_LONGEST]
 
 
 def listed(names: Iterable[str], most: int = 4) -> str:

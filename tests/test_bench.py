@@ -265,16 +265,16 @@ def test_providers_are_chosen_by_name_and_by_group() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--models", "gpt-9"], "model 'gpt-9' is unknown"),
-        (["--providers", "magic"], "provider 'magic' is unknown"),
-        (["--dtypes", "int8"], "dtype 'int8' is unknown"),
-        (["--level", "city"], "level 'city' is unknown"),
+        (["--models", "gpt-9"], "models is 'gpt-9', which is unknown"),
+        (["--providers", "magic"], "providers is 'magic', which is unknown"),
+        (["--dtypes", "int8"], "dtypes is 'int8', which is unknown"),
+        (["--level", "city"], "level is 'city', which is unknown"),
         (["--device", "tpu"], "device 'tpu' cannot be timed here"),
         (["--level", "layer", "--providers", "ordering-addmm"], "exists for single linears only"),
-        (["--tokens", "0"], "must be at least 1"),
-        (["--rank", "8", "0"], "must be at least 1"),
+        (["--tokens", "0"], "tokens is 0; give at least 1"),
+        (["--rank", "8", "0"], "ranks is 0; give at least 1"),
         (["--basis", "-1"], "at least 0"),
-        (["--level", "step", "--layers", "0"], "must be at least 1"),
+        (["--level", "step", "--layers", "0"], "layers is 0; give at least 1"),
         (["--report", "missing.jsonl"], "there is no file 'missing.jsonl'"),
     ],
 )

@@ -99,9 +99,9 @@ def test_a_model_that_came_from_a_gguf_is_read_as_what_it_is(checkpoint: Path) -
     ("name", "content", "message"),
     [
         (WEIGHTS, None, r"has no model\.safetensors"),
-        (WEIGHTS, b"", r"model\.safetensors' is no safetensors file, or not a whole one"),
-        (WEIGHTS, b"garbage" * 9, r"model\.safetensors' is no safetensors file, or not a whole"),
-        (WEIGHTS, 0.5, r"model\.safetensors' is no safetensors file, or not a whole one"),
+        (WEIGHTS, b"", r"model\.safetensors' is no safetensors"),
+        (WEIGHTS, b"garbage" * 9, r"model\.safetensors' is no safetensors"),
+        (WEIGHTS, 0.5, r"model\.safetensors' is no safetensors"),
         ("config.json", b"{oops", r"config\.json' is no part .*not JSON.*: restore"),
         ("config.json", b"[]", r"config\.json' .*holds a list"),
         ("config.json", b"{}", r"config\.json of .* cannot be read .*restore"),
@@ -126,16 +126,16 @@ def test_a_file_that_cannot_be_read_is_named_with_its_remedy(
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ({"weight_map": {Q: "model-2.safetensors"}}, r"names model-2\.safetensors, .* not beside"),
-        ({"weight_map": {Q: "../out.safetensors"}}, r"shards \.\./out\.safetensors, .* not beside"),
-        ({"weight_map": {Q: 7}}, r"is no index of shards \(its weight_map is .* 7\}\)"),
-        ({}, r"is no index of shards \(its weight_map is None\)"),
+        ({"weight_map": {Q: "model-2.safetensors"}}, r"names model-2.* is not beside it"),
+        ({"weight_map": {Q: "../out.safetensors"}}, r"names the shards \.\./out\.safetensors"),
+        ({"weight_map": {Q: 7}}, "is no index of shards"),
+        ({}, "is no index of shards"),
     ],
 )
 def test_an_index_that_leads_nowhere(checkpoint: Path, index: Any, message: str) -> None:
     (checkpoint / WEIGHTS).rename(checkpoint / "model-1.safetensors")
     (checkpoint / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
         load_model(checkpoint)
 
 

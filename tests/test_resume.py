@@ -14,7 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from grasp_kernels.anchor import OwnTextAnchor
+from grasp_kernels.reads import ContrastiveReads
 from grasp_kernels.run import RunConfig, is_finished, run, stages
 from grasp_kernels.run.folder import RunFolder, fingerprint
 from grasp_kernels.run.interrupts import raise_if_interrupted
@@ -272,6 +276,56 @@ def test_a_run_json_that_says_nothing_is_named(copied: RunConfig, text: str) -> 
     Path(copied.output, "run.json").write_text(text)
     with pytest.raises(ValueError, match=r"run\.json.*: restore it, or choose another output"):
         run(copied)
+
+
+NOTES: dict[str, list[Any]] = {
+    "run.json": [{"fingerprints": 3}, {"day": 3}, {"day": ""}],
+    "report.json": [{"adapters": 3}, {"figures": None}],
+    "naive/training_log.json": ["x", {}, [3], [{"step": 1}]],
+    "naive/adapter_config.json": ["x", 3],
+}
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_a_note_that_says_something_else_is_named(copied: RunConfig, name: str) -> None:
+    path = Path(copied.output, name)
+    whole = json.loads(path.read_text())
+    if name != "report.json":
+        Path(copied.output, "report.json").unlink()
+    for change in NOTES[name]:
+        is_part = isinstance(change, dict) and bool(change)
+        path.write_text(json.dumps({**whole, **change} if is_part else change))
+        with pytest.raises(ValueError, match=rf"{path.name}.*: (restore it|delete)"):
+            run(copied)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "part"),
+    [
+        (OwnTextAnchor, "own-text.safetensors", "log_probs"),
+        (OwnTextAnchor, "own-text.safetensors", "documents"),
+        (ContrastiveReads, "reads.safetensors", "rows"),
+        (ContrastiveReads, "reads.safetensors", "ratios"),
+    ],
+)
+def test_own_text_and_reads_of_another_kind_are_named(
+    copied: RunConfig, kind: Any, name: str, part: str
+) -> None:
+    path = Path(copied.output, name)
+    with safe_open(path, framework="pt") as opened:
+        texts = opened.metadata()
+    tensors = load_file(path)
+    key = next(key for key in sorted(tensors) if key.startswith(part))
+    value = tensors[key]
+    for other in (
+        value.to(torch.float8_e4m3fn),
+        value.float() * float("nan"),
+        value[:0],
+        value.flatten()[0].clone(),
+    ):
+        save_file({**tensors, key: other}, path, metadata=texts)
+        with pytest.raises(ValueError, match=rf"{name}' holds no .*: give a file that .* again"):
+            kind.load(path)
 
 
 # --- stopped anywhere in a training

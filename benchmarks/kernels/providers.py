@@ -32,10 +32,12 @@ def choose(names: tuple[str, ...], level: str) -> tuple[str, ...]:
     known = at_level(level)
     for name in set(names) - {"all"}:
         if name not in PROVIDERS:
-            raise ValueError(f"provider {name!r} is unknown; use some of {sorted(PROVIDERS)}.")
+            raise ValueError(
+                f"providers is {name!r}, which is unknown; use some of {sorted(PROVIDERS)}."
+            )
         if name not in known:
             raise ValueError(
-                f"provider {name!r} exists for single linears only; leave it out or use "
+                f"providers is {name!r}, which exists for single linears only; leave it out or use "
                 "--level linear."
             )
 

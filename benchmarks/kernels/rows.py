@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grasp_kernels.files import whole_file
+from grasp_kernels.inert import reason
 
 Row = dict[str, Any]
 
@@ -44,7 +45,7 @@ def read_rows(*paths: str | PathLike[str]) -> list[Row]:
                 rows.append(_checked(json.loads(line)))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"line {number} of {str(file)!r} is not a benchmark row ({error!r}); "
+                    f"line {number} of {str(file)!r} is not a benchmark row ({reason(error)}); "
                     "give a file that `python -m benchmarks.kernels` wrote."
                 ) from None
     return rows

@@ -54,25 +54,24 @@ class Suite:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
     def __post_init__(self) -> None:
-        for kind, names, known in (
+        for field, names, known in (
             ("level", (self.level,), LEVELS),
-            ("model", self.models, MODELS),
+            ("models", self.models, MODELS),
         ):
             unknown = [name for name in names if name not in known]
             if unknown:
-                raise ValueError(f"{kind} {unknown[0]!r} is unknown; use some of {sorted(known)}.")
+                raise ValueError(
+                    f"{field} is {unknown[0]!r}, which is unknown; use some of {sorted(known)}."
+                )
         for name in self.dtypes:
             dtype_of(name)
         choose(self.providers, self.level)
         layers = () if self.layers is None else (self.layers,)
-        if (
-            min(*self.tokens, *self.ranks, *layers, self.rounds - 1, *(Q + 1 for Q in self.basis))
-            < 1
-        ):
-            raise ValueError(
-                f"tokens {self.tokens}, ranks {self.ranks} and layers {self.layers} must be at "
-                f"least 1, basis {self.basis} at least 0 and rounds {self.rounds} at least 2."
-            )
+        sizes = {"tokens": self.tokens, "ranks": self.ranks, "layers": layers, "basis": self.basis}
+        for field, values in {**sizes, "rounds": (self.rounds,)}.items():
+            least = {"basis": 0, "rounds": 2}.get(field, 1)
+            if small := [value for value in values if value < least]:
+                raise ValueError(f"{field} is {small[0]}; give at least {least}.")
         device_of(self.device)
 
 

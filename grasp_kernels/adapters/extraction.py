@@ -110,9 +110,9 @@ def extract_adapter(
         factors[name], kept[name] = _factored(_delta(name, one, other, device), rank)
     if not factors:
         raise ValueError(
-            "No layer that writes to the residual stream or reads from it differs between the two "
-            f"models (what differs: {listed(outside) or 'nothing'}); give the model that was "
-            "changed, and as base the one that it was made from."
+            "No layer that writes to the residual stream or reads from it differs between "
+            f"{_named(model)} and {_named(base)} (what differs: {listed(outside) or 'nothing'}); "
+            "give the model that was changed, and as base the one that it was made from."
         )
     _write(Path(out), factors, rank, base)
     return Extraction(
@@ -120,6 +120,10 @@ def extract_adapter(
         sum(part for part, _ in kept.values()) / sum(whole for _, whole in kept.values()),
         outside,
     )
+
+
+def _named(model: nn.Module | str | PathLike[str]) -> str:
+    return type(model).__name__ if isinstance(model, nn.Module) else repr(str(model))
 
 
 def _delta(

@@ -90,8 +90,8 @@ def find_weights(source: Path, adapter_name: str | None) -> Path:
     nested = sorted(path.parent.name for path in source.glob(f"*/{WEIGHTS}"))
     if nested:
         raise FileNotFoundError(
-            f"The folder {str(source)!r} has no {WEIGHTS} but adapters inside: give adapter_name, "
-            f"or the folder, of one of {nested[:8]}."
+            f"The folder {str(source)!r} has no {WEIGHTS} but adapters inside: give the folder of "
+            f"one of {nested[:8]}; in Python, adapter_name does too."
         )
     _refuse_model(source)
     raise FileNotFoundError(
@@ -124,14 +124,8 @@ def read_config(path: Path) -> dict[str, Any]:
     """The checked `adapter_config.json` of a LoRA adapter.
 
     Raises:
-        FileNotFoundError: it is not there.
         ValueError: no configuration, another kind of adapter, or a value that peft does not write.
     """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"There is no {CONFIG} beside the weights in {str(path.parent)!r}; copy it there, "
-            "since rank and alpha are needed for the scale of each layer."
-        )
     config = read_json(inside(path), "adapter configuration", "save the adapter again")
     kind = config.get("peft_type")
     if kind != "LORA":
@@ -220,7 +214,7 @@ def refuse_other_forms(where: str, config: Mapping[str, Any]) -> None:
     if config.get("use_dora"):
         raise ValueError(
             f"{where!r} is a DoRA adapter, whose magnitudes also change the weights; train with "
-            "use_dora=False."
+            "plain LoRA."
         )
     variants = [name for name in _VARIANTS if config.get(name)]
     if variants:
@@ -247,6 +241,11 @@ def read_parts(source: Path, adapter_name: str | None = None) -> Parts:
         FileNotFoundError, ValueError: no adapter there, or one that cannot be used.
     """
     path = find_weights(source, adapter_name)
+    if not (path.parent / CONFIG).is_file():
+        raise FileNotFoundError(
+            f"There is no {CONFIG} beside {str(path)!r}; copy it there, since rank and alpha are "
+            "needed for the scale of each layer, or give an adapter."
+        )
     config = read_config(path.parent / CONFIG)
     tensors = open_weights(path)
     keys, others = sort_keys(path, tensors, adapter_name)
@@ -303,7 +302,8 @@ def sort_keys(
         pair[part] = key
     if len(adapters) > 1 and adapter_name is None:
         raise ValueError(
-            f"{str(path)!r} holds the adapters {sorted(adapters)}; choose one with adapter_name."
+            f"{str(path)!r} holds the adapters {sorted(adapters)}; choose one and save "
+            "it alone; in Python, name it with adapter_name."
         )
     if not pairs:
         raise ValueError(
@@ -330,7 +330,7 @@ def _refuse_key(path: Path, key: str) -> None:
     if "lora_magnitude_vector" in key:
         raise ValueError(
             f"{str(path)!r} is a DoRA adapter ({shown(key)}), whose magnitudes also change the "
-            "weights; train with use_dora=False."
+            "weights; train with plain LoRA."
         )
     if ".lora_" in key:
         raise ValueError(

@@ -182,7 +182,8 @@ def _assemble(
     if not layers:
         raise ValueError(
             f"The adapter {parts.source!r} has no LoRA weights on a writer or a reader of the "
-            f"residual stream (it adapts {listed(outside)}); name them with sites=SiteRules(...)."
+            f"residual stream (it adapts {listed(outside)}); train with others; in Python, "
+            "sites=SiteRules(...) names them."
         )
     if not any(bool(layer.lora_B.any()) for layer in layers):
         raise ValueError(
@@ -248,7 +249,7 @@ def _check(entry: Factors) -> None:
         if not weight.dtype.is_floating_point:
             raise ValueError(f"{shown(name)} is {weight.dtype}; save it in a floating dtype.")
         refuse_nonfinite(name, weight)
-    if A.shape[-2] != B.shape[-1] or A.shape[-2] == 0:
+    if A.shape[-2] != B.shape[-1] or not (A.numel() and B.numel()):
         raise ValueError(
             f"{shown(key_A)} has shape {tuple(A.shape)} and its lora_B {tuple(B.shape)}; they "
             "must share a rank of at least 1, so save the adapter again."

@@ -10,6 +10,7 @@ vocabulary, `k` of them kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any
@@ -64,6 +65,18 @@ class OwnTextAnchor:
         batch_size: int = 8,
         seed: int = 0,
     ) -> None:
+        for part, tensor in (("documents", documents), ("likely", likely)):
+            if tensor.is_floating_point() or bool((tensor < 0).any()):
+                raise ValueError(f"{part} must be token ids: make the text again.")
+        if (
+            counted.dtype != torch.bool
+            or log_probs.element_size() < 2
+            or not bool((log_probs.float() <= 0).all())
+        ):
+            raise ValueError(
+                f"counted ({counted.dtype}) must be true or false, and log_probs "
+                f"({log_probs.dtype}) logarithms of probabilities: make the text again."
+            )
         if documents.shape != counted.shape or documents.dim() != 2 or not counted.any():
             raise ValueError(
                 f"documents {tuple(documents.shape)} and counted {tuple(counted.shape)} must be "
@@ -75,9 +88,10 @@ class OwnTextAnchor:
                 f"likely {tuple(likely.shape)} and log_probs {tuple(log_probs.shape)} must be "
                 f"[{n}, k], a row for each position that counts."
             )
-        if strength < 0 or batch_size < 1:
+        if not 0 <= strength < math.inf or batch_size < 1 or seed < 0:
             raise ValueError(
-                f"strength is {strength} and batch_size {batch_size}: give 0 or more, 1 or more."
+                f"strength is {strength}, batch_size {batch_size} and seed {seed}: give 0 or more, "
+                "1 or more, and 0 or more."
             )
         self.documents, self.counted = documents, counted
         self.likely, self.log_probs = likely, log_probs

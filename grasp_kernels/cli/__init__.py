@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from traceback import extract_tb
 from typing import NoReturn
 
 from grasp_kernels.cli import (
@@ -19,22 +22,31 @@ from grasp_kernels.cli import (
     run_commands,
 )
 from grasp_kernels.cli.options import as_options
-from grasp_kernels.inert import printable
+from grasp_kernels.files import room_for
+from grasp_kernels.inert import printable, reason
 from grasp_kernels.version import __version__
 
-_EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ArithmeticError)
 _FAILED, _INTERRUPTED = 2, 130
+# What a command reads and writes, as its options or arguments are called.
+_OPTIONS = ("base_model", "halves", "data", "neutral", "report", "adopt", "output", "plot", "json")
+_PATHS = ("model", "adapter", "adapters", "paths", "subspace", *_OPTIONS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; the exit status. 0: done, 1: a check failed, 2: error, 130: stopped."""
     try:
         arguments = _parser().parse_args(argv)
+        for name, path in _paths(arguments):
+            if not path or "\0" in path:
+                raise _UsageError(f"{name} is {path!r}: give the name of a file or folder.")
     except _UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return _FAILED
     try:
-        return arguments.command(arguments)
+        with room_for(getattr(arguments, "output", None) or "this"):
+            status = arguments.command(arguments)
+            print(end="", flush=True)  # a pipe that is closed, or a full disk, is an error here
+        return status
     except KeyboardInterrupt:
         print(f"\nstopped: {arguments.when_stopped}", file=sys.stderr)
         return _INTERRUPTED
@@ -45,20 +57,55 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             raise
         sentence = as_options(_sentence(error), vars(arguments))
+        paths = [path for _, path in _paths(arguments)]
+        if not sentence.startswith("--") and not any(_is_named(path, sentence) for path in paths):
+            sentence = f"{', '.join(paths)}: {sentence}" if paths else sentence
         lines = map(printable, sentence.splitlines())  # it may quote what is in a file
         print("error:", "\n".join(lines), file=sys.stderr)
         return _FAILED
 
 
 def _sentence(error: Exception) -> str:
+    """What is wrong and what to do, also where a library says it in words of its own."""
     if isinstance(error, ModuleNotFoundError):
         return (
             f"{error.name} is not installed: install grasp_kernels with its extra 'train' "
             "(in a clone: pip install '.[train]')."
         )
-    if isinstance(error, _EXPECTED):
+    if _is_ours(error):
         return str(error)
-    return f"{type(error).__name__}: {error} (--debug shows where)."
+    if isinstance(error, OSError) and error.filename is not None:
+        return (
+            f"{str(error.filename)!r} cannot be read or written ({reason(error)}): check that it "
+            "is what it should be, and that you may use it."
+        )
+    said = reason(error)
+    if isinstance(error, MemoryError) or "memory" in said:
+        return f"There is not enough memory ({said}): take less at once, or a smaller model."
+    return (
+        f"This cannot be done ({said}): check that what it was given is whole and belongs "
+        "together, or see with --debug where it fails."
+    )
+
+
+def _paths(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Whatever the command was given to read or to write, and as what."""
+    for name in _PATHS:
+        value = getattr(arguments, name, None)
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, str):
+                yield f"--{name.replace('_', '-')}" if name in _OPTIONS else name, path
+
+
+def _is_named(path: str, sentence: str) -> bool:
+    return re.search(rf"(?<!\w)(?<![Tt]he ){re.escape(path)}(?!\w)", sentence) is not None
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether this package raised it, with a sentence; what a library raises has none."""
+    places = extract_tb(error.__traceback__)
+    inside = places[-1].filename.startswith(str(Path(__file__).parents[1]))
+    return inside and (places[-1].line or "").startswith("raise ")
 
 
 class _UsageError(Exception):

@@ -46,11 +46,13 @@ def _checked(check: Callable[[str], Path], text: str) -> Path:
 
 
 def as_options(message: str, names: Iterable[str]) -> str:
-    """A message with `own_length`, `halves = False` and `k is 5` as the command line has them.
+    """A message with `own_length`, `halves = False` and `k is 5` as the command line has them, and
+    without the remedy at its end that is for Python.
 
     Args:
         names: of the options of the command, as functions and configurations have them.
     """
+    message = re.sub(r"; in Python, .*", ".", message, flags=re.DOTALL)
     for name in sorted(names, key=len, reverse=True):
         option = f"--{name.replace('_', '-')}"
         message = re.sub(rf"{_ALONE}{name} ?= ?({_VALUE})", partial(_given, option), message)

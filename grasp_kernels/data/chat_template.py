@@ -18,6 +18,8 @@ from datetime import date, datetime, time
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from grasp_kernels.inert import reason, shown
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -419,8 +421,9 @@ def _says(text: str, words: str) -> bool:
 def _template_errors(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     if tokenizer.chat_template is None:
         raise ValueError(
-            f"{type(tokenizer).__name__} has no chat template to render messages with: "
-            "set tokenizer.chat_template, or use a checkpoint whose tokenizer has one."
+            f"The tokenizer {shown(tokenizer.name_or_path)} has no chat template to render "
+            "messages with: use a checkpoint whose tokenizer has one, or give plain text or "
+            "strings of prompt and completion; in Python, set tokenizer.chat_template."
         )
     from jinja2 import TemplateError
 
@@ -428,11 +431,14 @@ def _template_errors(messages: list[Message], tokenizer: PreTrainedTokenizerBase
     try:
         yield
     except TemplateError as error:
-        raise ValueError(f"The chat template refuses the turns {roles}: {error}.") from None
+        raise ValueError(
+            f"The chat template refuses the turns {roles} ({reason(error)}): change these turns, "
+            "or use another chat template."
+        ) from None
     except ImportError:
         raise
     except Exception as error:  # a template is a program that can fail in any way
         raise ValueError(
-            f"The chat template fails on the turns {roles} ({type(error).__name__}: {error}): "
-            "check tokenizer.chat_template."
+            f"The chat template fails on the turns {roles} ({reason(error)}): correct it, or use "
+            "another chat template."
         ) from None

@@ -113,7 +113,7 @@ def read_records(
     for place, row in read_rows(source, split=split, subset=subset):
         records.append(parse_record(row, place, require_answer, arm, unread))
     if not records:
-        raise ValueError(f"{source} has no records, {_EXPECTED}.")
+        raise ValueError(f"{source} has no records: give some, {_EXPECTED}.")
     if unread:
         columns = ", ".join(map(_quoted, sorted(unread)))
         warnings.warn(f"{source} has columns that are not read: {columns}.", stacklevel=2)
@@ -192,7 +192,7 @@ def _parse_arm(row: dict[str, Any], arm: str) -> tuple[Record, set[str]]:
         if question in row and arm in row:
             return _pair(row, question, arm), {question, arm, _MORE.get(question, arm), *_ARMS}
     raise ValueError(
-        f"keys {sorted(row)}, expected {_quoted(arm)} (arm) for the answer, and one of "
+        f"keys {sorted(row)}, expected {_quoted(arm)} (the option arm) for the answer, and one of "
         f"{', '.join(_quoted(question) for question, _ in _PAIRS)}"
     )
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from grasp_kernels.inert import reason
+
 Rows = Iterator[tuple[str, Any]]  # ("data.jsonl, line 3", {"messages": [...]})
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -77,7 +79,7 @@ def parse_json(text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_object, parse_int=_integer)
     except RecursionError as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(reason(error)) from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -158,9 +160,7 @@ def _parquet(path: Path) -> Rows:
         batches = file.iter_batches()
         yield from _numbered(path, (row for batch in batches for row in batch.to_pylist()))
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{path}: not parquet ({_first_line(error)}): fetch the file again."
-        ) from None
+        raise ValueError(f"{path}: not parquet ({reason(error)}): fetch the file again.") from None
 
 
 def _refuse_twice(path: Path, names: list[str]) -> None:
@@ -182,7 +182,7 @@ def _hub(name: str, split: str, subset: str | None) -> Rows:
         raise FileNotFoundError(
             f"There is no file {name}, and no data set of this name with the subset {subset!r} and "
             f"the split {split!r} can be fetched from the Hugging Face hub "
-            f"({_first_line(error).rstrip('.')}): check the names, or give a file."
+            f"({reason(error)}): check the names, or give a file."
         ) from None
     return _numbered(name, rows)
 
@@ -210,7 +210,3 @@ def _without_nulls(value: Any) -> Any:
 
 def _is_null(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

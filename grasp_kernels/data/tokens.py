@@ -153,7 +153,7 @@ def split_first_answer(
     if example is None or start == 0:
         raise ValueError(
             "The record has no answer, or no token before it: give chat data with a question and "
-            "an answer, and check tokenizer.chat_template."
+            "an answer, and a chat template that shows both."
         )
     end = counted.index(False, start) if False in counted[start:] else len(counted)
     return example["input_ids"][:start], example["input_ids"][start:end]

@@ -57,10 +57,11 @@ def find_neutral(
         prompts = neutral_prompts(None if given is None else Path(given), tokenizer)
     else:
         prompts = [list(prompt) for prompt in given]
+    where = f" in {given}" if isinstance(given, (str, PathLike)) else ""
     if len(prompts) < 2 or not all(prompts):
         raise ValueError(
-            f"There are {len(prompts)} neutral prompts, {sum(not p for p in prompts)} of them "
-            "empty: give at least 2 with at least one token each."
+            f"There are {len(prompts)} neutral prompts{where}, {sum(not p for p in prompts)} of "
+            "them empty: give at least 2 with at least one token each."
         )
     return prompts
 

@@ -40,7 +40,7 @@ from grasp_kernels.models.weights import (
     model_weights,
 )
 from grasp_kernels.ops.projection import project_columns, project_rows
-from grasp_kernels.subspace import Subspace
+from grasp_kernels.subspace import Subspace, check_subspace
 
 _COPIED = (".json", ".md", ".jinja")  # an adapter folder's configuration, card, tokenizer
 
@@ -97,6 +97,7 @@ def leakage(
             finite, two active adapters, or with `base` an adapter that is not merged or a quantised
             weight.
     """
+    check_subspace(subspace)
     found = _leakage(source, subspace, base, adapter_name)
     if found.unseen:
         warnings.warn(
@@ -346,6 +347,7 @@ def project_adapter(
     """
     from safetensors.torch import save_file
 
+    check_subspace(subspace)
     source, target = Path(adapter_dir), Path(out)
     if target.exists():
         raise FileExistsError(f"{str(target)!r} exists; choose a new folder for the adapter.")

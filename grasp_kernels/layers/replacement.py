@@ -32,7 +32,7 @@ from grasp_kernels.models.architectures import (
 from grasp_kernels.models.names import adapted_name, base_name, model_names
 from grasp_kernels.models.sharding import by_fsdp2, refuse_away, refuse_tensor_parallel
 from grasp_kernels.ops import backends, project_gradient
-from grasp_kernels.subspace import Subspace
+from grasp_kernels.subspace import Subspace, check_subspace
 from grasp_kernels.subspace.basis import basis_at
 
 
@@ -112,6 +112,7 @@ def replace_lora_layers(
             parallelism, ZeRO-3 of DeepSpeed or FSDP has taken apart (FSDP2 may).
     """
     _check_backend(backend)
+    check_subspace(subspace)
     layers = {
         adapted_name(name, module): module
         for name, module in model.named_modules()

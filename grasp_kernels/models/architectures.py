@@ -251,9 +251,10 @@ def site_rules(
     blocks = sorted({match[1].rpartition(".")[2] for match in inside})
     raise ValueError(
         f"The writers and readers of model type {model_type!r} with modules {endings[:8]} in "
-        f"blocks {blocks} are not known; declare them with sites=SiteRules("
-        'writers=("attn.out",), readers={"attn.query": "norm1"}, blocks="layers"): who adds to the '
-        "residual stream, and who reads it behind which norm."
+        f"blocks {blocks} are not known; give one of a known type ({', '.join(sorted(RULES))}); "
+        'in Python, declare them with sites=SiteRules(writers=("attn.out",), '
+        'readers={"attn.query": "norm1"}, blocks="layers"): who adds to the residual stream, and '
+        "who reads it behind which norm."
     )
 
 

@@ -17,7 +17,7 @@ import torch
 
 from grasp_kernels.cpu import in_fast_dtype
 from grasp_kernels.files import read_json
-from grasp_kernels.inert import listed
+from grasp_kernels.inert import listed, reason
 from grasp_kernels.models.tensors import INDEX, WEIGHTS, Stored, read_folder
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def find_checkpoint(model: str | PathLike[str]) -> Path:
     except (OSError, ValueError) as error:  # the hub's own errors are of these kinds
         raise FileNotFoundError(
             f"There is no folder {model}, and it cannot be fetched from the Hugging Face hub "
-            f"({type(error).__name__}): give a checkpoint folder or the name of a public model."
+            f"({reason(error)}): give a checkpoint folder or the name of a public model."
         ) from None
 
 
@@ -101,7 +101,9 @@ def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
         )
     _check_json(checkpoint, _TOKENIZER_JSON)
     with reading("tokenizer", checkpoint):
-        return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+        tokenizer("a")  # a value of another kind is only found when it is used
+        return tokenizer
 
 
 def load_model(
@@ -167,9 +169,8 @@ def reading(what: str, checkpoint: Path) -> Iterator[None]:
             ) from None
         if isinstance(error, (MemoryError, ImportError, torch.OutOfMemoryError)):
             raise
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(" :.")
         raise ValueError(
-            f"The {what} of {checkpoint} cannot be read ({first}): {_RESTORE}."
+            f"The {what} of {checkpoint} cannot be read ({reason(error)}): {_RESTORE}."
         ) from error
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from grasp_kernels.files import inside, read_json
+from grasp_kernels.files import inside, open_tensors, read_json
 from grasp_kernels.inert import listed, shown
 
 WEIGHTS = "model.safetensors"  # of a whole model
 INDEX = f"{WEIGHTS}.index.json"  # which of several shards holds which tensor
+_AGAIN = "save it again, or copy it again from where it is whole"
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Stored:
     dtype: str  # as safetensors names it
 
     def __call__(self) -> Tensor:
-        with _opened(self.file) as opened:
+        with open_tensors(inside(self.file), _AGAIN) as opened:
             return opened.get_tensor(self.key)
 
 
@@ -37,7 +37,7 @@ def read_tensors(files: list[Path]) -> dict[str, Stored]:
     """
     found: dict[str, Stored] = {}
     for file in files:
-        with _opened(file) as opened:
+        with open_tensors(inside(file), _AGAIN) as opened:
             for key in opened.keys():  # noqa: SIM118
                 if key in found:
                     raise ValueError(
@@ -63,18 +63,6 @@ def read_folder(folder: Path) -> dict[str, Stored]:
     return read_tensors(files)
 
 
-def _opened(file: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(str(inside(file)), framework="pt")
-    except SafetensorError as error:
-        raise ValueError(
-            f"{str(file)!r} is no safetensors file, or not a whole one ({shown(str(error))}); save "
-            "it again, or copy it again from where it is whole."
-        ) from None
-
-
 def indexed(path: Path, what: str) -> list[Path]:
     """The shards that an index names, of an adapter or a model.
 
@@ -83,12 +71,13 @@ def indexed(path: Path, what: str) -> list[Path]:
         ValueError: it is no index, or names files outside of its folder.
     """
     shards = read_json(inside(path), "index of shards", f"save the {what} again").get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(one, str) for one in shards.values()):
+    named = shards.values() if isinstance(shards, dict) else ()
+    if not named or not all(isinstance(one, str) for one in named):
         raise ValueError(
             f"{str(path)!r} is no index of shards (its weight_map is {shown(shards)}); save the "
             f"{what} again."
         )
-    names = sorted(set(shards.values()))
+    names = sorted(set(named))
     strange = [name for name in names if Path(name).name != name or name == ".."]
     if strange:
         raise ValueError(

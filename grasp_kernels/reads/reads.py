@@ -47,6 +47,14 @@ class ContrastiveReads:
                 f"rows are of {len(rows)} layers and ratios of {len(ratios)}: give both for the "
                 "same ones, one at least."
             )
+        for name, A in rows.items():
+            values = (A, ratios[name])
+            if A.ndim != 2 or ratios[name].shape != A.shape[:1] or not all(map(_is_real, values)):
+                raise ValueError(
+                    f"The rows of {name!r} are {A.dtype} {tuple(A.shape)} and their ratios "
+                    f"{ratios[name].dtype} {tuple(ratios[name].shape)}: give finite floats, [R, K] "
+                    "and [R]."
+                )
         self.rows, self.ratios = dict(rows), dict(ratios)
 
     @classmethod
@@ -174,6 +182,10 @@ class ContrastiveReads:
         """
         with stored_tensors(path, "contrastive reads", "ContrastiveReads.save") as (tensors, _):
             return cls(*(_part(tensors, part) for part in ("rows", "ratios")))
+
+
+def _is_real(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.float32, torch.float64) and bool(tensor.isfinite().all())
 
 
 def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ option, its default, its help and its check stand in one place.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from os import PathLike, fspath
@@ -20,6 +21,12 @@ ANCHORS = ("own-text", "none")
 PROJECTS = ("none", "residual")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MOST_SEED = 2**32 - 1  # that every library takes
+_TYPES: dict[str, tuple[Any, str]] = {
+    "str": (str, "a name"),
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": (bool, "True or False"),
+}
 
 
 def _option(default: Any, text: str, *, choices: tuple[str, ...] | None = None) -> Any:
@@ -139,12 +146,13 @@ class RunConfig:
                 object.__setattr__(self, name, fspath(value))
             self._require(name, value != "", "give a name")
         self._check_choices()
+        self._check_types()
         self._check_numbers()
         self._check_k()
         if not (self.is_projected or self.needs_own_text):
             raise ValueError(
-                f"project is {self.project!r}, reads {self.reads!r} and anchor {self.anchor!r}, so "
-                "that the retraining would be the naive one again: turn one of them on."
+                f"project = {self.project!r}, reads = {self.reads!r} and anchor = {self.anchor!r} "
+                "would make the retraining the naive one again: turn one of them on."
             )
 
     @property
@@ -163,11 +171,17 @@ class RunConfig:
             if choices is not None and value not in choices:
                 raise ValueError(f"{option.name} is {value!r}: choose one of {', '.join(choices)}.")
 
-    def _check_numbers(self) -> None:
+    def _check_types(self) -> None:
         for option in fields(self):
-            value, whole = getattr(self, option.name), str(option.type).startswith("int")
-            good = isinstance(value, int) or value is None or isinstance(value, str)
-            self._require(option.name, good or not whole, "give a whole number")
+            value, said = getattr(self, option.name), str(option.type)
+            types, wanted = _TYPES[re.findall(r"str|int|float|bool", said)[0]]
+            others = (None,) * ("None" in said) + ("auto",) * ("Literal" in said)
+            wanted = f"'auto' or {wanted}" if "auto" in others else wanted
+            for one in value if isinstance(value, tuple) else (value,):
+                fits = isinstance(one, types) and isinstance(one, bool) == (types is bool)
+                self._require(option.name, fits or one in others, f"give {wanted}")
+
+    def _check_numbers(self) -> None:
         counts = ("batch_size", "gradient_accumulation", "max_length", "rank")
         for name in (*counts, "own_documents", "own_length"):
             self._require(name, getattr(self, name) >= 1, "give 1 or more")

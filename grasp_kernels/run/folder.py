@@ -18,7 +18,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from grasp_kernels.files import check_own_folder, left_behind, read_json, write_json
+from grasp_kernels.files import (
+    check_own_folder,
+    left_behind,
+    open_tensors,
+    read_json,
+    write_json,
+)
+from grasp_kernels.inert import shown
 from grasp_kernels.run.config import RunConfig
 from grasp_kernels.version import __version__
 
@@ -30,8 +37,10 @@ _MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 _INPUTS = ("model", "data", "neutral")  # compared by content, so that they may be moved
 
 LOG_NAME = "training_log.json"  # beside the weights in the folder of an adapter that was trained
+_LOGGED = {"step", "loss"}  # of each step
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _LOCK = ".lock"
+_NOTE = "note of a run"
 _UNKNOWN = "restore it, or choose another output folder"
 _AGAIN = "delete {}, and the same command makes it again"
 
@@ -92,7 +101,7 @@ class RunFolder:
         if not self.config.exists():
             check_own_folder(self.root, self.config.name, beside=[_LOCK])
             return
-        begun = read_json(self.config, "note of a run", _UNKNOWN)
+        begun = read_json(self.config, _NOTE, _UNKNOWN)
         options, inputs = (begun.get(part) for part in ("config", "fingerprints"))
         if not (isinstance(options, dict) and isinstance(inputs, dict)):
             raise ValueError(f"{self.config} does not say how the run was begun: {_UNKNOWN}.")
@@ -134,7 +143,7 @@ class RunFolder:
         if not (self.config.exists() and self.report.exists()):
             return False
         numbers = read_json(self.report, "report of a run", _AGAIN.format(self.report))
-        if not {"adapters", "figures"} <= numbers.keys():
+        if not all(isinstance(numbers.get(name), (list, dict)) for name in ("adapters", "figures")):
             raise ValueError(f"{self.report} holds no report: {_AGAIN.format(self.report)}.")
         told = [self.root / name for name in numbers["adapters"]]
         told += [self.figures / name for name in numbers["figures"]]
@@ -143,8 +152,12 @@ class RunFolder:
     @cached_property
     def day(self) -> date:
         """When the run was begun: what a chat template that writes a date is given."""
-        begun = json.loads(self.config.read_text(encoding="utf-8")) if self.config.exists() else {}
-        return date.fromisoformat(begun.get("day", date.today().isoformat()))
+        begun = read_json(self.config, _NOTE, _UNKNOWN) if self.config.exists() else {}
+        day = begun.get("day", date.today().isoformat())
+        try:
+            return date.fromisoformat(day)
+        except (TypeError, ValueError):
+            raise ValueError(f"{self.config} says day {shown(day)}, no date: {_UNKNOWN}.") from None
 
     def claim(self, config: RunConfig, fingerprints: dict[str, str]) -> None:
         """Note down what this run is, and remove what killed processes were writing for it."""
@@ -160,17 +173,18 @@ class RunFolder:
 
 
 def _check_whole(file: Path, artefact: Path) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        if file.suffix == ".json":
-            json.loads(file.read_text(encoding="utf-8"))
-        else:
-            with safe_open(file, framework="pt"):
-                pass
-    except (OSError, ValueError, SafetensorError) as error:
-        what = "is missing" if isinstance(error, FileNotFoundError) else f"is cut short ({error})"
-        raise ValueError(f"{file} {what}: {_AGAIN.format(artefact)}.") from None
+    remedy = _AGAIN.format(artefact)
+    if not file.exists():
+        raise ValueError(f"{file} is missing: {remedy}.")
+    if file.name == LOG_NAME:
+        entries = read_json(file, "training log", remedy, kind=list)
+        if not all(isinstance(one, dict) and one.keys() >= _LOGGED for one in entries):
+            raise ValueError(f"{file} lacks {' or '.join(sorted(_LOGGED))} of a step: {remedy}.")
+    elif file.suffix == ".json":
+        read_json(file, "configuration of an adapter", remedy)
+    else:
+        with open_tensors(file, remedy):
+            pass
 
 
 def _record(config: RunConfig, fingerprints: dict[str, str]) -> dict[str, Any]:

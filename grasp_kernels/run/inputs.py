@@ -25,6 +25,8 @@ from grasp_kernels.data import (
     read_records,
     tokenize_each,
 )
+from grasp_kernels.files import about
+from grasp_kernels.inert import reason
 from grasp_kernels.models.architectures import SiteRules, site_rules
 from grasp_kernels.models.checkpoint import (
     device,
@@ -84,7 +86,8 @@ def prepare(config: RunConfig, checkpoint: Path, day: date | None = None) -> Inp
     tokenizer = load_tokenizer(checkpoint)
     fix_date(tokenizer, day or date.today())
     records = read_records(config.data, arm=config.arm)
-    each = tokenize_each(records, tokenizer, config.max_length, progress=True)
+    with about(config.data, str(checkpoint)):
+        each = tokenize_each(records, tokenizer, config.max_length, progress=True)
     train, held_out = _split(each, config)
     if config.halves and config.is_projected and len(train) < 2:
         raise ValueError(
@@ -98,6 +101,9 @@ def prepare(config: RunConfig, checkpoint: Path, day: date | None = None) -> Inp
             "or train longer."
         )
     vocabulary, positions = _check_whole_model(config, checkpoint)
+    with about(config.neutral or "built-in prompts", str(checkpoint)):
+        neutral = neutral_prompts(config.neutral, tokenizer)
+        everyday = everyday_prompts(records, tokenizer)
     inputs = Inputs(
         checkpoint=checkpoint,
         model_type=model_type,
@@ -107,8 +113,8 @@ def prepare(config: RunConfig, checkpoint: Path, day: date | None = None) -> Inp
         train=train,
         held_out=held_out,
         n_dropped=len(records) - len(each),
-        neutral=neutral_prompts(config.neutral, tokenizer),
-        everyday=everyday_prompts(records, tokenizer),
+        neutral=neutral,
+        everyday=everyday,
         steps=steps,
         vocabulary=vocabulary,
         positions=positions,
@@ -155,7 +161,7 @@ def _check_tokens(inputs: Inputs) -> None:
             raise ValueError(
                 f"The tokenizer makes the token {largest} ({token!r}) of {what}, and the embedding "
                 f"of {inputs.checkpoint} has {inputs.vocabulary} rows: give the tokenizer that "
-                "belongs to the model, or resize_token_embeddings and train the new rows."
+                "belongs to the model; in Python, resize_token_embeddings and train the new rows."
             )
 
 
@@ -253,9 +259,15 @@ def attach_lora(model: PreTrainedModel, config: RunConfig, base_name: str) -> Pe
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_name,
     )
-    with torch.random.fork_rng(devices=[]):  # peft draws A from the global generator
-        torch.manual_seed(config.seed)
-        return get_peft_model(model, lora)
+    try:
+        with torch.random.fork_rng(devices=[]):  # peft draws A from the global generator
+            torch.manual_seed(config.seed)
+            return get_peft_model(model, lora)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"target_modules = {modules} cannot get an adapter in {base_name} ({reason(error)}): "
+            "give names of its linear layers, or all-linear."
+        ) from error
 
 
 def count_steps(config: RunConfig, n_examples: int) -> int:

@@ -7,7 +7,7 @@ identification     adapters -> Subspace
 report             a Subspace -> text and figure
 """
 
-from grasp_kernels.subspace.basis import Subspace, check_basis, orthonormal
+from grasp_kernels.subspace.basis import Subspace, check_basis, check_subspace, orthonormal
 from grasp_kernels.subspace.identification import identify
 
-__all__ = ["Subspace", "check_basis", "identify", "orthonormal"]
+__all__ = ["Subspace", "check_basis", "check_subspace", "identify", "orthonormal"]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from grasp_kernels.choices import SIDES
-from grasp_kernels.files import whole_file
+from grasp_kernels.files import open_tensors, whole_file
 from grasp_kernels.models.architectures import Site
 from grasp_kernels.subspace.header import header_fault
 
@@ -161,26 +161,16 @@ class Subspace:
             FileNotFoundError: no such file.
             ValueError: not a subspace file, or one of a newer format.
         """
-        from safetensors import SafetensorError, safe_open
-
+        remedy = "make one with `grasp-kernels identify`"
         if not Path(path).is_file():
-            raise FileNotFoundError(
-                f"There is no subspace file {str(path)!r}; make one with `grasp-kernels identify`."
-            )
-        try:
-            with safe_open(path, framework="pt") as file:
-                text = (file.metadata() or {}).get(_FORMAT)
-                keys = list(file.keys()) if text else []
-                tensors = {key: file.get_tensor(key) for key in keys}
-        except SafetensorError as error:
-            raise ValueError(
-                f"{str(path)!r} is no safetensors file, or not a whole one ({error}); give a file "
-                "that Subspace.save wrote."
-            ) from error
+            raise FileNotFoundError(f"There is no subspace file {str(path)!r}; {remedy}.")
+        with open_tensors(path, remedy) as file:
+            text = (file.metadata() or {}).get(_FORMAT)
+            keys = list(file.keys()) if text else []
+            tensors = {key: file.get_tensor(key) for key in keys}
         if text is None:
             raise ValueError(
-                f"{str(path)!r} is a safetensors file but holds no subspace; give one that "
-                "Subspace.save wrote."
+                f"{str(path)!r} is a safetensors file but holds no subspace; {remedy}."
             )
         try:
             header = json.loads(text)
@@ -195,16 +185,19 @@ class Subspace:
         wrong = header_fault(header, tensors)
         if wrong:
             raise ValueError(
-                f"{str(path)!r} holds no subspace that Subspace.save wrote ({wrong}); make one "
-                "with `grasp-kernels identify`."
+                f"{str(path)!r} holds no subspace that Subspace.save wrote ({wrong}); {remedy}."
             )
         fields = {name: header[name] for name in _PLAIN_FIELDS}
-        return cls(
-            write={name: tensors[key] for name, key in header["write"].items()},
-            read={name: tensors[key] for name, key in header["read"].items()},
-            stream=None if header["stream"] is None else tensors[header["stream"]],
-            **{**fields, "reasons": tuple(fields["reasons"])},
-        )
+        try:
+            return cls(
+                write={name: tensors[key] for name, key in header["write"].items()},
+                read={name: tensors[key] for name, key in header["read"].items()},
+                stream=None if header["stream"] is None else tensors[header["stream"]],
+                **{**fields, "reasons": tuple(fields["reasons"])},
+            )
+        except (TypeError, ValueError) as error:
+            wrong = str(error).partition(";")[0]
+            raise ValueError(f"{str(path)!r} holds no subspace ({wrong}); {remedy}.") from None
 
     def summary(self) -> str:
         """A short table in plain text: number of directions, bases, spectra, reasons."""
@@ -226,23 +219,33 @@ class Subspace:
 _PLAIN_FIELDS = ("k", "side", "reasons", "evidence", "metadata")
 
 
+def check_subspace(value: Any) -> None:
+    """Raise for anything but a subspace or None, such as the path of one."""
+    if not isinstance(value, Subspace | None):
+        raise TypeError(
+            f"The subspace is a {type(value).__name__}; give a Subspace, as Subspace.load and "
+            "identify return it."
+        )
+
+
 def is_subspace(path: str | PathLike[str]) -> bool:
     """Whether a file is one that `Subspace.save` wrote; adapters are folders or other files.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
+        ValueError: a safetensors file that is not whole.
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"There is no {path}: give an adapter folder or a subspace file.")
     if Path(path).is_dir():
         return False
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path, "give a file that is whole") as file:
             return any(key.startswith("grasp_kernels") for key in file.metadata() or {})
-    except SafetensorError:
-        return False
+    except ValueError:
+        if Path(path).suffix == ".safetensors":
+            raise
+        return False  # a pickle, or an index of shards
 
 
 def check_basis(name: str, basis: Tensor) -> None:

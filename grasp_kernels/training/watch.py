@@ -21,7 +21,7 @@ from grasp_kernels.layers.closure import leakage
 from grasp_kernels.models.architectures import SiteRules, site_rules
 from grasp_kernels.models.frozen_model import measuring
 from grasp_kernels.models.names import base_name
-from grasp_kernels.subspace import Subspace
+from grasp_kernels.subspace import Subspace, check_subspace
 
 N_PROBES = 8  # no single question decides, and two forwards of each are little beside `every` steps
 _KEYS = {"leakage_write", "leakage_read", "drift_along", "drift_share"}
@@ -66,6 +66,7 @@ class Watch(TrainerCallback):
     ) -> None:
         if every < 1:
             raise ValueError(f"every is {every}: give the steps between two measurements.")
+        check_subspace(subspace)
         self.subspace = None if subspace is None or subspace.is_empty else subspace
         self.every, self.probes, self.sites = every, probes, sites
 
