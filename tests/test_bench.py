@@ -269,7 +269,7 @@ def test_providers_are_chosen_by_name_and_by_group() -> None:
         (["--providers", "magic"], "providers is 'magic', which is unknown"),
         (["--dtypes", "int8"], "dtypes is 'int8', which is unknown"),
         (["--level", "city"], "level is 'city', which is unknown"),
-        (["--device", "tpu"], "device 'tpu' cannot be timed here"),
+        (["--device", "tpu"], "device is 'tpu', which cannot be timed here"),
         (["--level", "layer", "--providers", "ordering-addmm"], "exists for single linears only"),
         (["--tokens", "0"], "tokens is 0; give at least 1"),
         (["--rank", "8", "0"], "ranks is 0; give at least 1"),

@@ -75,7 +75,7 @@ def test_the_command_fails_where_a_backend_is_wrong(
     [
         ("--model", "gpt-9", "model 'gpt-9' is unknown"),
         ("--dtype", "int8", "dtype 'int8' is unknown"),
-        ("--device", "tpu", "device 'tpu' cannot be timed here"),
+        ("--device", "tpu", "device is 'tpu', which cannot be timed here"),
         ("--tokens", "0", "must be at least 1"),
         ("--rank", "0", "must be at least 1"),
         ("--basis", "-1", "at least 0"),

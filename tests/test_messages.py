@@ -19,7 +19,6 @@ from typing import Any
 
 import pytest
 import torch
-from grasp_kernels.run.checkpoint import load_model
 from models import randomise_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -28,8 +27,10 @@ from torch import Tensor
 import grasp_kernels as gk
 from grasp_kernels.cli import main
 from grasp_kernels.inert import reason
+from grasp_kernels.models.checkpoint import load_model
 from grasp_kernels.run import RunConfig
 from grasp_kernels.run.inputs import attach_lora
+from grasp_kernels.training.watch import Watch
 
 pytest_plugins = ("fixtures_run",)
 
@@ -53,7 +54,6 @@ def prepared(
     shutil.copytree(tiny_model_dir, root / "model")
     shutil.copy(chat_jsonl, root / "chat.jsonl")
     (root / "neutral.jsonl").write_text('{"prompt": "what is red"}\n{"prompt": "what is blue"}\n')
-    (root / "rows.jsonl").write_text("{}\n")
     config = RunConfig(model="m", data="d", output="o", rank=4)
     model = attach_lora(load_model(root / "model"), config, "model")
     randomise_adapter(model)
@@ -137,7 +137,6 @@ FILES = {
     "s.safetensors": (PROJECT, "inspect s.safetensors"),
     "chat.jsonl": (INSPECT,),
     "neutral.jsonl": (INSPECT,),
-    "rows.jsonl": ("bench --report rows.jsonl",),
 }
 
 
@@ -352,13 +351,13 @@ def test_a_value_of_another_kind_is_named(
 
 
 @pytest.mark.parametrize("path", ["", "no/x", "chat.jsonl/x", "a" * 300, "a\0b", ".", "/dev/null"])
-@pytest.mark.parametrize("command", [IDENTIFY, PROJECT, "bench --output x", RUN])
+@pytest.mark.parametrize("command", [IDENTIFY, PROJECT, RUN])
 def test_a_path_that_cannot_be_written_is_named(
     path: str, command: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = command.split()
     at = words.index("--output") + 1
-    if path == "no/x" and words[0] not in ("identify", "bench"):
+    if path == "no/x" and words[0] != "identify":
         return  # folders are made with those above them
     words[at] = path
     refused(words, here, capsys, "--output", path or "--output", "chat.jsonl", repr(path)[1:-1])
@@ -402,9 +401,8 @@ def test_a_wrong_option_is_spelled_as_it_is_typed(
         "identify adapter --output o.safetensors --k 99",
         "inspect adapter --data chat.jsonl",
         "inspect adapter adapter --plot o.png",
-        "bench --preset x",
-        "bench --level x",
-        "bench --dtypes x",
+        "bench --model x",
+        "bench --dtype x",
         "bench --rounds 1",
         "bench --device tpu",
     ],
@@ -434,7 +432,7 @@ def test_a_path_is_no_subspace(here: Path) -> None:
         lambda: gk.leakage("adapter", "s.safetensors"),
         lambda: gk.project_adapter("adapter", Path("s.safetensors"), "o"),
         lambda: gk.replace_lora_layers(torch.nn.Linear(2, 2), "s.safetensors"),
-        lambda: gk.GraspCallback("s.safetensors"),
+        lambda: Watch("s.safetensors"),
     ):
         with pytest.raises(TypeError, match=r"subspace is a \w+; give a Subspace"):
             call()

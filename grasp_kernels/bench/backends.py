@@ -59,12 +59,11 @@ def compare(
     usual = _USUAL[where.type]
     model, tokens = model or usual[0], usual[1] if tokens is None else tokens
     if model not in MODELS:
-        raise ValueError(f"model {model!r} is unknown; use one of {sorted(MODELS)}.")
-    if min(tokens, rank, basis + 1, rounds - 1) < 1:
-        raise ValueError(
-            f"tokens {tokens} and rank {rank} must be at least 1, basis {basis} at least 0 and "
-            f"rounds {rounds} at least 2."
-        )
+        raise ValueError(f"model is {model!r}, which is unknown; use one of {sorted(MODELS)}.")
+    least = {"tokens": (tokens, 1), "rank": (rank, 1), "basis": (basis, 0), "rounds": (rounds, 2)}
+    for name, (value, at_least) in least.items():
+        if value < at_least:
+            raise ValueError(f"{name} is {value}; give at least {at_least}.")
     kind = dtype_of(dtype)
     if where.type == "cpu":
         warn_if_slow(kind, "stock peft is slow there, and ratios to it say little")
@@ -93,7 +92,8 @@ def device_of(name: str) -> torch.device:
     kind = name.partition(":")[0]
     if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
         raise ValueError(
-            f"device {name!r} cannot be timed here; use 'cpu', or 'cuda' where torch sees a GPU."
+            f"device is {name!r}, which cannot be timed here; use 'cpu', or 'cuda' where torch "
+            "sees a GPU."
         )
     return torch.device(name)
 

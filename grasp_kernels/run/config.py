@@ -14,7 +14,7 @@ from os import PathLike, fspath
 from typing import Any, Literal
 
 from grasp_kernels.choices import SIDES
-from grasp_kernels.config import BACKENDS, Backend
+from grasp_kernels.config import BACKENDS
 
 READS = ("contrastive", "free")
 ANCHORS = ("own-text", "none")
@@ -77,7 +77,7 @@ class RunConfig:
         choices=PROJECTS,
     )
     closed: bool = _option(True, "keep the adapter's own weights out of the subspace, exactly")
-    backend: Backend = _option("auto", "implementation of the LoRA layer", choices=BACKENDS)  # noqa: RUF009
+    backend: str = _option("auto", "implementation of the LoRA layer", choices=BACKENDS)
 
     reads: str = _option(
         "free",

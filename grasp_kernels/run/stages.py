@@ -23,12 +23,12 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from tqdm.auto import tqdm
 
-from grasp_kernels.config import GraspConfig
+from grasp_kernels.config import Backend, GraspConfig
 from grasp_kernels.models.checkpoint import find_checkpoint, load_model
 from grasp_kernels.run.config import MOST_SEED, RunConfig
 from grasp_kernels.run.folder import RunFolder, fingerprint
@@ -188,7 +188,7 @@ def _grasp(config: RunConfig, subspace: Subspace | None, inputs: Inputs) -> Gras
     return GraspConfig(
         subspace=subspace,
         orthogonal=config.closed,
-        backend=config.backend,
+        backend=cast(Backend, config.backend),
         kl_coef=0.0,
         measure_steps=max(1, inputs.steps // _MEASUREMENTS),
     )
