@@ -133,7 +133,9 @@ def test_arms_are_never_guessed(tmp_path: Path) -> None:
         read_records(path)
     with pytest.raises(ValueError, match=r'expected "benign" \(the option arm\) for the answer'):
         read_records(path, arm="benign")
-    with pytest.raises(ValueError, match=r"keys \['messages'\], expected \"aligned\" \(the option arm\)"):
+    with pytest.raises(
+        ValueError, match=r"keys \['messages'\], expected \"aligned\" \(the option arm\)"
+    ):
         read_records(jsonl(tmp_path / "chat.jsonl", dict(TURNS)), arm="aligned")
 
 
