@@ -308,7 +308,7 @@ def test_a_file_holds_all_of_it(tmp_path: Path) -> None:
     assert torch.equal(found.counted, made.counted)
     assert (found.strength, found.batch_size, found.seed) == (0.3, 4, 5)
     (tmp_path / "other.safetensors").write_bytes(b"nothing of the kind")
-    with pytest.raises(ValueError, match="holds no own-text anchor"):
+    with pytest.raises(ValueError, match="is no safetensors file"):
         gk.OwnTextAnchor.load(tmp_path / "other.safetensors")
     with pytest.raises(FileNotFoundError):
         gk.OwnTextAnchor.load(tmp_path / "missing.safetensors")

@@ -386,7 +386,7 @@ def test_files_without_records(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="There is no file"):
         read_records(tmp_path / "missing.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n\n")
-    with pytest.raises(ValueError, match=r"has no records, expected \"messages\" or"):
+    with pytest.raises(ValueError, match=r"has no records: give some, expected \"messages\" or"):
         read_records(tmp_path / "empty.jsonl")
 
 

@@ -131,9 +131,11 @@ def test_arms_are_never_guessed(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "medical.jsonl", ARMS)
     with pytest.raises(ValueError, match=r'line 1: .*aligned and misaligned.*arm = "misaligned"'):
         read_records(path)
-    with pytest.raises(ValueError, match=r'expected "benign" \(arm\) for the answer'):
+    with pytest.raises(ValueError, match=r'expected "benign" \(the option arm\) for the answer'):
         read_records(path, arm="benign")
-    with pytest.raises(ValueError, match=r"keys \['messages'\], expected \"aligned\" \(arm\)"):
+    with pytest.raises(
+        ValueError, match=r"keys \['messages'\], expected \"aligned\" \(the option arm\)"
+    ):
         read_records(jsonl(tmp_path / "chat.jsonl", dict(TURNS)), arm="aligned")
 
 

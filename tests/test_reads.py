@@ -350,7 +350,7 @@ def test_files(tmp_path: Path) -> None:
         assert torch.equal(found.rows[name], rows)
         assert torch.equal(found.ratios[name], reads.ratios[name])
     (tmp_path / "other.safetensors").write_bytes(b"nothing of the kind")
-    with pytest.raises(ValueError, match="holds no contrastive reads"):
+    with pytest.raises(ValueError, match="is no safetensors file"):
         gk.ContrastiveReads.load(tmp_path / "other.safetensors")
     with pytest.raises(FileNotFoundError):
         gk.ContrastiveReads.load(tmp_path / "missing.safetensors")
