@@ -267,7 +267,7 @@ def test_providers_are_chosen_by_name_and_by_group() -> None:
     [
         (["--models", "gpt-9"], "models is 'gpt-9', which is unknown"),
         (["--providers", "magic"], "providers is 'magic', which is unknown"),
-        (["--dtypes", "int8"], "dtypes is 'int8', which is unknown"),
+        (["--dtypes", "int8"], "dtype is 'int8', which is unknown"),
         (["--level", "city"], "level is 'city', which is unknown"),
         (["--device", "tpu"], "device is 'tpu', which cannot be timed here"),
         (["--level", "layer", "--providers", "ordering-addmm"], "exists for single linears only"),

@@ -73,13 +73,13 @@ def test_the_command_fails_where_a_backend_is_wrong(
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--model", "gpt-9", "model 'gpt-9' is unknown"),
-        ("--dtype", "int8", "dtype 'int8' is unknown"),
-        ("--device", "tpu", "device is 'tpu', which cannot be timed here"),
-        ("--tokens", "0", "must be at least 1"),
-        ("--rank", "0", "must be at least 1"),
-        ("--basis", "-1", "at least 0"),
-        ("--rounds", "1", "at least 2"),
+        ("--model", "gpt-9", "--model is 'gpt-9', which is unknown"),
+        ("--dtype", "int8", "--dtype is 'int8', which is unknown"),
+        ("--device", "tpu", "--device is 'tpu', which cannot be timed here"),
+        ("--tokens", "0", "--tokens is 0; give at least 1"),
+        ("--rank", "0", "--rank is 0; give at least 1"),
+        ("--basis", "-1", "--basis is -1; give at least 0"),
+        ("--rounds", "1", "--rounds is 1; give at least 2"),
     ],
 )
 def test_bad_input_is_named(

@@ -138,5 +138,5 @@ def dtype_of(name: str) -> torch.dtype:
     """float32, float16 or bfloat16 by name."""
     dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if name not in dtypes:
-        raise ValueError(f"dtypes is {name!r}, which is unknown; use one of {sorted(dtypes)}.")
+        raise ValueError(f"dtype is {name!r}, which is unknown; use one of {sorted(dtypes)}.")
     return dtypes[name]
