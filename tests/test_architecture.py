@@ -23,7 +23,6 @@ ALLOWED = {
     "anchor": {"data", "identification"},
     "layers": {"adapters", "ops", "subspace"},
     "reads": {"data", "identification"},
-    "testing": {"ops"},
     "effect": {"data", "identification"},
     "run": {
         "effect",
@@ -37,7 +36,7 @@ ALLOWED = {
         "subspace",
     },
     "diagnosis": {"adapters", "data", "effect", "identification", "run", "subspace"},
-    "bench": {"layers", "ops", "testing"},
+    "bench": {"layers", "ops"},
     "cli": {
         *("adapters", "bench", "data", "diagnosis", "identification", "layers", "ops"),
         *("run", "subspace"),

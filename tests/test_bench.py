@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import Case, differentiate, make_inputs
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.kernels import Suite, levels, run_suite, table
@@ -19,7 +20,6 @@ from grasp_kernels.bench.provider import Refusal, Weights, make_weights
 from grasp_kernels.bench.shapes import MODELS, Linear
 from grasp_kernels.ops import backends
 from grasp_kernels.ops.lora_linear.registry import BACKENDS
-from grasp_kernels.testing import Case, differentiate, make_inputs
 
 CPU = torch.device("cpu")
 TINY = Suite(

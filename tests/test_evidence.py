@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import budget, relative_error
 from synthetic import synthetic_adapter, unit_directions
 
 from grasp_kernels.identification.evidence import (
@@ -24,7 +25,6 @@ from grasp_kernels.identification.stack import (
     support,
     support_by_chance,
 )
-from grasp_kernels.testing import budget, relative_error
 
 WIDTH = 64
 

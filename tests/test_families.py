@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from models import randomise_adapter, tokens
+from oracle import budget, orthonormal, relative_error
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from test_replacement import assert_same_logits
@@ -24,7 +25,6 @@ import grasp_kernels as gk
 from grasp_kernels.layers.experts import GraspLoRAExperts
 from grasp_kernels.ops.lora_linear.registry import computes
 from grasp_kernels.sites import RULES, base_name, model_gains, model_sites
-from grasp_kernels.testing import budget, orthonormal, relative_error
 
 D, LAYERS = 32, 2
 SIZES: dict[str, Any] = {
