@@ -21,7 +21,7 @@ from grasp_kernels.diagnosis.directions import movement_direction
 from grasp_kernels.diagnosis.examples import most_moved
 from grasp_kernels.diagnosis.movement import Moved, measure_moved, movement_along
 from grasp_kernels.diagnosis.pair import open_pair
-from grasp_kernels.diagnosis.verdict import carried, judge
+from grasp_kernels.diagnosis.verdict import judge
 from grasp_kernels.effect.answers import Batch, answer_batches
 from grasp_kernels.effect.pair import Pair
 from grasp_kernels.effect.shift import common_shift
@@ -351,8 +351,3 @@ def test_the_verdict_is_that_of_the_answers_and_the_rest_are_numbers() -> None:
     assert any("harmful no number says" in reason for reason in reasons)
     assert not any("harmful" in reason for reason in judge(numbers(0.0, changed=0))[1])
     assert any("does not move the stream" in r for r in judge(numbers(0.0, length=0.0))[1])
-
-
-def test_a_direction_carries_what_random_ones_do_not() -> None:
-    assert carried(numbers(0.9, 0.9, 0.8)) == 0.8
-    assert carried(numbers(0.9, 0.9, 0.8, random=0.85)) == 0.0

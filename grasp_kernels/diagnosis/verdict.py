@@ -15,18 +15,6 @@ from typing import Any
 from grasp_kernels.effect.changed import CHANGED
 
 
-def carried(numbers: dict[str, Any]) -> float:
-    """Part of the effect on neutral prompts that their common movement carries; 0 without one, or
-    where a random direction carries as much."""
-    movement = _movement(numbers)
-    if movement is None:
-        return 0.0
-    both = [movement["removal"], movement["transfer"]]
-    if any(one["value"] <= one["random_max"] for one in both):
-        return 0.0
-    return max(0.0, min(one["value"] for one in both))
-
-
 def judge(numbers: dict[str, Any]) -> tuple[str, list[str]]:
     """Give verdict and reasons, one sentence each."""
     reasons = [
