@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from models import ALL_LINEAR, SIZES, randomise_adapter, tiny_model
+from oracle import RATIO
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
@@ -17,7 +18,6 @@ from transformers import PreTrainedModel, Qwen2Config
 import grasp_kernels as gk
 from grasp_kernels.ops.lora_linear.aten import kept
 from grasp_kernels.ops.lora_linear.dropout import host_seed
-from grasp_kernels.testing import RATIO
 
 STEPS = 20
 WRITERS = ("o_proj", "down_proj")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import ALL_LINEAR, tiny_model, tiny_peft_model, tokens
+from oracle import orthonormal
 from peft import LoraConfig, PeftModel
 from peft.utils.hotswap import hotswap_adapter
 from test_replacement import (
@@ -24,7 +25,6 @@ from transformers import GPT2Config, Qwen3MoeConfig
 import grasp_kernels as gk
 from grasp_kernels.models.architectures import model_sites
 from grasp_kernels.models.names import adapted_layers
-from grasp_kernels.testing import orthonormal
 
 
 @pytest.fixture

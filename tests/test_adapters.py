@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from models import randomise_adapter, tiny_model, tiny_peft_model
+from oracle import budget, relative_error
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from grasp_kernels.adapters import Adapter, load_adapter
 from grasp_kernels.models.architectures import SiteRules
-from grasp_kernels.testing import budget, relative_error
 
 WEIGHTS = "adapter_model.safetensors"
 

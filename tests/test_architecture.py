@@ -17,7 +17,7 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
         **{leaf: set() for leaf in ("choices", "cpu", "inert", "svd", "version")},
         "files": {"inert"},
     },
-    {"data": set(), "models": set(), "ops": set(), "pages": set(), "testing": {"ops"}},
+    {"data": set(), "models": set(), "ops": set(), "pages": set()},
     {"adapters": set()},
     {"subspace": set()},
     {"config": set(), "layers": set(), "anchor": set(), "reads": set(), "effect": set()},

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracle import Case, make_inputs
 
 import grasp_kernels as gk
 from grasp_kernels.ops import dispatch
 from grasp_kernels.ops.lora_linear import registry
 from grasp_kernels.ops.lora_linear.operands import Operands
-from grasp_kernels.testing import Case, make_inputs
 
 
 def in_a_fresh_process(code: str, **environment: str) -> str:

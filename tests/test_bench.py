@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.kernels import Suite, levels, run_suite, table
 from benchmarks.kernels.__main__ import main
@@ -17,9 +16,6 @@ from grasp_kernels.bench.gate import Gate
 from grasp_kernels.bench.peft_providers import on_peft
 from grasp_kernels.bench.provider import Refusal, Weights, make_weights
 from grasp_kernels.bench.shapes import MODELS, Linear
-from grasp_kernels.ops import backends
-from grasp_kernels.ops.lora_linear.registry import BACKENDS
-from grasp_kernels.testing import Case, differentiate, make_inputs
 
 CPU = torch.device("cpu")
 TINY = Suite(
@@ -311,35 +307,3 @@ def test_the_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for name in (*MODELS, *PROVIDERS):
         assert name in text
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("Q", [0, 2])
-def test_small_operator(benchmark: BenchmarkFixture, backend: str, Q: int) -> None:
-    """`pytest tests/test_bench.py --benchmark-only` shows the cost of one small call."""
-    reason = backends(CPU)[backend]
-    if reason is not None or ours._unavailable(backend, CPU, torch.float32) is not None:
-        pytest.skip(reason or "an interpreter is not timed")
-    case = Case(T=64, K=64, N=64, R=8, Q=Q)
-    inputs = make_inputs(case)
-    found = benchmark.pedantic(
-        differentiate, args=(case, inputs), kwargs={"backend": backend}, rounds=20, warmup_rounds=2
-    )
-    assert found["y"].shape == (64, 64)
-
-
-@pytest.mark.parametrize("name", [name for name in PROVIDERS if PROVIDERS[name].by_default])
-def test_small_layer(benchmark: BenchmarkFixture, name: str) -> None:
-    """The same for one small layer of each of the usual providers."""
-    found = PROVIDERS[name]
-    reason = found.unavailable(CPU, torch.bfloat16)
-    if reason is not None:
-        pytest.skip(reason)
-    weights = make_weights(Linear("o_proj", 64, 64, True), torch.bfloat16, "cpu", 8, 2)
-    work = levels._layer_work(lambda: weights, 64, found)
-
-    def step() -> None:
-        work.reset()
-        work.backward(work.forward())
-
-    benchmark.pedantic(step, rounds=20, warmup_rounds=2)

@@ -5,7 +5,8 @@ asserted.
 import pytest
 import torch
 
-from grasp_kernels.bench import Timed, backends, compare, table
+from grasp_kernels.bench import backends
+from grasp_kernels.bench.backends import Timed, compare, table
 from grasp_kernels.bench.provider import Refusal
 from grasp_kernels.bench.shapes import MODELS
 from grasp_kernels.cli import main

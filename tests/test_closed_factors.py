@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from models import randomise_adapter, tiny_peft_model, tokens
+from oracle import relative_error
 from peft import LoraConfig, get_peft_model
 from test_replacement import (
     a_subspace,
@@ -18,7 +19,6 @@ from test_replacement import (
 )
 
 import grasp_kernels as gk
-from grasp_kernels.testing import relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TARGETS = ("q_proj", "o_proj", "down_proj")

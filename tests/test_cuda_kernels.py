@@ -13,6 +13,7 @@ from contextlib import nullcontext
 import emulated
 import pytest
 import torch
+from oracle import orthonormal, relative_error
 from test_kernels import assert_exact
 
 from grasp_kernels.ops.lora_linear.cuda import backend, passes
@@ -20,7 +21,6 @@ from grasp_kernels.ops.lora_linear.cuda.library import operators
 from grasp_kernels.ops.lora_linear.triton import passes as triton_passes
 from grasp_kernels.ops.lora_linear.triton.dropout import Dropout, keep_mask
 from grasp_kernels.ops.lora_linear.triton.fused import Passes
-from grasp_kernels.testing import orthonormal, relative_error
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import budget, relative_error
 from test_families import FAMILIES, adapted, tiny
 from test_replacement import logits_budget
 from torch import Tensor, nn
@@ -31,7 +32,6 @@ from grasp_kernels.effect.measure import common_shift
 from grasp_kernels.effect.pair import Pair
 from grasp_kernels.effect.tokens import token_scores
 from grasp_kernels.models.architectures import RULES
-from grasp_kernels.testing import budget, relative_error
 
 families = pytest.mark.parametrize("family", FAMILIES)
 SEQUENCES = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8]]

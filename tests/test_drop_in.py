@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from models import ALL_LINEAR, randomise_adapter, tiny_model, tokens
+from oracle import budget, orthonormal, relative_error
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
@@ -34,7 +35,6 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import grasp_kernels as gk
 from grasp_kernels import cpu
-from grasp_kernels.testing import budget, orthonormal, relative_error
 
 K, H, N = 16, 32, 8
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import budget, relative_error
 from synthetic import synthetic_adapter, unit_directions
 
 from grasp_kernels.subspace.search import (
@@ -15,7 +16,6 @@ from grasp_kernels.subspace.search import (
     overlap,
 )
 from grasp_kernels.subspace.stack import Stack, largest_by_chance, stack_blocks
-from grasp_kernels.testing import budget, relative_error
 
 WIDTH = 64
 

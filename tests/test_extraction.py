@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from models import tiny_model, tiny_peft_model, tokens
+from oracle import relative_error
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -18,7 +19,6 @@ from grasp_kernels.adapters.files import CONFIG, WEIGHTS
 from grasp_kernels.cli import main
 from grasp_kernels.models.names import base_name
 from grasp_kernels.models.weights import model_weights
-from grasp_kernels.testing import relative_error
 
 RANK = 4  # of the adapters of tiny_peft_model
 TARGETS = ("q_proj", "v_proj", "down_proj")

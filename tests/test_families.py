@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from models import randomise_adapter, tokens
+from oracle import budget, orthonormal, relative_error
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from test_replacement import assert_same_logits
@@ -25,7 +26,6 @@ from grasp_kernels.layers.experts import GraspLoRAExperts
 from grasp_kernels.models.architectures import RULES, model_gains, model_sites
 from grasp_kernels.models.names import base_name
 from grasp_kernels.ops.lora_linear.registry import computes
-from grasp_kernels.testing import budget, orthonormal, relative_error
 from grasp_kernels.training.watch import Watch
 
 D, LAYERS = 32, 2

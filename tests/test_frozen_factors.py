@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from models import tiny_model, tokens
+from oracle import DIFFERENTIABLE, Case, call, differentiate, make_inputs
 from peft import LoraConfig, get_peft_model
 from test_ops import PLACES, suited
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 import grasp_kernels as gk
-from grasp_kernels.testing import DIFFERENTIABLE, Case, call, differentiate, make_inputs
 
 WIDE = Case(T=65, K=136, N=120, R=16, P=4, Q=4)
 CASES = [

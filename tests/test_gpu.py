@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import Case, check_against_oracle, differentiate, make_inputs
 
 import grasp_kernels as gk
 from grasp_kernels.ops.lora_linear.registry import KERNELS, computes
-from grasp_kernels.testing import Case, check_against_oracle, differentiate, make_inputs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA or AMD GPU")
 LARGE = Case(T=2048, K=4096, N=1024, R=16, P=4, Q=4, dtype=torch.bfloat16, device="cuda")

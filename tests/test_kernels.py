@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import orthonormal, relative_error
 
 from grasp_kernels.ops.gpu.launch import PARTS, dry_run
 from grasp_kernels.ops.lora_linear.triton import base_product
@@ -15,7 +16,6 @@ from grasp_kernels.ops.lora_linear.triton.dropout import Dropout, keep_mask
 from grasp_kernels.ops.lora_linear.triton.gemm import Tile, extended_gemm
 from grasp_kernels.ops.lora_linear.triton.reduce import finish_factor, finish_skinny, total
 from grasp_kernels.ops.lora_linear.triton.tokens import Slab, one_read, token_pass
-from grasp_kernels.testing import orthonormal, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -237,9 +237,7 @@ def launched(part: str, **sizes: Any) -> list[str]:
 
     V = empty(N, Q, dtype=torch.float32)
     A, B = empty(R, K), empty(N, R)
-    op = Operands(
-        empty(N, K), None, A, B, None, V, None, empty(Q, K), A, B, None, None, 1.0, 0.0, True, True
-    )
+    op = Operands(empty(N, K), None, A, B, None, V, None, empty(Q, K), None, 1.0, 0.0, True, True)
     with dry_run(PARTS[part]) as run:
         needs = Needs(True, False, False, True, True, False)
         backward(empty(T, N), empty(T, K), Saved(empty(R, T), A, B), op, needs)

@@ -8,10 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import grasp_kernels as gk
-from grasp_kernels.ops.lora_linear.registry import BACKENDS, KERNELS, computes
-from grasp_kernels.testing import (
+from oracle import (
     DIFFERENTIABLE,
     Case,
     budget,
@@ -21,6 +18,9 @@ from grasp_kernels.testing import (
     make_inputs,
     relative_error,
 )
+
+import grasp_kernels as gk
+from grasp_kernels.ops.lora_linear.registry import BACKENDS, KERNELS, computes
 
 DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
 PLACES = [(b, d) for b in BACKENDS for d in DEVICES if gk.backends(d)[b] is None]

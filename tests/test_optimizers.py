@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from models import tiny_model, tiny_peft_model, tokens
+from oracle import relative_error
 from peft import get_peft_model
 from peft.utils import set_peft_model_state_dict
 from test_replacement import a_subspace, assert_same_logits, logits
@@ -21,7 +22,6 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 import grasp_kernels as gk
-from grasp_kernels.testing import relative_error
 
 STEPS = 4
 Make = Callable[[nn.Module], Any]

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import tiny_model, tiny_peft_model
+from oracle import relative_error
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -30,7 +31,6 @@ from two_processes import (
 import grasp_kernels as gk
 from grasp_kernels.adapters.files import INDEX, WEIGHTS
 from grasp_kernels.models.names import base_name
-from grasp_kernels.testing import relative_error
 
 pytest_plugins = ["fixtures_run"]
 ROOT = Path(__file__).parents[1]

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from models import ALL_LINEAR, SIZES, randomise_adapter, tiny_model, tokens
+from oracle import budget, orthonormal, relative_error
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners import lora
 from test_examples import run_example
@@ -26,7 +27,6 @@ import grasp_kernels as gk
 from grasp_kernels.layers import quantised
 from grasp_kernels.layers.projected import ProjectedLoRA
 from grasp_kernels.ops.lora_linear.registry import computes
-from grasp_kernels.testing import budget, orthonormal, relative_error
 
 pytest_plugins = ["fixtures_run"]
 

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import SIZES, randomise_adapter, tiny_model, tokens
+from oracle import budget, relative_error
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_replacement import assert_same_logits, logits
 from torch import Tensor
@@ -23,7 +24,6 @@ from grasp_kernels.models.names import adapted_layers
 from grasp_kernels.reads.contrast import RIDGE, contrasting_rows
 from grasp_kernels.reads.moments import input_groups, second_moments
 from grasp_kernels.run import RunConfig, run
-from grasp_kernels.testing import budget, relative_error
 
 pytest_plugins = ("fixtures_run",)
 ROOMY = 1 << 30  # bytes

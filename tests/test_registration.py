@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import Case, make_inputs
 from test_ops import everywhere, suited
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import fresh_cache
@@ -13,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 
 import grasp_kernels as gk
 from grasp_kernels.ops.lora_linear.dropout import device_seed
-from grasp_kernels.testing import Case, make_inputs
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from models import ALL_LINEAR, randomise_adapter, tiny_model, tiny_peft_model, tokens
+from oracle import budget, orthonormal, relative_error
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
 from safetensors.torch import load_file
@@ -17,7 +18,6 @@ from transformers import MistralConfig, OPTConfig, Qwen2Config, Qwen3Config
 import grasp_kernels as gk
 from grasp_kernels.models.architectures import model_gains, model_sites
 from grasp_kernels.models.names import base_name
-from grasp_kernels.testing import budget, orthonormal, relative_error
 
 
 def a_subspace(model: Any, side: str = "both", k: int = 2) -> gk.Subspace:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from models import randomise_adapter, tiny_model, tokens
+from oracle import orthonormal
 from parity import (
     SOME,
     STEPS,
@@ -33,7 +34,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
 
 import grasp_kernels as gk
-from grasp_kernels.testing import orthonormal
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from models import tiny_peft_model
+from oracle import orthonormal
 from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -27,7 +28,6 @@ from torch.nn.parallel import DistributedDataParallel
 import grasp_kernels as gk
 from grasp_kernels.models.architectures import model_gains, model_sites
 from grasp_kernels.models.names import adapted_layers
-from grasp_kernels.testing import orthonormal
 
 STEPS = 6
 TIMEOUT = 300.0  # seconds for all scenarios together; half a minute is normal

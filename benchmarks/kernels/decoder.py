@@ -16,9 +16,16 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from grasp_kernels.bench.peft_providers import in_dtype, lora_layers
-from grasp_kernels.bench.provider import SCALING, Bases, Provider, closed, normal, trained
+from grasp_kernels.bench.provider import (
+    SCALING,
+    Bases,
+    Provider,
+    closed,
+    normal,
+    orthonormal,
+    trained,
+)
 from grasp_kernels.bench.shapes import LINEARS, WRITERS, Decoder
-from grasp_kernels.testing import orthonormal
 
 # Size of B: with an update as large as the frozen product the softmax saturates, and the gradients
 # of its arguments are rounding (27 % of error in bfloat16, whoever computes them).

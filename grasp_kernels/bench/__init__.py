@@ -4,11 +4,7 @@ shapes          known decoders and their linears
 provider        what a provider is; the weights that those of a case share
 peft_providers  the frozen layer, stock peft in the ways people run it
 ours            GraspLoRALinear, on each backend
-gate            refuses to time a provider whose results are wrong
+errors, gate    what a result may be off; refuses to time a provider whose results are wrong
 timing          forward and backward, all providers in turn
 backends        puts them together: the backends on the linears of a model
 """
-
-from grasp_kernels.bench.backends import Timed, compare, table
-
-__all__ = ["Timed", "compare", "table"]

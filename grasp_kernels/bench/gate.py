@@ -11,9 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from grasp_kernels.bench.errors import budget, relative_error
 from grasp_kernels.bench.peft_providers import PEFT_PROVIDERS
 from grasp_kernels.bench.provider import Provider, Refusal, trained
-from grasp_kernels.testing import budget, relative_error
 
 _TOKENS = 64  # enough to see a missing term, little enough for float64
 _DRAWS = 5  # errors are medians over inputs: that of one input may be luck
@@ -60,7 +60,7 @@ class Gate:
         return Refusal("wrong", ", ".join(f"{name} {error:.1e}" for name, error in worse.items()))
 
     def over_budget(self, provider: Provider) -> dict[str, float]:
-        """The results whose error passes the budget of `testing.budget`: name -> error."""
+        """The results whose error passes the budget of `errors`: name -> error."""
         if provider.projects not in self._stock:
             self._stock[provider.projects] = self._measure_stock(provider.projects)
         exact, allowed = self._stock[provider.projects]

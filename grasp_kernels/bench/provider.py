@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from grasp_kernels.bench.shapes import Linear
 from grasp_kernels.ops.projection import project_columns
-from grasp_kernels.testing import orthonormal
 
 Bases = dict[str, Tensor]  # name of a LoRA layer -> its write basis V[N, Q]
 SCALING = 2.0
@@ -107,6 +106,14 @@ def normal(like: Tensor, seed: int, *shapes: tuple[int, ...]) -> Any:
         torch.randn(shape, generator=generator, device=like.device, dtype=like.dtype)
         for shape in shapes
     )
+
+
+def orthonormal(
+    rows: int, columns: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Random `[rows, columns]` with orthonormal columns."""
+    gaussian = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(gaussian)[0].to(dtype)
 
 
 def make_weights(linear: Linear, dtype: torch.dtype, device: str, R: int, Q: int) -> Weights:

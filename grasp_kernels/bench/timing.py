@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from grasp_kernels.bench.provider import trained
 
+_WARM_UP = 2  # calls before the first measurement
 _FLUSHED = 1 << 28  # bytes, several times the largest L2 there is
 # Cycles that the GPU idles before a measurement, about 5 ms: the launches of a layer are queued by
 # then, as in a training step, whose Python runs ahead of the GPU.
@@ -85,7 +86,6 @@ def time_in_turn(
     device: torch.device,
     *,
     rounds: int,
-    warmup: int = 2,
 ) -> dict[str, Measured | Exception]:
     """Name -> its times, or what it raised before the first measurement."""
     clock = _CudaClock(device) if device.type == "cuda" else _WallClock()
@@ -93,7 +93,7 @@ def time_in_turn(
     peaks: dict[str, int | None] = {}
     for name, work in works.items():
         try:
-            for _ in range(warmup):
+            for _ in range(_WARM_UP):
                 peaks[name] = clock.peak(work)
         except Exception as error:
             raised[name] = error.with_traceback(None)  # which would keep its tensors

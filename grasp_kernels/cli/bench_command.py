@@ -31,7 +31,7 @@ def add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
 def _bench(arguments: argparse.Namespace) -> int:
     from tqdm.auto import tqdm
 
-    from grasp_kernels.bench import compare, table
+    from grasp_kernels.bench.backends import compare, table
     from grasp_kernels.bench.provider import Refusal
 
     names = ("model", "dtype", "tokens", "rank", "basis", "rounds", "device")

@@ -1,4 +1,4 @@
-"""Inputs, the float64 oracle and error budgets, for tests and benchmarks only.
+"""Inputs and the float64 oracle.
 
 The oracle is not the reference: it lets autograd differentiate an ordinary peft-style layer, in
 which projections stand as steps of their own, so that a mistake in the algebra cannot hide in both.
@@ -15,20 +15,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grasp_kernels.bench.errors import RATIO, budget, relative_error
+from grasp_kernels.bench.provider import orthonormal
 from grasp_kernels.ops import dispatch
 from grasp_kernels.ops.lora_linear.api import lora_linear
 from grasp_kernels.ops.lora_linear.registry import PACKAGE
 from grasp_kernels.ops.projection import project_columns, project_gradient, project_rows
 
+__all__ = [
+    "DIFFERENTIABLE",
+    "RATIO",
+    "Case",
+    "budget",
+    "call",
+    "check_against_oracle",
+    "differentiate",
+    "differentiate_stock",
+    "make_inputs",
+    "orthonormal",
+    "relative_error",
+]
+
 DIFFERENTIABLE = ("x", "weight", "bias", "lora_A", "lora_B", "lora_bias", "base")
-# A result that is stored in a dtype carries about a quarter of its machine epsilon (rms of one
-# rounding to nearest), however it was computed.
-ROUNDING = 0.25
-# A sum of n numbers of either sign that is carried out in order, in float32 at least, rounds
-# partial sums that grow like √n: a fifth of the machine epsilon times √n in the mean square, and
-# three such sums stand behind dA. The library adds in blocks and may have less of it.
-ACCUMULATION = 0.35
-RATIO = 1.5
 
 
 @dataclass(frozen=True)
@@ -57,14 +65,6 @@ class Case:
         default = Case()
         fields = {k: v for k, v in vars(self).items() if v != getattr(default, k)}
         return "-".join(f"{k}={v}".replace("torch.", "") for k, v in fields.items()) or "plain"
-
-
-def orthonormal(
-    rows: int, columns: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Random `[rows, columns]` with orthonormal columns."""
-    gaussian = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
-    return torch.linalg.qr(gaussian)[0].to(dtype)
 
 
 def make_inputs(case: Case, seed: int = 0) -> dict[str, Any]:
@@ -185,22 +185,6 @@ def _results(y: Tensor, leaves: dict[str, Any], dy: Tensor) -> dict[str, Tensor]
     present = {name: leaf for name, leaf in leaves.items() if leaf is not None}
     gradients = torch.autograd.grad(y, list(present.values()), dy)
     return {"y": y.detach()} | {f"d{n}": g for n, g in zip(present, gradients, strict=True)}
-
-
-def relative_error(found: Tensor, oracle: Tensor) -> float:
-    """`‖found − oracle‖ / ‖oracle‖` in float64; 0 for empty tensors."""
-    if oracle.numel() == 0:
-        return 0.0
-    difference = torch.linalg.vector_norm(found.double() - oracle.double())
-    scale = torch.linalg.vector_norm(oracle.double())
-    return float(difference / scale) if scale > 0 else float(difference)
-
-
-def budget(stock_error: float, dtype: torch.dtype, longest: int) -> float:
-    """What an error may be: 1.5 × that of the stock layer, one rounding of the result, or what sums
-    of up to `longest` numbers round."""
-    accumulated = torch.finfo(torch.promote_types(dtype, torch.float32)).eps * longest**0.5
-    return max(RATIO * stock_error, ROUNDING * torch.finfo(dtype).eps, ACCUMULATION * accumulated)
 
 
 def check_against_oracle(
