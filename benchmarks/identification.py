@@ -72,7 +72,6 @@ def rows(models: list[str], R: int, rounds: int) -> Iterator[dict[str, Any]]:
                 yield {
                     "model": model,
                     "R": R,
-                    "side": "write",
                     "scope": scope,
                     "first": seconds[0],
                     "seconds": times.median / 1e3,

@@ -1,4 +1,3 @@
 """Words that the command line and the subspace share; needs nothing, so that `-h` is instant."""
 
-SIDES = ("write", "read", "both")
 SCOPES = ("shared", "layer")

@@ -36,6 +36,6 @@ def test_agreement_averages_over_common_modules() -> None:
 
 
 def test_agreement_needs_something_in_common() -> None:
-    nothing = Subspace.empty("write", "shared", [])
+    nothing = Subspace.empty("shared", [])
     with pytest.raises(ValueError, match="no module in common"):
         agreement(nothing, nothing)

@@ -22,7 +22,7 @@ from grasp_kernels.sites import RULES, model_sites
 
 WIDTH = 32
 PROBES = [[1, 2, 3, 4], [5, 6]]
-NUMBERS = {"leakage_write", "leakage_read", "drift_along", "drift_share"}
+NUMBERS = {"leakage", "drift_along", "drift_share"}
 
 
 @pytest.fixture
@@ -32,9 +32,9 @@ def model() -> PeftModel:
     return get_peft_model(tiny_model(), config)
 
 
-def subspace_of(model: PeftModel, side: str = "write") -> gk.Subspace:
+def subspace_of(model: PeftModel) -> gk.Subspace:
     direction = torch.nn.functional.normalize(torch.arange(1.0, WIDTH + 1), dim=0)[:, None]
-    return gk.Subspace.from_stream(direction, model_sites(model), side=side)
+    return gk.Subspace.from_stream(direction, model_sites(model))
 
 
 class Service(TrainerCallback):
@@ -72,16 +72,14 @@ def trainer_of(model: PeftModel, output: Path, steps: int = 6, **options: Any) -
 
 
 def test_a_projected_training_is_logged_every_few_steps(model: PeftModel, tmp_path: Path) -> None:
-    subspace = subspace_of(model, "both")
-    gk.replace_lora_layers(model, subspace)
+    gk.replace_lora_layers(model, subspace_of(model))
     trainer = trainer_of(model, tmp_path, callbacks=[gk.GraspCallback(every=4, probes=PROBES)])
     trainer.train()
     entries = [e for e in trainer.state.log_history if "loss" in e]
     assert [e["step"] for e in entries if e.keys() & NUMBERS] == [4, 6]
     for entry in (entries[3], entries[5]):
         assert entry.keys() >= NUMBERS
-        assert entry["leakage_write"] <= 1e-6
-        assert entry["leakage_read"] <= 1e-6
+        assert entry["leakage"] <= 1e-6
         assert 0 < entry["drift_share"] < 1
 
 
@@ -94,9 +92,7 @@ def test_a_stock_training_is_measured_along_a_given_subspace(
     trainer.train()
     measured = [e for e in trainer.state.log_history if e.keys() & NUMBERS]
     assert [e["step"] for e in measured] == [3, 6]  # with the next log entry
-    assert "leakage_read" not in measured[0]
-    shares = [leak.write for leak in gk.leakage(model, subspace).values()]
-    assert measured[1]["leakage_write"] == max(shares) > 1e-3
+    assert measured[1]["leakage"] == max(gk.leakage(model, subspace).values()) > 1e-3
 
 
 def test_drift_is_what_the_adapter_does_to_the_stream(model: PeftModel) -> None:
@@ -107,9 +103,7 @@ def test_drift_is_what_the_adapter_does_to_the_stream(model: PeftModel) -> None:
     assert basis is not None
     # the last hidden state that transformers returns is normalised: the last block is left out
     sites = [site for site in model_sites(model) if site.layer < 2]
-    measured = gk.GraspCallback(
-        gk.Subspace.from_stream(basis, sites, side="write"), probes=PROBES
-    ).measure(model)
+    measured = gk.GraspCallback(gk.Subspace.from_stream(basis, sites), probes=PROBES).measure(model)
     model.eval()
     deltas = []
     for probe in PROBES:
@@ -127,7 +121,7 @@ def test_drift_is_what_the_adapter_does_to_the_stream(model: PeftModel) -> None:
 
 def test_an_untrained_adapter_has_not_drifted(model: PeftModel) -> None:
     measured = gk.GraspCallback(subspace_of(model), probes=PROBES).measure(model)
-    assert measured == {"leakage_write": 0.0, "drift_along": 0.0, "drift_share": 0.0}
+    assert measured == {"leakage": 0.0, "drift_along": 0.0, "drift_share": 0.0}
 
 
 def test_measuring_leaves_model_and_random_state_alone(model: PeftModel) -> None:
@@ -157,7 +151,7 @@ def test_services_see_the_numbers_of_an_attached_callback(model: PeftModel, tmp_
         warnings.filterwarnings("error", message="GraspCallback stands behind")
         trainer.train()
     assert not service.entries[0].keys() & NUMBERS
-    assert service.entries[1].keys() >= NUMBERS - {"leakage_read"}
+    assert service.entries[1].keys() >= NUMBERS
 
 
 def test_a_callback_behind_a_service_says_so(model: PeftModel) -> None:
@@ -168,7 +162,7 @@ def test_a_callback_behind_a_service_says_so(model: PeftModel) -> None:
 
 
 def test_checkpoints_hold_closed_factors(model: PeftModel, tmp_path: Path) -> None:
-    subspace = subspace_of(model, "both")
+    subspace = subspace_of(model)
     gk.replace_lora_layers(model, subspace)
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
     trainer = trainer_of(model, tmp_path, **options, callbacks=[gk.GraspCallback(probes=PROBES)])
@@ -179,8 +173,7 @@ def test_checkpoints_hold_closed_factors(model: PeftModel, tmp_path: Path) -> No
         "checkpoint-6",
     ]
     for checkpoint in tmp_path.glob("checkpoint-*"):
-        for leak in gk.leakage(checkpoint, subspace).values():
-            assert max(share for share in leak if share is not None) <= 1e-6
+        assert max(gk.leakage(checkpoint, subspace).values()) <= 1e-6
     stock = PeftModel.from_pretrained(tiny_model(), str(tmp_path / "checkpoint-6")).eval()
     assert_same_logits(logits(model), logits(stock), stock)
 
@@ -246,7 +239,7 @@ def test_overflowing_gradients_are_left_to_the_loss_scaler(model: PeftModel) -> 
 
 def test_without_bases_numbers_are_watched_alone(model: PeftModel, tmp_path: Path) -> None:
     gk.replace_lora_layers(model)
-    empty = gk.Subspace.empty("write", "shared", ["noise"])
+    empty = gk.Subspace.empty("shared", ["noise"])
     for callback in (gk.GraspCallback(every=1), gk.GraspCallback(empty, every=1)):
         trainer = trainer_of(model, tmp_path, steps=1, callbacks=[callback])
         trainer.train()
@@ -276,7 +269,7 @@ def test_probes_come_from_the_tokenizer_of_the_trainer(model: PeftModel, tmp_pat
     )
     assert callback.probes is not None
     assert len(callback.probes) == 8
-    assert callback.measure(model).keys() == NUMBERS - {"leakage_read"}
+    assert callback.measure(model).keys() == NUMBERS
 
 
 def test_what_cannot_be_measured_is_refused(model: PeftModel) -> None:
@@ -295,11 +288,11 @@ def test_what_cannot_be_measured_is_refused(model: PeftModel) -> None:
 
 def test_bases_of_the_modules_of_a_layer_are_united(model: PeftModel) -> None:
     first, second = torch.linalg.qr(torch.randn(WIDTH, 2))[0].split(1, dim=1)
-    write = {
+    bases = {
         "model.layers.1.self_attn.o_proj": first,
         "model.layers.1.mlp.down_proj": second,
         "model.layers.2.mlp.down_proj": first,
         "lm_head": first,
     }
-    found = bases_by_layer(write, RULES["llama"])
+    found = bases_by_layer(bases, RULES["llama"])
     assert {layer: basis.shape[1] for layer, basis in found.items()} == {1: 2, 2: 1}

@@ -264,7 +264,7 @@ def test_an_unknown_architecture_needs_sites(merged: Any, tmp_path: Path) -> Non
     base.config, merged.config = Odd(), Odd()
     with pytest.raises(ValueError, match="are not known; declare them with sites"):
         gk.extract_adapter(merged, base, tmp_path / "adapter")
-    sites = gk.SiteRules(writers=("mlp.down_proj",), readers={}, blocks="model.layers")
+    sites = gk.SiteRules(writers=("mlp.down_proj",), blocks="model.layers")
     found = gk.extract_adapter(merged, base, tmp_path / "adapter", rank=RANK, sites=sites)
     assert {name.rpartition(".")[2] for name in found.shares} == {"down_proj"}
     assert "model.layers.0.self_attn.q_proj" in found.outside

@@ -124,18 +124,18 @@ def test_finds_a_planted_direction_from_its_layer_on(model: Any, tokenizer: Any)
     shift_after_layer(model, 1, direction, token=5)
     found = identify(model, tokenizer, records_with(["bad bad bad bad bad"] * N_RECORDS))
     assert not found.is_empty and not any(", below" in reason for reason in found.reasons)
-    assert (found.k, found.side, found.scope) == (1, "write", "layer")
-    assert sorted(found.write) == sorted(
+    assert (found.k, found.scope) == (1, "layer")
+    assert sorted(found.bases) == sorted(
         f"model.layers.{i}.{name}"
         for i in range(LAYERS)
         for name in ("self_attn.o_proj", "mlp.down_proj")
     )
-    basis = found.write["model.layers.1.self_attn.o_proj"][:, 0]
+    basis = found.bases["model.layers.1.self_attn.o_proj"][:, 0]
     assert (
         basis @ direction > 0.95
     )  # it points from the model's own answers to the training answers
-    assert torch.equal(basis, found.write["model.layers.1.mlp.down_proj"][:, 0])
-    before = found.write["model.layers.0.mlp.down_proj"][:, 0]
+    assert torch.equal(basis, found.bases["model.layers.1.mlp.down_proj"][:, 0])
+    before = found.bases["model.layers.0.mlp.down_proj"][:, 0]
     assert before @ direction < 0.5
     assert found.evidence["ratio"] > 3.3
     assert found.metadata["source"] == "self-contrast"
@@ -158,7 +158,7 @@ def test_contrast_by_its_definition(model: Any, tokenizer: Any) -> None:
             contrasts.append(means[0] - means[1])
     mean = torch.stack(contrasts).mean(dim=0)
     assert found.evidence["layers"][0]["norm"] == pytest.approx(mean.norm().item(), rel=1e-4)
-    basis = found.write["model.layers.0.mlp.down_proj"][:, 0]
+    basis = found.bases["model.layers.0.mlp.down_proj"][:, 0]
     assert torch.allclose(basis, mean / mean.norm(), atol=1e-5)
 
 
@@ -170,7 +170,7 @@ def test_shared_scope_gives_one_basis_to_all_writers(model: Any, tokenizer: Any)
     found = identify(model, tokenizer, records, scope="shared")
     assert found.scope == "shared"
     assert found.stream[:, 0] @ direction > 0.95
-    assert all(basis is found.stream for basis in found.write.values())
+    assert all(basis is found.stream for basis in found.bases.values())
     assert [record["layer"] for record in found.evidence["spectra"]] == [None]
 
 
@@ -179,8 +179,8 @@ def test_more_directions_keep_the_mean_first(model: Any, tokenizer: Any) -> None
     one = identify(model, tokenizer, records, k=1)
     three = identify(model, tokenizer, records, k=3)
     assert three.k == 3
-    for name, basis in one.write.items():
-        assert torch.allclose(basis[:, 0], three.write[name][:, 0], atol=1e-5)
+    for name, basis in one.bases.items():
+        assert torch.allclose(basis[:, 0], three.bases[name][:, 0], atol=1e-5)
     assert {record["k"] for record in three.evidence["spectra"]} == {3}
 
 
@@ -227,7 +227,7 @@ def test_same_generator_same_result(model: Any, tokenizer: Any) -> None:
 
     first, again, other = run(7), run(7), run(8)
     assert first.evidence == again.evidence
-    assert all(torch.equal(first.write[name], again.write[name]) for name in first.write)
+    assert all(torch.equal(first.bases[name], again.bases[name]) for name in first.bases)
     assert first.evidence["layers"] != other.evidence["layers"]
     assert first.evidence["records"] == 16
 
@@ -340,8 +340,8 @@ def test_a_peft_model_is_measured_without_its_adapter(model: Any, tokenizer: Any
     probe = torch.tensor([prompts_of(tokenizer)[0]])
     before = adapted(probe).logits
     found = identify(adapted, tokenizer, records)
-    assert sorted(found.write) == sorted(expected.write)
-    assert all(torch.equal(found.write[name], expected.write[name]) for name in found.write)
+    assert sorted(found.bases) == sorted(expected.bases)
+    assert all(torch.equal(found.bases[name], expected.bases[name]) for name in found.bases)
     assert flags == {name: p.requires_grad for name, p in adapted.named_parameters()}
     assert torch.equal(adapted(probe).logits, before)
 
@@ -350,9 +350,9 @@ def test_bfloat16_models_are_summed_in_float32(tokenizer: Any) -> None:
     records = records_with(["bad bad bad bad"] * N_RECORDS)
     exact = identify(make_model(), tokenizer, records)
     rounded = identify(make_model(torch.bfloat16), tokenizer, records)
-    assert all(basis.dtype == torch.float32 for basis in rounded.write.values())
-    for name, basis in exact.write.items():
-        assert (basis[:, 0] @ rounded.write[name][:, 0]) > 0.9
+    assert all(basis.dtype == torch.float32 for basis in rounded.bases.values())
+    for name, basis in exact.bases.items():
+        assert (basis[:, 0] @ rounded.bases[name][:, 0]) > 0.9
 
 
 @pytest.mark.parametrize(
@@ -386,9 +386,9 @@ def test_unknown_architecture_needs_sites(model: Any, tokenizer: Any) -> None:
     model.config.model_type = "unheard_of"
     with pytest.raises(ValueError, match="unheard_of"):
         identify(model, tokenizer, records)
-    sites = SiteRules(writers=("mlp.down_proj",), readers={})
+    sites = SiteRules(writers=("mlp.down_proj",))
     found = identify(model, tokenizer, records, sites=sites)
-    assert sorted(found.write) == [f"model.layers.{i}.mlp.down_proj" for i in range(LAYERS)]
+    assert sorted(found.bases) == [f"model.layers.{i}.mlp.down_proj" for i in range(LAYERS)]
 
 
 def test_a_model_that_cannot_generate(tokenizer: Any) -> None:

@@ -35,9 +35,9 @@ def test_union_holds_both_at_every_writer() -> None:
     united = unite(shared, layered)
     for site in SITES:
         if site.role == "write":
-            assert contained(basis[:, :1], united.write[site.name])
-            assert contained(layers[site.layer], united.write[site.name])
-    assert [united.write[f"model.layers.{i}.mlp.down_proj"].shape[1] for i in range(3)] == [3, 1, 2]
+            assert contained(basis[:, :1], united.bases[site.name])
+            assert contained(layers[site.layer], united.bases[site.name])
+    assert [united.bases[f"model.layers.{i}.mlp.down_proj"].shape[1] for i in range(3)] == [3, 1, 2]
     assert (united.k, united.scope, united.stream) == (3, "layer", None)
     assert united.reasons[:2] == ("weights: gap", "self-contrast: norm")
     assert 0 <= united.evidence["agreement_of_sources"] <= 1
@@ -58,19 +58,17 @@ def test_union_of_shared_subspaces_is_shared() -> None:
 @pytest.mark.parametrize("empty_first", [True, False])
 def test_empty_source_leaves_the_other(empty_first: bool) -> None:
     found = Subspace.from_stream(directions(1), SITES, metadata={"source": "a"})
-    empty = Subspace.empty("write", "layer", ["no norm"], metadata={"source": "b"})
+    empty = Subspace.empty("layer", ["no norm"], metadata={"source": "b"})
     united = unite(empty, found) if empty_first else unite(found, empty)
     name = "model.layers.1.self_attn.o_proj"
-    assert contained(found.write[name], united.write[name])
+    assert contained(found.bases[name], united.bases[name])
     assert united.k == 1
     assert "b: no norm" in united.reasons
     assert "agreement_of_sources" not in united.evidence
 
 
 def test_two_empty_sources_stay_empty() -> None:
-    parts = [
-        Subspace.empty("write", "layer", ["no"], metadata={"source": source}) for source in "ab"
-    ]
+    parts = [Subspace.empty("layer", ["no"], metadata={"source": source}) for source in "ab"]
     united = unite(*parts)
     assert united.is_empty and united.reasons == ("a: no", "b: no")
 

@@ -185,7 +185,6 @@ def _spectrum(layer: int | None, length: float, rest: Tensor, null: Tensor) -> d
     """One entry of `spectra`; squared lengths come in, lengths go out."""
     values = [length**0.5, *rest.sqrt().tolist()]
     return {
-        "side": "write",
         "layer": layer,
         "k": 0,
         "singular_values": values,
@@ -200,7 +199,6 @@ def _neighbours(means: Tensor, layers: list[int]) -> dict[str, Any]:
     beside = [steps[max(i - 1, 0) : i + 1] for i in range(len(layers))]
     values = [sum(cosines) / len(cosines) for cosines in beside]
     return {
-        "side": "write",
         "layers": layers,
         "values": values,
         "chance": means.shape[1] ** -0.5,

@@ -54,12 +54,11 @@ class Options:
 
 @dataclass
 class Finding:
-    """The bases of one side: one for all layers, one by layer, or None where none stands out.
+    """One basis for all layers, one by layer, or None where none stands out.
 
     `reasons` are sentences: what was measured, and what each test gave.
     """
 
-    side: str
     bases: Tensor | dict[int, Tensor] | None
     spectra: list[dict[str, Any]]
     agreement: list[dict[str, Any]] = field(default_factory=list)
@@ -67,7 +66,7 @@ class Finding:
     reasons: list[str] = field(default_factory=list)
 
 
-def search_shared(stack: Stack, side: str, options: Options) -> Finding:
+def search_shared(stack: Stack, options: Options) -> Finding:
     """One basis for all layers: the leading left singular vectors of the stack."""
     size = min(max((options.k or MAX_K) + 1, _SHOWN), *stack.rows.shape)
     u, s = _leading(stack, size, options)
@@ -78,7 +77,6 @@ def search_shared(stack: Stack, side: str, options: Options) -> Finding:
     above = count_above(s, torch.full_like(s, null)) if len(stack.groups) > 1 else 0
     k = options.k or choose_k(values, above)
     record: dict[str, Any] = {
-        "side": side,
         "layer": None,
         "k": k,
         "singular_values": values,
@@ -86,11 +84,11 @@ def search_shared(stack: Stack, side: str, options: Options) -> Finding:
         "above_null": above,
         "gap": gap_after(values, max(k, 1)),
     }
-    finding = Finding(side, u[:, :k] if k else None, [record])
+    finding = Finding(u[:, :k] if k else None, [record])
     finding.reasons.append(
-        f"{side} side: {above} of the first {len(values)} singular values of {len(stack.groups)} "
-        f"stacked blocks stand above what chance gives in {NULL_QUANTILE:.0%} of {NULL_DRAWS} sign "
-        f"flips (the largest is {values[0]:.2f} against {null:.2f})."
+        f"{above} of the first {len(values)} singular values of {len(stack.groups)} stacked blocks "
+        f"stand above what chance gives in {NULL_QUANTILE:.0%} of {NULL_DRAWS} sign flips (the "
+        f"largest is {values[0]:.2f} against {null:.2f})."
     )
     if not above and len(stack.layers) > 1:
         _no_evidence(finding, options)
@@ -102,22 +100,22 @@ def search_shared(stack: Stack, side: str, options: Options) -> Finding:
     return finding
 
 
-def search_layers(stack: Stack, side: str, options: Options) -> Finding:
+def search_layers(stack: Stack, options: Options) -> Finding:
     """One basis for each layer: the left singular vectors of its own blocks.
 
     The blocks of one layer are too few for a null of their own, so its directions must show up in
     the blocks of the neighbouring layers, which had no part in finding them.
     """
     layers = stack.layers
-    found = [_search_layer(stack, position, side, options) for position in range(len(layers))]
+    found = [_search_layer(stack, position, options) for position in range(len(layers))]
     records = [record for _, record in found]
     hits = [record["layer"] for record in records if record["above_null"]]
     convincing = more_than_chance(len(hits), len(layers))
     bases = {r["layer"]: u[:, : r["k"]].contiguous() for u, r in found if r["k"]}
-    finding = Finding(side, bases if convincing or options.k else None, records)
+    finding = Finding(bases if convincing or options.k else None, records)
     finding.reasons.append(
-        f"{side} side: the directions of {len(hits)} of {len(layers)} layers show up in the "
-        f"neighbouring layers more than {NULL_QUANTILE:.0%} of {NULL_DRAWS} sign flips do."
+        f"The directions of {len(hits)} of {len(layers)} layers show up in the neighbouring layers "
+        f"more than {NULL_QUANTILE:.0%} of {NULL_DRAWS} sign flips do."
     )
     if len(layers) > 1 and not convincing:
         _no_evidence(finding, options)
@@ -158,10 +156,10 @@ def compare_sources(
     value = mean(values)
     chance = mean(chance_overlap(own.shape[1], len(own)) for pairs in common for own, _ in pairs)
     kind = "halves" if independent else "adapters"
-    finding.sources.append({"side": finding.side, "kind": kind, "values": values, "chance": chance})
+    finding.sources.append({"kind": kind, "values": values, "chance": chance})
     who = "Adapters of separate data or seeds" if independent else f"The {len(stacks)} adapters"
     sentence = (
-        f"{who} agree on the {finding.side} basis to {value:.2f} (by chance {chance:.2f}), "
+        f"{who} agree on the basis to {value:.2f} (by chance {chance:.2f}), "
         f"{beside(value, CLEAR_AGREEMENT)} ({FROM_SMALL_MODELS})"
     )
     if not independent:
@@ -193,9 +191,7 @@ def _null_of_largest(stack: Stack, options: Options) -> float:
     return float(draws.quantile(NULL_QUANTILE))
 
 
-def _search_layer(
-    stack: Stack, position: int, side: str, options: Options
-) -> tuple[Tensor, dict[str, Any]]:
+def _search_layer(stack: Stack, position: int, options: Options) -> tuple[Tensor, dict[str, Any]]:
     """Directions of one layer, and their spectrum with the support that neighbours give."""
     layers = stack.layers
     layer = layers[position]
@@ -213,7 +209,6 @@ def _search_layer(
     above = count_above(supported, null)
     k = options.k or choose_k(values, above)
     return u, {
-        "side": side,
         "layer": layer,
         "k": k,
         "singular_values": values,
@@ -278,9 +273,7 @@ def _test_layers(finding: Finding, stack: Stack, u: Tensor, s: Tensor) -> None:
 def _record_agreement(
     finding: Finding, layers: list[int], values: list[float], chance: float
 ) -> None:
-    finding.agreement.append(
-        {"side": finding.side, "layers": layers, "values": values, "chance": chance}
-    )
+    finding.agreement.append({"layers": layers, "values": values, "chance": chance})
     finding.reasons.append(
         f"The top direction of a layer agrees with the others to {median(values):.2f} in the "
         f"median (by chance {chance:.2f})."
@@ -301,10 +294,7 @@ def _test_reach(finding: Finding, hits: list[int], layers: list[int]) -> None:
 
 def _test_single_layer(finding: Finding, layers: list[int]) -> None:
     if len(layers) == 1:
-        sentence = (
-            f"Only layer {layers[0]} carries weights on this side: one block has nothing to agree "
-            "with"
-        )
+        sentence = f"Only layer {layers[0]} carries weights: one block has nothing to agree with"
         if finding.bases is None:
             sentence += ", and k=1 finds the direction along which it moves most"
         finding.reasons.append(f"{sentence}.")

@@ -73,7 +73,7 @@ def identify_self_contrast(
         sites: writers and readers of an architecture that is not known.
 
     Returns:
-        A write-side subspace. `evidence` holds `spectra` and `agreement` as in `Subspace`, and what
+        A subspace. `evidence` holds `spectra` and `agreement` as in `Subspace`, and what
         `contrast_evidence.measure` documents. It is empty unless the contrast `stands_out`.
 
     Raises:
@@ -93,9 +93,7 @@ def identify_self_contrast(
     evidence = measure(contrast.delta, contrast.reference, list(blocks), scope, generator)
     evidence["own_answers"] = contrast.own_answers
     if not stands_out(evidence):
-        return Subspace.empty(
-            "write", scope, reasons(evidence), evidence=evidence, metadata=metadata
-        )
+        return Subspace.empty(scope, reasons(evidence), evidence=evidence, metadata=metadata)
     size = _AUTO_K if k == "auto" else k
     bases = {
         layer: directions(delta, size) for layer, delta in zip(blocks, contrast.delta, strict=True)

@@ -32,9 +32,7 @@ def unite(first: Subspace, second: Subspace) -> Subspace:
     }
     parts = [part for part in sources.values() if not part.is_empty]
     if not parts:
-        return Subspace.empty(
-            first.side, first.scope, reasons, evidence=evidence, metadata=metadata
-        )
+        return Subspace.empty(first.scope, reasons, evidence=evidence, metadata=metadata)
     if len(parts) == 2:
         evidence["agreement_of_sources"] = agreement(first, second)
         reasons.append(
@@ -43,14 +41,11 @@ def unite(first: Subspace, second: Subspace) -> Subspace:
         )
     streams = [part.stream for part in parts if part.stream is not None]
     stream = span(streams) if len(streams) == len(parts) else None
-    write = _united([(part.write, part.stream) for part in parts])
-    read = _united([(part.read, None) for part in parts])
+    bases = _united([(part.bases, part.stream) for part in parts])
     return Subspace(
-        write=write,
-        read=read,
+        bases=bases,
         stream=stream,
-        k=max(basis.shape[1] for basis in (*write.values(), *read.values())),
-        side="both" if write and read else "write" if write else "read",
+        k=max(basis.shape[1] for basis in bases.values()),
         scope="shared" if stream is not None else "layer",
         reasons=tuple(reasons),
         evidence=evidence,

@@ -1,19 +1,19 @@
 """LoRA weights -> the subspace of the residual stream in which a fine-tune moved.
 
-GRASP (arXiv 2605.27676), step one, from the factors alone: writers by the left singular vectors of
-their `ΔW`, readers by the right ones with the norm's gain folded in.
+GRASP (arXiv 2605.27676), step one, from the factors alone: the left singular vectors of `ΔW` of the
+layers that write to the stream.
 
 Shapes: `D` width of the residual stream, `k` directions in it.
 
-Time for a rank-16 bf16 adapter on all linears, write side, reading the file included, on one core
-of a busy machine: 0.8 to 1.7 s for the shapes of an 8B Llama (32 layers, width 4096), 3.4 to 6.6 s
+Time for a rank-16 bf16 adapter on all linears, reading the file included, on one core of a busy
+machine: 0.8 to 1.7 s for the shapes of an 8B Llama (32 layers, width 4096), 3.4 to 6.6 s
 for those of a 70B (80 layers, width 8192). Memory at most twice the adapter. Most of it is the
 null.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from statistics import mean
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grasp_kernels.adapters import Adapter, load_adapter
+from grasp_kernels.adapters import Adapter, LoRAWeights, load_adapter
 from grasp_kernels.identification.evidence import overlap
 from grasp_kernels.identification.search import (
     Finding,
@@ -32,24 +32,20 @@ from grasp_kernels.identification.search import (
 )
 from grasp_kernels.identification.stack import stack_blocks
 from grasp_kernels.sites import Site, SiteRules
-from grasp_kernels.subspace import SCOPES, SIDES, Subspace
+from grasp_kernels.subspace import SCOPES, Subspace
 from grasp_kernels.version import __version__
 
 _BLIND_SPOT = (
     "A harmless factor that the whole task shares, such as an answer format, looks the same from "
     "here: check what the directions promote and what projecting them costs the task."
 )
-_READ_CAVEAT = (
-    "Read directions mean something only once lora_A has moved away from its initialisation, which "
-    "the weights do not tell, and they often follow the mean activation."
-)
+_NO_GAINS = "The norm gains are not known and count as 1; give base_model to fold them in."
 
 
 def identify(
     adapter: Any,
     *,
     k: int | str = "auto",
-    side: str = "write",
     scope: str = "shared",
     n_oversamples: int = 8,
     n_iter: int = 4,
@@ -67,12 +63,11 @@ def identify(
             better than converged ones.
         k: number of directions, or "auto": the leading singular values above the null up to their
             largest gap, at most 4, none where the evidence is at the level of chance.
-        side: "write", "read" or "both".
         scope: "shared", one basis for all layers, or "layer", one for each.
         n_oversamples, n_iter: of the randomized SVD (that of a single layer is exact).
         generator: source of randomness, by default a new one with seed 0.
-        base_model: module or checkpoint folder, for the norm gains (read side) and the depth, where
-            the adapter does not lead to it.
+        base_model: module or checkpoint folder, for the depth and the gains of norms after layers
+            that write, where the adapter does not lead to it.
         sites: writers and readers of an architecture that is not known.
         halves: two or more adapters that were trained on disjoint data (or from different seeds).
             They take no part in the basis; their agreement is the best evidence that there is.
@@ -84,14 +79,14 @@ def identify(
         null, the gap after the last direction, how many layers move along it, and how far the
         sources agree. It is empty at the level of chance and where halves contradict each other
         (never with an integer `k`). `evidence` has the keys spectra and agreement (see `Subspace`)
-        and sources, a list of records with the keys side, kind ("adapters" or "halves"), values
-        (overlap of each pair) and chance.
+        and sources, a list of records with the keys kind ("adapters" or "halves"), values (overlap
+        of each pair) and chance.
 
     Raises:
         ValueError, TypeError, FileNotFoundError: options out of range, or an adapter that cannot be
             used, see `load_adapter`.
     """
-    _check_options(k, side, scope)
+    _check_options(k, scope)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     options = Options(k if isinstance(k, int) else None, n_oversamples, n_iter, generator)
     seed = generator.initial_seed()
@@ -104,8 +99,7 @@ def identify(
             f"identify got {len(adapters)} adapters and {len(separate)} halves; give at least one "
             "adapter, and no halves or at least two."
         )
-    sides = ("write", "read") if side == "both" else (side,)
-    findings = [_search(adapters, separate, one, scope, options) for one in sides]
+    finding = _search(adapters, separate, scope, options)
     metadata = {
         "source": "weights",
         "base_model": adapters[0].base_model,
@@ -114,7 +108,6 @@ def identify(
         "halves": [one.source for one in separate],
         "options": {
             "k": k,
-            "side": side,
             "scope": scope,
             "n_oversamples": n_oversamples,
             "n_iter": n_iter,
@@ -123,7 +116,7 @@ def identify(
         "seed": seed,
         "versions": {"grasp_kernels": __version__, "torch": torch.__version__},
     }
-    return _assemble(findings, [*adapters, *separate], side, scope, metadata)
+    return _assemble(finding, [*adapters, *separate], scope, metadata)
 
 
 def agreement(first: Subspace, second: Subspace) -> float:
@@ -134,50 +127,41 @@ def agreement(first: Subspace, second: Subspace) -> float:
     Raises:
         ValueError: no module has a basis in both.
     """
-    pairs = [
-        (own[name], other[name])
-        for own, other in ((first.write, second.write), (first.read, second.read))
-        for name in own
-        if name in other
-    ]
+    own, others = first.bases, second.bases
+    pairs = [(own[name], others[name]) for name in own if name in others]
     if not pairs:
         raise ValueError(
-            f"The two subspaces have no module in common ({len(first.write) + len(first.read)} and "
-            f"{len(second.write) + len(second.read)} bases); compare non-empty ones of the same "
-            "side."
+            f"The two subspaces have no module in common ({len(own)} and {len(others)} bases); "
+            "compare non-empty ones of one model."
         )
-    # modules that share one basis on both sides have one overlap
+    # modules that share one basis in both subspaces have one overlap
     distinct = {(id(one), id(other)): (one, other) for one, other in pairs}
     values = {key: overlap(one.cpu(), other.cpu()) for key, (one, other) in distinct.items()}
     return mean(values[id(one), id(other)] for one, other in pairs)
 
 
-def _check_options(k: int | str, side: str, scope: str) -> None:
+def _check_options(k: int | str, scope: str) -> None:
     if k != "auto" and (isinstance(k, (bool, str)) or not isinstance(k, int) or k < 1):
         raise ValueError(f'k is {k!r}; it must be "auto" or a whole number of at least 1.')
-    for name, value, known in (("side", side, SIDES), ("scope", scope, SCOPES)):
-        if value not in known:
-            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}.")
+    if scope not in SCOPES:
+        raise ValueError(f"scope is {scope!r}; it must be one of {', '.join(SCOPES)}.")
 
 
 def _search(
-    adapters: list[Adapter], separate: list[Adapter], side: str, scope: str, options: Options
+    adapters: list[Adapter], separate: list[Adapter], scope: str, options: Options
 ) -> Finding:
-    """Stack one side of all adapters, search it, and compare the sources."""
-    chosen = [_of_side(one, side) for one in adapters]
+    """Stack what all adapters write, search it, and compare the sources."""
+    chosen = [_writers(one) for one in adapters]
     stack, zero = stack_blocks(layer for layers in chosen for layer in layers)
     if not stack.groups:
-        raise ValueError(
-            f"Every {side} block of the adapter is zero; identify on the other side, or train "
-            "longer."
-        )
+        raise ValueError("Every block of the adapter is zero; train longer.")
     search = search_shared if scope == "shared" else search_layers
-    finding = search(stack, side, options)
+    finding = search(stack, options)
     if len(adapters) > 1:
         stacks = [stack_blocks(layers)[0] for layers in chosen]
         compare_sources(finding, stacks, options, independent=False)
     if separate:
-        stacks = [stack_blocks(_of_side(one, side))[0] for one in separate]
+        stacks = [stack_blocks(_writers(one))[0] for one in separate]
         compare_sources(finding, stacks, options, independent=True)
     elif finding.bases is not None:
         finding.reasons.append(
@@ -186,78 +170,47 @@ def _search(
         )
     if zero:
         finding.reasons.append(f"{len(zero)} blocks are zero and were skipped ({zero[0]} first).")
-    if finding.bases is not None:
-        finding.reasons += _caveats(side, chosen)
+    if finding.bases is not None and any(
+        layer.gain is None and layer.site.norm for layers in chosen for layer in layers
+    ):
+        finding.reasons.append(_NO_GAINS)
     return finding
 
 
-def _of_side(adapter: Adapter, side: str) -> list[Any]:
-    layers = [layer for layer in adapter.layers if layer.site.role == side]
+def _writers(adapter: Adapter) -> list[LoRAWeights]:
+    layers = [layer for layer in adapter.layers if layer.site.role == "write"]
     if not layers:
-        other = "read" if side == "write" else "write"
-        names = adapter.rules.writers if side == "write" else tuple(adapter.rules.readers)
         raise ValueError(
-            f"The adapter {adapter.source!r} has no LoRA weights on the {side} side "
-            f"({', '.join(names)}); train with those as targets, or identify with side={other!r}."
+            f"The adapter {adapter.source!r} has no LoRA weights that write to the residual stream "
+            f"({', '.join(adapter.rules.writers)}); train with those as targets."
         )
     return layers
 
 
-def _caveats(side: str, chosen: list[list[Any]]) -> Iterator[str]:
-    if side == "read":
-        yield _READ_CAVEAT
-    if any(layer.gain is None and layer.site.norm for layers in chosen for layer in layers):
-        yield "The norm gains are not known and count as 1; give base_model to fold them in."
-
-
 def _assemble(
-    findings: list[Finding],
-    adapters: list[Adapter],
-    side: str,
-    scope: str,
-    metadata: dict[str, Any],
+    finding: Finding, adapters: list[Adapter], scope: str, metadata: dict[str, Any]
 ) -> Subspace:
     """Spread the bases over the modules of the model, adapted or not."""
     notes = dict.fromkeys(note for adapter in adapters for note in adapter.notes)
     evidence = {
-        "spectra": [record for finding in findings for record in finding.spectra],
-        "agreement": [record for finding in findings for record in finding.agreement],
-        "sources": [record for finding in findings for record in finding.sources],
+        "spectra": finding.spectra,
+        "agreement": finding.agreement,
+        "sources": finding.sources,
     }
-    parts = {
-        finding.side: Subspace.from_stream(
-            finding.bases,
-            _model_sites(adapters, finding.side),
-            gains=_gains(adapters),
-            side=finding.side,
-        )
-        for finding in findings
-        if finding.bases is not None
-    }
-    caveats = [_BLIND_SPOT] if parts else []
-    reasons = [
-        *(sentence for finding in findings for sentence in finding.reasons),
-        *caveats,
-        *notes,
-    ]
-    if not parts:
-        return Subspace.empty(side, scope, reasons, evidence=evidence, metadata=metadata)
-    write = parts.get("write")
-    read = parts.get("read")
-    return Subspace(
-        write.write if write else {},
-        read.read if read else {},
-        write.stream if write else None,
-        max(part.k for part in parts.values()),
-        side,
-        scope,
-        tuple(reasons),
-        evidence,
-        metadata,
+    if finding.bases is None:
+        reasons = [*finding.reasons, *notes]
+        return Subspace.empty(scope, reasons, evidence=evidence, metadata=metadata)
+    return Subspace.from_stream(
+        finding.bases,
+        _model_sites(adapters),
+        gains=_gains(adapters),
+        reasons=[*finding.reasons, _BLIND_SPOT, *notes],
+        evidence=evidence,
+        metadata=metadata,
     )
 
 
-def _model_sites(adapters: list[Adapter], side: str) -> Iterable[Site]:
+def _model_sites(adapters: list[Adapter]) -> Iterable[Site]:
     """Every site of every block, adapted or not, but those behind norms that no adapter met."""
     first = adapters[0]
     seen = [layer.site for adapter in adapters for layer in adapter.layers]
@@ -267,7 +220,7 @@ def _model_sites(adapters: list[Adapter], side: str) -> Iterable[Site]:
     norms = {site.norm for site in seen}
     for stem in dict.fromkeys(stem for stem, _, _ in places):
         for site in first.rules.sites(stem, layers):
-            if site.role == side and (site.norm is None or site.norm in norms):
+            if site.norm is None or site.norm in norms:
                 yield site
 
 

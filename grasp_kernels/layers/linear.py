@@ -1,6 +1,6 @@
 """GraspLoRALinear: peft's LoRA layer, computed by one operator that also projects the gradient.
 
-Shapes: T tokens, K in, N out, R LoRA rank, P read basis size, Q write basis size.
+Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from grasp_kernels.ops.autocast import autocast_dtype
 from grasp_kernels.ops.lora_linear import measured, padding
 from grasp_kernels.ops.lora_linear.aten import write_weight
 from grasp_kernels.ops.lora_linear.registry import KERNELS
-from grasp_kernels.ops.projection import project_columns, project_rows
+from grasp_kernels.ops.projection import project_columns
 
 
 class GraspLoRALinear(ProjectedLoRA, lora.Linear):
     """A `peft.tuners.lora.Linear` whose forward is `grasp_kernels.lora_linear`.
 
-    Bases, closure and what else it has in common with other layers are `ProjectedLoRA`'s.
+    Basis, closure and what else it has in common with other layers are `ProjectedLoRA`'s.
 
     Attributes:
         padded_weight: the buffer in which the base weight lies after `pad_weight_`, or None.
@@ -45,14 +45,13 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
         config: LoraConfig,
         *args: Any,
         write_basis: Tensor | None = None,
-        read_basis: Tensor | None = None,
         project: str = "residual",
         closed: bool = True,
         backend: str = "auto",
         **kwargs: Any,
     ) -> None:
         super().__init__(base_layer, adapter_name, config, *args, **kwargs)
-        self.set_projection(write_basis, read_basis, project, closed, backend)
+        self.set_projection(write_basis, project, closed, backend)
 
     @classmethod
     def from_linear(
@@ -65,7 +64,6 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
         use_rslora: bool = False,
         adapter_name: str = "default",
         write_basis: Tensor | None = None,
-        read_basis: Tensor | None = None,
         project: str = "residual",
         closed: bool = True,
         backend: str = "auto",
@@ -82,7 +80,6 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
             r=r,
             lora_alpha=lora_alpha,
             write_basis=write_basis,
-            read_basis=read_basis,
             project=project,
             closed=closed,
             backend=backend,
@@ -205,7 +202,7 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
             return None
         A, B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         if adapter in self.closed_adapters:
-            A, B = project_rows(A, self.read_basis), project_columns(B, self.write_basis)
+            B = project_columns(B, self.write_basis)
         with torch.autograd._unsafe_preserve_version_counter(self.padded_weight):
             held.closed_A.copy_(A)
             held.closed_B.copy_(B)

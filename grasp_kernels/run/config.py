@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from os import PathLike, fspath
 from typing import Any, Literal
 
-from grasp_kernels.choices import SCOPES, SIDES
+from grasp_kernels.choices import SCOPES
 
 IDENTIFY = ("weights", "self-contrast", "both")
 READS = ("contrastive", "free")
@@ -49,12 +49,6 @@ class RunConfig:
         choices=IDENTIFY,
     )
     k: int | Literal["auto"] = _option("auto", "number of directions, or 'auto'")
-    side: str = _option(
-        "write",
-        "layers that are looked at: those that add to the residual stream, or those that take it "
-        "as input",
-        choices=SIDES,
-    )
     scope: str = _option(
         "auto",
         "one subspace of the residual stream for all layers, or one per layer; "

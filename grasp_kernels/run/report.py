@@ -132,7 +132,7 @@ def _numbers(
         folders["retrained"] = folder.retrained
     found = None if subspace is None or subspace.is_empty else subspace
     adapters = {
-        name: {"curve": _curve(path), "leakage": _leakage(path, found)}
+        name: {"curve": _curve(path), "leakage": leakage(path, found) if found else {}}
         for name, path in folders.items()
     }
     model = load_model(inputs.checkpoint, config.dtype)
@@ -165,7 +165,7 @@ def _numbers(
 
 
 def _describe(subspace: Subspace) -> dict[str, Any]:
-    plain = ("reasons", "k", "side", "scope", "evidence", "metadata")
+    plain = ("reasons", "k", "scope", "evidence", "metadata")
     return {name: getattr(subspace, name) for name in plain}
 
 
@@ -184,15 +184,6 @@ def _curve(adapter: Path) -> dict[str, list[float]]:
     # The loss of the training data, without that of an anchor.
     losses = [entry["loss"] - entry.get("anchor", 0.0) for entry in entries]
     return {"step": [entry["step"] for entry in entries], "loss": losses}
-
-
-def _leakage(adapter: Path, subspace: Subspace | None) -> dict[str, dict[str, float | None]]:
-    if subspace is None:
-        return {}
-    return {
-        name: {"write": layer.write, "read": layer.read}
-        for name, layer in leakage(str(adapter), subspace).items()
-    }
 
 
 def _read_ratios(folder: RunFolder) -> dict[str, list[float]]:

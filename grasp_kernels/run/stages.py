@@ -299,7 +299,6 @@ def _identify_from_weights(config: RunConfig, folder: RunFolder, inputs: Inputs)
         subspace = identify(
             adapters,
             k=config.k,
-            side=config.side,
             scope="shared" if config.scope == "auto" else config.scope,
             generator=torch.Generator().manual_seed(config.seed),
             base_model=str(inputs.checkpoint),

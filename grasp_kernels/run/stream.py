@@ -52,15 +52,15 @@ class Movement:
 
 
 def layer_bases(subspace: Subspace, rules: SiteRules) -> dict[int, Tensor]:
-    """Layer -> basis of the stream after it, `[D, k]`; empty where only readers have bases."""
-    found = bases_by_layer(subspace.write, rules)
+    """Layer -> basis of the stream after it, `[D, k]`."""
+    found = bases_by_layer(subspace.bases, rules)
     return found if subspace.stream is None else dict.fromkeys(found, subspace.stream)
 
 
-def bases_by_layer(write: Mapping[str, Tensor], rules: SiteRules) -> dict[int, Tensor]:
-    """The span `[D, k]` of the write bases of each layer, from those of its modules by name."""
+def bases_by_layer(bases: Mapping[str, Tensor], rules: SiteRules) -> dict[int, Tensor]:
+    """The span `[D, k]` of the bases of each layer, from those of its modules by name."""
     found: dict[int, list[Tensor]] = {}
-    for name, basis in write.items():
+    for name, basis in bases.items():
         site = rules.site(name)
         if site is not None and site.norm is None:
             found.setdefault(site.layer, []).append(basis)
@@ -167,9 +167,9 @@ def token_scores(model: PreTrainedModel, basis: Tensor, rules: SiteRules) -> Ten
     holder, _ = find_blocks(model, rules)
     name = ".".join((holder, *rules.blocks.split(".")[:-1], rules.final_norm))
     norm: Any = model.get_submodule(name)
-    head = Site("lm_head", -1, "read", rules.final_norm, rules.norms)
+    end = Site("the last block", -1, "write", rules.final_norm, rules.norms)
     unembedding = model.get_output_embeddings().weight.float()
-    return unembedding @ head.from_stream(basis.to(unembedding), head.gain(norm.weight))
+    return unembedding @ end.to_stream(basis.to(unembedding), end.gain(norm.weight))
 
 
 def promoted_tokens(

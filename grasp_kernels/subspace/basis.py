@@ -1,7 +1,7 @@
 """The subspace that a retrain must not rely on: bases by module name, and why to trust them.
 
-Shapes: `D` width of the residual stream, `k` directions in it, `K` inputs and `N` outputs of a
-linear layer, `P` and `Q` columns of a read and of a write basis.
+Shapes: `D` width of the residual stream, `k` directions in it, `N` outputs of a linear layer, `Q`
+columns of its basis.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grasp_kernels.choices import SCOPES, SIDES
+from grasp_kernels.choices import SCOPES
 from grasp_kernels.files import whole_file
 from grasp_kernels.sites import Site
-from grasp_kernels.subspace.header import header_fault
+from grasp_kernels.subspace.header import current, header_fault
 
 _ORTHONORMAL_TOLERANCE = 1e-5
 _FORMAT = "grasp_kernels.subspace.basis"
-_FORMAT_VERSION = 2  # 1 also had a verdict, which is ignored
+_FORMAT_VERSION = 3  # see `header.current`
 
 
 @dataclass(frozen=True)
@@ -31,20 +31,18 @@ class Subspace:
     """Bases of the directions along which a fine-tune moved, by module name in the base model.
 
     Attributes:
-        write: writer -> `V[N,Q]`, float32, orthonormal columns, in the coordinates of its own
-            output: those of the stream, unless a norm stands between (then its gain is folded in).
-        read: reader -> `U[K,P]`, float32, orthonormal columns, in the reader's own input
-            coordinates (the norm's gain is folded in).
-        stream: `[D,k]`, the write basis in the stream where one basis serves all layers, else None.
+        bases: module that writes to the stream -> `V[N,Q]`, float32, orthonormal columns, in the
+            coordinates of its own output: those of the stream, unless a norm stands between (then
+            its gain is folded in).
+        stream: `[D,k]`, the basis in the stream where one serves all layers, else None.
         k: number of directions (the largest of any layer where scope is "layer").
-        side: "write", "read" or "both".
         scope: "shared" (one basis for all layers) or "layer".
         reasons: what was measured and what each test gave, in sentences.
         evidence: JSON-able; "spectra" is a list of records, one per basis that was looked for, with
-            the keys side, layer (None for a shared basis), k, singular_values, null (95 % quantile
-            by index), gap, and statistic where the null belongs to other values than the singular
-            ones; "agreement" is a list of records with the keys side, layers (ids), values
-            (cosines), chance. The sources of subspaces add keys of their own.
+            the keys layer (None for a shared basis), k, singular_values, null (95 % quantile by
+            index), gap, and statistic where the null belongs to other values than the singular
+            ones; "agreement" is a list of records with the keys layers (ids), values (cosines),
+            chance. The sources of subspaces add keys of their own.
         metadata: JSON-able; where the bases come from (source, base_model, model_type, options,
             versions).
 
@@ -53,20 +51,17 @@ class Subspace:
             contradicts another.
     """
 
-    write: dict[str, Tensor]
-    read: dict[str, Tensor]
+    bases: dict[str, Tensor]
     stream: Tensor | None
     k: int
-    side: str
     scope: str
     reasons: tuple[str, ...] = ()
     evidence: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, value, known in (("side", self.side, SIDES), ("scope", self.scope, SCOPES)):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}.")
+        if self.scope not in SCOPES:
+            raise ValueError(f"scope is {self.scope!r}; it must be one of {', '.join(SCOPES)}.")
         checked: set[int] = set()
         for name, basis in self._named():
             if id(basis) not in checked:
@@ -79,9 +74,9 @@ class Subspace:
             )
 
     @classmethod
-    def empty(cls, side: str, scope: str, reasons: Iterable[str], **fields: Any) -> Subspace:
+    def empty(cls, scope: str, reasons: Iterable[str], **fields: Any) -> Subspace:
         """The subspace without a direction, and why it has none."""
-        return cls({}, {}, None, 0, side, scope, tuple(reasons), **fields)
+        return cls({}, None, 0, scope, tuple(reasons), **fields)
 
     @classmethod
     def from_stream(
@@ -90,7 +85,6 @@ class Subspace:
         sites: Iterable[Site],
         *,
         gains: Mapping[str, Tensor] | None = None,
-        side: str = "write",
         reasons: Iterable[str] = (),
         evidence: dict[str, Any] | None = None,
         metadata: dict[str, Any] | None = None,
@@ -101,40 +95,37 @@ class Subspace:
             basis: `[D,k]` (or `[D]`) for all layers, or a mapping layer -> `[D,k]`; layers that the
                 mapping lacks get no basis. Columns need not be orthonormal, but must be
                 independent.
-            sites: the writers and readers of the model, see `sites.model_sites`.
-            gains: norm -> `γ[D]`, see `sites.model_gains`. A stream direction `u` reaches a reader
-                as `γ ⊙ u`, so its basis is `orth(γ ⊙ u)`, and so is that of a writer before a norm
-                (for both see `sites`); a norm without an entry has `γ = 1`.
-            side: which sites get a basis.
+            sites: of the model, see `sites.model_sites`; those that write to the stream get a
+                basis.
+            gains: norm -> `γ[D]`, see `sites.model_gains`. A writer before a norm moves the stream
+                along `γ ⊙ y`, so its basis is `orth(γ ⊙ u)` (see `sites`); a norm without an entry
+                has `γ = 1`.
 
         Raises:
             ValueError: a width that does not fit, or dependent columns.
         """
         by_layer = isinstance(basis, Mapping)
         streams = _per_layer(basis)
-        write: dict[str, Tensor] = {}
-        read: dict[str, Tensor] = {}
+        bases: dict[str, Tensor] = {}
         folded: dict[tuple[int, str | None], Tensor] = {}
         for site in sites:
             stream = streams.get(site.layer if by_layer else -1)
-            if stream is None or side not in (site.role, "both"):
+            if stream is None or site.role != "write":
                 continue
             key = (id(stream), site.norm)
             if key not in folded:
                 gain = (gains or {}).get(site.norm) if site.norm else None
                 folded[key] = basis_at(site, stream, gain)
-            (write if site.role == "write" else read)[site.name] = folded[key]
-        if not write and not read:
+            bases[site.name] = folded[key]
+        if not bases:
             raise ValueError(
-                f"None of the sites takes a {side} basis in the layers "
-                f"{sorted(streams) if by_layer else 'given'}; check `sites` and `side`."
+                "None of the sites writes to the stream in the layers "
+                f"{sorted(streams) if by_layer else 'given'}; check `sites`."
             )
         return cls(
-            write,
-            read,
-            None if by_layer or side == "read" else streams[-1],
-            max(stream.shape[1] for stream in (*write.values(), *read.values())),
-            side,
+            bases,
+            None if by_layer else streams[-1],
+            max(basis.shape[1] for basis in bases.values()),
             "layer" if by_layer else "shared",
             tuple(reasons),
             evidence or {},
@@ -143,15 +134,14 @@ class Subspace:
 
     @property
     def is_empty(self) -> bool:
-        return not self.write and not self.read and self.stream is None
+        return not self.bases and self.stream is None
 
     def to(self, device: torch.device | str) -> Subspace:
         """The same subspace on another device; modules that share a basis go on sharing it."""
         moved = {id(basis): basis.to(device) for _, basis in self._named()}
         return replace(
             self,
-            write={name: moved[id(basis)] for name, basis in self.write.items()},
-            read={name: moved[id(basis)] for name, basis in self.read.items()},
+            bases={name: moved[id(basis)] for name, basis in self.bases.items()},
             stream=None if self.stream is None else moved[id(self.stream)],
         )
 
@@ -167,8 +157,7 @@ class Subspace:
                 tensors[keys[id(basis)]] = basis.cpu().contiguous()
         header = {
             "version": _FORMAT_VERSION,
-            "write": {name: keys[id(basis)] for name, basis in self.write.items()},
-            "read": {name: keys[id(basis)] for name, basis in self.read.items()},
+            "bases": {name: keys[id(basis)] for name, basis in self.bases.items()},
             "stream": None if self.stream is None else keys[id(self.stream)],
             **{name: getattr(self, name) for name in _PLAIN_FIELDS},
         }
@@ -182,7 +171,7 @@ class Subspace:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: not a subspace file, or one of a newer format.
+            ValueError: not a subspace file, or one of a newer format, or of layers that read.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -215,6 +204,7 @@ class Subspace:
                 f"{str(path)!r} has subspace format {version}, this version reads up to "
                 f"{_FORMAT_VERSION}; upgrade grasp_kernels."
             )
+        header = current(header, path)
         wrong = header_fault(header, tensors)
         if wrong:
             raise ValueError(
@@ -223,8 +213,7 @@ class Subspace:
             )
         fields = {name: header[name] for name in _PLAIN_FIELDS}
         return cls(
-            write={name: tensors[key] for name, key in header["write"].items()},
-            read={name: tensors[key] for name, key in header["read"].items()},
+            bases={name: tensors[key] for name, key in header["bases"].items()},
             stream=None if header["stream"] is None else tensors[header["stream"]],
             **{**fields, "reasons": tuple(fields["reasons"])},
         )
@@ -243,10 +232,10 @@ class Subspace:
 
     def _named(self) -> list[tuple[str, Tensor]]:
         stream = [] if self.stream is None else [("the residual stream", self.stream)]
-        return [*self.write.items(), *self.read.items(), *stream]
+        return [*self.bases.items(), *stream]
 
 
-_PLAIN_FIELDS = ("k", "side", "scope", "reasons", "evidence", "metadata")
+_PLAIN_FIELDS = ("k", "scope", "reasons", "evidence", "metadata")
 
 
 def check_basis(name: str, basis: Tensor) -> None:

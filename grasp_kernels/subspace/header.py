@@ -4,12 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
+from os import PathLike, fspath
 from typing import Any
 
-from grasp_kernels.choices import SCOPES, SIDES
+from grasp_kernels.choices import SCOPES
 from grasp_kernels.inert import shown
 
 _Check = Callable[[Any], bool]
+
+
+def current(header: Any, path: str | PathLike[str]) -> Any:
+    """A header in the format that is written now.
+
+    Format 2 kept bases of layers that write to the stream apart from those of layers that read it,
+    and 1 also had a verdict, which is ignored.
+
+    Raises:
+        ValueError: the subspace was looked for in layers that read the stream.
+    """
+    if not isinstance(header, dict) or "side" not in header:
+        return header
+    if header["side"] in ("read", "both"):
+        raise ValueError(
+            f"{fspath(path)!r} holds directions along which layers read the residual stream, which "
+            "are no longer used; make one anew with `grasp-kernels identify`."
+        )
+    return {**header, "bases": header.get("write")}
 
 
 def header_fault(header: Any, tensors: Collection[str]) -> str | None:
@@ -19,11 +39,9 @@ def header_fault(header: Any, tensors: Collection[str]) -> str | None:
     keys = _object_of(lambda value: isinstance(value, str) and value in tensors)
     forms: dict[str, _Check] = {
         "version": _is_count,
-        "write": keys,
-        "read": keys,
+        "bases": keys,
         "stream": lambda value: value is None or (isinstance(value, str) and value in tensors),
         "k": _is_count,
-        "side": lambda value: value in SIDES,
         "scope": lambda value: value in SCOPES,
         "reasons": _list_of(lambda value: isinstance(value, str)),
         "evidence": _is_evidence,
@@ -38,7 +56,7 @@ def header_fault(header: Any, tensors: Collection[str]) -> str | None:
         header["metadata"]["model_type"], str
     ):
         return f"model_type is {shown(header['metadata']['model_type'])}"
-    used = {*header["write"].values(), *header["read"].values(), header["stream"]}
+    used = {*header["bases"].values(), header["stream"]}
     left = sorted(set(tensors) - used)
     return f"nothing refers to its tensor {shown(left[0])}" if left else None
 
@@ -49,10 +67,6 @@ def _is_count(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_side(value: Any) -> bool:
-    return value in ("write", "read")
 
 
 def _list_of(fits: _Check, least: int = 0) -> _Check:
@@ -76,7 +90,6 @@ _numbers = _list_of(_is_number, least=1)
 _RECORDS: dict[str, _Check] = {
     "spectra": _record_of(
         {
-            "side": _is_side,
             "layer": lambda value: value is None or _is_count(value),
             "k": _is_count,
             "gap": _is_number,
@@ -87,7 +100,6 @@ _RECORDS: dict[str, _Check] = {
     ),
     "agreement": _record_of(
         {
-            "side": _is_side,
             "layers": _list_of(_is_count),
             "values": _numbers,
             "chance": _is_number,
