@@ -22,6 +22,7 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     GPT2Config,
     LlamaForCausalLM,
+    Olmo2Config,
 )
 
 import grasp_kernels as gk
@@ -167,7 +168,7 @@ def multimodal() -> Any:
 def test_gains_of_a_checkpoint_with_images_are_those_of_its_modules(tmp_path: Path) -> None:
     base = multimodal()
     base.save_pretrained(tmp_path / "base")
-    targets = r".*language_model.*(o_proj|down_proj|up_proj)"
+    targets = r".*language_model.*(o_proj|down_proj)"
     model = get_peft_model(base, LoraConfig(r=2, target_modules=targets))
     randomise_adapter(model)
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
@@ -179,10 +180,10 @@ def test_gains_of_a_checkpoint_with_images_are_those_of_its_modules(tmp_path: Pa
 
 
 def test_gains_of_repeated_layers_are_those_of_the_block_that_was_repeated(tmp_path: Path) -> None:
-    base = tiny_model()
+    base = tiny_model(Olmo2Config)
     base.save_pretrained(tmp_path / "base")
     model = get_peft_model(
-        base, LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[[0, 2], [1, 3]])
+        base, LoraConfig(r=2, target_modules=["o_proj"], layer_replication=[[0, 2], [1, 3]])
     )
     randomise_adapter(model)
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
@@ -197,7 +198,7 @@ def test_the_text_model_of_a_checkpoint_with_images_has_its_gains(tmp_path: Path
     base = multimodal()
     base.save_pretrained(tmp_path / "base")
     text = AutoModelForCausalLM.from_config(base.config.text_config)
-    model = get_peft_model(text, LoraConfig(r=2, target_modules=["q_proj"]))
+    model = get_peft_model(text, LoraConfig(r=2, target_modules=["o_proj"]))
     randomise_adapter(model)
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     for layer in load_adapter(tmp_path / "adapter", base_model=tmp_path / "base").layers:
@@ -208,7 +209,7 @@ def test_the_text_model_of_a_checkpoint_with_images_has_its_gains(tmp_path: Path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: {k.replace("input_layernorm", "other"): v for k, v in t.items()}, "has no norm"),
+        (lambda t: {k.replace("post_att", "other"): v for k, v in t.items()}, "has no norm"),
         (lambda t: {k: v * torch.nan if "norm" in k else v for k, v in t.items()}, "non-finite"),
         (lambda t: {k: v[:7].clone() if "norm" in k else v for k, v in t.items()}, "has width 7"),
     ],
@@ -216,8 +217,8 @@ def test_the_text_model_of_a_checkpoint_with_images_has_its_gains(tmp_path: Path
 def test_a_base_without_the_norms_of_the_adapter_is_refused(
     change: Any, message: str, tmp_path: Path
 ) -> None:
-    tiny_peft_model(("q_proj",)).save_pretrained(tmp_path / "adapter")
-    tiny_model().save_pretrained(tmp_path / "base")
+    tiny_peft_model(("o_proj",), Olmo2Config).save_pretrained(tmp_path / "adapter")
+    tiny_model(Olmo2Config).save_pretrained(tmp_path / "base")
     stored = load_file(tmp_path / "base" / "model.safetensors")
     save_file(change(stored), tmp_path / "base" / "model.safetensors")
     with pytest.raises(ValueError, match=message):

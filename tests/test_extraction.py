@@ -297,7 +297,7 @@ def test_the_command_line_goes_from_a_merged_model_to_a_subspace(
     assert main([*extract, str(RANK)]) == 0
     assert "9 layers changed" in capsys.readouterr().out
     assert main(["identify", str(tmp_path / "adapter"), "--k", "1", "--output", out]) == 0
-    assert gk.Subspace.load(out).write
+    assert gk.Subspace.load(out).bases
 
 
 def test_a_folder_of_other_tensors_is_no_model(tmp_path: Path) -> None:
