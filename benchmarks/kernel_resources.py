@@ -60,7 +60,7 @@ _OPCODES = ("HMMA", "HGMMA", "UTCHMMA", "UTMALDG", "UTMASTG", "LDGSTS", "FFMA", 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of the operator. Shapes: T tokens, K in, N out, R rank, Q size of both bases."""
+    """One call of the operator. Shapes: T tokens, K in, N out, R rank, Q basis size."""
 
     T: int = 8192
     K: int = 4096
@@ -132,7 +132,6 @@ def _call(case: Case) -> None:
 
     T, K, N, R, Q = case.T, case.K, case.N, case.R, case.Q
     A, B = empty(R, K, dtype=torch.float32), empty(N, R, dtype=torch.float32)
-    V, U = (empty(width, Q, dtype=torch.float32) if Q else None for width in (N, K))
     padded = empty(N + spare(R, Q), K + spare(R, Q)) if case.padded else None
     weight = empty(N, K) if padded is None else padded[:N, :K]
     op = Operands(
@@ -141,8 +140,7 @@ def _call(case: Case) -> None:
         lora_A=A,
         lora_B=B,
         lora_bias=None,
-        write_basis=V,
-        read_basis=U,
+        write_basis=empty(N, Q, dtype=torch.float32) if Q else None,
         write_weight=empty(Q, K) if Q else None,
         closed_A=empty(R, K),
         closed_B=empty(N, R),

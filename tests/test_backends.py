@@ -148,7 +148,7 @@ def test_the_stored_table_is_well_formed() -> None:
 
 def test_on_a_cpu_nothing_is_looked_up() -> None:
     inputs = make_inputs(Case())
-    names = ("weight", "bias", "lora_A", "lora_B", "lora_bias", "write_basis", "read_basis")
+    names = ("weight", "bias", "lora_A", "lora_B", "lora_bias", "write_basis")
     tensors = (*(inputs[n] for n in names), *(None,) * 5)
     assert measured.order(inputs["x"], Operands(*tensors, 1.0, 0.0, True, True)) == measured.SAFE
     assert not measured.prefers_kernels(torch.device("cpu"))
@@ -171,12 +171,11 @@ def test_short_calls_are_the_library_s(table: Path, monkeypatch: pytest.MonkeyPa
     assert measured.order(OnGPU(measured.LEAST_TOKENS), narrow) == measured.SAFE  # type: ignore[arg-type]
 
 
-def operands(K: int, N: int, R: int, P: int = 0, Q: int = 0) -> Operands:
+def operands(K: int, N: int, R: int, Q: int = 0) -> Operands:
     """A layer of these sizes that nobody computes."""
-    bases = (torch.empty(N, Q) if Q else None, torch.empty(K, P) if P else None)
-    factors = torch.empty(R, K), torch.empty(N, R)
+    factors, basis = (torch.empty(R, K), torch.empty(N, R)), torch.empty(N, Q) if Q else None
     return Operands(
-        torch.empty(N, K), None, *factors, None, *bases, *(None,) * 5, 1.0, 0.0, True, True
+        torch.empty(N, K), None, *factors, None, basis, *(None,) * 5, 1.0, 0.0, True, True
     )
 
 

@@ -58,7 +58,7 @@ def test_finetune_along_a_subspace(
         *(tiny_model_dir, chat_jsonl, tmp_path / "closed"),
         *("--subspace", tmp_path / "one.safetensors"),
     )
-    assert re.search(r"with a write basis +6\n", out)
+    assert re.search(r"with a basis +6\n", out)
     (checkpoint,) = (tmp_path / "closed" / "checkpoints").glob("checkpoint-*")
     for adapter in (tmp_path / "closed", checkpoint):
         for leak in gk.leakage(adapter, subspace).values():

@@ -1,6 +1,6 @@
 """What a call of the operator may be given, or a sentence on what is wrong.
 
-Shapes: T tokens, K in, N out, R LoRA rank, P read basis size, Q write basis size.
+Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ def check(
     lora_B: Tensor,
     lora_bias: Tensor | None,
     write_basis: Tensor | None,
-    read_basis: Tensor | None,
     write_weight: Tensor | None,
     closed_A: Tensor | None,
     closed_B: Tensor | None,
@@ -30,7 +29,6 @@ def check(
     if R == 0:
         raise ValueError("lora_A has rank 0; a LoRA layer needs a rank of at least 1.")
     Q = 0 if write_basis is None else write_basis.shape[-1]
-    P = 0 if read_basis is None else read_basis.shape[-1]
     rows, device, dtype = x.shape[:-1], x.device, x.dtype
     for name, tensor, shape in (
         ("base", base, (*rows, N)),
@@ -40,7 +38,6 @@ def check(
         ("lora_B", lora_B, (N, R)),
         ("lora_bias", lora_bias, (N,)),
         ("write_basis", write_basis, (N, Q)),
-        ("read_basis", read_basis, (K, P)),
         ("write_weight", write_weight, (Q, K)),
         ("closed_factors[0]", closed_A, (R, K)),
         ("closed_factors[1]", closed_B, (N, R)),

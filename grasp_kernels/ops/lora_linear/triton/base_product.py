@@ -7,7 +7,7 @@ R = 16, in µs (library product alone, with addmm, extended): 4096→1024 93, 10
 28672→8192 4836, 4958, 4726. So it is taken wherever such a part multiplies.
 Where the layer's weight is padded (`padding`), the library's own product can carry them; that costs
 one write of the inner operand, `2 T I` bytes, instead of `4 T J`.
-Shapes: T tokens, I inner and J outer width of the product, R LoRA rank, Q write basis size.
+Shapes: T tokens, I inner and J outer width of the product, R LoRA rank, Q basis size.
 """
 
 from __future__ import annotations
