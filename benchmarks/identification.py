@@ -71,7 +71,6 @@ def rows(models: list[str], R: int, rounds: int) -> Iterator[dict[str, Any]]:
             yield {
                 "model": model,
                 "R": R,
-                "side": "write",
                 "first": seconds[0],
                 "seconds": times.median / 1e3,
                 "p20": times.p20 / 1e3,

@@ -59,7 +59,7 @@ _OPCODES = ("HMMA", "HGMMA", "UTCHMMA", "UTMALDG", "UTMASTG", "LDGSTS", "FFMA", 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of the operator. Shapes: T tokens, K in, N out, R rank, Q size of both bases."""
+    """One call of the operator. Shapes: T tokens, K in, N out, R rank, Q basis size."""
 
     T: int = 8192
     K: int = 4096
@@ -126,15 +126,13 @@ def _call(case: Case) -> None:
 
     T, K, N, R, Q = case.T, case.K, case.N, case.R, case.Q
     A, B = empty(R, K, dtype=torch.float32), empty(N, R, dtype=torch.float32)
-    V, U = (empty(width, Q, dtype=torch.float32) if Q else None for width in (N, K))
     op = Operands(
         weight=None if case.base else empty(N, K),
         bias=empty(N) if case.bias else None,
         lora_A=A,
         lora_B=B,
         lora_bias=None,
-        write_basis=V,
-        read_basis=U,
+        write_basis=empty(N, Q, dtype=torch.float32) if Q else None,
         write_weight=empty(Q, K) if Q else None,
         dropout_seed=empty(1, dtype=torch.int64) if case.dropout_p else None,
         scaling=2.0,

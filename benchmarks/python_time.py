@@ -24,7 +24,7 @@ ROUNDS, CALLS = 40, 100
 
 
 def layer(ours: bool, Q: int = 0, *, frozen: bool = False, mixed: bool = False) -> lora.Linear:
-    """peft's, or ours with a write basis of Q directions; with A frozen; or as peft makes them by
+    """peft's, or ours with a basis of Q directions; with A frozen; or as peft makes them by
     default, an adapter of float32 over a base of bfloat16."""
     base = nn.Sequential(nn.Linear(FEATURES, FEATURES, bias=False))
     config = LoraConfig(r=RANK, target_modules=["0"], init_lora_weights=False)

@@ -35,8 +35,7 @@ def main() -> None:
     if subspace.is_empty:
         return
     leaks = gk.leakage(arguments.adapters[-1], subspace)
-    shares = {name: max(leak.write or 0.0, leak.read or 0.0) for name, leak in leaks.items()}
-    for name, share in sorted(shares.items(), key=lambda item: -item[1]):
+    for name, share in sorted(leaks.items(), key=lambda item: -item[1]):
         print(f"{share:8.2%} of the update of {name} lies along the subspace")
     for name in leaks.unseen:
         print(f"not looked at: {name}")

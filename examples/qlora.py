@@ -68,7 +68,7 @@ def main() -> None:
     trainer.train()
     model.save_pretrained(arguments.output)  # stock peft and vLLM load it
     if subspace is not None and not subspace.is_empty:
-        worst = max(share or 0.0 for leak in gk.leakage(model).values() for share in leak)
+        worst = max(gk.leakage(model).values())
         print(f"largest share of an update along the subspace: {worst:.1e}")
 
 

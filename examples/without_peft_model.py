@@ -3,7 +3,7 @@
     python examples/without_peft_model.py
 
 A small network learns a regression whose targets all carry an offset along one direction that
-nobody asked for. With that direction as write basis the rest is learned and most of the offset is
+nobody asked for. With that direction as its basis the rest is learned and most of the offset is
 not: the outputs move 1.7 of 10 along it, where a stock adapter moves them 9.4.
 """
 
@@ -37,7 +37,7 @@ def main() -> None:
         model, moved = train(x, target, basis)
         rest = moved - moved @ direction @ direction.mT
         print(f"{title}: moved {(moved @ direction).mean():.2f} along, {rest.norm():.0f} beside")
-    print({name: f"leakage {leak.write:.0e}" for name, leak in gk.leakage(model).items()})
+    print({name: f"leakage {leak:.0e}" for name, leak in gk.leakage(model).items()})
 
 
 if __name__ == "__main__":

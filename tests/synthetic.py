@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from grasp_kernels.adapters import Adapter, LoRAWeights
-from grasp_kernels.models.architectures import RULES
+from grasp_kernels.models.architectures import RULES, SiteRules
 
 RULE = RULES["llama"]
 
@@ -26,31 +26,26 @@ def synthetic_adapter(
     strength: float = 2.0,
     carriers: Sequence[int] | None = None,
     adapted: Iterable[int] | None = None,
-    side: str = "write",
-    gains: bool = False,
+    rule: SiteRules = RULE,
     seed: int = 0,
 ) -> Adapter:
-    """Gaussian factors; on `carriers` (default: all) the stream side of each block is moved along
-    `planted[width, k]`, `strength` times as far as along a typical direction of the noise."""
+    """Gaussian factors; on `carriers` (default: all) each block moves the stream along
+    `planted[width, k]`, `strength` times as far as along a typical direction of the noise, behind
+    its norm where the rule has one."""
     generator = torch.Generator().manual_seed(seed)
-    chosen = range(layers) if adapted is None else adapted
-    known: dict[str | None, Tensor] = {}
+    chosen = list(range(layers) if adapted is None else adapted)
+    norms = {site.norm for site in rule.sites("model.layers", chosen)}
     weights = []
-    for site in RULE.sites("model.layers", chosen):
-        if site.role != side:
+    for site in rule.sites("model.layers", chosen):
+        if site.role != "write" or site.name in norms:
             continue
-        if gains and site.norm not in known:
-            known[site.norm] = torch.rand(width, generator=generator) + 0.5
-        gain = known.get(site.norm) if side == "read" else None
+        gain = torch.rand(width, generator=generator) + 0.5 if site.norm else None
         stream = torch.randn(width, rank, generator=generator) / width**0.5
         other = torch.randn(rank, 3 * width, generator=generator) / (3 * width) ** 0.5
         if planted is not None and (carriers is None or site.layer in carriers):
             for direction in planted.mT:
                 mixing = torch.randn(rank, generator=generator) / rank**0.5
                 stream += strength * torch.outer(direction, mixing)
-        if side == "write":
-            weights.append(LoRAWeights(site, other, stream, 2.0, None))
-        else:
-            seen = stream.mT if gain is None else stream.mT / gain
-            weights.append(LoRAWeights(site, seen, other.mT, 2.0, gain))
-    return Adapter(tuple(weights), f"seed {seed}", None, "llama", layers, RULE, ())
+        before = stream if gain is None else stream / gain[:, None]
+        weights.append(LoRAWeights(site, other, before, 2.0, gain))
+    return Adapter(tuple(weights), f"seed {seed}", None, "llama", layers, rule, ())

@@ -12,6 +12,7 @@ from oracle import budget, relative_error
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import Olmo2Config
 
 from grasp_kernels.adapters import Adapter, load_adapter
 from grasp_kernels.models.architectures import SiteRules
@@ -104,14 +105,14 @@ def test_an_initialisation_that_moves_the_base_is_noted() -> None:
 
 @pytest.mark.parametrize("from_folder", [False, True])
 def test_base_model_gives_gains_type_and_depth(tmp_path: Path, from_folder: bool) -> None:
-    model = tiny_peft_model(layers_to_transform=[0])
+    model = tiny_peft_model(config_class=Olmo2Config, layers_to_transform=[0])
     adapter_folder = saved(model, tmp_path / "adapter")
-    base = tiny_model()
+    base = tiny_model(Olmo2Config)
     base.save_pretrained(tmp_path / "base")
     adapter = load_adapter(adapter_folder, base_model=tmp_path / "base" if from_folder else base)
-    assert (adapter.model_type, adapter.n_layers) == ("llama", 3)
+    assert (adapter.model_type, adapter.n_layers) == ("olmo2", 3)
     for layer in adapter.layers:
-        if layer.site.role == "read":
+        if layer.site.role == "write":
             norm = base.get_submodule(str(layer.site.norm))
             assert layer.gain is not None and layer.gain.equal(norm.weight)
         else:
@@ -119,8 +120,8 @@ def test_base_model_gives_gains_type_and_depth(tmp_path: Path, from_folder: bool
 
 
 def test_the_base_folder_named_in_the_config_is_used(tmp_path: Path) -> None:
-    tiny_model().save_pretrained(tmp_path / "base", max_shard_size="20KB")
-    folder = saved(tiny_peft_model(("q_proj",)), tmp_path / "adapter")
+    tiny_model(Olmo2Config).save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    folder = saved(tiny_peft_model(("o_proj",), Olmo2Config), tmp_path / "adapter")
     assert load_adapter(folder).layers[0].gain is None
     edit_config(folder, base_model_name_or_path=str(tmp_path / "base"))
     adapter = load_adapter(folder)
@@ -128,10 +129,11 @@ def test_the_base_folder_named_in_the_config_is_used(tmp_path: Path) -> None:
 
 
 def test_gains_of_a_backbone_are_found_under_its_shorter_names() -> None:
-    model = get_peft_model(tiny_model().model, LoraConfig(r=2, target_modules=["q_proj"]))
+    backbone = tiny_model(Olmo2Config).model
+    model = get_peft_model(backbone, LoraConfig(r=2, target_modules=["o_proj"]))
     randomise_adapter(model)
-    adapter = load_adapter(model, base_model=tiny_model())
-    assert adapter.layers[0].site.name == "layers.0.self_attn.q_proj"
+    adapter = load_adapter(model, base_model=tiny_model(Olmo2Config))
+    assert adapter.layers[0].site.name == "layers.0.self_attn.o_proj"
     assert adapter.layers[0].gain is not None
 
 
@@ -177,7 +179,7 @@ def test_a_trainer_checkpoint_is_an_adapter_folder(tmp_path: Path) -> None:
 
 
 def test_rules_of_the_caller() -> None:
-    rules = SiteRules(writers=("self_attn.q_proj",), readers={})
+    rules = SiteRules(writers=("self_attn.q_proj",))
     adapter = load_adapter(tiny_peft_model(("q_proj", "o_proj")), sites=rules)
     assert {layer.site.role for layer in adapter.layers} == {"write"} and len(adapter.layers) == 3
     with pytest.raises(ValueError, match="no LoRA weights on a writer or a reader"):

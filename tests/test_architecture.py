@@ -14,7 +14,7 @@ ROOT = Path(gk.__file__).parent
 # Each folder or file imports from lower layers alone, and from those named beside it in its own.
 LAYERS: tuple[dict[str, set[str]], ...] = (
     {
-        **{leaf: set() for leaf in ("choices", "cpu", "inert", "svd", "version")},
+        **{leaf: set() for leaf in ("cpu", "inert", "svd", "version")},
         "files": {"inert"},
     },
     {"data": set(), "models": set(), "ops": set(), "pages": set()},

@@ -22,6 +22,7 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     GPT2Config,
     LlamaForCausalLM,
+    Olmo2Config,
 )
 
 import grasp_kernels as gk
@@ -40,9 +41,9 @@ def direction(seed: int = 4) -> Tensor:
     return v / v.norm()
 
 
-def along(model: Any, side: str = "write") -> gk.Subspace:
+def along(model: Any) -> gk.Subspace:
     sites = model_sites(model)
-    return gk.Subspace.from_stream(direction(), sites, gains=model_gains(model, sites), side=side)
+    return gk.Subspace.from_stream(direction(), sites, gains=model_gains(model, sites))
 
 
 def edit(folder: Path, change: Any) -> Path:
@@ -167,7 +168,7 @@ def multimodal() -> Any:
 def test_gains_of_a_checkpoint_with_images_are_those_of_its_modules(tmp_path: Path) -> None:
     base = multimodal()
     base.save_pretrained(tmp_path / "base")
-    targets = r".*language_model.*(o_proj|down_proj|up_proj)"
+    targets = r".*language_model.*(o_proj|down_proj)"
     model = get_peft_model(base, LoraConfig(r=2, target_modules=targets))
     randomise_adapter(model)
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
@@ -179,10 +180,10 @@ def test_gains_of_a_checkpoint_with_images_are_those_of_its_modules(tmp_path: Pa
 
 
 def test_gains_of_repeated_layers_are_those_of_the_block_that_was_repeated(tmp_path: Path) -> None:
-    base = tiny_model()
+    base = tiny_model(Olmo2Config)
     base.save_pretrained(tmp_path / "base")
     model = get_peft_model(
-        base, LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[[0, 2], [1, 3]])
+        base, LoraConfig(r=2, target_modules=["o_proj"], layer_replication=[[0, 2], [1, 3]])
     )
     randomise_adapter(model)
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
@@ -197,7 +198,7 @@ def test_the_text_model_of_a_checkpoint_with_images_has_its_gains(tmp_path: Path
     base = multimodal()
     base.save_pretrained(tmp_path / "base")
     text = AutoModelForCausalLM.from_config(base.config.text_config)
-    model = get_peft_model(text, LoraConfig(r=2, target_modules=["q_proj"]))
+    model = get_peft_model(text, LoraConfig(r=2, target_modules=["o_proj"]))
     randomise_adapter(model)
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     for layer in load_adapter(tmp_path / "adapter", base_model=tmp_path / "base").layers:
@@ -208,7 +209,7 @@ def test_the_text_model_of_a_checkpoint_with_images_has_its_gains(tmp_path: Path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: {k.replace("input_layernorm", "other"): v for k, v in t.items()}, "has no norm"),
+        (lambda t: {k.replace("post_att", "other"): v for k, v in t.items()}, "has no norm"),
         (lambda t: {k: v * torch.nan if "norm" in k else v for k, v in t.items()}, "non-finite"),
         (lambda t: {k: v[:7].clone() if "norm" in k else v for k, v in t.items()}, "has width 7"),
     ],
@@ -216,8 +217,8 @@ def test_the_text_model_of_a_checkpoint_with_images_has_its_gains(tmp_path: Path
 def test_a_base_without_the_norms_of_the_adapter_is_refused(
     change: Any, message: str, tmp_path: Path
 ) -> None:
-    tiny_peft_model(("q_proj",)).save_pretrained(tmp_path / "adapter")
-    tiny_model().save_pretrained(tmp_path / "base")
+    tiny_peft_model(("o_proj",), Olmo2Config).save_pretrained(tmp_path / "adapter")
+    tiny_model(Olmo2Config).save_pretrained(tmp_path / "base")
     stored = load_file(tmp_path / "base" / "model.safetensors")
     save_file(change(stored), tmp_path / "base" / "model.safetensors")
     with pytest.raises(ValueError, match=message):
@@ -280,8 +281,8 @@ def test_biases_of_lora_are_measured_and_projected(
         },
     )
     leaks = gk.leakage(tmp_path / "closed", subspace)
-    assert leaks.pop("model.layers.1.mlp.down_proj").write == pytest.approx(1.0)
-    assert max(leak.write or 0.0 for leak in leaks.values()) <= 1e-6
+    assert leaks.pop("model.layers.1.mlp.down_proj") == pytest.approx(1.0)
+    assert max(leaks.values()) <= 1e-6
     assert checked(capsys, tmp_path / "closed", tmp_path / "s")[0] == 1
 
 
@@ -317,7 +318,7 @@ def test_trained_biases_of_the_base_are_named_or_measured(
         changed.transformer.h[0].mlp.c_proj.bias += direction()
         changed.transformer.h[1].attn.c_attn.bias += 1  # of a reader: nothing in the stream
     leaks = gk.leakage(changed, subspace, base=base)
-    assert leaks["transformer.h.0.mlp.c_proj"].write == pytest.approx(1.0) and not leaks.unseen
+    assert leaks["transformer.h.0.mlp.c_proj"] == pytest.approx(1.0) and not leaks.unseen
 
 
 # --- mixtures of experts
@@ -342,7 +343,7 @@ def test_merged_experts_are_measured_in_folders_as_in_models(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = tiny(family)
-    merged, subspace = copy.deepcopy(base), along(base, side="both")
+    merged, subspace = copy.deepcopy(base), along(base)
     with torch.no_grad():
         for name, p in merged.named_parameters():
             if name.endswith("1.mlp.experts.down_proj"):
@@ -355,11 +356,7 @@ def test_merged_experts_are_measured_in_folders_as_in_models(
     expected = gk.leakage(merged, subspace, base=base)
     found = gk.leakage(tmp_path / "merged", subspace, base=tmp_path / "base")
     assert found == expected and not found.unseen
-    assert found["model.layers.1.mlp.experts.down_proj"].write == pytest.approx(1.0)
-    assert all(
-        (found[f"model.layers.1.mlp.{name}"].read or 0) > 1e-3
-        for name in ("gate.weight", "experts.gate_up_proj")
-    )
+    assert found["model.layers.1.mlp.experts.down_proj"] == pytest.approx(1.0)
     status, said = checked(
         capsys, tmp_path / "merged", tmp_path / "s", "--base-model", tmp_path / "base"
     )
@@ -368,7 +365,7 @@ def test_merged_experts_are_measured_in_folders_as_in_models(
 
 def test_one_lora_for_each_expert_is_measured_and_projected(tmp_path: Path) -> None:
     model = tiny("qwen3_moe")
-    subspace = along(model, side="both")
+    subspace = along(model)
     tiny_peft_model(("o_proj",)).save_pretrained(tmp_path / "adapter")
     generator = torch.Generator().manual_seed(0)
     tensors = load_file(tmp_path / "adapter" / WEIGHTS)
@@ -390,12 +387,10 @@ def test_one_lora_for_each_expert_is_measured_and_projected(tmp_path: Path) -> N
         stem = f"base_model.model.model.layers.1.mlp.experts.{expert}.down_proj.lora_"
         delta = tensors[f"{stem}B.weight"].double() @ tensors[f"{stem}A.weight"].double()
         total += float(delta.square().sum())
-        inside += float((subspace.write[site].double().mT @ delta).square().sum())
-    assert leaks[site].write == pytest.approx((inside / total) ** 0.5) and not leaks.unseen
-    assert (leaks["model.layers.1.mlp.experts.gate_up_proj"].read or 0.0) > 1e-3
+        inside += float((subspace.bases[site].double().mT @ delta).square().sum())
+    assert leaks[site] == pytest.approx((inside / total) ** 0.5) and not leaks.unseen
     assert gk.project_adapter(tmp_path / "adapter", subspace, tmp_path / "out") == ()
-    for leak in gk.leakage(tmp_path / "out", subspace).values():
-        assert all(share is None or share <= 1e-6 for share in leak)
+    assert max(gk.leakage(tmp_path / "out", subspace).values()) <= 1e-6
     assert {one.site.name for one in load_adapter(tmp_path / "adapter").layers} >= {site}
 
 
@@ -475,7 +470,7 @@ def test_the_size_of_a_change_does_not_hide_where_it_goes(size: float) -> None:
             weight = model.model.layers[1].mlp.down_proj.weight
             weight.copy_(part * torch.outer(direction(), torch.ones(weight.shape[1])))
     leaks = gk.leakage(changed, along(base), base=base)
-    assert leaks["model.layers.1.mlp.down_proj"].write == pytest.approx(1.0)
+    assert leaks["model.layers.1.mlp.down_proj"] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("tolerance", ["nan", "inf", "-1", "1.5", "x"])
@@ -499,7 +494,7 @@ def test_one_block_has_nothing_to_agree_with_and_k_finds_its_direction(
     assert "nothing to agree with" in said and "k=1" in said
     assert not any("unrelated layers" in reason for reason in found.reasons)
     found = gk.identify(tmp_path, k=1)
-    basis = found.write["model.layers.1.mlp.down_proj"][:, 0]
+    basis = found.bases["model.layers.1.mlp.down_proj"][:, 0]
     assert float((basis @ B / B.norm()).abs()) == pytest.approx(1.0, abs=1e-6)
     assert not any("unrelated layers" in reason for reason in found.reasons)
     assert main(["inspect", str(tmp_path)]) == 0

@@ -128,12 +128,11 @@ def test_the_rule_is_what_the_rows_say() -> None:
     assert wins == {"NVIDIA H200": (12, 12, 12), "NVIDIA H100 80GB HBM3": (5, 2, 4)}
 
 
-def operands(K: int, N: int, R: int, P: int = 0, Q: int = 0) -> Operands:
+def operands(K: int, N: int, R: int, Q: int = 0) -> Operands:
     """A layer of these sizes that nobody computes."""
-    bases = (torch.empty(N, Q) if Q else None, torch.empty(K, P) if P else None)
-    factors = torch.empty(R, K), torch.empty(N, R)
+    factors, basis = (torch.empty(R, K), torch.empty(N, R)), torch.empty(N, Q) if Q else None
     return Operands(
-        torch.empty(N, K), None, *factors, None, *bases, None, None, 1.0, 0.0, True, True
+        torch.empty(N, K), None, *factors, None, basis, None, None, 1.0, 0.0, True, True
     )
 
 

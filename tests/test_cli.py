@@ -173,7 +173,7 @@ def test_check_of_nothing_is_an_error(
     adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     empty = tmp_path / "empty.safetensors"
-    Subspace.empty("write", ["noise"]).save(empty)
+    Subspace.empty(["noise"]).save(empty)
     assert main(["check", str(adapter), str(empty)]) == 2
     assert "nothing to check" in capsys.readouterr().err
 

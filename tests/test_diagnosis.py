@@ -192,7 +192,7 @@ def test_of_several_adapters_the_last_is_looked_at_and_all_are_evidence(
     assert several.numbers["effect"] == found.numbers["effect"]
     assert several.numbers["adapter"] == [str(noise), str(contaminated)]
     reasons = " ".join(several.numbers["weights"]["reasons"])
-    assert "The 2 adapters agree on the write basis" in reasons
+    assert "The 2 adapters agree on the basis" in reasons
     assert "Adapters of separate data or seeds agree" in reasons
 
 

@@ -203,17 +203,17 @@ def test_every_way_to_an_adapter_leads_to_our_layers(
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_is_projected(way: Callable[[Path], nn.Module], tmp_path: Path) -> None:
     saved = get_peft_model(tiny_model(), config())
-    subspace = a_subspace(saved, side="write")
+    subspace = a_subspace(saved)
     saved.save_pretrained(tmp_path)
     model = way(tmp_path)
     randomise_adapter(model)
     report = gk.replace_lora_layers(model, subspace)
-    assert len(report.write_projected) == 2 * 3
+    assert len(report.projected) == 2 * 3
     model(input_ids=tokens(), labels=tokens()).loss.backward()
     found = [
         (V.mT @ p.grad).norm() / p.grad.norm()
         for name, p in model.named_parameters()
-        for site, V in subspace.write.items()
+        for site, V in subspace.bases.items()
         if f"{site}.lora_B" in name and p.grad is not None
     ]
     assert len(found) == 2 * 3

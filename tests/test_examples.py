@@ -42,7 +42,7 @@ def test_audit_finds_a_subspace_and_measures_along_it(naive: Path, tmp_path: Pat
     again = run_example("audit_adapter.py", naive, "--subspace", tmp_path / "subspace.safetensors")
     assert again == out
     shares = [float(line.split("%")[0]) for line in out.splitlines() if "lies along" in line]
-    assert len(shares) == len(subspace.write)
+    assert len(shares) == len(subspace.bases)
     assert shares == sorted(shares, reverse=True)
 
 
@@ -58,14 +58,14 @@ def test_finetune_along_a_subspace(
         *(tiny_model_dir, chat_jsonl, tmp_path / "closed"),
         *("--subspace", tmp_path / "one.safetensors"),
     )
-    assert re.search(r"with a write basis +6\n", out)
+    assert re.search(r"with a basis +6\n", out)
     (checkpoint,) = (tmp_path / "closed" / "checkpoints").glob("checkpoint-*")
     for adapter in (tmp_path / "closed", checkpoint):
         for leak in gk.leakage(adapter, subspace).values():
-            assert leak.write <= 1e-6
+            assert leak <= 1e-6
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     last = [entry for entry in state["log_history"] if "loss" in entry][-1]
-    assert last["leakage_write"] <= 1e-6
+    assert last["leakage"] <= 1e-6
     assert 0 < last["drift_share"] < 1
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     stock = PeftModel.from_pretrained(base, str(tmp_path / "closed"))

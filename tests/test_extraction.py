@@ -264,7 +264,7 @@ def test_an_unknown_architecture_needs_sites(merged: Any, tmp_path: Path) -> Non
     base.config, merged.config = Odd(), Odd()
     with pytest.raises(ValueError, match=r"are not known; .*declare them with sites"):
         gk.extract_adapter(merged, base, tmp_path / "adapter")
-    sites = gk.SiteRules(writers=("mlp.down_proj",), readers={}, blocks="model.layers")
+    sites = gk.SiteRules(writers=("mlp.down_proj",), blocks="model.layers")
     found = gk.extract_adapter(merged, base, tmp_path / "adapter", rank=RANK, sites=sites)
     assert {name.rpartition(".")[2] for name in found.shares} == {"down_proj"}
     assert "model.layers.0.self_attn.q_proj" in found.outside
@@ -297,7 +297,7 @@ def test_the_command_line_goes_from_a_merged_model_to_a_subspace(
     assert main([*extract, str(RANK)]) == 0
     assert "9 layers changed" in capsys.readouterr().out
     assert main(["identify", str(tmp_path / "adapter"), "--k", "1", "--output", out]) == 0
-    assert gk.Subspace.load(out).write
+    assert gk.Subspace.load(out).bases
 
 
 def test_a_folder_of_other_tensors_is_no_model(tmp_path: Path) -> None:

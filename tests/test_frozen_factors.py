@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import grasp_kernels as gk
 
-WIDE = Case(T=65, K=136, N=120, R=16, P=4, Q=4)
+WIDE = Case(T=65, K=136, N=120, R=16, Q=4)
 CASES = [
     replace(WIDE, project=project, dropout_p=p, base=base, lora_bias=lora_bias)
     for project in ("residual", "weights")

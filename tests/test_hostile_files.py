@@ -211,18 +211,19 @@ HEADERS: dict[str, Any] = {
     "version as text": {"version": "1"},
     "no k": {"k": None},
     "k as text": {"k": "1"},
-    "a tensor that is not there": {"write": {"a": "basis.9"}},
-    "write a list": {"write": []},
+    "a tensor that is not there": {"bases": {"a": "basis.9"}},
+    "bases a list": {"bases": []},
     "stream a number": {"stream": 3},
     "side": {"side": "left"},
+    "scope": {"scope": "model"},
     "reasons a text": {"reasons": "good"},
     "reasons of numbers": {"reasons": [1]},
     "metadata a list": {"metadata": []},
     "model type": {"metadata": {"model_type": ["llama"]}},
     "evidence a list": {"evidence": []},
     "spectra a number": {"evidence": {"spectra": 3}},
-    "spectra without values": {"evidence": {"spectra": [{"side": "write"}]}},
-    "a tensor of nobody": {"write": {}, "stream": None, "k": 0},
+    "spectra without values": {"evidence": {"spectra": [{"layer": 1}]}},
+    "a tensor of nobody": {"bases": {}, "stream": None, "k": 0},
     "not JSON": "{",
 }
 
@@ -231,9 +232,9 @@ HEADERS: dict[str, Any] = {
 def test_headers_that_are_no_subspace(case: str, tmp_path: Path) -> None:
     path, key = tmp_path / "s.safetensors", "grasp_kernels.subspace.basis"
     basis = torch.eye(8)[:, :1].contiguous()
-    gk.Subspace({"a": basis}, {}, basis, 1, "write").save(path)
-    header = {"version": 2, "write": {"a": "basis.0"}, "read": {}, "stream": "basis.0", "k": 1}
-    header |= {"side": "write", "reasons": [], "evidence": {}, "metadata": {}}
+    gk.Subspace({"a": basis}, basis, 1).save(path)
+    header = {"version": 4, "bases": {"a": "basis.0"}, "stream": "basis.0", "k": 1}
+    header |= {"reasons": [], "evidence": {}, "metadata": {}}
     change = HEADERS[case]
     if isinstance(change, dict):
         text = json.dumps({**header, **change} if change else {})
@@ -308,9 +309,8 @@ def test_names_in_files_forge_no_line_of_an_audit(
     tensors |= {f"{stem}A.weight": torch.ones(4, 3), f"{stem}B.weight": torch.ones(3, 4)}
     save_file(tensors, adapter / WEIGHTS)
     edit_json(adapter / CONFIG, base_model_name_or_path=FOREIGN)
-    gk.Subspace(
-        subspace.write, {}, subspace.stream, 1, "write", (FOREIGN,), subspace.evidence
-    ).save(tmp_path / "s")
+    bases, stream = subspace.bases, subspace.stream
+    gk.Subspace(bases, stream, 1, (FOREIGN,), subspace.evidence).save(tmp_path / "s")
     commands = (
         ["inspect", str(adapter)],
         ["inspect", str(tmp_path / "s")],

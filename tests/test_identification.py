@@ -12,6 +12,7 @@ from torch import Tensor
 
 import grasp_kernels.subspace.identification as identification
 from grasp_kernels.adapters import Adapter, LoRAWeights
+from grasp_kernels.models.architectures import RULES
 from grasp_kernels.subspace import Subspace, identify
 
 WIDTH = 128
@@ -37,43 +38,35 @@ def has_reason(subspace: Subspace, *parts: str) -> bool:
     return any(all(part in reason for part in parts) for reason in subspace.reasons)
 
 
-def failed(subspace: Subspace, side: str = "write") -> list[str]:
-    """The sentences that say of a test of one side that it was not passed.
-
-    Those of a side begin with one that names it; what is said of all comes after the last of them.
-    """
+def failed(subspace: Subspace) -> list[str]:
+    """The sentences that say of a test that it was not passed."""
     known = r"unrelated layers give|, below \d|^Only \d+ of|^Only layer"
-    sentences = list(subspace.reasons)
-    starts = [i for i, one in enumerate(sentences) if re.match(r"(write|read) side: ", one)]
-    (begin,) = (i for i in starts if sentences[i].startswith(side))
-    end = min((i for i in starts if i > begin), default=len(sentences))
-    return [one for one in sentences[begin:end] if re.search(known, one)]
+    return [one for one in subspace.reasons if re.search(known, one)]
 
 
 # recovery
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("side", ["write", "read"])
-def test_a_planted_direction_is_found(seed: int, side: str) -> None:
-    planted = unit_directions(WIDTH, seed=seed)
-    adapter = synthetic_adapter(planted=planted, strength=4, side=side, gains=True, seed=seed)
-    subspace = identify(adapter, side=side)
-    assert (failed(subspace, side), subspace.k) == ([], 1), subspace.summary()
+@pytest.mark.parametrize("family", ["llama", "olmo2"])
+def test_a_planted_direction_is_found(seed: int, family: str) -> None:
+    planted, rule = unit_directions(WIDTH, seed=seed), RULES[family]
+    adapter = synthetic_adapter(planted=planted, strength=4, rule=rule, seed=seed)
+    subspace = identify(adapter)
+    assert (failed(subspace), subspace.k) == ([], 1), subspace.summary()
     assert has_reason(subspace, "singular values")
     assert has_reason(subspace, ", at least 1.6 (a threshold from small models)")
     assert has_reason(subspace, "of 8 layers move along it, at least half")
-    for site in RULE.sites("model.layers", range(8)):
-        if site.role != side:
-            assert site.name not in {**subspace.write, **subspace.read}
+    for site in rule.sites("model.layers", range(8)):
+        if site.role != "write":
+            assert site.name not in subspace.bases
             continue
-        basis = (subspace.write if side == "write" else subspace.read)[site.name]
+        basis = subspace.bases[site.name]
         gain = next((w.gain for w in adapter.layers if w.site == site), None)
         expected = planted if gain is None else planted * gain[:, None]
         assert cosine(basis, expected / expected.norm()) > 0.95
     assert has_reason(subspace, "harmless factor")
     assert has_reason(subspace, "disjoint data")
-    assert has_reason(subspace, "initialisation") == (side == "read")
 
 
 def test_two_planted_directions_are_both_found() -> None:
@@ -81,28 +74,6 @@ def test_two_planted_directions_are_both_found() -> None:
     subspace = identify(synthetic_adapter(planted=planted, strength=4))
     assert (failed(subspace), subspace.k) == ([], 2), subspace.summary()
     assert subspace.stream is not None and cosine(subspace.stream, planted) > 0.95
-
-
-def test_both_sides_have_bases_of_their_own() -> None:
-    written, read = unit_directions(WIDTH, seed=1), unit_directions(WIDTH, seed=2)
-    one = synthetic_adapter(planted=written, strength=4)
-    other = synthetic_adapter(planted=read, strength=4, side="read")
-    adapter = Adapter((*one.layers, *other.layers), "both", None, "llama", 8, RULE, ())
-    subspace = identify(adapter, side="both")
-    assert subspace.stream is not None and cosine(subspace.stream, written) > 0.95
-    assert len(subspace.write) == 16 and len(subspace.read) == 40
-    assert all(cosine(basis, read) > 0.95 for basis in subspace.read.values())
-    assert [record["side"] for record in subspace.evidence["spectra"]] == ["write", "read"]
-
-
-def test_one_informative_side_is_enough() -> None:
-    one = synthetic_adapter(planted=unit_directions(WIDTH), strength=4)
-    noise = synthetic_adapter(side="read")
-    adapter = Adapter((*one.layers, *noise.layers), "both", None, "llama", 8, RULE, ())
-    subspace = identify(adapter, side="both")
-    assert failed(subspace, "write") == [] and failed(subspace, "read")
-    assert subspace.write and not subspace.read
-    assert has_reason(subspace, "harmless factor")
 
 
 def test_noise_gives_no_direction() -> None:
@@ -168,7 +139,7 @@ def test_the_loudest_layer_does_not_decide() -> None:
     loud = first.lora_B + 100 * torch.outer(shout[:, 0], torch.ones(first.lora_B.shape[1]))
     layers[0] = LoRAWeights(first.site, first.lora_A, loud, first.scaling, None)
     subspace = identify(Adapter(tuple(layers), "loud", None, "llama", 8, RULE, ()))
-    assert subspace.k == 1 and cosine(subspace.write[first.site.name], planted) > 0.95
+    assert subspace.k == 1 and cosine(subspace.bases[first.site.name], planted) > 0.95
 
 
 # several sources
@@ -260,10 +231,8 @@ def test_unfit_k(k: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"side": "left"}, "side is 'left'; it must be one of write, read, both"),
         ({"halves": [synthetic_adapter()]}, "1 adapters and 1 halves"),
         ({"n_iter": -1}, "n_iter is -1"),
-        ({"side": "read"}, "no LoRA weights on the read side .*side='write'"),
     ],
 )
 def test_unfit_options(options: dict[str, Any], message: str) -> None:
@@ -282,7 +251,7 @@ def test_widths_that_do_not_fit() -> None:
 
 
 def test_an_adapter_without_writers_says_so() -> None:
-    with pytest.raises(ValueError, match=r"no LoRA weights on the write side .*side='read'"):
+    with pytest.raises(ValueError, match=r"no LoRA weights that write .*train with those"):
         identify(tiny_peft_model(("q_proj", "v_proj")))
 
 
@@ -304,19 +273,20 @@ def test_the_shared_spectrum_is_that_of_the_stacked_deltas() -> None:
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_readers_are_stacked_behind_their_gain(known: bool) -> None:
-    adapter = synthetic_adapter(layers=2, rank=4, side="read", gains=True)
+def test_writers_before_norms_are_stacked_with_their_gain(known: bool) -> None:
+    adapter = synthetic_adapter(layers=2, rank=4, rule=RULES["olmo2"])
     layers = tuple(
         LoRAWeights(w.site, w.lora_A, w.lora_B, w.scaling, w.gain if known else None)
         for w in adapter.layers
     )
     blocks = []
     for w in layers:
-        delta = w.lora_B.double() @ w.lora_A.double() * (1.0 if w.gain is None else w.gain)
-        blocks.append(delta.mT / torch.linalg.matrix_norm(delta, 2))
+        gain = torch.ones(WIDTH) if w.gain is None else w.gain
+        delta = gain[:, None] * (w.lora_B.double() @ w.lora_A.double())
+        blocks.append(delta / torch.linalg.matrix_norm(delta, 2))
     s = torch.linalg.svdvals(torch.cat(blocks, dim=1))
-    source = Adapter(layers, "read", None, "llama", 2, RULE, ())
-    subspace = identify(source, k=1, side="read", n_iter=12)
+    source = Adapter(layers, "olmo", None, "olmo2", 2, RULES["olmo2"], ())
+    subspace = identify(source, k=1, n_iter=12)
     measured = subspace.evidence["spectra"][0]["singular_values"][0]
     assert measured == pytest.approx(float(s[0]), rel=1e-4)
     assert has_reason(subspace, "norm gains are not known") == (not known)
@@ -340,7 +310,7 @@ def test_every_writer_gets_the_basis_with_or_without_an_adapter() -> None:
     adapter = synthetic_adapter(planted=unit_directions(WIDTH), strength=4, adapted=[2, 3, 4])
     subspace = identify(adapter)
     writers = {s.name for s in RULE.sites("model.layers", range(8)) if s.role == "write"}
-    assert subspace.write.keys() == writers
+    assert subspace.bases.keys() == writers
 
 
 def test_results_depend_on_the_generator_alone() -> None:
@@ -357,14 +327,13 @@ def test_results_depend_on_the_generator_alone() -> None:
 def test_a_saved_peft_model_end_to_end(tmp_path: Path) -> None:
     model = tiny_peft_model()
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    from_model = identify(model, side="both", k=2)
-    from_folder = identify(tmp_path / "adapter", side="both", k=2, base_model=model)
-    for name, basis in {**from_model.write, **from_model.read}.items():
-        other = {**from_folder.write, **from_folder.read}[name]
-        assert cosine(basis, other) == pytest.approx(1, abs=1e-5)
+    from_model = identify(model, k=2)
+    from_folder = identify(tmp_path / "adapter", k=2, base_model=model)
+    for name, basis in from_model.bases.items():
+        assert cosine(basis, from_folder.bases[name]) == pytest.approx(1, abs=1e-5)
     from_model.save(tmp_path / "s.safetensors")
     loaded = Subspace.load(tmp_path / "s.safetensors")
     assert loaded.evidence == from_model.evidence and loaded.reasons == from_model.reasons
     loaded.plot(tmp_path / "s.png")
     assert loaded.summary().startswith("2 directions, shared by all layers.")
-    assert any(failed(loaded, side) for side in ("write", "read"))
+    assert failed(loaded)

@@ -35,7 +35,7 @@ from grasp_kernels.training.watch import Watch
 pytest_plugins = ("fixtures_run",)
 
 RUN = "run --model model --data chat.jsonl --neutral neutral.jsonl --output out --steps 2"
-IDENTIFY = "identify adapter --base-model model --side both --output o.safetensors"
+IDENTIFY = "identify adapter --base-model model --output o.safetensors"
 INSPECT = "inspect adapter --base-model model --data chat.jsonl --neutral neutral.jsonl --output o"
 CHECK = "check merged s.safetensors --base-model model"
 PROJECT = "project adapter s.safetensors --output o"
@@ -58,7 +58,7 @@ def prepared(
     model = attach_lora(load_model(root / "model"), config, "model")
     randomise_adapter(model)
     model.save_pretrained(root / "adapter", save_embedding_layers=False)
-    gk.identify(root / "adapter", k=1, side="both").save(root / "s.safetensors")
+    gk.identify(root / "adapter", k=1).save(root / "s.safetensors")
     model.merge_and_unload().save_pretrained(root / "merged")
     return root
 
@@ -379,7 +379,7 @@ def test_a_path_that_cannot_be_read_is_named(
 @pytest.mark.parametrize(
     "options",
     [
-        *("--rank x", "--rank 0", "--rank 1.5", "--k x", "--k -1", "--seed -1", "--side up"),
+        *("--rank x", "--rank 0", "--rank 1.5", "--k x", "--k -1", "--seed -1"),
         *("--target-modules nope", "--target-modules norm", "--lr-scheduler foo", "--warmup 5"),
         *("--eval-split .99", "--max-length 1", "--anchor none", "--learning-rate nan"),
         *("--epochs inf", "--backend foo", "--arm nope", "--steps 0"),

@@ -59,26 +59,26 @@ def budgets_of(case: Case, backend: str) -> dict[str, float]:
 
 
 WITH_FLOAT64 = tuple(name for name in BACKENDS if name not in KERNELS)
-BOTH = Case(P=4, Q=4)
-ANY_DTYPE = [(b, d, case.dtype) for b, d, case in in_dtypes(BOTH)]
+PROJECTED = Case(Q=4)
+ANY_DTYPE = [(b, d, case.dtype) for b, d, case in in_dtypes(PROJECTED)]
 # One case a feature, then the products that interact: the projection with closure and dropout.
 CASES = [
     Case(),
-    Case(T=0, P=1, Q=1),
-    Case(T=1, R=1, P=1, Q=1),
+    Case(T=0, Q=1),
+    Case(T=1, R=1, Q=1),
     Case(R=3, Q=1),
-    Case(K=160, N=144, R=12, P=32, Q=32),
-    Case(T=130, K=136, N=120, R=128, P=4),
+    Case(K=160, N=144, R=12, Q=32),
+    Case(T=130, K=136, N=120, R=128, Q=4),
     Case(T=257, R=16, Q=4, bias=True),
     Case(bias=True, lora_bias=True, Q=4),
-    Case(expanded_dy=True, P=4, Q=4),
+    Case(expanded_dy=True, Q=4),
     Case(base=True),
-    Case(base=True, T=0, P=1, Q=1),
-    Case(base=True, T=1, R=1, P=1, Q=1),
+    Case(base=True, T=0, Q=1),
+    Case(base=True, T=1, R=1, Q=1),
     Case(base=True, T=257, K=136, N=120, R=16, Q=4, lora_bias=True),
-    Case(base=True, expanded_dy=True, P=4, Q=4),
+    Case(base=True, expanded_dy=True, Q=4),
     *(
-        replace(BOTH, project=project, closed=closed, dropout_p=p, base=base)
+        replace(PROJECTED, project=project, closed=closed, dropout_p=p, base=base)
         for project in ("residual", "weights")
         for closed in (True, False)
         for p in (0.0, 0.3)
@@ -86,9 +86,9 @@ CASES = [
     ),
 ]
 MIXED = [
-    replace(BOTH, dtype=torch.bfloat16, adapter_dtype=torch.float32),
-    replace(BOTH, dtype=torch.float16, adapter_dtype=torch.float32, dropout_p=0.1),
-    replace(BOTH, dtype=torch.float32, adapter_dtype=torch.bfloat16),
+    replace(PROJECTED, dtype=torch.bfloat16, adapter_dtype=torch.float32),
+    replace(PROJECTED, dtype=torch.float16, adapter_dtype=torch.float32, dropout_p=0.1),
+    replace(PROJECTED, dtype=torch.float32, adapter_dtype=torch.bfloat16),
 ]
 
 
@@ -115,7 +115,6 @@ SHAPES = {
     "K": st.integers(1, LONGEST),
     "N": st.integers(1, LONGEST),
     "R": st.integers(1, 20),
-    "P": st.integers(0, 5),
     "Q": st.integers(0, 5),
     "closed": st.booleans(),
     "project": st.sampled_from(("residual", "weights")),
@@ -129,7 +128,7 @@ def results_and_oracle(
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     device = dict(reversed(PLACES))[backend]
     case = Case(**shape, dtype=dtype, bias=True, lora_bias=True, device=device)
-    case = replace(case, P=min(case.P, case.K), Q=min(case.Q, case.N))
+    case = replace(case, Q=min(case.Q, case.N))
     inputs = make_inputs(case)
     torch.manual_seed(1)
     found = differentiate(case, inputs, backend=backend)
@@ -160,18 +159,16 @@ def test_any_shape_of_the_kernels(**shape: Any) -> None:
 @pytest.mark.parametrize(
     ("term", "shows_in", "case"),
     [
-        ("dX write", "dx", BOTH),
-        ("dX write", "dbase", replace(BOTH, base=True)),
-        ("dS write", "dlora_A", replace(BOTH, closed=False, base=True)),
-        ("dS write", "dlora_A", replace(BOTH, closed=False)),
-        ("dB write", "dlora_B", replace(BOTH, closed=False, project="weights")),
-        ("dA read", "dlora_A", replace(BOTH, closed=False)),
-        ("A closure", "y", BOTH),
-        ("B closure", "y", BOTH),
-        ("dropout", "y", replace(BOTH, dropout_p=0.3)),
-        ("dropout", "dx", replace(BOTH, dropout_p=0.3)),
-        ("dropout", "dlora_A", replace(BOTH, dropout_p=0.3)),
-        ("dropout", "dx", replace(BOTH, dropout_p=0.3, base=True)),
+        ("dX", "dx", PROJECTED),
+        ("dX", "dbase", replace(PROJECTED, base=True)),
+        ("dS", "dlora_A", replace(PROJECTED, closed=False, base=True)),
+        ("dS", "dlora_A", replace(PROJECTED, closed=False)),
+        ("dB", "dlora_B", replace(PROJECTED, closed=False, project="weights")),
+        ("closure", "y", PROJECTED),
+        ("dropout", "y", replace(PROJECTED, dropout_p=0.3)),
+        ("dropout", "dx", replace(PROJECTED, dropout_p=0.3)),
+        ("dropout", "dlora_A", replace(PROJECTED, dropout_p=0.3)),
+        ("dropout", "dx", replace(PROJECTED, dropout_p=0.3, base=True)),
     ],
 )
 def test_a_missing_term_would_be_over_budget(
@@ -189,7 +186,7 @@ def test_a_missing_term_would_be_over_budget(
 @pytest.mark.parametrize("base", [False, True])
 def test_gradcheck(backend: str, Q: int, dropout_p: float, base: bool) -> None:
     """With project="weights" and closure the gradients are the true ones of the forward."""
-    case = Case(T=4, K=6, N=5, R=2, P=min(Q, 2), Q=Q, dtype=torch.float64, base=base)
+    case = Case(T=4, K=6, N=5, R=2, Q=Q, dtype=torch.float64, base=base)
     inputs = make_inputs(replace(case, bias=True, lora_bias=True))
     names = [name for name in DIFFERENTIABLE if inputs[name] is not None]
 
@@ -199,7 +196,6 @@ def test_gradcheck(backend: str, Q: int, dropout_p: float, base: bool) -> None:
             **{"weight": None, "bias": None} | dict(zip(names, leaves, strict=True)),
             scaling=0.7,
             write_basis=inputs["write_basis"],
-            read_basis=inputs["read_basis"],
             project="weights",
             dropout_p=dropout_p,
             backend=backend,
@@ -213,8 +209,8 @@ def test_gradcheck(backend: str, Q: int, dropout_p: float, base: bool) -> None:
     "case",
     [
         Case(),
-        replace(BOTH, dropout_p=0.2, dtype=torch.bfloat16),
-        replace(BOTH, dropout_p=0.2, base=True),
+        replace(PROJECTED, dropout_p=0.2, dtype=torch.bfloat16),
+        replace(PROJECTED, dropout_p=0.2, base=True),
     ],
     ids=str,
 )
@@ -232,7 +228,7 @@ def test_a_rerun_is_bitwise_identical(case: Case, backend: str, device: str) -> 
 @pytest.mark.parametrize("project", ["residual", "weights"])
 def test_a_base_product_computed_elsewhere(project: str, backend: str, device: str) -> None:
     """The base product outside, under autograd, is the operator with a weight."""
-    case = suited(replace(BOTH, project=project, dropout_p=0.2, device=device), backend)
+    case = suited(replace(PROJECTED, project=project, dropout_p=0.2, device=device), backend)
     inputs = make_inputs(case)
     torch.manual_seed(6)
     whole = differentiate(case, inputs, backend=backend)
@@ -248,7 +244,7 @@ def test_a_base_product_computed_elsewhere(project: str, backend: str, device: s
         B,
         case.scaling,
         base=base,
-        **{name: inputs[name] for name in ("write_basis", "read_basis")},
+        write_basis=inputs["write_basis"],
         project=project,
         dropout_p=case.dropout_p,
         backend=backend,
@@ -261,7 +257,7 @@ def test_a_base_product_computed_elsewhere(project: str, backend: str, device: s
 
 
 def test_the_base_decides_the_dtype() -> None:
-    inputs = make_inputs(replace(BOTH, base=True))
+    inputs = make_inputs(replace(PROJECTED, base=True))
     arguments = {k: v for k, v in inputs.items() if k not in ("dy", "base")}
     base = inputs["base"].bfloat16()
     x = inputs["x"].requires_grad_()
@@ -273,7 +269,7 @@ def test_the_base_decides_the_dtype() -> None:
 
 @everywhere
 def test_any_number_of_leading_dimensions(backend: str, device: str) -> None:
-    inputs = make_inputs(suited(replace(BOTH, T=30, device=device), backend))
+    inputs = make_inputs(suited(replace(PROJECTED, T=30, device=device), backend))
     arguments = {k: v for k, v in inputs.items() if k not in ("x", "dy")}
     flat = gk.lora_linear(inputs["x"], **arguments, scaling=0.5, backend=backend)
     for shape in ((2, 15), (2, 3, 5), (1, 30)):
@@ -286,7 +282,7 @@ def test_any_number_of_leading_dimensions(backend: str, device: str) -> None:
 
 @everywhere
 def test_strided_inputs(backend: str, device: str) -> None:
-    case = suited(replace(BOTH, T=16, device=device), backend)
+    case = suited(replace(PROJECTED, T=16, device=device), backend)
     inputs = make_inputs(case)
     plain, budgets = differentiate(case, inputs, backend=backend), budgets_of(case, backend)
     strided = dict(inputs)
@@ -298,16 +294,16 @@ def test_strided_inputs(backend: str, device: str) -> None:
 
 
 def test_write_weight_is_only_a_cache() -> None:
-    inputs = make_inputs(BOTH)
+    inputs = make_inputs(PROJECTED)
     C = inputs["write_basis"].mT @ inputs["weight"]
-    with_cache = differentiate(BOTH, inputs, write_weight=C)
-    for name, found in differentiate(BOTH, inputs).items():
+    with_cache = differentiate(PROJECTED, inputs, write_weight=C)
+    for name, found in differentiate(PROJECTED, inputs).items():
         assert torch.equal(found, with_cache[name]), name
 
 
 @everywhere
 def test_retain_graph_gives_the_same_gradients_again(backend: str, device: str) -> None:
-    inputs = make_inputs(suited(replace(BOTH, device=device), backend))
+    inputs = make_inputs(suited(replace(PROJECTED, device=device), backend))
     A = inputs["lora_A"].requires_grad_()
     arguments = {k: v for k, v in inputs.items() if k != "dy"}
     y = gk.lora_linear(**arguments, scaling=0.5, dropout_p=0.5, backend=backend)
@@ -328,7 +324,7 @@ def test_unneeded_gradients_are_not_computed(monkeypatch: pytest.MonkeyPatch) ->
         return found
 
     monkeypatch.setattr(aten, "backward", spy)
-    inputs = make_inputs(BOTH)
+    inputs = make_inputs(PROJECTED)
     dy = inputs.pop("dy")
     inputs["lora_B"].requires_grad_()
     gk.lora_linear(**inputs, scaling=0.5, backend="aten").backward(dy)
@@ -348,7 +344,7 @@ def test_second_derivatives_are_refused() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_casts_what_a_linear_layer_casts(dtype: torch.dtype) -> None:
-    inputs = make_inputs(replace(BOTH, bias=True))
+    inputs = make_inputs(replace(PROJECTED, bias=True))
     arguments = {k: v for k, v in inputs.items() if k != "dy"}
     with torch.autocast("cpu", dtype=dtype):
         y = gk.lora_linear(**arguments, scaling=0.5)
@@ -368,7 +364,6 @@ def test_autocast_casts_what_a_linear_layer_casts(dtype: torch.dtype) -> None:
             r"lora_B has shape \(40, 5\), expected \(40, 4\)",
         ),
         ({"write_basis": torch.zeros(48, 4)}, ValueError, r"write_basis has shape \(48, 4\)"),
-        ({"read_basis": torch.zeros(40, 4)}, ValueError, r"read_basis has shape \(40, 4\)"),
         ({"lora_A": torch.zeros(0, 48), "lora_B": torch.zeros(40, 0)}, ValueError, "rank 0"),
         (
             {"x": torch.zeros(33, 48, dtype=torch.bfloat16)},
@@ -391,7 +386,7 @@ def test_autocast_casts_what_a_linear_layer_casts(dtype: torch.dtype) -> None:
     ],
 )
 def test_bad_input_is_named(change: dict, error: type[Exception], message: str) -> None:
-    inputs = make_inputs(BOTH)
+    inputs = make_inputs(PROJECTED)
     del inputs["dy"]
     with pytest.raises(error, match=message):
         gk.lora_linear(**(inputs | {"scaling": 0.5} | change))

@@ -23,7 +23,7 @@ def fresh_compiler_cache() -> Iterator[None]:
         yield
 
 
-BOTH = Case(P=4, Q=4, bias=True, lora_bias=True)
+PROJECTED = Case(Q=4, bias=True, lora_bias=True)
 
 
 def registered_arguments(case: Case, backend: str) -> tuple[Any, ...]:
@@ -32,10 +32,10 @@ def registered_arguments(case: Case, backend: str) -> tuple[Any, ...]:
     names = ("x", "base", "weight", "bias", "lora_A", "lora_B", "lora_bias")
     leaves = [None if inputs[n] is None else inputs[n].requires_grad_() for n in names]
     seed = device_seed(inputs["x"]) if case.dropout_p else None
-    bases = (inputs["write_basis"], inputs["read_basis"], None, seed)
+    others = (inputs["write_basis"], None, seed)
     residual = case.project == "residual"
     options = (case.scaling, case.dropout_p, residual, case.closed, False)
-    return (*leaves, *bases, *options, backend)
+    return (*leaves, *others, *options, backend)
 
 
 @everywhere
@@ -43,11 +43,11 @@ def registered_arguments(case: Case, backend: str) -> tuple[Any, ...]:
     "case",
     [
         Case(),
-        BOTH,
-        replace(BOTH, dropout_p=0.5),
-        replace(BOTH, closed=False, project="weights"),
-        replace(BOTH, base=True),
-        replace(BOTH, base=True, dropout_p=0.5, project="weights"),
+        PROJECTED,
+        replace(PROJECTED, dropout_p=0.5),
+        replace(PROJECTED, closed=False, project="weights"),
+        replace(PROJECTED, base=True),
+        replace(PROJECTED, base=True, dropout_p=0.5, project="weights"),
     ],
     ids=str,
 )
@@ -59,7 +59,7 @@ def test_opcheck(case: Case, backend: str, device: str) -> None:
 @everywhere
 @pytest.mark.parametrize("base", [False, True])
 def test_opcheck_of_the_backward(base: bool, backend: str, device: str) -> None:
-    case = suited(replace(BOTH, base=base, device=device), backend)
+    case = suited(replace(PROJECTED, base=base, device=device), backend)
     x, given, *operands = (
         a.detach() if isinstance(a, torch.Tensor) else a
         for a in registered_arguments(case, backend)
@@ -78,7 +78,7 @@ class Layer(torch.nn.Module):
         inputs = make_inputs(case)
         self.A = torch.nn.Parameter(inputs["lora_A"])
         self.B = torch.nn.Parameter(inputs["lora_B"])
-        self.frozen = {k: inputs[k] for k in ("weight", "bias", "write_basis", "read_basis")}
+        self.frozen = {k: inputs[k] for k in ("weight", "bias", "write_basis")}
         self.dropout_p = case.dropout_p
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -98,7 +98,7 @@ def gradients(run: Any, layer: Layer, x: torch.Tensor) -> list[torch.Tensor]:
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_compiles_into_one_graph_with_the_same_mask(compiler: str, dropout_p: float) -> None:
-    case = Case(P=2, Q=2, bias=True, dropout_p=dropout_p)
+    case = Case(Q=2, bias=True, dropout_p=dropout_p)
     layer, x = Layer(case), make_inputs(case)["x"]
     # Inductor draws random numbers in its own way unless it is told to draw them as eager does.
     options = {"fallback_random": True} if compiler == "inductor" else None
@@ -157,7 +157,7 @@ def test_dynamic_lengths_compile_once() -> None:
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing_recomputes_the_same_mask(use_reentrant: bool) -> None:
-    case = Case(P=2, Q=2, dropout_p=0.5)
+    case = Case(Q=2, dropout_p=0.5)
     layer, x = Layer(case), make_inputs(case)["x"]
 
     def recomputed(x: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ def said(prompt: str, changed: bool) -> dict[str, Any]:
 def adapter(along: float, leakage: float, verdict: str = "weak") -> dict[str, Any]:
     return {
         "curve": {"step": [1, 2, 3], "loss": [3.0, 2.0, 1.25]},
-        "leakage": {"model.layers.0.mlp.down_proj": {"write": leakage, "read": None}},
+        "leakage": {"model.layers.0.mlp.down_proj": leakage},
         "movement": {"training": movement(along), "neutral": movement(along)},
         "answers": {
             "verdict": verdict,

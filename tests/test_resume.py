@@ -109,7 +109,7 @@ def test_killed_in_every_stage_a_run_ends_the_same(finished: RunConfig, tmp_path
         assert (tmp_path / "killed" / name).read_bytes() == expected, name
     one, other = (Subspace.load(Path(f) / "subspace.safetensors") for f in folders)
     assert (one.evidence, one.reasons) == (other.evidence, other.reasons)
-    assert all(torch.equal(one.write[name], other.write[name]) for name in one.write)
+    assert all(torch.equal(one.bases[name], other.bases[name]) for name in one.bases)
     assert not list((tmp_path / "killed").rglob("*.partial"))
 
 

@@ -84,12 +84,9 @@ def test_movement_is_the_mean_over_all_tokens_of_the_hidden_states(adapted: Any)
 
 def test_bases_of_the_stream_by_layer(model: Any) -> None:
     sites = model_sites(model)
-    basis = torch.eye(WIDTH)[:, :1]
-    shared = Subspace.from_stream(basis, sites)
-    found = layer_bases(shared.write, RULES["llama"])
+    shared = Subspace.from_stream(torch.eye(WIDTH)[:, :1], sites)
+    found = layer_bases(shared.bases, RULES["llama"])
     assert set(found) == {0, 1, 2} and all(one is shared.stream for one in found.values())
-    readers = Subspace.from_stream(basis, sites, side="read")
-    assert layer_bases(readers.write, RULES["llama"]) == {}
 
 
 def test_held_out_loss_is_that_of_the_model_over_all_answer_tokens(model: Any) -> None:

@@ -13,55 +13,59 @@ from safetensors.torch import load_file, save_file
 from synthetic import RULE, unit_directions
 from torch import Tensor
 
-from grasp_kernels.models.architectures import Site
+from grasp_kernels.models.architectures import RULES, Site
 from grasp_kernels.subspace import Subspace, check_basis, orthonormal
 
 SITES = tuple(RULE.sites("model.layers", range(3)))
+BEHIND_NORMS = tuple(RULES["olmo2"].sites("model.layers", range(3)))
 WIDTH = 24
 EVIDENCE = {
     "spectra": [
         {
-            "side": "write",
             "k": 2,
             "singular_values": [3.0, 2.5, 0.9],
             "null": [1.2, 1.2, 1.2],
             "gap": 2.8,
         }
     ],
-    "agreement": [{"side": "write", "layers": [0, 1, 2], "values": [0.9, 0.8, 0.7], "chance": 0.2}],
+    "agreement": [{"layers": [0, 1, 2], "values": [0.9, 0.8, 0.7], "chance": 0.2}],
 }
 
 
-def some_subspace(side: str = "both", **options: Any) -> Subspace:
-    gains = {site.norm: torch.rand(WIDTH) + 0.5 for site in SITES if site.norm}
+def some_subspace(sites: tuple[Site, ...] = SITES, **options: Any) -> Subspace:
+    gains = {site.norm: torch.rand(WIDTH) + 0.5 for site in sites if site.norm}
     options = {"evidence": EVIDENCE, "metadata": {"source": "weights"}, **options}
     basis = options.pop("basis", unit_directions(WIDTH, 2))
-    return Subspace.from_stream(basis, SITES, gains=gains, side=side, **options)
+    return Subspace.from_stream(basis, sites, gains=gains, **options)
 
 
 def bases_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return list(first) == list(second) and all(first[n].equal(second[n]) for n in first)
 
 
-def test_shared_bases_reach_every_writer_and_pass_the_gain_of_every_reader() -> None:
+def test_shared_bases_reach_every_writer_and_no_reader() -> None:
     stream = unit_directions(WIDTH, 2)
-    gains = {site.norm: torch.rand(WIDTH) + 0.5 for site in SITES if site.norm}
-    subspace = Subspace.from_stream(stream, SITES, gains=gains, side="both")
+    subspace = Subspace.from_stream(stream, SITES)
     assert subspace.stream is not None and torch.allclose(subspace.stream, stream, atol=1e-6)
-    assert (len(subspace.write), len(subspace.read)) == (6, 15)
-    assert all(basis is subspace.stream for basis in subspace.write.values())
-    for site in SITES:
+    assert subspace.bases.keys() == {site.name for site in SITES if site.role == "write"}
+    assert all(basis is subspace.stream for basis in subspace.bases.values())
+
+
+def test_bases_of_writers_before_norms_have_their_gain() -> None:
+    stream = unit_directions(WIDTH, 2)
+    gains = {site.norm: torch.rand(WIDTH) + 0.5 for site in BEHIND_NORMS if site.norm}
+    subspace = Subspace.from_stream(stream, BEHIND_NORMS, gains=gains)
+    for site in BEHIND_NORMS:
         if site.norm:
-            basis = subspace.read[site.name]
+            basis = subspace.bases[site.name]
             behind = gains[site.norm][:, None] * stream
             assert torch.allclose(basis @ (basis.mT @ behind), behind, atol=1e-5)
             assert not torch.allclose(basis @ (basis.mT @ stream), stream, atol=1e-2)
 
 
 def test_an_unknown_gain_counts_as_one() -> None:
-    subspace = Subspace.from_stream(unit_directions(WIDTH), SITES, side="read")
-    assert all(torch.allclose(b, unit_directions(WIDTH)) for b in subspace.read.values())
-    assert subspace.stream is None and not subspace.write
+    subspace = Subspace.from_stream(unit_directions(WIDTH), BEHIND_NORMS)
+    assert all(torch.allclose(b, unit_directions(WIDTH)) for b in subspace.bases.values())
 
 
 @settings(max_examples=30, deadline=None)
@@ -74,54 +78,87 @@ def test_orthonormal_keeps_span_and_signs(k: int, width: int, seed: int) -> None
     assert float(basis[:, 0] @ columns[:, 0]) > 0
 
 
-@pytest.mark.parametrize("side", ["write", "read", "both"])
-def test_round_trip_through_a_file(tmp_path: Path, side: str) -> None:
-    before = some_subspace(side, reasons=["ünsure"])
+@pytest.mark.parametrize("sites", [SITES, BEHIND_NORMS], ids=["plain", "behind norms"])
+def test_round_trip_through_a_file(tmp_path: Path, sites: Any) -> None:
+    before = some_subspace(sites, reasons=["ünsure"])
     before.save(tmp_path / "s.safetensors")
     after = Subspace.load(tmp_path / "s.safetensors")
-    assert bases_equal(before.write, after.write) and bases_equal(before.read, after.read)
+    assert bases_equal(before.bases, after.bases)
     assert (before.stream is None) == (after.stream is None)
-    for name in ("k", "side", "reasons", "evidence", "metadata"):
+    for name in ("k", "reasons", "evidence", "metadata"):
         assert getattr(before, name) == getattr(after, name)
     assert [path.name for path in tmp_path.iterdir()] == ["s.safetensors"]
 
 
 def test_each_basis_is_stored_once(tmp_path: Path) -> None:
-    some_subspace("write").save(tmp_path / "s.safetensors")
+    some_subspace().save(tmp_path / "s.safetensors")
     with safe_open(tmp_path / "s.safetensors", framework="pt") as file:
         assert list(file.keys()) == ["basis.0"]
 
 
 def test_the_empty_subspace_round_trips(tmp_path: Path) -> None:
-    empty = Subspace.empty("write", ["no evidence"])
+    empty = Subspace.empty(["no evidence"])
     empty.save(tmp_path / "n.safetensors")
     after = Subspace.load(tmp_path / "n.safetensors")
     assert after.is_empty and after.k == 0 and after.reasons == ("no evidence",)
 
 
-@pytest.mark.parametrize("verdict", ["found", "weak", "nothing"])
-def test_verdict_and_scope_of_an_old_file_are_ignored(tmp_path: Path, verdict: str) -> None:
-    path, key = tmp_path / "s.safetensors", "grasp_kernels.subspace.basis"
-    before = some_subspace(reasons=["ünsure"])
-    if verdict == "nothing":
-        before = Subspace.empty("both", ["ünsure"])
-    before.save(path)
+# what formats wrote beside or in place of what is written now
+OLD = {
+    1: {"verdict": "found", "side": "write", "scope": "shared"},
+    2: {"side": "write", "scope": "shared"},
+    3: {"side": "write"},
+}
+
+
+def written_before(path: Path, subspace: Subspace, version: int, **changes: Any) -> None:
+    """The file of a subspace as an older format had it, with bases of a kind for each side."""
+    key = "grasp_kernels.subspace.basis"
+    subspace.save(path)
+    tensors = load_file(path)
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()[key])
-    assert header["version"] == 3 and not {"verdict", "scope"} & set(header)
-    old = {**header, "version": 1, "verdict": verdict, "scope": "shared"}
-    save_file(load_file(path), path, metadata={key: json.dumps(old)})
+    assert header["version"] == 4 and not {"verdict", "side", "scope"} & set(header)
+    header |= {"version": version, "write": header.pop("bases"), "read": {}}
+    header |= {**OLD[version], **changes}
+    save_file(tensors, path, metadata={key: json.dumps(header)})
+
+
+@pytest.mark.parametrize("version", OLD)
+@pytest.mark.parametrize("empty", [False, True])
+def test_files_of_older_formats_are_read(tmp_path: Path, version: int, empty: bool) -> None:
+    path = tmp_path / "s.safetensors"
+    before = some_subspace(reasons=["ünsure"])
+    if empty:
+        before = Subspace.empty(["ünsure"])
+    written_before(path, before, version)
     after = Subspace.load(path)
-    assert bases_equal(before.write, after.write) and bases_equal(before.read, after.read)
-    assert (after.k, after.side, after.reasons) == (before.k, "both", ("ünsure",))
-    save_file(load_file(path), path, metadata={key: json.dumps({**old, "scope": "layer"})})
-    with pytest.raises(ValueError, match=r"scope is 'layer'.*`grasp-kernels identify"):
+    assert bases_equal(before.bases, after.bases)
+    assert (after.k, after.reasons) == (before.k, ("ünsure",))
+    assert (after.stream is None) == empty and not hasattr(after, "verdict")
+
+
+@pytest.mark.parametrize(
+    ("version", "option", "value"),
+    [
+        *((version, "side", side) for version in OLD for side in ("read", "both")),
+        *((version, "scope", "layer") for version in (1, 2)),
+    ],
+)
+@pytest.mark.parametrize("empty", [False, True])
+def test_subspaces_that_are_no_longer_used(
+    tmp_path: Path, version: int, option: str, value: str, empty: bool
+) -> None:
+    path = tmp_path / "s.safetensors"
+    before = Subspace.empty([]) if empty else some_subspace()
+    written_before(path, before, version, **{option: value})
+    said = rf"s\.safetensors' holds .*\({option} is '{value}'\).* anew with `grasp-kernels ident"
+    with pytest.raises(ValueError, match=said):
         Subspace.load(path)
 
 
 def with_basis(basis: Tensor, **changes: Any) -> Subspace:
-    fields: dict[str, Any] = {"k": 1, "side": "write"}
-    return Subspace({"m": basis}, {}, None, **{**fields, **changes})
+    return Subspace({"m": basis}, None, **{"k": 1, **changes})
 
 
 @pytest.mark.parametrize(
@@ -145,7 +182,6 @@ def test_unfit_bases(basis: Tensor, kind: type[Exception], message: str) -> None
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"side": "up"}, "side is 'up'; it must be one of write, read, both"),
         ({"k": 2}, "k is 2, but the widest basis has 1"),
         ({"k": 0}, "k is 0, but the widest basis has 1"),
     ],
@@ -157,7 +193,7 @@ def test_contradictions(changes: dict[str, Any], message: str) -> None:
 
 def test_directions_without_bases_are_a_contradiction() -> None:
     with pytest.raises(ValueError, match="k is 1, but the widest basis has 0"):
-        Subspace({}, {}, None, 1, "write")
+        Subspace({}, None, 1)
 
 
 @pytest.mark.parametrize(
@@ -175,15 +211,15 @@ def test_directions_that_span_nothing(directions: Tensor, message: str) -> None:
 
 
 def test_gain_of_another_width() -> None:
-    gains = {"model.layers.0.input_layernorm": torch.ones(WIDTH + 1)}
+    gains = {"model.layers.0.post_attention_layernorm": torch.ones(WIDTH + 1)}
     with pytest.raises(ValueError, match=r"shape \(25,\), but the directions have width 24"):
-        Subspace.from_stream(unit_directions(WIDTH), SITES, gains=gains, side="read")
+        Subspace.from_stream(unit_directions(WIDTH), BEHIND_NORMS, gains=gains)
 
 
 def test_no_site_for_the_directions() -> None:
     readers = [Site("model.layers.0.mlp.up_proj", 0, "read", None)]
-    with pytest.raises(ValueError, match="None of the sites takes a write basis"):
-        Subspace.from_stream(unit_directions(WIDTH), readers, side="write")
+    with pytest.raises(ValueError, match="None of the sites writes to the stream"):
+        Subspace.from_stream(unit_directions(WIDTH), readers)
 
 
 def test_loading_what_is_no_subspace(tmp_path: Path) -> None:
@@ -215,8 +251,8 @@ def test_nothing_is_written_when_saving_fails(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("basis", "said"),
     [
-        (unit_directions(WIDTH, 1), "1 direction, shared by all layers. 6 writers and 15 readers"),
-        (unit_directions(WIDTH, 2), "2 directions, shared by all layers. 6 writers and 15 readers"),
+        (unit_directions(WIDTH, 1), "1 direction, shared by all layers. 6 modules have a basis."),
+        (unit_directions(WIDTH, 2), "2 directions, shared by all layers. 6 modules have a basis."),
     ],
 )
 def test_summary_begins_with_the_number_of_directions(basis: Any, said: str) -> None:
@@ -224,7 +260,7 @@ def test_summary_begins_with_the_number_of_directions(basis: Any, said: str) -> 
 
 
 def test_summary_of_an_empty_subspace() -> None:
-    text = Subspace.empty("write", ["as noise"], evidence=EVIDENCE).summary()
+    text = Subspace.empty(["as noise"], evidence=EVIDENCE).summary()
     assert text.startswith("No direction stands above chance.\n")
     assert "3.000 (1.200)" in text and text.endswith("- as noise")
 

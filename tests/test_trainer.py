@@ -281,12 +281,12 @@ def test_a_subspace_is_given_in_three_ways(tmp_path: Path, given: str) -> None:
     if given == "adapter":
         model.save_pretrained(str(tmp_path / "naive"))
         gk.apply_grasp(model, gk.GraspConfig(subspace=tmp_path / "naive"))
-        expected = gk.identify(tmp_path / "naive").write
+        expected = gk.identify(tmp_path / "naive").bases
     else:
         subspace.save(tmp_path / "subspace.safetensors")
         what: Any = subspace if given == "subspace" else str(tmp_path / "subspace.safetensors")
         gk.apply_grasp(model, gk.GraspConfig(subspace=what))
-        expected = subspace.write
+        expected = subspace.bases
     for name, module in model.base_model.model.named_modules():
         if isinstance(module, gk.GraspLoRALinear):
             basis = module.write_basis
@@ -336,7 +336,7 @@ def test_a_model_that_the_trainer_makes_is_on_our_layers(tmp_path: Path) -> None
     made.train()
     assert _is_projected(made.model)
     last = [entry for entry in made.state.log_history if "loss" in entry][-1]
-    assert last["leakage_write"] <= 1e-6
+    assert last["leakage"] <= 1e-6
     assert last["kl"] > 0
 
 
@@ -362,7 +362,7 @@ def test_services_see_all_numbers(tmp_path: Path) -> None:
     made.watch.probes = [[1, 2, 3]]
     made.train()
     assert all("kl" in entry for entry in service.entries if "loss" in entry)
-    measured = {"leakage_write", "drift_along", "drift_share"}
+    measured = {"leakage", "drift_along", "drift_share"}
     assert [entry.keys() >= measured for entry in service.entries[:3]] == [False, True, True]
 
 

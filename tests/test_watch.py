@@ -22,7 +22,7 @@ from grasp_kernels.training.watch import Watch
 
 WIDTH = 32
 PROBES = [[1, 2, 3, 4], [5, 6]]
-NUMBERS = {"leakage_write", "leakage_read", "drift_along", "drift_share"}
+NUMBERS = {"leakage", "drift_along", "drift_share"}
 
 
 @pytest.fixture
@@ -32,9 +32,9 @@ def model() -> PeftModel:
     return get_peft_model(tiny_model(), config)
 
 
-def subspace_of(model: PeftModel, side: str = "write") -> gk.Subspace:
+def subspace_of(model: PeftModel) -> gk.Subspace:
     direction = torch.nn.functional.normalize(torch.arange(1.0, WIDTH + 1), dim=0)[:, None]
-    return gk.Subspace.from_stream(direction, model_sites(model), side=side)
+    return gk.Subspace.from_stream(direction, model_sites(model))
 
 
 def trainer_of(model: PeftModel, output: Path, steps: int = 6, **options: Any) -> Trainer:
@@ -62,16 +62,14 @@ def trainer_of(model: PeftModel, output: Path, steps: int = 6, **options: Any) -
 
 
 def test_a_projected_training_is_logged_every_few_steps(model: PeftModel, tmp_path: Path) -> None:
-    subspace = subspace_of(model, "both")
-    gk.replace_lora_layers(model, subspace)
+    gk.replace_lora_layers(model, subspace_of(model))
     trainer = trainer_of(model, tmp_path, callbacks=[Watch(every=4, probes=PROBES)])
     trainer.train()
     entries = [e for e in trainer.state.log_history if "loss" in e]
     assert [e["step"] for e in entries if e.keys() & NUMBERS] == [4, 6]
     for entry in (entries[3], entries[5]):
         assert entry.keys() >= NUMBERS
-        assert entry["leakage_write"] <= 1e-6
-        assert entry["leakage_read"] <= 1e-6
+        assert entry["leakage"] <= 1e-6
         assert 0 < entry["drift_share"] < 1
 
 
@@ -84,9 +82,7 @@ def test_a_stock_training_is_measured_along_a_given_subspace(
     trainer.train()
     measured = [e for e in trainer.state.log_history if e.keys() & NUMBERS]
     assert [e["step"] for e in measured] == [3, 6]  # with the next log entry
-    assert "leakage_read" not in measured[0]
-    shares = [leak.write for leak in gk.leakage(model, subspace).values()]
-    assert measured[1]["leakage_write"] == max(shares) > 1e-3
+    assert measured[1]["leakage"] == max(gk.leakage(model, subspace).values()) > 1e-3
 
 
 def test_drift_is_what_the_adapter_does_to_the_stream(model: PeftModel) -> None:
@@ -97,9 +93,7 @@ def test_drift_is_what_the_adapter_does_to_the_stream(model: PeftModel) -> None:
     assert basis is not None
     # the last hidden state that transformers returns is normalised: the last block is left out
     sites = [site for site in model_sites(model) if site.layer < 2]
-    measured = Watch(gk.Subspace.from_stream(basis, sites, side="write"), probes=PROBES).measure(
-        model
-    )
+    measured = Watch(gk.Subspace.from_stream(basis, sites), probes=PROBES).measure(model)
     model.eval()
     deltas = []
     for probe in PROBES:
@@ -117,7 +111,7 @@ def test_drift_is_what_the_adapter_does_to_the_stream(model: PeftModel) -> None:
 
 def test_an_untrained_adapter_has_not_drifted(model: PeftModel) -> None:
     measured = Watch(subspace_of(model), probes=PROBES).measure(model)
-    assert measured == {"leakage_write": 0.0, "drift_along": 0.0, "drift_share": 0.0}
+    assert measured == {"leakage": 0.0, "drift_along": 0.0, "drift_share": 0.0}
 
 
 def test_measuring_leaves_model_and_random_state_alone(model: PeftModel) -> None:
@@ -139,7 +133,7 @@ def test_measuring_leaves_model_and_random_state_alone(model: PeftModel) -> None
 
 
 def test_checkpoints_hold_closed_factors(model: PeftModel, tmp_path: Path) -> None:
-    subspace = subspace_of(model, "both")
+    subspace = subspace_of(model)
     gk.replace_lora_layers(model, subspace)
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
     trainer = trainer_of(model, tmp_path, **options, callbacks=[Watch(probes=PROBES)])
@@ -150,8 +144,7 @@ def test_checkpoints_hold_closed_factors(model: PeftModel, tmp_path: Path) -> No
         "checkpoint-6",
     ]
     for checkpoint in tmp_path.glob("checkpoint-*"):
-        for leak in gk.leakage(checkpoint, subspace).values():
-            assert max(share for share in leak if share is not None) <= 1e-6
+        assert max(gk.leakage(checkpoint, subspace).values()) <= 1e-6
     stock = PeftModel.from_pretrained(tiny_model(), str(tmp_path / "checkpoint-6")).eval()
     assert_same_logits(logits(model), logits(stock), stock)
 
@@ -217,7 +210,7 @@ def test_overflowing_gradients_are_left_to_the_loss_scaler(model: PeftModel) -> 
 
 def test_without_bases_numbers_are_watched_alone(model: PeftModel, tmp_path: Path) -> None:
     gk.replace_lora_layers(model)
-    empty = gk.Subspace.empty("write", ["noise"])
+    empty = gk.Subspace.empty(["noise"])
     for callback in (Watch(every=1), Watch(empty, every=1)):
         trainer = trainer_of(model, tmp_path, steps=1, callbacks=[callback])
         trainer.train()
@@ -247,7 +240,7 @@ def test_probes_come_from_the_tokenizer_of_the_trainer(model: PeftModel, tmp_pat
     )
     assert callback.probes is not None
     assert len(callback.probes) == 8
-    assert callback.measure(model).keys() == NUMBERS - {"leakage_read"}
+    assert callback.measure(model).keys() == NUMBERS
 
 
 def test_what_cannot_be_measured_is_refused(model: PeftModel) -> None:
@@ -267,6 +260,6 @@ def test_what_cannot_be_measured_is_refused(model: PeftModel) -> None:
 def test_a_layer_has_the_basis_of_its_writers() -> None:
     basis = torch.eye(WIDTH)[:, :1]
     names = ("2.mlp.down_proj", "1.self_attn.o_proj", "1.mlp.down_proj", "0.mlp.up_proj")
-    write = dict.fromkeys([f"model.layers.{name}" for name in names] + ["lm_head"], basis)
-    found = layer_bases(write, RULES["llama"])
+    bases = dict.fromkeys([f"model.layers.{name}" for name in names] + ["lm_head"], basis)
+    found = layer_bases(bases, RULES["llama"])
     assert list(found) == [1, 2] and all(one is basis for one in found.values())

@@ -55,7 +55,7 @@ def model_and_subspace() -> tuple[Any, gk.Subspace]:
     sites = model_sites(model)
     directions = orthonormal(32, 2, torch.Generator().manual_seed(3))
     gains = model_gains(model, sites)
-    return model, gk.Subspace.from_stream(directions, sites, gains=gains, side="both")
+    return model, gk.Subspace.from_stream(directions, sites, gains=gains)
 
 
 def with_reads_and_anchor() -> tuple[Any, gk.Subspace, gk.OwnTextAnchor]:
@@ -126,7 +126,7 @@ def _observed(model: Any, losses: list[float], folder: Path) -> Any:
         wrapped = hasattr(model, "_fsdp_wrapped_module")
         peft_model = tiny_peft_model() if wrapped else getattr(model, "module", model)
         peft_model.save_pretrained(folder, state_dict=weights)
-    worst = max(share or 0.0 for leak in gk.leakage(model).values() for share in leak)
+    worst = max(gk.leakage(model).values())
     return {"losses": losses, "leakage": worst, "stock": sorted(_stock_reasons)}
 
 
@@ -268,7 +268,7 @@ def _fsdp2_afterwards(ids: Tensor, folder: Path) -> Any:
     model = _shard(model)
     losses = train(model, ids[:2])
     checkpoint.save({"model": model.state_dict()}, checkpoint_id=folder / "pytorch_model_fsdp_0")
-    identified = gk.identify(model, k=1, side="both")
+    identified = gk.identify(model, k=1)
     result = _observed(model, losses, folder)
     gk.restore_lora_layers(model)
     if dist.get_rank() == 0:
@@ -322,7 +322,7 @@ def _fsdp1(ids: Tensor, folder: Path) -> Any:
         "replace": _refused(lambda: gk.replace_lora_layers(wrapped, subspace)),
         "restore": _refused(lambda: gk.restore_lora_layers(wrapped)),
     }
-    identified = gk.identify(wrapped, k=1, side="both")
+    identified = gk.identify(wrapped, k=1)
     if dist.get_rank() == 0:
         identified.save(folder / "subspace.safetensors")
     return {**result, "refused": refused}

@@ -6,7 +6,7 @@
 The two terms are added, not overlapped: nothing that computes the adapter in passes of its own gets
 below them. Operations of a provider count what its method needs, not what it does: a second `dY B`
 or a recomputed layer is no work.
-Shapes: T tokens, K in, N out, R LoRA rank, Q write basis size.
+Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A decoder layer, or a whole model, with random weights, adapted by peft and by every provider.
 
 All providers of a case share the storage of the frozen weights; adapters are each one's own.
-Shapes: T tokens, K in, N out, R LoRA rank, Q write basis size, D residual width.
+Shapes: T tokens, K in, N out, R LoRA rank, Q basis size, D residual width.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class StepWork:
 
 @dataclass(frozen=True)
 class Adapted:
-    """A frozen module with the adapters and the write basis of a case."""
+    """A frozen module with the adapters and the basis of a case."""
 
     module: nn.Module
     adapters: Adapters

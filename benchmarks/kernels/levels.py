@@ -1,6 +1,6 @@
 """The cases of each level: single linears, a decoder layer, a training step.
 
-Shapes: T tokens, K in, N out, R LoRA rank, Q write basis size.
+Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Suite:
         level: "linear" (the linears of a decoder layer, each by itself), "layer" (a decoder layer)
             or "step" (a training step of the model, with and without activation checkpointing).
         models, dtypes, tokens, ranks: every combination is a case.
-        basis: sizes Q of the write basis of the writers; 0 for none.
+        basis: sizes Q of the basis of the writers; 0 for none.
         rounds: measurements of each provider.
         providers: names, or "all"; none for the usual ones.
         layers: decoder layers of a step; None for those of the model.

@@ -1,8 +1,8 @@
 // The pipeline of all passes: tiles of Z come in, products take them up, results go out.
 //
 //   gradient pass, Z = dY:  [dS | D] = dY [s B̂ | V]   and   dB = (I − V Vᵀ) s dYᵀ S
-//   input pass,    Z = X:                                    dA = dSᵀ X̃ (I − U Uᵀ)
-//   down pass,     Z = X:   S = X̃ A°ᵀ
+//   input pass,    Z = X:                                    dA = dSᵀ X̃
+//   down pass,     Z = X:   S = X̃ Aᵀ
 //
 // A block owns a slab of columns and runs down a range of tokens, its sum over tokens in registers;
 // or, in a down pass, it owns 64 tokens and runs along the columns, the skinny result in registers.

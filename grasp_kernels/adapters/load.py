@@ -174,8 +174,8 @@ def _assemble(
                 "targets."
             )
         if site.norm and site.norm not in gains:
-            width = entry.lora_A.shape[1] if site.role == "read" else entry.lora_B.shape[0]
-            weight = base.norm_weight(_block_of_base(site.norm, rules, repeated), width)
+            norm = _block_of_base(site.norm, rules, repeated)
+            weight = base.norm_weight(norm, entry.lora_B.shape[0])
             gains[site.norm] = None if weight is None else site.gain(weight)
         gain = gains[site.norm] if site.norm else None
         layers.append(LoRAWeights(site, entry.lora_A, entry.lora_B, entry.scaling, gain))

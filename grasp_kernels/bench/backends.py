@@ -1,6 +1,6 @@
 """The backends on the linear layers of a known model: checked, timed in turn, one table.
 
-Shapes: T tokens, K in, N out, R LoRA rank, Q write basis size.
+Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def compare(
             qwen2.5-0.5b on a CPU.
         dtype: of weights and activations, "float32", "float16" or "bfloat16".
         tokens: of a call; None: 8192 on a GPU, 512 on a CPU.
-        rank, basis: of the adapter and of the write basis of the writers; 0: nothing is projected.
+        rank, basis: of the adapter and of the basis of the writers; 0: nothing is projected.
         rounds: measurements of each.
         device: "cpu", "cuda" or one of several GPUs; None: "cuda" where there is one.
 

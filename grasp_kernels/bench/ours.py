@@ -1,6 +1,6 @@
 """GraspLoRALinear as it comes, and on each backend by name; with and without the projection.
 
-Shapes: N out, Q write basis size.
+Shapes: N out, Q basis size.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The frozen layer, and stock peft in the ways people run it.
 
-Shapes: T tokens, K in, N out, R LoRA rank, Q write basis size.
+Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a provider is, and the weights that all providers of a case share.
 
-Shapes: T tokens, K in, N out, R LoRA rank, P read basis size, Q write basis size.
+Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from grasp_kernels.bench.shapes import Linear
 from grasp_kernels.ops.projection import project_columns
 
-Bases = dict[str, Tensor]  # name of a LoRA layer -> its write basis V[N, Q]
+Bases = dict[str, Tensor]  # name of a LoRA layer -> its basis V[N, Q]
 SCALING = 2.0
 
 
@@ -32,14 +32,13 @@ class Refusal(NamedTuple):
 
 @dataclass(frozen=True)
 class Weights:
-    """`W[N, K]` and the adapter in the compute dtype; `V[N, Q]` or `U[K, P]` in float32."""
+    """`W[N, K]` and the adapter in the compute dtype; `V[N, Q]` in float32."""
 
     weight: Tensor
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
     write_basis: Tensor | None
-    read_basis: Tensor | None
 
     def build(self, provider: Provider) -> nn.Module:
         """The layer of a provider on these weights."""
@@ -117,7 +116,7 @@ def orthonormal(
 
 
 def make_weights(linear: Linear, dtype: torch.dtype, device: str, R: int, Q: int) -> Weights:
-    """Weights of one linear; a writer gets a write basis when Q is not 0."""
+    """Weights of one linear; a writer gets a basis when Q is not 0."""
     K, N = linear.K, linear.N
     like = torch.empty(0, dtype=dtype, device=device)
     weight, lora_A, lora_B = (
@@ -126,7 +125,7 @@ def make_weights(linear: Linear, dtype: torch.dtype, device: str, R: int, Q: int
     basis = None
     if linear.writes and Q:
         basis = orthonormal(N, Q, torch.Generator().manual_seed(0)).to(device)
-    return Weights(weight, lora_A, closed(lora_B, basis), SCALING, basis, None)
+    return Weights(weight, lora_A, closed(lora_B, basis), SCALING, basis)
 
 
 def closed(lora_B: Tensor, basis: Tensor | None) -> Tensor:

@@ -6,7 +6,6 @@ import argparse
 import warnings
 from typing import Any
 
-from grasp_kernels.choices import SIDES
 from grasp_kernels.cli.options import (
     file_to_write,
     folder_to_write,
@@ -35,8 +34,8 @@ def add_identify(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base-model",
         metavar="FOLDER",
-        help="checkpoint of the base model, for its norms (read side) and depth (default: the one "
-        "that the adapter's config names, where it is on this machine)",
+        help="checkpoint of the base model, for its norms and depth (default: the one that the "
+        "adapter's config names, where it is on this machine)",
     )
     parser.add_argument(
         "--k",
@@ -44,12 +43,6 @@ def add_identify(commands: Any, common: argparse.ArgumentParser) -> None:
         type=number_of_directions,
         metavar="N",
         help="directions, or 'auto': as many as stand out (default: auto)",
-    )
-    parser.add_argument(
-        "--side",
-        default="write",
-        choices=SIDES,
-        help="layers that add to the residual stream, or that take it as input (default: write)",
     )
     parser.add_argument(
         "--seed", default=0, type=seed, metavar="N", help="seed of the null (default: 0)"
@@ -66,7 +59,6 @@ def _identify(arguments: argparse.Namespace) -> int:
     subspace = identify(
         arguments.adapters if several else arguments.adapters[0],
         k=arguments.k,
-        side=arguments.side,
         generator=torch.Generator().manual_seed(arguments.seed),
         base_model=arguments.base_model,
     )
@@ -191,10 +183,10 @@ def _check(arguments: argparse.Namespace) -> int:
         )
     names = [printable(name) for name in measured]
     width = max(map(len, names))
-    print(f"{'module':<{width}}  {'write':>9}  {'read':>9}")
-    for name, layer in zip(names, measured.values(), strict=True):
-        print(f"{name:<{width}}  {_cell(layer.write)}  {_cell(layer.read)}")
-    largest = max(v for layer in measured.values() for v in layer if v is not None)
+    print(f"{'module':<{width}}  {'leakage':>9}")
+    for name, share in zip(names, measured.values(), strict=True):
+        print(f"{name:<{width}}  {share:>9.2e}")
+    largest = max(measured.values())
     passed = largest <= arguments.tolerance
     place = "within" if passed else "above"
     print(f"largest leakage {largest:.3g}: {place} the tolerance {arguments.tolerance:g}")
@@ -211,7 +203,3 @@ def _tolerance(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is no share: give a number from 0 to 1.")
     return value
-
-
-def _cell(value: float | None) -> str:
-    return f"{'–' if value is None else format(value, '.2e'):>9}"

@@ -22,7 +22,7 @@ def add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
         "--tokens", type=int, metavar="T", help="of a call, default: 8192 (CPU: 512)"
     )
     bench.add_argument("--rank", type=int, metavar="R", help="of the adapter: 16")
-    bench.add_argument("--basis", type=int, metavar="Q", help="size of the write basis: 4; 0: none")
+    bench.add_argument("--basis", type=int, metavar="Q", help="size of the basis: 4; 0: none")
     bench.add_argument("--rounds", type=int, help="measurements of each: 15")
     bench.add_argument("--device", help="cpu or cuda: cuda where there is one")
     bench.set_defaults(command=_bench)

@@ -146,12 +146,10 @@ def _identify(
     sites: SiteRules | None,
     generator: torch.Generator,
 ) -> Subspace:
-    """The shared write subspace of the weights; empty where no writer is adapted."""
+    """The shared subspace of the weights; empty where no writer is adapted."""
     source: Any = adapters if adapters else model
     known: dict[str, Any] = {"sites": sites, "base_model": model if adapters else None}
     examined = load_adapter(adapters[-1] if adapters else model, **known)
     if not any(layer.site.role == "write" for layer in examined.layers):
-        return Subspace.empty(
-            "write", ["The adapter changes no layer that writes to the residual stream."]
-        )
+        return Subspace.empty(["The adapter changes no layer that writes to the residual stream."])
     return identify(source, halves=halves, generator=generator, **known)

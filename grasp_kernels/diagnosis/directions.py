@@ -34,7 +34,7 @@ class Direction:
 
 
 def weight_directions(subspace: Subspace, neutral: Moved) -> list[Direction]:
-    """The columns of a shared write basis, each turned to where neutral prompts move along it."""
+    """The columns of a shared basis, each turned to where neutral prompts move along it."""
     if subspace.stream is None:
         return []
     everything = list(range(neutral.delta.shape[1]))

@@ -46,13 +46,14 @@ class Movement:
         return {**asdict(self), "mean_along": self.mean_along, "share": self.share}
 
 
-def layer_bases(write: Mapping[str, Tensor], rules: SiteRules) -> dict[int, Tensor]:
-    """Layer -> basis of the stream after it, `[D, k]`, from the write bases of its modules by name.
+def layer_bases(bases: Mapping[str, Tensor], rules: SiteRules) -> dict[int, Tensor]:
+    """Layer -> basis of the stream after it, `[D, k]`, from the bases of its modules by name.
+
 
     Empty without writers whose output is in the stream.
     """
     found: dict[int, Tensor] = {}
-    for name, basis in write.items():
+    for name, basis in bases.items():
         site = rules.site(name)
         if site is not None and site.norm is None:
             found.setdefault(site.layer, basis)

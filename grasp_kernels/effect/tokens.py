@@ -48,9 +48,9 @@ def token_scores(model: Any, basis: Tensor, rules: SiteRules) -> Tensor:
     holder, _ = find_blocks(model, rules)
     name = ".".join((holder, *rules.blocks.split(".")[:-1], rules.final_norm))
     norm: Any = model.get_submodule(name)
-    head = Site("lm_head", -1, "read", rules.final_norm, rules.norms)
+    end = Site("the last block", -1, "write", rules.final_norm, rules.norms)
     unembedding = model.get_output_embeddings().weight.float()
-    return unembedding @ head.from_stream(basis.to(unembedding), head.gain(norm.weight))
+    return unembedding @ end.to_stream(basis.to(unembedding), end.gain(norm.weight))
 
 
 def neutral_shift(

@@ -7,7 +7,7 @@ parameters that are not closed, and forward, state dict and merge work with clos
 own. So it is with the flat slices of FSDP1, which no process can project by itself; the shards of
 FSDP2 are gathered and projected after the step, by all processes together.
 
-Shapes: K in, N out, R LoRA rank, C features (K or N), P read basis size, Q write basis size.
+Shapes: K in, N out, R LoRA rank, Q basis size.
 """
 
 from __future__ import annotations
@@ -50,8 +50,7 @@ _CLOSED_TO = 8 * torch.finfo(torch.float32).eps
 class ClosedLayer(_LAYER):
     """Mixed into a LoRA layer of peft, before it: `class Ours(ClosedLayer, TheirLayer)`.
 
-    Closed layers keep `Vᵀ ΔW = 0` and `ΔW U = 0` in whatever leaves them: forward, state dict,
-    merged weights.
+    Closed layers keep `Vᵀ ΔW = 0` in whatever leaves them: forward, state dict, merged weights.
 
     What comes in later, an adapter that is added, or weights that are loaded or swapped in, is
     looked at in its first forward. It is closed if that changes nothing: B is zero, as in a fresh
@@ -62,7 +61,6 @@ class ClosedLayer(_LAYER):
         stock: the class of peft that a layer becomes again when it is released.
         write_basis: `V[N, Q]`, float32, or None. Not a buffer: those are rounded by FSDP in mixed
             precision, and sent around by DDP in every forward.
-        read_basis: `U[K, P]`, float32, not a buffer either, or None.
         closes: whether adapters that come later are closed if that changes nothing.
         closed_adapters: names of the adapters that are kept closed.
         new_adapters: names of those that were not looked at yet.
@@ -71,7 +69,6 @@ class ClosedLayer(_LAYER):
 
     stock: type
     write_basis: Tensor | None
-    read_basis: Tensor | None
     closes: bool = False
     closed_adapters: frozenset[str] = frozenset()
     new_adapters: frozenset[str] = frozenset()
@@ -100,23 +97,21 @@ class ClosedLayer(_LAYER):
         self.closed_adapters -= {adapter_name}
         self.new_adapters -= {adapter_name}
 
-    def set_bases(
+    def set_basis(
         self,
-        write_basis: Tensor | None,
-        read_basis: Tensor | None,
+        basis: Tensor | None,
         closed: bool,
         weight: Tensor,
         told: set[str] | None = None,
     ) -> None:
-        """Set the bases where `weight` is; the adapters that exist now are closed if `closed`.
+        """Set the basis where `weight` is; the adapters that exist now are closed if `closed`.
 
         `told` is shared by the layers of a model, so that one with hundreds of them warns once.
         """
         self.told = set() if told is None else told
-        for name, basis in (("write_basis", write_basis), ("read_basis", read_basis)):
-            setattr(self, name, None if basis is None else basis.detach().to(torch.float32))
-        self.move_bases(weight.device)
-        self.closes = closed and not (write_basis is None and read_basis is None)
+        self.write_basis = None if basis is None else basis.detach().to(torch.float32)
+        self.move_basis(weight.device)
+        self.closes = closed and basis is not None
         self.closed_adapters = frozenset(self.lora_A) if closed else frozenset()
         self.new_adapters = frozenset()
         _layers.add(self)
@@ -126,13 +121,12 @@ class ClosedLayer(_LAYER):
         super().__setstate__(state)
         _layers.add(self)  # a copy is one of its own
 
-    def move_bases(self, device: torch.device) -> None:
+    def move_basis(self, device: torch.device) -> None:
         """To the device of the weights, which FSDP may move without a word."""
-        for name in ("write_basis", "read_basis"):
-            basis = getattr(self, name)
-            # A weight that is loaded later has no data yet, and a basis would lose its own.
-            if basis is not None and basis.device != device and device.type != "meta":
-                setattr(self, name, basis.to(device))
+        basis = self.write_basis
+        # A weight that is loaded later has no data yet, and a basis would lose its own.
+        if basis is not None and basis.device != device and device.type != "meta":
+            self.write_basis = basis.to(device)
 
     def release(self) -> None:
         """Turn this layer back into peft's own, in place, with the weights it computed with."""
@@ -143,18 +137,11 @@ class ClosedLayer(_LAYER):
 
     def _forget(self) -> None:
         """Remove what peft's own class does not have."""
-        for name in (
-            "write_basis",
-            "read_basis",
-            "closes",
-            "closed_adapters",
-            "new_adapters",
-            "told",
-        ):
+        for name in ("write_basis", "closes", "closed_adapters", "new_adapters", "told"):
             self.__dict__.pop(name, None)
 
     def close_(self) -> None:
-        """Write `A°`, `B°`, `b°` into the parameters; the function of the layer stays as it is.
+        """Write `B°`, `b°` into the parameters; the function of the layer stays as it is.
 
         All processes must call it where the parameters are DTensors.
 
@@ -164,7 +151,7 @@ class ClosedLayer(_LAYER):
         _close_(list(self.kept_closed()))
 
     def kept_closed(self, here: bool = False) -> Iterator[_Factor]:
-        """The factors of closed adapters that have a basis.
+        """What closed adapters write with, if there is a basis.
 
         Raises:
             ValueError: one is not here, and those that are `here` were not asked for.
@@ -173,22 +160,17 @@ class ClosedLayer(_LAYER):
             yield from self._factors(name, here)
 
     def _factors(self, name: str, here: bool = False) -> Iterator[_Factor]:
-        lora_A, lora_B = self.lora_A[name], self.lora_B[name]
-        for side, module, basis in (
-            ("A", lora_A, self.read_basis),
-            ("B", lora_B, self.write_basis),
-        ):
-            if basis is None or (here and is_away(module.weight)):
-                continue
-            refuse_away(f"lora_{side} of the adapter {name!r}", module.weight)
-            for parameter in ("weight", "bias") if side == "B" else ("weight",):
-                if getattr(module, parameter, None) is not None:
-                    key, by_rows = f"lora_{side}.{name}.{parameter}", side == "A"
-                    yield _Factor(key, module, parameter, by_rows, basis)
+        lora_B, basis = self.lora_B[name], self.write_basis
+        if basis is None or (here and is_away(lora_B.weight)):
+            return
+        refuse_away(f"lora_B of the adapter {name!r}", lora_B.weight)
+        for parameter in ("weight", "bias"):
+            if getattr(lora_B, parameter, None) is not None:
+                yield _Factor(f"lora_B.{name}.{parameter}", lora_B, parameter, basis)
 
     @contextmanager
     def computing_closed(self, as_saved: bool = False) -> Iterator[None]:
-        """Inside, `A°`, `B°`, `b°` stand where the modules have A, B, b, and gradients reach these.
+        """Inside, `B°`, `b°` stand where the modules have B, b, and gradients reach these.
 
         DTensors, of which a process has not all, are closed in place instead.
 
@@ -280,24 +262,23 @@ class ClosedLayer(_LAYER):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         for name in self.lora_A:
-            if any(f"{prefix}lora_{side}.{name}.weight" in state_dict for side in "AB"):
+            if f"{prefix}lora_B.{name}.weight" in state_dict:
                 self.look_again(name)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ClosedLayer:
-        # Bases only follow to another device: closure is as exact as they are.
+        # A basis only follows to another device: closure is as exact as it is.
         super()._apply(fn, recurse)
-        self.move_bases(next(self.parameters()).device)
+        self.move_basis(next(self.parameters()).device)
         return self
 
 
 class _Factor(NamedTuple):
-    """A parameter of an adapter, and the basis `[C, P]` that it is kept out of."""
+    """A parameter of an adapter, B `[N, R]` or b `[N]`, and the basis that it is kept out of."""
 
     key: str  # in the state dict of the layer
     module: nn.Module
     name: str
-    by_rows: bool  # A [R, C], else B [C, R] or b [C]
     basis: Tensor
 
     @property
@@ -311,19 +292,14 @@ class _Factor(NamedTuple):
         weight: Tensor = self.place[self.name]
         return weight
 
-    def turned(self, matrix: Tensor) -> Tensor:
-        """The factor as `[C, ...]`, or what was made of that as the factor is."""
-        return matrix.mT if self.by_rows else matrix
-
     def projected(self) -> Tensor:
         """The closed factor, through which gradients come projected."""
         weight = self.weight
-        matrix = project_columns(self.turned(weight), self.basis.to(weight.device))
-        return self.turned(matrix).to(weight.dtype)
+        return project_columns(weight, self.basis.to(weight.device)).to(weight.dtype)
 
     def along(self, weight: Tensor) -> Tensor:
-        """`Vᵀ M [P, ...]` of a factor like this one, at least in float32."""
-        wide = self.turned(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+        """`Vᵀ M [Q, ...]` of a factor like this one, at least in float32."""
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         return without_autocast(torch.matmul, self.basis.to(wide).mT, wide)
 
     def without(self, along: Tensor, weight: Tensor) -> Tensor:
@@ -332,8 +308,7 @@ class _Factor(NamedTuple):
         Laid out as a parameter is: a product may round another layout otherwise.
         """
         removed = without_autocast(torch.matmul, self.basis.to(along), along)
-        matrix = self.turned(weight.to(along.dtype)) - removed
-        return self.turned(matrix).to(weight.dtype).contiguous()
+        return (weight.to(along.dtype) - removed).to(weight.dtype).contiguous()
 
     def share(self) -> float:
         """What closing takes of the factor, 0 to 1; 0 where its rounding explains that."""
@@ -379,7 +354,7 @@ def _norms(matrices: dict[int, Tensor]) -> dict[int, float]:
 def _close_(factors: Sequence[_Factor]) -> None:
     for factor, value in zip(factors, closed(factors), strict=True):
         if value is not factor.weight:
-            # Past autograd's version counter: a backward that is still to come has saved A° and B°,
+            # Past autograd's version counter: a backward that is still to come has saved B°,
             # so a reference model between forward and backward does not invalidate it.
             write_whole_(factor.weight.data, value)
 

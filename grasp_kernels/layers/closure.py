@@ -1,6 +1,6 @@
 """How much of an adapter lies along a subspace, and its removal from a finished adapter.
 
-Shapes: K in, N out, R LoRA rank, P read basis size, Q write basis size.
+Shapes: K in, N out, R LoRA rank, Q basis size.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,21 +38,16 @@ from grasp_kernels.models.weights import (
     model_type_of,
     model_weights,
 )
-from grasp_kernels.ops.projection import project_columns, project_rows
+from grasp_kernels.ops.projection import project_columns
 from grasp_kernels.subspace import Subspace, check_subspace
 
 _COPIED = (".json", ".md", ".jinja")  # an adapter folder's configuration, card, tokenizer
 
 
-class Leakage(NamedTuple):
-    """Shares of `ΔW` in one layer, 0 to 1; None where the layer has no such basis."""
+class Leakages(dict[str, float]):
+    """`‖Vᵀ ΔW‖ / ‖ΔW‖`, 0 to 1, of every layer that has a basis, by module name in the base model.
 
-    read: float | None  # ‖ΔW U‖ / ‖ΔW‖
-    write: float | None  # ‖Vᵀ ΔW‖ / ‖ΔW‖, where V has the gain of a norm after the writer in it
-
-
-class Leakages(dict[str, Leakage]):
-    """The leakage of every layer that has a basis, by module name in the base model.
+    The gain of a norm after the layer is in `V`.
 
     Attributes:
         unseen: what belongs to the change and was not measured, by name: weights that the subspace
@@ -79,9 +73,9 @@ def leakage(
     then the difference of the weights, and what their dtype rounded is in it: a closed adapter that
     is merged into bfloat16 leaks up to `2⁻⁹ ‖W‖ / ‖ΔW‖`.
 
-    What a bias adds to the stream counts by itself: the write leakage of a layer is the larger of
-    that of its weight and that of its bias. Nothing is left out in silence: see `Leakages.unseen`,
-    of which a warning tells too.
+    What a bias adds to the stream counts by itself: the leakage of a layer is the larger of that of
+    its weight and that of its bias. Nothing is left out in silence: see `Leakages.unseen`, of which
+    a warning tells too.
 
     Args:
         source: a model with LoRA layers, or an adapter folder; with `base` a model, or its
@@ -132,74 +126,62 @@ def _leakage(
 class _Bases:
     """The basis of every module, and which modules have none with good reason."""
 
-    def __init__(
-        self,
-        read: Mapping[str, Tensor],
-        write: Mapping[str, Tensor],
-        without: Callable[[str], bool],
-    ) -> None:
-        self.read, self.write, self._without = read, write, without
+    def __init__(self, known: Mapping[str, Tensor], without: Callable[[str], bool]) -> None:
+        self.known, self._without = known, without
 
     @classmethod
     def of_subspace(
         cls, subspace: Subspace, model_type: str | None, names: Iterable[str]
     ) -> _Bases:
-        """Those of a subspace: one of a single side says nothing of the other."""
+        """Those of a subspace, which says nothing of layers that read the stream."""
         try:
             rules = site_rules(model_type or subspace.metadata.get("model_type"), names)
         except ValueError:
-            return cls(subspace.read, subspace.write, lambda name: False)
+            return cls(subspace.bases, lambda name: False)
 
         def without(name: str) -> bool:
             site = rules.site(name) or rules.site(f"{name}.weight")
-            return site is not None and subspace.side not in (site.role, "both")
+            return site is not None and site.role == "read"
 
-        return cls(subspace.read, subspace.write, without)
+        return cls(subspace.bases, without)
 
     @classmethod
     def of_layers(cls, model: nn.Module) -> _Bases:
         """Those that replaced layers have; one that was given none needs none."""
-        read: dict[str, Tensor] = {}
-        write: dict[str, Tensor] = {}
+        known: dict[str, Tensor] = {}
         replaced = set()
         for name, layer in model.named_modules():
             if hasattr(layer, "write_basis") and hasattr(layer, "lora_A"):
                 name = adapted_name(name, layer)
                 replaced.add(name)
-                for bases, basis in ((read, layer.read_basis), (write, layer.write_basis)):
-                    if basis is not None:
-                        bases[name] = basis
-        return cls(read, write, replaced.__contains__)
+                if layer.write_basis is not None:
+                    known[name] = layer.write_basis
+        return cls(known, replaced.__contains__)
 
     def at(self, name: str) -> str | None:
-        """Under which name a module has its bases; one of an expert has those of all experts."""
+        """Under which name a module has its basis; one of an expert has that of all experts."""
         part = expert_part(name)
         names = (name, f"{name}.weight", part.whole if part else name)
-        return next((one for one in names if one in self.read or one in self.write), None)
+        return next((one for one in names if one in self.known), None)
 
     def unseen(self, name: str) -> bool:
         """Whether nothing is known of a weight that has no basis of its own, though it counts."""
         module = name.removesuffix(".bias")
-        return self.at(module) in self.write or not self._without(module)
+        return self.at(module) is not None or not self._without(module)
 
 
 class _Measured:
-    """Norms of all parts of one site's change, and of what of them lies along its bases."""
+    """Norms of all parts of one site's change, and of what of them lies along its basis."""
 
-    def __init__(self, name: str, bases: _Bases) -> None:
-        self.name, self.U, self.V = name, bases.read.get(name), bases.write.get(name)
-        self.total = self.read = self.write = self.bias = 0.0
+    def __init__(self, name: str, basis: Tensor) -> None:
+        self.name, self.basis = name, basis
+        self.total = self.along = self.bias = 0.0
 
     def add_product(self, A: Tensor, B: Tensor, scaling: float) -> None:
         """`s B A`, or a stack of those."""
         A, B = A.double(), B.double() * scaling
-        self._check_width(A.shape[-1], B.shape[-2])
-        U, V = self._bases(A)
-        self._add(
-            _product_norm(B, A),
-            0.0 if U is None else _product_norm(B, A @ U),
-            0.0 if V is None else _product_norm(V.mT @ B, A),
-        )
+        self._check_width(B.shape[-2])
+        self._add(_product_norm(B, A), _product_norm(self.basis.to(B).mT @ B, A))
 
     def add_delta(self, changed: Tensor, original: Tensor) -> None:
         """`ΔW[N, K]`, or a stack of those."""
@@ -210,52 +192,37 @@ class _Measured:
                 "not quantised."
             )
         delta = changed.float() - original.float()
-        self._check_width(delta.shape[-1], delta.shape[-2])
+        self._check_width(delta.shape[-2])
         size = float(delta.abs().max())
         if size == 0.0:
             return
         delta /= size  # whose squares float32 holds
-        U, V = self._bases(delta)
-        self._add(
-            size * float(delta.norm()),
-            0.0 if U is None else size * float((delta @ U).norm()),
-            0.0 if V is None else size * float((V.mT @ delta).norm()),
-        )
+        along = self.basis.to(delta).mT @ delta
+        self._add(size * float(delta.norm()), size * float(along.norm()))
 
     def add_bias(self, bias: Tensor) -> None:
         """`Δb[N]`, which the layer adds whatever it reads."""
-        _, V = self._bases(bias.double())
-        if V is not None and bool(bias.any()):
+        if bool(bias.any()):
             b = bias.double()
-            self.bias = max(self.bias, float((V.mT @ b).norm() / b.norm()))
+            self.bias = max(self.bias, float((self.basis.to(b).mT @ b).norm() / b.norm()))
 
-    def leakage(self) -> Leakage:
-        total = self.total or 1.0  # without a change nothing leaks
-        return Leakage(
-            None if self.U is None else self.read / total,
-            None if self.V is None else max(self.write / total, self.bias),
-        )
+    def leakage(self) -> float:
+        return max(self.along / (self.total or 1.0), self.bias)  # without a change nothing leaks
 
-    def _add(self, total: float, read: float, write: float) -> None:
+    def _add(self, total: float, along: float) -> None:
         if not math.isfinite(total):
             raise ValueError(
                 f"the change of {shown(self.name)} is larger than numbers can be; give an earlier "
                 "checkpoint, before training diverged."
             )
-        self.total = math.hypot(self.total, total)
-        self.read, self.write = math.hypot(self.read, read), math.hypot(self.write, write)
+        self.total, self.along = math.hypot(self.total, total), math.hypot(self.along, along)
 
-    def _bases(self, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        U, V = (None if basis is None else basis.to(like) for basis in (self.U, self.V))
-        return U, V
-
-    def _check_width(self, K: int, N: int) -> None:
-        for role, basis, width in (("read", self.U, K), ("write", self.V, N)):
-            if basis is not None and basis.shape[0] != width:
-                raise ValueError(
-                    f"the {role} basis for {shown(self.name)} has {basis.shape[0]} rows but the "
-                    f"layer has {width} features; the subspace belongs to another model."
-                )
+    def _check_width(self, N: int) -> None:
+        if self.basis.shape[0] != N:
+            raise ValueError(
+                f"the basis for {shown(self.name)} has {self.basis.shape[0]} rows but the layer "
+                f"has {N} features; the subspace belongs to another model."
+            )
 
 
 @torch.no_grad()
@@ -267,7 +234,7 @@ def _of_adapter(parts: Parts, bases: _Bases) -> Leakages:
         if name is None:
             unseen += [entry.name] if bases.unseen(entry.name) else []
             continue
-        site = measured.setdefault(name, _Measured(name, bases))
+        site = measured.setdefault(name, _Measured(name, bases.known[name]))
         site.add_product(entry.lora_A, entry.lora_B, entry.scaling)
         if entry.bias is not None:
             site.add_bias(entry.bias)
@@ -314,11 +281,13 @@ def _of_models(
                 "which the subspace has a basis; the subspace belongs to another model."
             )
         if place is not None and one is not None and other is not None and one.ndim > 1:
-            measured.setdefault(place, _Measured(place, bases)).add_delta(one, other)
+            site = measured.setdefault(place, _Measured(place, bases.known[place]))
+            site.add_delta(one, other)
         elif same:
             continue
-        elif writer in bases.write and one is not None and other is not None:
-            measured.setdefault(str(writer), _Measured(str(writer), bases)).add_bias(one - other)
+        elif writer is not None and one is not None and other is not None:
+            site = measured.setdefault(writer, _Measured(writer, bases.known[writer]))
+            site.add_bias(one - other)
         elif bases.unseen(name):
             unseen.append(name)
     if not measured:
@@ -331,7 +300,7 @@ def _of_models(
 def project_adapter(
     adapter_dir: str | PathLike[str], subspace: Subspace, out: str | PathLike[str]
 ) -> tuple[str, ...]:
-    """Remove a subspace from a finished adapter: `A (I − U Uᵀ)`, `(I − V Vᵀ) B`.
+    """Remove a subspace from a finished adapter: `(I − V Vᵀ) B`.
 
     A baseline and a quick remedy, not GRASP: the retrain with projected gradients is what lets the
     rest of the adapter learn the task without the factor. `out` is a new adapter folder in peft's
@@ -371,15 +340,13 @@ def project_adapter(
 def _projected(weights: Path, subspace: Subspace) -> dict[str, Tensor]:
     tensors = open_weights(weights)
     found = {key: read() for key, read in tensors.items()}
-    bases = _Bases(subspace.read, subspace.write, lambda name: False)
+    bases = _Bases(subspace.bases, lambda name: False)
     for name, keys in sort_keys(weights, tensors, None)[0].items():
-        place = bases.at(name) or name
+        basis = subspace.bases.get(bases.at(name) or name)
         for part, key in keys.items():
+            if part == "A" or basis is None:
+                continue
             tensor = found[key]
             wide = tensor.float() if tensor.element_size() == 1 else tensor  # float8 multiplies not
-            if part == "A":
-                projected = project_rows(wide, subspace.read.get(place))
-            else:
-                projected = project_columns(wide, subspace.write.get(place))
-            found[key] = projected.to(tensor.dtype).contiguous()
+            found[key] = project_columns(wide, basis).to(tensor.dtype).contiguous()
     return found

@@ -1,6 +1,6 @@
 """peft's LoRA on the parameter that holds the weights of all experts, kept closed.
 
-Shapes: E experts, K in, N out, R LoRA rank of each, P read basis size, Q write basis size.
+Shapes: E experts, K in, N out, R LoRA rank of each, Q basis size.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from grasp_kernels.layers.closed import ClosedLayer
 
 
 class GraspLoRAExperts(ClosedLayer, ParamWrapper):
-    """A `ParamWrapper` of peft whose factors `A[E R, K]`, `B[N, R E]` stay out of the bases.
+    """A `ParamWrapper` of peft whose factor `B[N, R E]` stays out of the basis.
 
-    peft computes it. All experts meet the stream on the same side, so one basis serves them, and
-    closing the stacked factors closes each expert. The gradient is projected where the sum over the
+    peft computes it. All experts write to the stream, so one basis serves them, and closing the
+    stacked factors closes each expert. The gradient is projected where the sum over the
     experts enters the stream, not here.
     """
 
@@ -28,15 +28,14 @@ class GraspLoRAExperts(ClosedLayer, ParamWrapper):
     def adopt(
         cls,
         layer: ParamWrapper,
-        write: Tensor | None,
-        read: Tensor | None,
+        basis: Tensor | None,
         closed: bool,
         told: set[str],
     ) -> None:
         """Turn a stock wrapper into this class in place."""
         layer.__class__ = cls
         assert isinstance(layer, cls)
-        layer.set_bases(write, read, closed, layer.get_param(), told)
+        layer.set_basis(basis, closed, layer.get_param(), told)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """peft's, of the closed factors."""

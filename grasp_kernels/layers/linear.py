@@ -1,6 +1,6 @@
 """GraspLoRALinear: peft's LoRA layer, computed by one operator that also projects the gradient.
 
-Shapes: T tokens, K in, N out, R LoRA rank, P read basis size, Q write basis size.
+Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from grasp_kernels.ops.lora_linear.aten import write_weight
 class GraspLoRALinear(ProjectedLoRA, lora.Linear):
     """A `peft.tuners.lora.Linear` whose forward is `grasp_kernels.lora_linear`.
 
-    Bases, closure and what else it has in common with other layers are `ProjectedLoRA`'s.
+    Basis, closure and what else it has in common with other layers are `ProjectedLoRA`'s.
     """
 
     stock = lora.Linear
@@ -38,13 +38,12 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
         config: LoraConfig,
         *args: Any,
         write_basis: Tensor | None = None,
-        read_basis: Tensor | None = None,
         closed: bool = True,
         backend: str = "auto",
         **kwargs: Any,
     ) -> None:
         super().__init__(base_layer, adapter_name, config, *args, **kwargs)
-        self.set_projection(write_basis, read_basis, "residual", closed, backend)
+        self.set_projection(write_basis, "residual", closed, backend)
 
     @classmethod
     def from_linear(
@@ -57,7 +56,6 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
         use_rslora: bool = False,
         adapter_name: str = "default",
         write_basis: Tensor | None = None,
-        read_basis: Tensor | None = None,
         closed: bool = True,
         backend: str = "auto",
     ) -> GraspLoRALinear:
@@ -73,7 +71,6 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
             r=r,
             lora_alpha=lora_alpha,
             write_basis=write_basis,
-            read_basis=read_basis,
             closed=closed,
             backend=backend,
         )

@@ -1,6 +1,6 @@
-"""What the layers have in common: bases, closure, and peft's own forward where they must.
+"""What the layers have in common: basis, closure, and peft's own forward where they must.
 
-Shapes: T tokens, K in, N out, R LoRA rank, P read basis size, Q write basis size.
+Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from grasp_kernels.layers.closed import ClosedLayer
 from grasp_kernels.models.sharding import is_slice
 from grasp_kernels.ops import lora_linear, project_gradient
-from grasp_kernels.ops.projection import is_transforming, project_columns, project_rows
+from grasp_kernels.ops.projection import is_transforming, project_columns
 
 # Reasons for peft's forward when there is no adapter to compute: no factor is read, nobody is told.
 _META = "the input has no data"
@@ -60,16 +60,15 @@ class ProjectedLoRA(ClosedLayer):
     def set_projection(
         self,
         write_basis: Tensor | None,
-        read_basis: Tensor | None,
         project: str,
         closed: bool,
         backend: str,
         told: set[str] | None = None,
     ) -> None:
-        """Set bases and options, see `set_bases`."""
+        """Set basis and options, see `set_basis`."""
         self.project = project
         self.backend = backend
-        self.set_bases(write_basis, read_basis, closed, self.get_base_layer().weight, told)
+        self.set_basis(write_basis, closed, self.get_base_layer().weight, told)
 
     def why_stock(self, x: Tensor, *args: Any, **kwargs: Any) -> str | None:
         """None when the operator computes this call, else why peft's own forward does."""
@@ -114,29 +113,29 @@ class ProjectedLoRA(ClosedLayer):
         reason = self.why_stock(x, *args, **kwargs)
         if reason is not None and reason not in _IN_TORCH:
             return self._stock_forward(reason, x, *args, **kwargs)
-        self.move_bases(x.device)
+        self.move_basis(x.device)
         if reason is None:
             return self._accelerated(x, self._active()[0])
         self._tell_stock(reason)
         return self._in_torch(x)
 
     def _in_torch(self, x: Tensor) -> Tensor:
-        """peft's forward on `A°` and `B°`, whose gradients torch takes through the projections.
+        """peft's forward on `B°`, whose gradient torch takes through the projection.
 
         Nothing is written, so this also serves where weights cannot be: under transforms.
         """
-        U, V = self.read_basis, self.write_basis
-        if U is None and V is None:
+        V = self.write_basis
+        if V is None:
             return super().forward(x)
         y = base = self.base_layer(x)
         for name in self._active():
             lora_B = self.lora_B[name]
             A, B, b = self.lora_A[name].weight, lora_B.weight, lora_B.bias
             if name in self.closed_adapters:
-                A, B = project_rows(A, U).to(A.dtype), project_columns(B, V).to(B.dtype)
+                B = project_columns(B, V).to(B.dtype)
                 b = b if b is None else project_columns(b, V).to(b.dtype)
             else:
-                A, B = project_gradient(A, U), project_gradient(B.mT, V).mT
+                B = project_gradient(B.mT, V).mT
                 b = b if b is None else project_gradient(b, V)
             S = F.linear(self.lora_dropout[name](self._cast_input_dtype(x, A.dtype)), A)
             y = y + F.linear(S, B, b) * self.scaling[name]
@@ -157,7 +156,6 @@ class ProjectedLoRA(ClosedLayer):
             self.scaling[adapter],
             lora_bias=lora_B.bias,
             write_basis=self.write_basis,
-            read_basis=self.read_basis,
             project=self.project,
             closed=adapter in self.closed_adapters,
             dropout_p=dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0,
@@ -181,7 +179,7 @@ class ProjectedLoRA(ClosedLayer):
             with self.computing_closed():
                 y = super().forward(x, *args, **kwargs)
         if self.project == "residual" and self.write_basis is not None:
-            self.move_bases(y.device)
+            self.move_basis(y.device)
             y = project_gradient(y, self.write_basis)
         return y
 

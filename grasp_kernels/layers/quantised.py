@@ -1,10 +1,10 @@
 """LoRA layers over weights that another library stores and multiplies, in 4 or 8 bits.
 
-    Y = base(X) + s (X̃ A°ᵀ) B°ᵀ
+    Y = base(X) + s (X̃ Aᵀ) B°ᵀ
 
 `base(X)` and its backward `dY' W` are the library's, everything else is the operator's. What that
 backward gets is `dY' = dY (I − V Vᵀ)`, so the projection is the same as in any other layer.
-Shapes: T tokens, K in, N out, Q write basis size.
+Shapes: T tokens, K in, N out, Q basis size.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Put a peft model on GraspLoRALinear, and back.
 
-Shapes: K in, N out, P read basis size, Q write basis size, D residual width.
+Shapes: K in, N out, Q basis size, D residual width.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from grasp_kernels.models.architectures import (
     model_gains,
     model_rules,
     model_sites,
-    width_at,
+    written_width,
 )
 from grasp_kernels.models.names import adapted_name, base_name, model_names
 from grasp_kernels.models.sharding import by_fsdp2, refuse_away, refuse_tensor_parallel
@@ -42,8 +42,7 @@ class Replacement:
 
     replaced: list[str] = field(default_factory=list)
     libraries: dict[str, str] = field(default_factory=dict)  # name -> who has its quantised weight
-    write_projected: list[str] = field(default_factory=list)
-    read_projected: list[str] = field(default_factory=list)
+    projected: list[str] = field(default_factory=list)  # with a basis of the subspace
     hooked_writers: list[str] = field(default_factory=list)  # no operator: only dY is projected
     bare_writers: list[str] = field(default_factory=list)  # the subspace has no basis for them
     fallbacks: dict[str, str] = field(default_factory=dict)  # name -> why it stays with peft
@@ -55,8 +54,7 @@ class Replacement:
                 (f"  base product by {library}", count)
                 for library, count in Counter(self.libraries.values()).items()
             ),
-            ("  with a write basis", len(self.write_projected)),
-            ("  with a read basis", len(self.read_projected)),
+            ("  with a basis", len(self.projected)),
             ("other places where the gradient is projected", len(self.hooked_writers)),
             ("writers that the subspace does not cover", len(self.bare_writers)),
             ("layers that stay with peft", len(self.fallbacks)),
@@ -77,9 +75,8 @@ def replace_lora_layers(
     """Swap the LoRA layers of a peft model in place; parameters and their names stay.
 
     Without a subspace the layers compute what they did, leaner. With one, every writer that it
-    covers gets its write basis, adapted or not, and every adapted reader its read basis. The
-    gradient of a writer without an adapter of its own is projected too, so that
-    nothing upstream learns through it. Over weights that bitsandbytes or torchao have
+    covers gets its basis. The gradient of a writer without an adapter of its own is projected too,
+    so that nothing upstream learns through it. Over weights that bitsandbytes or torchao have
     quantised, the base product stays theirs, and the adapter and the projection are computed here.
     A layer that stays with peft is warned of and reported with the reason; it is projected like a
     writer without an adapter, and not closed. So is one whose base product passes back a wrong
@@ -123,20 +120,19 @@ def replace_lora_layers(
             "the model has no LoRA layers; wrap it with peft.get_peft_model before replacing them."
         )
     report = Replacement()
-    write: dict[str, Tensor] = {}
-    read: dict[str, Tensor] = {}
+    bases: dict[str, Tensor] = {}
     before_norm: set[str] = set()
     if subspace is not None and not subspace.is_empty:
         writers = [site for site in model_sites(model, sites) if site.role == "write"]
         before_norm = {site.name for site in writers if site.norm is not None}
-        write, read = _bases(model, subspace, writers, model_rules(model, sites))
+        bases = _bases(model, subspace, writers, model_rules(model, sites))
         if closed:
             _check_starts(model)
-            _check_biases(model, write)
-        report.bare_writers = [site.name for site in writers if write and site.name not in write]
+            _check_biases(model, bases)
+        report.bare_writers = [site.name for site in writers if bases and site.name not in bases]
     sharded = by_fsdp2(model)
     for name, layer in layers.items():
-        if name in write or name in read:
+        if name in bases:
             _check_weight(name, _adapted_weight(layer), sharded)
     restore_lora_layers(model)  # only now: what is refused stays as it was
 
@@ -146,23 +142,21 @@ def replace_lora_layers(
         if reason is not None:
             report.fallbacks[name] = reason
             if type(layer) is ParamWrapper:
-                GraspLoRAExperts.adopt(layer, write.get(name), read.get(name), closed, told)
+                GraspLoRAExperts.adopt(layer, bases.get(name), closed, told)
             continue
-        V, mode = write.get(name), "residual"
+        V, mode = bases.get(name), "residual"
         if name in before_norm:
             # The norm's output is projected; the layer itself is closed, or else left as it is.
             V, mode = V if closed else None, "weights"
         library = library_of(layer)
         ours = GraspLoRALinear if library is None else quantised(layer.__class__)
-        ours.adopt(layer, V, read.get(name), mode, closed, backend, told)
+        ours.adopt(layer, V, mode, closed, backend, told)
         if library is not None:
             report.libraries[name] = library
         report.replaced.append(name)
         if V is not None:
-            report.write_projected.append(name)
-        if name in read:
-            report.read_projected.append(name)
-    in_stream = {name: V for name, V in write.items() if name not in before_norm}
+            report.projected.append(name)
+    in_stream = {name: V for name, V in bases.items() if name not in before_norm}
     report.hooked_writers = _hook_writers(model, in_stream, set(report.replaced))
     if report.fallbacks:
         reasons = "; ".join(dict.fromkeys(report.fallbacks.values()))
@@ -219,11 +213,11 @@ def _check_starts(model: nn.Module) -> None:
             )
 
 
-def _check_biases(model: nn.Module, write: dict[str, Tensor]) -> None:
+def _check_biases(model: nn.Module, bases: dict[str, Tensor]) -> None:
     """An adapter is kept out of the subspace, what is trained beside it is not."""
     for name, module in model.named_modules():
         bias = getattr(module, "bias", None)
-        if base_name(name) in write and isinstance(bias, Tensor) and bias.requires_grad:
+        if base_name(name) in bases and isinstance(bias, Tensor) and bias.requires_grad:
             raise ValueError(
                 f"the bias of {base_name(name)!r} is trained too, and nothing keeps its change out "
                 'of the subspace; train with bias="none" (lora_bias=True is kept out), or pass '
@@ -249,7 +243,7 @@ def _why_kept(layer: LoraLayer, sharded: bool) -> str | None:
 
 def _bases(
     model: nn.Module, subspace: Subspace, writers: list[Site], rules: SiteRules
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+) -> dict[str, Tensor]:
     """The bases by module name, checked against the model."""
     present = set(model_names(model))
     blocks = {parts[:2] for name in present if (parts := rules.split(name))}
@@ -260,41 +254,39 @@ def _bases(
         known = parts is not None and parts[:2] in blocks and rules.site(name) is not None
         return known and name not in present
 
-    write = {name: basis for name, basis in subspace.write.items() if not absent(name)}
-    read = {name: basis for name, basis in subspace.read.items() if not absent(name)}
+    bases = {name: basis for name, basis in subspace.bases.items() if not absent(name)}
     if subspace.stream is not None:
         for site in writers:
             if site.norm is None:
-                write.setdefault(site.name, subspace.stream)
-    widths = {base_name(name): module for name, module in model.named_modules()}
-    for role, bases in (("write", write), ("read", read)):
-        for name, basis in bases.items():
-            if name not in present:
-                raise ValueError(
-                    f"the subspace has a {role} basis for {name!r}, which the model does not have; "
-                    "identify the subspace on an adapter of this model."
-                )
-            width = width_at(widths[name], role) if name in widths else None
-            if width not in (None, basis.shape[0]):
-                raise ValueError(
-                    f"the {role} basis for {name!r} has {basis.shape[0]} rows but the layer has "
-                    f"{width} features; identify the subspace on an adapter of this model."
-                )
+                bases.setdefault(site.name, subspace.stream)
+    modules = {base_name(name): module for name, module in model.named_modules()}
+    for name, basis in bases.items():
+        if name not in present:
+            raise ValueError(
+                f"the subspace has a basis for {name!r}, which the model does not have; "
+                "identify the subspace on an adapter of this model."
+            )
+        width = written_width(modules[name]) if name in modules else None
+        if width not in (None, basis.shape[0]):
+            raise ValueError(
+                f"the basis for {name!r} has {basis.shape[0]} rows but the layer has "
+                f"{width} features; identify the subspace on an adapter of this model."
+            )
     gains = model_gains(model, writers)
     for site in writers:
-        if site.norm in write:  # with the gain of this model, whatever the subspace knew of it
-            write[site.name] = basis_at(site, write[site.norm], gains.get(site.norm))
-    return write, read
+        if site.norm in bases:  # with the gain of this model, whatever the subspace knew of it
+            bases[site.name] = basis_at(site, bases[site.norm], gains.get(site.norm))
+    return bases
 
 
-def _hook_writers(model: nn.Module, write: dict[str, Tensor], replaced: set[str]) -> list[str]:
+def _hook_writers(model: nn.Module, bases: dict[str, Tensor], replaced: set[str]) -> list[str]:
     """Project the gradient where no operator does, by a forward hook each."""
     hooked = []
     for name, module in model.named_modules():
         if name.endswith(".base_layer") or base_name(name) in replaced:
             continue
-        if base_name(name) in write:
-            module.register_forward_hook(_Projection(write[base_name(name)]))
+        if base_name(name) in bases:
+            module.register_forward_hook(_Projection(bases[base_name(name)]))
             if not isinstance(module, LoraLayer):
                 # What peft's unload() asks of every module, and puts in its place.
                 module.unload_and_optionally_merge_module = partial(_unhook, module)

@@ -1,14 +1,14 @@
 """Where a module touches the residual stream of a decoder.
 
 A *writer* adds its output to the stream (`o_proj`, `down_proj`); a *reader* takes the stream as its
-input (`q_proj k_proj v_proj gate_proj up_proj`). A norm may stand between the two: before a reader
-in pre-norm families, after a writer in Gemma and OLMo. Everything else (embeddings, `lm_head`) is
-neither. Names are those of the base model: "model.layers.0.self_attn.o_proj".
+input (`q_proj k_proj v_proj gate_proj up_proj`). A norm may stand between a writer and the stream,
+as in Gemma and OLMo. Everything else (embeddings, `lm_head`) is neither. Names are those of the
+base model: "model.layers.0.self_attn.o_proj".
 
 A norm divides by a scale of each token, and apart from that it is linear: `M = diag(γ)` for an RMS
-norm, `M = diag(γ) (I − 1 1ᵀ / D)` for a LayerNorm, which takes the mean out first. So a stream
-direction `u` reaches a reader as `M u`, and what a writer moves along `y` moves the stream along
-`M y`; a writer moves nothing along `v` just if its output has nothing along `Mᵀ v`.
+norm, `M = diag(γ) (I − 1 1ᵀ / D)` for a LayerNorm, which takes the mean out first. So what a writer
+moves along `y` moves the stream along `M y`; a writer moves nothing along `v` just if its output
+has nothing along `Mᵀ v`.
 
 Shapes: `D` width of the stream, `k` directions.
 """
@@ -32,9 +32,8 @@ NORMS = ("rms", "rms1p", "layer")
 class Site:
     """One module (or parameter of fused experts) that writes to the stream or reads from it.
 
-    `norm` is the module name of the norm between the site and the stream, before a reader and after
-    a writer. It is None where none stands there: what such a writer puts out is in the stream, and
-    there its gradient is projected.
+    `norm` is the module name of the norm after a writer. It is None where none stands there: what
+    such a writer puts out is in the stream, and there its gradient is projected.
     """
 
     name: str
@@ -48,24 +47,22 @@ class Site:
         return 1.0 + weight.float() if self.norm_kind == "rms1p" else weight
 
     def from_stream(self, directions: Tensor, gain: Tensor | None) -> Tensor:
-        """What directions `[D, k]` of the stream are in the coordinates of the site."""
-        return self._norm(directions, gain, forward=self.role == "read")
+        """`Mᵀ v`: what the output of the site has nothing along, if it moves nothing along `v`."""
+        return self._centred(self._scaled(directions, gain))
 
     def to_stream(self, directions: Tensor, gain: Tensor | None) -> Tensor:
-        """Along which directions of the stream a site acts that acts along `[D, k]` itself."""
-        return self._norm(directions, gain, forward=self.role == "write")
+        """`M y`: along what the stream moves if the output of the site moves along `y[D, k]`."""
+        return self._scaled(self._centred(directions), gain)
 
-    def _norm(self, directions: Tensor, gain: Tensor | None, forward: bool) -> Tensor:
-        """`M d`, or `Mᵀ d`; `d` itself where nothing is between."""
-        if self.norm is None:
+    def _scaled(self, directions: Tensor, gain: Tensor | None) -> Tensor:
+        if self.norm is None or gain is None:
             return directions
-        if self.norm_kind == "layer" and forward:
-            directions = directions - directions.mean(dim=0)
-        if gain is not None:
-            directions = gain.to(directions)[:, None] * directions
-        if self.norm_kind == "layer" and not forward:
-            directions = directions - directions.mean(dim=0)
-        return directions
+        return gain.to(directions)[:, None] * directions
+
+    def _centred(self, directions: Tensor) -> Tensor:
+        if self.norm is None or self.norm_kind != "layer":
+            return directions
+        return directions - directions.mean(dim=0)
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ class SiteRules:
     Args:
         writers: names below a block, such as ("self_attn.o_proj", "mlp.down_proj"), or a mapping
             from each name to that of the norm after it, or None.
-        readers: name below a block -> name below a block of the norm before it, or None.
+        readers: names below a block, such as ("self_attn.q_proj", "mlp.up_proj").
         blocks: name of the ModuleList of decoder blocks; a module is
             "<anything>.<blocks>.<i>.<rest>".
         outputs: modules below a block that are no writers of their own but whose output is added to
@@ -91,7 +88,7 @@ class SiteRules:
     """
 
     writers: Mapping[str, str | None] | tuple[str, ...]
-    readers: Mapping[str, str | None]
+    readers: tuple[str, ...] = ()
     blocks: str = "layers"
     outputs: tuple[str, ...] = ()
     norms: str = "rms"
@@ -99,18 +96,18 @@ class SiteRules:
     _roles: dict[str, tuple[str, str | None]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        strings = isinstance(self.writers, str) or isinstance(self.outputs, str)
-        if strings or not isinstance(self.readers, Mapping):
+        names = (self.readers, self.outputs)
+        if isinstance(self.writers, str) or any(isinstance(one, (str, Mapping)) for one in names):
             raise TypeError(
                 f"SiteRules got writers={self.writers!r}, readers={self.readers!r} and outputs="
-                f"{self.outputs!r}; give a tuple of names, a dictionary from a reader's name to "
-                "the name of its norm (or None), and a tuple of names."
+                f"{self.outputs!r}; give each as a tuple of names (a norm after a writer: as a "
+                "dictionary from the writer's name to that of its norm)."
             )
         if self.norms not in NORMS:
             raise ValueError(f"SiteRules got norms={self.norms!r}; use one of {NORMS}.")
         writers = self.writers if isinstance(self.writers, Mapping) else dict.fromkeys(self.writers)
         object.__setattr__(self, "writers", dict(writers))
-        object.__setattr__(self, "readers", dict(self.readers))
+        object.__setattr__(self, "readers", tuple(self.readers))
         object.__setattr__(self, "outputs", tuple(self.outputs))
         both = sorted(set(self.writers) & set(self.readers))
         if both:
@@ -118,7 +115,7 @@ class SiteRules:
                 f"SiteRules names {both} as writers and as readers; a module is one or the other."
             )
         roles = {name: ("write", norm) for name, norm in writers.items()}
-        roles |= {name: ("read", norm) for name, norm in self.readers.items()}
+        roles |= dict.fromkeys(self.readers, ("read", None))
         for name in (*self.outputs, *filter(None, writers.values())):
             roles[name] = ("write", None)
         object.__setattr__(self, "_roles", roles)
@@ -152,44 +149,30 @@ class SiteRules:
                     yield site
 
 
-_ATTENTION = dict.fromkeys(
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"
-)
-_MLP = ("mlp.gate_proj", "mlp.up_proj")
 _LLAMA = SiteRules(
     writers=("self_attn.o_proj", "mlp.down_proj"),
-    readers={**_ATTENTION, **dict.fromkeys(_MLP, "post_attention_layernorm")},
+    readers=(
+        *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        *("mlp.gate_proj", "mlp.up_proj"),
+    ),
 )
 _WRITERS_BEFORE_NORMS = {
     "self_attn.o_proj": "post_attention_layernorm",
     "mlp.down_proj": "post_feedforward_layernorm",
 }
-_GEMMA2 = SiteRules(
-    writers=_WRITERS_BEFORE_NORMS,
-    readers={**_ATTENTION, **dict.fromkeys(_MLP, "pre_feedforward_layernorm")},
-    norms="rms1p",
-)
-_OLMO2 = SiteRules(writers=_WRITERS_BEFORE_NORMS, readers=dict.fromkeys((*_ATTENTION, *_MLP), None))
-_PHI3 = SiteRules(
-    writers=("self_attn.o_proj", "mlp.down_proj"),
-    readers={
-        "self_attn.qkv_proj": "input_layernorm",
-        "mlp.gate_up_proj": "post_attention_layernorm",
-    },
-)
+_OLMO2 = replace(_LLAMA, writers=_WRITERS_BEFORE_NORMS)
+_GEMMA2 = replace(_OLMO2, norms="rms1p")
+_PHI3 = replace(_LLAMA, readers=("self_attn.qkv_proj", "mlp.gate_up_proj"))
 _GPT2 = SiteRules(
     writers=("attn.c_proj", "mlp.c_proj"),
-    readers={"attn.c_attn": "ln_1", "mlp.c_fc": "ln_2"},
+    readers=("attn.c_attn", "mlp.c_fc"),
     blocks="h",
     norms="layer",
     final_norm="ln_f",
 )
 _GPT_NEOX = SiteRules(
     writers=("attention.dense", "mlp.dense_4h_to_h"),
-    readers={
-        "attention.query_key_value": "input_layernorm",
-        "mlp.dense_h_to_4h": "post_attention_layernorm",
-    },
+    readers=("attention.query_key_value", "mlp.dense_h_to_4h"),
     norms="layer",
     final_norm="final_layer_norm",
 )
@@ -199,10 +182,7 @@ _ROUTED = ("mlp.gate.weight", "mlp.experts.gate_up_proj")
 _SHARED = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert_gate")
 _MIXTURE = SiteRules(
     writers=(*_LLAMA.writers, "mlp.experts.down_proj", "mlp.shared_expert.down_proj"),
-    readers={
-        **_LLAMA.readers,
-        **dict.fromkeys((*_ROUTED, *_SHARED), "post_attention_layernorm"),
-    },
+    readers=(*_LLAMA.readers, *_ROUTED, *_SHARED),
     outputs=("mlp",),
 )
 
@@ -253,8 +233,8 @@ def site_rules(
         f"The writers and readers of model type {model_type!r} with modules {endings[:8]} in "
         f"blocks {blocks} are not known; give one of a known type ({', '.join(sorted(RULES))}); "
         'in Python, declare them with sites=SiteRules(writers=("attn.out",), '
-        'readers={"attn.query": "norm1"}, blocks="layers"): who adds to the residual stream, and '
-        "who reads it behind which norm."
+        'readers=("attn.query",), blocks="layers"): who adds to the residual stream, and who '
+        "reads it."
     )
 
 
@@ -273,7 +253,7 @@ def model_sites(model: nn.Module, sites: SiteRules | None = None) -> tuple[Site,
 
 
 def model_gains(model: nn.Module, sites: Iterable[Site]) -> dict[str, Tensor]:
-    """The gain `γ[D]` of each norm between `sites` and the stream, by the norm's module name."""
+    """The gain `γ[D]` of each norm after `sites`, by the norm's module name."""
     modules = {base_name(name): module for name, module in model.named_modules()}
     gains: dict[str, Tensor] = {}
     for site in sites:
@@ -284,18 +264,11 @@ def model_gains(model: nn.Module, sites: Iterable[Site]) -> dict[str, Tensor]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    # peft's layers and those of quantisation libraries are no nn.Linear, but they all have these
-    # two; GPT-2's Conv1D has others
-    return any(hasattr(module, i) and hasattr(module, o) for i, o in _WIDTHS)
+    # peft's layers and those of quantisation libraries are no nn.Linear, but they all have a width
+    return written_width(module) is not None
 
 
-_WIDTHS = (("in_features", "out_features"), ("nx", "nf"))
-
-
-def width_at(module: nn.Module, role: str) -> int | None:
-    """On which width a linear layer meets the stream; None for other modules."""
-    for names in _WIDTHS:
-        width = getattr(module, names[role == "write"], None)
-        if width is not None:
-            return width
-    return None
+def written_width(module: nn.Module) -> int | None:
+    """The width of what a linear layer puts out; None for other modules."""
+    width = getattr(module, "out_features", None)
+    return getattr(module, "nf", None) if width is None else width

@@ -52,15 +52,15 @@ class BaseModel:
         name = same_module(norm, self.vectors)
         if name is None:
             raise ValueError(
-                f"The base model {shown(self.source)} has no norm {shown(norm)}, behind which the "
-                "adapter is; give the base model on which the adapter was trained."
+                f"The base model {shown(self.source)} has no norm {shown(norm)}, through which "
+                "the adapter writes; give the base model on which the adapter was trained."
             )
         weight = self.vectors[name]()
         if weight.shape != (width,):
             raise ValueError(
                 f"The norm {shown(norm)} of the base model {shown(self.source)} has width "
-                f"{weight.numel()}, but the adapter meets it with {width}; give the base model on "
-                "which the adapter was trained."
+                f"{weight.numel()}, but the adapter writes {width}; give the base model on which "
+                "the adapter was trained."
             )
         refuse_nonfinite(norm, weight)
         return weight

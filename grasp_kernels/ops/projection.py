@@ -1,6 +1,6 @@
 """Projections onto the complement of a basis, of small matrices and of gradients.
 
-Shapes: N, K widths of the residual stream or of an input, P, Q basis sizes.
+Shapes: N width of the residual stream, Q basis size.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def project_columns(matrix: Tensor, basis: Tensor | None) -> Tensor:
 
 
 def project_rows(matrix: Tensor, basis: Tensor | None) -> Tensor:
-    """`M (I − U Uᵀ)` for `M[..., K]` and `U[K, P]`, as exact; `M` without a basis."""
+    """`M (I − V Vᵀ)` for `M[..., N]` and `V[N, Q]`, as exact; `M` without a basis."""
     return matrix if basis is None else without_autocast(_rows, *_wide(matrix, basis))
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, fields
 from os import PathLike, fspath
 from typing import Any, Literal
 
-from grasp_kernels.choices import SIDES
 from grasp_kernels.config import BACKENDS
 
 READS = ("contrastive", "free")
@@ -50,12 +49,6 @@ class RunConfig:
     output: str = _required("folder of this run; an unfinished run in it goes on")
 
     k: int | Literal["auto"] = _option("auto", "number of directions, or 'auto'")
-    side: str = _option(
-        "write",
-        "layers that are looked at: those that add to the residual stream, or those that take it "
-        "as input",
-        choices=SIDES,
-    )
     early_checkpoints: tuple[float, ...] = _option(
         # Drift as a part of the naive one in the demo's world, mean of 5 seeds (4 for the last):
         # identified after 1/20 of the steps .62, after 1/8 .68, from 1/16, 1/8 and 1/4 .68.

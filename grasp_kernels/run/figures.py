@@ -60,27 +60,19 @@ def smoothed(values: list[float], parts: int = 20) -> list[float]:
 
 
 def _leakage(adapters: dict[str, Any]) -> Figure:
-    sides = {
-        side: [name for name, value in adapters["naive"]["leakage"].items() if value[side]]
-        for side in ("write", "read")
-    }
-    sides = {side: modules for side, modules in sides.items() if modules}
-    figure, all_axes = _figure(max(1, len(sides)))
-    words = {"write": ("writers", "‖Vᵀ ΔW‖ / ‖ΔW‖"), "read": ("readers", "‖ΔW U‖ / ‖ΔW‖")}
-    for axes, (side, modules) in zip(all_axes, sides.items(), strict=False):
-        for name, adapter in adapters.items():
-            values = [adapter["leakage"][module][side] for module in modules]
-            style: dict[str, Any] = {"color": _COLOURS[name], "label": _LABELS[name]}
-            axes.plot(values, linestyle="", marker="o", markersize=4, clip_on=False, **style)
-        role, formula = words[side]
-        axes.set(
-            xlabel=f"{role}, first layer to last",
-            ylabel=formula,
-            title="Adapter weights in the subspace",
-        )
-        axes.set_yscale("symlog", linthresh=1e-6)
-        axes.set_ylim(0, 1.5)
-        axes.legend(frameon=False, loc="center right")
+    figure, (axes,) = _figure(1)
+    for name, adapter in adapters.items():
+        style: dict[str, Any] = {"color": _COLOURS[name], "label": _LABELS[name]}
+        values = list(adapter["leakage"].values())
+        axes.plot(values, linestyle="", marker="o", markersize=4, clip_on=False, **style)
+    axes.set(
+        xlabel="layers that write to the stream, first to last",
+        ylabel="‖Vᵀ ΔW‖ / ‖ΔW‖",
+        title="Adapter weights in the subspace",
+    )
+    axes.set_yscale("symlog", linthresh=1e-6)
+    axes.set_ylim(0, 1.5)
+    axes.legend(frameon=False, loc="center right")
     return figure
 
 

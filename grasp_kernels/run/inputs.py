@@ -210,7 +210,7 @@ def check_model(config: RunConfig, checkpoint: Path) -> tuple[str, SiteRules]:
     """Build the adapted model without weights: model type, and where it meets the stream.
 
     Raises:
-        ValueError: unknown architecture, no such target modules, or none that the side looks at.
+        ValueError: unknown architecture, no such target modules, or none to identify from.
     """
     from transformers import AutoModelForCausalLM
 
@@ -229,19 +229,16 @@ def check_model(config: RunConfig, checkpoint: Path) -> tuple[str, SiteRules]:
                 f"target_modules = {list(config.target_modules)} adapts {base_name(name)}, an "
                 "embedding, whose adapter could not be looked at afterwards: leave it out."
             )
-    roles = {
-        site.role
+    sites = (
+        rules.site(base_name(name))
         for name, module in adapted.named_modules()
-        if hasattr(module, "lora_A") and (site := rules.site(base_name(name)))
-    }
-    if config.is_projected:
-        for role in ("write", "read"):
-            if config.side in (role, "both") and role not in roles:
-                raise ValueError(
-                    f"target_modules = {list(config.target_modules)} adapts no module that "
-                    f"{role}s the residual stream, where side = {config.side!r} looks: add one of "
-                    f"{', '.join(rules.writers if role == 'write' else rules.readers)}."
-                )
+        if hasattr(module, "lora_A")
+    )
+    if config.is_projected and not any(site and site.role == "write" for site in sites):
+        raise ValueError(
+            f"target_modules = {list(config.target_modules)} adapts no module that writes to the "
+            f"residual stream, to identify from: add one of {', '.join(rules.writers)}."
+        )
     return model_config.model_type, rules
 
 

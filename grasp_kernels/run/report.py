@@ -141,7 +141,7 @@ def _numbers(
         folders["retrained"] = folder.retrained
     found = None if subspace is None or subspace.is_empty else subspace
     adapters = {
-        name: {"curve": _curve(path), "leakage": _leakage(path, found)}
+        name: {"curve": _curve(path), "leakage": leakage(path, found) if found else {}}
         for name, path in folders.items()
     }
     model = load_model(inputs.checkpoint, config.dtype)
@@ -174,7 +174,7 @@ def _numbers(
 
 
 def _describe(subspace: Subspace) -> dict[str, Any]:
-    plain = ("reasons", "k", "side", "evidence", "metadata")
+    plain = ("reasons", "k", "evidence", "metadata")
     return {name: getattr(subspace, name) for name in plain}
 
 
@@ -195,15 +195,6 @@ def _curve(adapter: Path) -> dict[str, list[float]]:
     return {"step": [entry["step"] for entry in entries], "loss": losses}
 
 
-def _leakage(adapter: Path, subspace: Subspace | None) -> dict[str, dict[str, float | None]]:
-    if subspace is None:
-        return {}
-    return {
-        name: {"write": layer.write, "read": layer.read}
-        for name, layer in leakage(str(adapter), subspace).items()
-    }
-
-
 def _read_ratios(folder: RunFolder) -> dict[str, list[float]]:
     """Layer -> how much more of the training text than of own text each row of A reads."""
     if not folder.reads.exists():
@@ -216,7 +207,7 @@ def _read_ratios(folder: RunFolder) -> dict[str, list[float]]:
 
 def _tokens(model: Any, inputs: Inputs, subspace: Subspace | None) -> list[dict[str, Any]]:
     """Tokens of the leading directions, as they stand in the last layer that has a basis."""
-    bases = layer_bases(subspace.write, inputs.rules) if subspace else {}
+    bases = layer_bases(subspace.bases, inputs.rules) if subspace else {}
     if not bases:
         return []
     basis: Tensor = bases[max(bases)][:, :_SHOWN_DIRECTIONS]
@@ -255,7 +246,7 @@ def _measure_models(
             peft_model.set_adapter(name)
             adapters[name]["held_out_loss"] = mean_loss(peft_model, inputs.held_out, **size)
     _measure_effects(peft_model, list(folders), inputs, config, adapters)
-    bases = layer_bases(subspace.write, inputs.rules) if subspace else {}
+    bases = layer_bases(subspace.bases, inputs.rules) if subspace else {}
     if not bases:
         return
     for adapter in adapters.values():

@@ -162,11 +162,9 @@ def _rows(numbers: Numbers) -> list[list[str]]:
             moved = [a["movement"][kind] for a in adapters]
             cells = [f"{m['mean_along']:.3g} ({m['share']:.1%})" for m in moved]
             rows.append([f"movement along the subspace (share), {kind} prompts", *cells])
-    for side, formula in (("write", "‖Vᵀ ΔW‖ / ‖ΔW‖"), ("read", "‖ΔW U‖ / ‖ΔW‖")):
-        largest = [_largest_leakage(a, side) for a in adapters]
-        if any(value is not None for value in largest):
-            cells = ["–" if value is None else f"{value:.2g}" for value in largest]
-            rows.append([f"leakage {formula}", *cells])
+    if all(a["leakage"] for a in adapters):
+        largest = [max(a["leakage"].values()) for a in adapters]
+        rows.append(["leakage ‖Vᵀ ΔW‖ / ‖ΔW‖", *(f"{value:.2g}" for value in largest)])
     return rows
 
 
@@ -180,11 +178,6 @@ def _final_loss(adapter: dict[str, Any]) -> float:
     losses = adapter["curve"]["loss"]
     last = losses[-max(1, len(losses) // 10) :]
     return sum(last) / len(last)
-
-
-def _largest_leakage(adapter: dict[str, Any], side: str) -> float | None:
-    values = [v[side] for v in adapter["leakage"].values() if v[side] is not None]
-    return max(values, default=None)
 
 
 def _tokens(numbers: Numbers) -> str:

@@ -291,7 +291,6 @@ def find_subspace(config: RunConfig, folder: RunFolder, inputs: Inputs) -> Subsp
         subspace = identify(
             adapters,
             k=config.k,
-            side=config.side,
             generator=torch.Generator().manual_seed(config.seed),
             base_model=str(inputs.checkpoint),
             halves=[str(path) for path in _halves(config, folder)],

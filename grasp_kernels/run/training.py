@@ -102,7 +102,7 @@ class _LastStep(TrainerCallback):
 class _Trainer(Trainer):
     """Goes on from what a checkpoint holds, and not from what it was made of.
 
-    A closed layer saves `A (I − U Uᵀ)` where it trains `A`. Without this step a resumed training
+    A closed layer saves `(I − V Vᵀ) B` where it trains `B`. Without this step a resumed training
     would round differently from one that was never stopped.
     """
 

@@ -1,7 +1,7 @@
 """The subspace that a retrain must not rely on: bases by module name, and why to trust them.
 
-Shapes: `D` width of the residual stream, `k` directions in it, `K` inputs and `N` outputs of a
-linear layer, `P` and `Q` columns of a read and of a write basis.
+Shapes: `D` width of the residual stream, `k` directions in it, `N` outputs of a linear layer, `Q`
+columns of its basis.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grasp_kernels.choices import SIDES
 from grasp_kernels.files import open_tensors, whole_file
 from grasp_kernels.models.architectures import Site
-from grasp_kernels.subspace.header import header_fault
+from grasp_kernels.subspace.header import current, header_fault
 
 _ORTHONORMAL_TOLERANCE = 1e-5
 _FORMAT = "grasp_kernels.subspace.basis"
-_FORMAT_VERSION = 3  # 1 also had a verdict, which is ignored, and 1 and 2 a scope
+_FORMAT_VERSION = 4  # see `header.current`
 
 
 @dataclass(frozen=True)
@@ -31,18 +30,16 @@ class Subspace:
     """Bases of the directions along which a fine-tune moved, by module name in the base model.
 
     Attributes:
-        write: writer -> `V[N,Q]`, float32, orthonormal columns, in the coordinates of its own
-            output: those of the stream, unless a norm stands between (then its gain is folded in).
-        read: reader -> `U[K,P]`, float32, orthonormal columns, in the reader's own input
-            coordinates (the norm's gain is folded in).
-        stream: `[D,k]`, the write basis in the stream, one for all layers; None without one.
+        bases: module that writes to the stream -> `V[N,Q]`, float32, orthonormal columns, in the
+            coordinates of its own output: those of the stream, unless a norm stands between (then
+            its gain is folded in).
+        stream: `[D,k]`, the basis in the stream, one for all layers; None without one.
         k: number of directions.
-        side: "write", "read" or "both".
         reasons: what was measured and what each test gave, in sentences.
         evidence: JSON-able; "spectra" is a list of records, one per basis that was looked for, with
-            the keys side, k, singular_values, null (95 % quantile by index) and gap; "agreement" is
-            a list of records with the keys side, layers (ids), values (cosines), chance. The
-            sources of subspaces add keys of their own.
+            the keys k, singular_values, null (95 % quantile by index) and gap; "agreement" is a
+            list of records with the keys layers (ids), values (cosines), chance. The sources of
+            subspaces add keys of their own.
         metadata: JSON-able; where the bases come from (source, base_model, model_type, options,
             versions).
 
@@ -51,18 +48,14 @@ class Subspace:
             contradicts another.
     """
 
-    write: dict[str, Tensor]
-    read: dict[str, Tensor]
+    bases: dict[str, Tensor]
     stream: Tensor | None
     k: int
-    side: str
     reasons: tuple[str, ...] = ()
     evidence: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.side not in SIDES:
-            raise ValueError(f"side is {self.side!r}; it must be one of {', '.join(SIDES)}.")
         checked: set[int] = set()
         for name, basis in self._named():
             if id(basis) not in checked:
@@ -75,9 +68,9 @@ class Subspace:
             )
 
     @classmethod
-    def empty(cls, side: str, reasons: Iterable[str], **fields: Any) -> Subspace:
+    def empty(cls, reasons: Iterable[str], **fields: Any) -> Subspace:
         """The subspace without a direction, and why it has none."""
-        return cls({}, {}, None, 0, side, tuple(reasons), **fields)
+        return cls({}, None, 0, tuple(reasons), **fields)
 
     @classmethod
     def from_stream(
@@ -86,7 +79,6 @@ class Subspace:
         sites: Iterable[Site],
         *,
         gains: Mapping[str, Tensor] | None = None,
-        side: str = "write",
         reasons: Iterable[str] = (),
         evidence: dict[str, Any] | None = None,
         metadata: dict[str, Any] | None = None,
@@ -95,34 +87,30 @@ class Subspace:
 
         Args:
             basis: `[D,k]` (or `[D]`). Columns need not be orthonormal, but must be independent.
-            sites: the writers and readers of the model, see `model_sites`.
-            gains: norm -> `γ[D]`, see `model_gains`. A stream direction `u` reaches a reader
-                as `γ ⊙ u`, so its basis is `orth(γ ⊙ u)`, and so is that of a writer before a norm
-                (see `Site`); a norm without an entry has `γ = 1`.
-            side: which sites get a basis.
+            sites: of the model, see `model_sites`; those that write to the stream get a basis.
+            gains: norm -> `γ[D]`, see `model_gains`. A writer before a norm moves the stream along
+                `γ ⊙ y`, so its basis is `orth(γ ⊙ u)` (see `Site`); a norm without an entry has
+                `γ = 1`.
 
         Raises:
             ValueError: a width that does not fit, or dependent columns.
         """
         stream = orthonormal("the stream", basis)
-        write: dict[str, Tensor] = {}
-        read: dict[str, Tensor] = {}
+        bases: dict[str, Tensor] = {}
         folded: dict[str | None, Tensor] = {}
         for site in sites:
-            if side not in (site.role, "both"):
+            if site.role != "write":
                 continue
             if site.norm not in folded:
                 gain = (gains or {}).get(site.norm) if site.norm else None
                 folded[site.norm] = basis_at(site, stream, gain)
-            (write if site.role == "write" else read)[site.name] = folded[site.norm]
-        if not write and not read:
-            raise ValueError(f"None of the sites takes a {side} basis; check `sites` and `side`.")
+            bases[site.name] = folded[site.norm]
+        if not bases:
+            raise ValueError("None of the sites writes to the stream; check `sites`.")
         return cls(
-            write,
-            read,
-            None if side == "read" else stream,
+            bases,
+            stream,
             stream.shape[1],
-            side,
             tuple(reasons),
             evidence or {},
             metadata or {},
@@ -130,7 +118,7 @@ class Subspace:
 
     @property
     def is_empty(self) -> bool:
-        return not self.write and not self.read and self.stream is None
+        return not self.bases and self.stream is None
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write one safetensors file: each basis once, the rest as JSON in its metadata."""
@@ -144,8 +132,7 @@ class Subspace:
                 tensors[keys[id(basis)]] = basis.cpu().contiguous()
         header = {
             "version": _FORMAT_VERSION,
-            "write": {name: keys[id(basis)] for name, basis in self.write.items()},
-            "read": {name: keys[id(basis)] for name, basis in self.read.items()},
+            "bases": {name: keys[id(basis)] for name, basis in self.bases.items()},
             "stream": None if self.stream is None else keys[id(self.stream)],
             **{name: getattr(self, name) for name in _PLAIN_FIELDS},
         }
@@ -159,7 +146,8 @@ class Subspace:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: not a subspace file, or one of a newer format.
+            ValueError: not a subspace file, or one of a newer format, or of an older one with a
+                side or a scope.
         """
         remedy = "make one with `grasp-kernels identify`"
         if not Path(path).is_file():
@@ -182,6 +170,7 @@ class Subspace:
                 f"{str(path)!r} has subspace format {version}, this version reads up to "
                 f"{_FORMAT_VERSION}; upgrade grasp_kernels."
             )
+        header = current(header, path)
         wrong = header_fault(header, tensors)
         if wrong:
             raise ValueError(
@@ -190,8 +179,7 @@ class Subspace:
         fields = {name: header[name] for name in _PLAIN_FIELDS}
         try:
             return cls(
-                write={name: tensors[key] for name, key in header["write"].items()},
-                read={name: tensors[key] for name, key in header["read"].items()},
+                bases={name: tensors[key] for name, key in header["bases"].items()},
                 stream=None if header["stream"] is None else tensors[header["stream"]],
                 **{**fields, "reasons": tuple(fields["reasons"])},
             )
@@ -213,10 +201,10 @@ class Subspace:
 
     def _named(self) -> list[tuple[str, Tensor]]:
         stream = [] if self.stream is None else [("the residual stream", self.stream)]
-        return [*self.write.items(), *self.read.items(), *stream]
+        return [*self.bases.items(), *stream]
 
 
-_PLAIN_FIELDS = ("k", "side", "reasons", "evidence", "metadata")
+_PLAIN_FIELDS = ("k", "reasons", "evidence", "metadata")
 
 
 def check_subspace(value: Any) -> None:

@@ -4,12 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
+from os import PathLike, fspath
 from typing import Any
 
-from grasp_kernels.choices import SIDES
 from grasp_kernels.inert import shown
 
 _Check = Callable[[Any], bool]
+
+
+def current(header: Any, path: str | PathLike[str]) -> Any:
+    """A header in the format that is written now, 4.
+
+    Up to 3 there were bases of layers that read the stream (`side`) beside those of layers that
+    write to it, up to 2 also bases of their own for each layer (`scope`), and 1 had a verdict.
+
+    Raises:
+        ValueError: the subspace is of layers that read the stream, or differs from layer to layer.
+    """
+    if not isinstance(header, dict):
+        return header
+    for name, kept in (("side", "write"), ("scope", "shared")):
+        if header.get(name, kept) != kept:
+            raise ValueError(
+                f"{fspath(path)!r} holds a subspace of an older form ({name} is "
+                f"{shown(header[name])}), which is no longer used; identify it anew with "
+                "`grasp-kernels identify`."
+            )
+    return {"bases": header["write"], **header} if "write" in header else header
 
 
 def header_fault(header: Any, tensors: Collection[str]) -> str | None:
@@ -19,17 +40,13 @@ def header_fault(header: Any, tensors: Collection[str]) -> str | None:
     keys = _object_of(lambda value: isinstance(value, str) and value in tensors)
     forms: dict[str, _Check] = {
         "version": _is_count,
-        "write": keys,
-        "read": keys,
+        "bases": keys,
         "stream": lambda value: value is None or (isinstance(value, str) and value in tensors),
         "k": _is_count,
-        "side": lambda value: value in SIDES,
         "reasons": _list_of(lambda value: isinstance(value, str)),
         "evidence": _is_evidence,
         "metadata": lambda value: isinstance(value, dict),
     }
-    if header.get("scope", "shared") != "shared":  # of version 1 or 2: bases by layer
-        return f"scope is {shown(header['scope'])}"
     for name, fits in forms.items():
         if name not in header:
             return f"its header has no {name}"
@@ -39,7 +56,7 @@ def header_fault(header: Any, tensors: Collection[str]) -> str | None:
         header["metadata"]["model_type"], str
     ):
         return f"model_type is {shown(header['metadata']['model_type'])}"
-    used = {*header["write"].values(), *header["read"].values(), header["stream"]}
+    used = {*header["bases"].values(), header["stream"]}
     left = sorted(set(tensors) - used)
     return f"nothing refers to its tensor {shown(left[0])}" if left else None
 
@@ -50,10 +67,6 @@ def _is_count(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_side(value: Any) -> bool:
-    return value in ("write", "read")
 
 
 def _list_of(fits: _Check, least: int = 0) -> _Check:
@@ -77,7 +90,6 @@ _numbers = _list_of(_is_number, least=1)
 _RECORDS: dict[str, _Check] = {
     "spectra": _record_of(
         {
-            "side": _is_side,
             "k": _is_count,
             "gap": _is_number,
             "singular_values": _numbers,
@@ -86,7 +98,6 @@ _RECORDS: dict[str, _Check] = {
     ),
     "agreement": _record_of(
         {
-            "side": _is_side,
             "layers": _list_of(_is_count),
             "values": _numbers,
             "chance": _is_number,

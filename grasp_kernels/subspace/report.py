@@ -17,26 +17,25 @@ if TYPE_CHECKING:
     from grasp_kernels.subspace.basis import Subspace
 
 _SHOWN = 12  # singular values; more of them say nothing about the first few
-_COLOUR = {"write": "tab:blue", "read": "tab:orange"}
+_COLOUR = "tab:blue"
 
 
 def summary(subspace: Subspace) -> str:
     """Number of directions, one line for each spectrum, agreement, reasons."""
     lines = [_directions(subspace)]
     if not subspace.is_empty:
-        lines[0] += f" {len(subspace.write)} writers and {len(subspace.read)} readers have a basis."
+        lines[0] += f" {len(subspace.bases)} modules have a basis."
     spectra = subspace.evidence.get("spectra", [])
     if spectra:
-        lines.append(f"{'side':<6}{'k':>3}{'gap':>8}   singular values (95 % of the null)")
+        lines.append(f"{'k':>3}{'gap':>8}   singular values (95 % of the null)")
     for record in spectra:
         pairs = list(zip(record["singular_values"], record["null"], strict=False))[:4]
         values = "  ".join(f"{value:.3f} ({null:.3f})" for value, null in pairs)
-        lines.append(f"{record['side']:<6}{record['k']:>3}{record['gap']:>8.2f}   {values}")
+        lines.append(f"{record['k']:>3}{record['gap']:>8.2f}   {values}")
     for record in subspace.evidence.get("agreement", []):
         lines.append(
-            f"agreement of the layers, {record['side']} side: median "
-            f"{median(record['values']):.2f}, lowest {min(record['values']):.2f}, by chance "
-            f"{record['chance']:.2f}"
+            f"agreement of the layers: median {median(record['values']):.2f}, lowest "
+            f"{min(record['values']):.2f}, by chance {record['chance']:.2f}"
         )
     return "\n".join([*lines, *(f"- {inert(reason)}" for reason in subspace.reasons)])
 
@@ -74,32 +73,27 @@ def _directions(subspace: Subspace) -> str:
 def _plot_spectra(axes: Any, spectra: list[dict[str, Any]]) -> None:
     for record in spectra:
         values, null = record["singular_values"][:_SHOWN], record["null"][:_SHOWN]
-        colour = _COLOUR[record["side"]]
-        axes.plot(
-            range(1, len(values) + 1), values, "o-", color=colour, label=f"{record['side']} side"
-        )
+        axes.plot(range(1, len(values) + 1), values, "o-", color=_COLOUR, label="found")
         axes.fill_between(
             range(1, len(null) + 1),
             0,
             null,
-            color=colour,
+            color=_COLOUR,
             alpha=0.15,
             lw=0,
             label="below 95 % of the null",
         )
         if record["k"]:
-            axes.axvline(record["k"] + 0.5, color=colour, ls=":", label=f"chosen k = {record['k']}")
+            chosen = f"chosen k = {record['k']}"
+            axes.axvline(record["k"] + 0.5, color=_COLOUR, ls=":", label=chosen)
     axes.set(xlabel="index", ylabel="singular value of the stacked blocks", ylim=(0, None))
     axes.legend(frameon=False)
 
 
 def _plot_agreement(axes: Any, agreement: list[dict[str, Any]]) -> None:
     for record in agreement:
-        colour = _COLOUR[record["side"]]
-        axes.plot(
-            record["layers"], record["values"], "o-", color=colour, label=f"{record['side']} side"
-        )
-        axes.axhline(record["chance"], color=colour, ls="--", alpha=0.5, label="by chance")
+        axes.plot(record["layers"], record["values"], "o-", color=_COLOUR, label="found")
+        axes.axhline(record["chance"], color=_COLOUR, ls="--", alpha=0.5, label="by chance")
     axes.set(xlabel="layer", ylabel="agreement with the other layers (cosine)", ylim=(0, 1.05))
     axes.xaxis.get_major_locator().set_params(integer=True)
     if agreement:

@@ -54,12 +54,11 @@ class Options:
 
 @dataclass
 class Finding:
-    """The basis `[D, k]` of one side, None where no direction stands out.
+    """The basis `[D, k]`, None where no direction stands out.
 
     `reasons` are sentences: what was measured, and what each test gave.
     """
 
-    side: str
     basis: Tensor | None
     spectra: list[dict[str, Any]]
     agreement: list[dict[str, Any]] = field(default_factory=list)
@@ -67,7 +66,7 @@ class Finding:
     reasons: list[str] = field(default_factory=list)
 
 
-def search(stack: Stack, side: str, options: Options) -> Finding:
+def search(stack: Stack, options: Options) -> Finding:
     """The leading left singular vectors of the stack."""
     size = min(max((options.k or _MAX_K) + 1, _SHOWN), *stack.rows.shape)
     u, s = _leading(stack, size, options)
@@ -78,18 +77,17 @@ def search(stack: Stack, side: str, options: Options) -> Finding:
     above = int((s > null).sum()) if len(stack.groups) > 1 else 0
     k = options.k or choose_k(values, above)
     record: dict[str, Any] = {
-        "side": side,
         "k": k,
         "singular_values": values,
         "null": [null] * len(values),
         "above_null": above,
         "gap": gap_after(values, max(k, 1)),
     }
-    finding = Finding(side, u[:, :k] if k else None, [record])
+    finding = Finding(u[:, :k] if k else None, [record])
     finding.reasons.append(
-        f"{side} side: {above} of the first {len(values)} singular values of {len(stack.groups)} "
-        f"stacked blocks stand above what chance gives in {_NULL_QUANTILE:.0%} of {_NULL_DRAWS} "
-        f"sign flips (the largest is {values[0]:.2f} against {null:.2f})."
+        f"{above} of the first {len(values)} singular values of {len(stack.groups)} stacked blocks "
+        f"stand above what chance gives in {_NULL_QUANTILE:.0%} of {_NULL_DRAWS} sign flips (the "
+        f"largest is {values[0]:.2f} against {null:.2f})."
     )
     if not above and len(stack.layers) > 1:
         _no_evidence(finding, options)
@@ -118,10 +116,10 @@ def compare_sources(
     value = mean(values)
     chance = mean(chance_overlap(own.shape[1], len(own)) for own, _ in pairs)
     kind = "halves" if independent else "adapters"
-    finding.sources.append({"side": finding.side, "kind": kind, "values": values, "chance": chance})
+    finding.sources.append({"kind": kind, "values": values, "chance": chance})
     who = "Adapters of separate data or seeds" if independent else f"The {len(stacks)} adapters"
     sentence = (
-        f"{who} agree on the {finding.side} basis to {value:.2f} (by chance {chance:.2f}), "
+        f"{who} agree on the basis to {value:.2f} (by chance {chance:.2f}), "
         f"{_beside(value, _CLEAR_AGREEMENT)} ({_FROM_SMALL_MODELS})"
     )
     if not independent:
@@ -196,9 +194,7 @@ def _test_layers(finding: Finding, stack: Stack, u: Tensor, s: Tensor) -> None:
             top = torch.linalg.svd(rows.mT, full_matrices=False)[0][:, :1]
             values.append(overlap(top, others))
         chance = chance_overlap(u.shape[1], len(u))
-        finding.agreement.append(
-            {"side": finding.side, "layers": layers, "values": values, "chance": chance}
-        )
+        finding.agreement.append({"layers": layers, "values": values, "chance": chance})
         finding.reasons.append(
             f"The top direction of a layer agrees with the others to {median(values):.2f} in the "
             f"median (by chance {chance:.2f})."
@@ -227,10 +223,7 @@ def _test_reach(finding: Finding, hits: list[int], layers: list[int]) -> None:
 
 def _test_single_layer(finding: Finding, layers: list[int]) -> None:
     if len(layers) == 1:
-        sentence = (
-            f"Only layer {layers[0]} carries weights on this side: one block has nothing to agree "
-            "with"
-        )
+        sentence = f"Only layer {layers[0]} carries weights: one block has nothing to agree with"
         if finding.basis is None:
             sentence += ", and k=1 finds the direction along which it moves most"
         finding.reasons.append(f"{sentence}.")

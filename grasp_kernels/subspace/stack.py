@@ -29,7 +29,7 @@ _DRAWS_TOGETHER = 16
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that share their signs under the null: one writer, or the readers of one norm."""
+    """Rows that share their signs under the null: those of one module, of every source."""
 
     layer: int
     name: str
@@ -64,12 +64,11 @@ class Stack:
 
 
 def stack_blocks(layers: Iterable[LoRAWeights]) -> tuple[Stack, list[str]]:
-    """Stack the blocks of writers (or of readers, never of both), and name those that are all zero.
+    """Stack the blocks of layers that write to the stream, and name those that are all zero.
 
-    A block holds the singular values and the stream-side singular vectors of a layer's `ΔW` without
-    forming it: `B (A Aᵀ)^½` for a writer, `γ ⊙ Aᵀ (Bᵀ B)^½` for a reader. A reader works on
-    `γ ⊙ ĥ`, so the row `w` of its `ΔW` measures the stream along `γ ⊙ w`. A norm after a writer is
-    folded in the same way.
+    A block holds the singular values and the left singular vectors of a layer's `ΔW` without
+    forming it, `B (A Aᵀ)^½`. A norm after the layer is folded in: what it writes along `y` moves
+    the stream along `γ ⊙ y`.
 
     Every block is divided by its spectral norm, so that no layer dominates: raw blocks collapse
     onto the layer that moved most once training goes on. The spectral rather than the Frobenius
@@ -94,7 +93,7 @@ def stack_blocks(layers: Iterable[LoRAWeights]) -> tuple[Stack, list[str]]:
             continue
         block = block / scale
         block /= torch.linalg.eigvalsh((block @ block.mT).double())[-1].sqrt().float()
-        members.setdefault((layer.site.layer, layer.site.norm or layer.site.name), []).append(block)
+        members.setdefault((layer.site.layer, layer.site.name), []).append(block)
     groups, parts, start = [], [], 0
     for (index, name), blocks in sorted(members.items()):
         columns = sum(map(len, blocks))
@@ -107,10 +106,7 @@ def stack_blocks(layers: Iterable[LoRAWeights]) -> tuple[Stack, list[str]]:
 def _block(layer: LoRAWeights) -> Tensor:
     """`[R, D]`, float32 on the CPU: the transpose of the block."""
     lora_A, lora_B = _of_usual_size(layer.lora_A), _of_usual_size(layer.lora_B)
-    if layer.site.role == "write":
-        block = _root(lora_A @ lora_A.mT) @ lora_B.mT
-    else:
-        block = _root(lora_B.mT @ lora_B) @ lora_A
+    block = _root(lora_A @ lora_A.mT) @ lora_B.mT
     return layer.site.to_stream(block.mT * layer.scaling, layer.gain).mT.contiguous()
 
 

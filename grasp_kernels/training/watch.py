@@ -2,7 +2,7 @@
 
 Imports transformers, so nothing imports this module on `import grasp_kernels`.
 
-Shapes: `N` residual width, `Q` write basis size.
+Shapes: `N` residual width, `Q` basis size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from grasp_kernels.models.names import base_name
 from grasp_kernels.subspace import Subspace, check_subspace
 
 N_PROBES = 8  # no single question decides, and two forwards of each are little beside `every` steps
-_KEYS = {"leakage_write", "leakage_read", "drift_along", "drift_share"}
+_KEYS = {"leakage", "drift_along", "drift_share"}
 
 
 class Watch(TrainerCallback):
@@ -32,14 +32,14 @@ class Watch(TrainerCallback):
 
     Every `every` optimizer steps, and after the last, the log entry of that step gets
 
-    * `leakage_write`, `leakage_read`: the largest ‖Vᵀ ΔW‖ / ‖ΔW‖ and ‖ΔW U‖ / ‖ΔW‖ of a layer;
-    * `drift_along`: how far the adapter moves the residual stream along the write bases, the mean
-      of ‖Vᵀ(h − h_base)‖ over tokens of the probes and the blocks that have a basis;
+    * `leakage`: the largest ‖Vᵀ ΔW‖ / ‖ΔW‖ of a layer;
+    * `drift_along`: how far the adapter moves the residual stream along the bases, the mean of
+      ‖Vᵀ(h − h_base)‖ over tokens of the probes and the blocks that have a basis;
     * `drift_share`: the same relative to ‖h − h_base‖, 0 to 1.
 
-    A side without bases is left out; without any, losses and gradients are watched alone. Measuring
-    changes neither what the model computes nor the random state. Checkpoints need no help: closed
-    layers put closed factors into every state dict.
+    Without any basis losses and gradients are watched alone. Measuring changes neither what the
+    model computes nor the random state. Checkpoints need no help: closed layers put closed factors
+    into every state dict.
 
     Services that `report_to` names see the numbers of callbacks before theirs, so `GraspTrainer`
     puts this one first.
@@ -74,7 +74,7 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = kwargs["model"]
-        if self.probes is None and self._write_bases(model):
+        if self.probes is None and self._bases(model):
             self.probes = _neutral_probes(kwargs.get("processing_class"))
         if self.probes and not hasattr(model, "disable_adapter"):
             raise ValueError(
@@ -126,18 +126,12 @@ class Watch(TrainerCallback):
         return state.global_step >= last + self.every or state.global_step == state.max_steps
 
     def _leakage(self, model: nn.Module) -> dict[str, float]:
-        if self.subspace is None and not _has_bases(model):
+        if not self._bases(model):
             return {}
-        measured = leakage(model, self.subspace).values()
-        found = {}
-        for side in ("write", "read"):
-            shares = [share for layer in measured if (share := getattr(layer, side)) is not None]
-            if shares:
-                found[f"leakage_{side}"] = max(shares)
-        return found
+        return {"leakage": max(leakage(model, self.subspace).values())}
 
     def _drift(self, model: Any) -> dict[str, float]:
-        bases = self._write_bases(model)
+        bases = self._bases(model)
         if not (self.probes and bases):
             return {}
         rules = site_rules(model.config.model_type, bases, self.sites)
@@ -151,23 +145,15 @@ class Watch(TrainerCallback):
             ]
         return {"drift_along": moved.mean_along, "drift_share": moved.share}
 
-    def _write_bases(self, model: nn.Module) -> dict[str, Tensor]:
-        """Write basis `V[N, Q]` by the name of its module in the base model."""
+    def _bases(self, model: nn.Module) -> dict[str, Tensor]:
+        """Basis `V[N, Q]` by the name of its module in the base model."""
         if self.subspace is not None:
-            return dict(self.subspace.write)
+            return self.subspace.bases
         return {
             base_name(name): basis
             for name, module in model.named_modules()
             if (basis := getattr(module, "write_basis", None)) is not None
         }
-
-
-def _has_bases(model: nn.Module) -> bool:
-    return any(
-        getattr(module, basis, None) is not None
-        for module in model.modules()
-        for basis in ("write_basis", "read_basis")
-    )
 
 
 def _neutral_probes(processing_class: Any) -> list[list[int]]:

@@ -1,6 +1,6 @@
 """What part a kernel runs on, how it is launched, and a dry run that only writes launches down.
 
-Shapes: T tokens, K in, N out, R LoRA rank, P, Q basis sizes.
+Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 """
 
 from __future__ import annotations

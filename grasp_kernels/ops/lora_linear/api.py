@@ -1,6 +1,6 @@
 """The public operator. It imports no kernel.
 
-Shapes: T tokens, K in, N out, R LoRA rank, P read basis size, Q write basis size.
+Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 """
 
 from __future__ import annotations
@@ -33,14 +33,13 @@ def lora_linear(
     base: Tensor | None = None,
     lora_bias: Tensor | None = None,
     write_basis: Tensor | None = None,
-    read_basis: Tensor | None = None,
     write_weight: Tensor | None = None,
     project: str = "residual",
     closed: bool = True,
     dropout_p: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
-    """`Y = X Wᵀ + bias + s (X̃ A°ᵀ) B°ᵀ`, whose gradient reinforces nothing along the bases.
+    """`Y = X Wᵀ + bias + s (X̃ Aᵀ) B°ᵀ`, whose gradient reinforces nothing along the basis.
 
     Args:
         x: `X[..., K]` in the dtype of `weight` (or under autocast, which casts both).
@@ -55,12 +54,11 @@ def lora_linear(
             projected too. It is not changed in place.
         lora_bias: `b[N]`, adds `s b°`.
         write_basis: `V[N, Q]`, float32, orthonormal columns in the residual stream.
-        read_basis: `U[K, P]`, float32, orthonormal columns in the input of this layer.
         write_weight: `Vᵀ W [Q, K]`, if at hand; computed in each backward otherwise.
         project: "residual" projects the arriving `dY` before anything uses it; "weights", for a
             layer whose output is not in the stream, those of `A`, `B` alone, and leaves `dX`.
-        closed: compute with `A° = A (I − U Uᵀ)`, `B° = (I − V Vᵀ) B`, so that the update
-            neither reads nor writes along the bases, whatever the optimizer does.
+        closed: compute with `B° = (I − V Vᵀ) B`, so that the update writes nothing along the
+            basis, whatever the optimizer does.
         dropout_p: on the adapter's input, drawn from torch's generator of the device.
         backend: a name in `backends()`, which then runs or raises, or "auto": kernels where they
             were measured to be faster (long bfloat16 calls on Hopper), else `aten`.
@@ -79,7 +77,6 @@ def lora_linear(
         lora_B,
         lora_bias,
         write_basis,
-        read_basis,
         write_weight,
     )
     check(x, base, *tensors)
@@ -106,7 +103,7 @@ def is_exact(dtype: torch.dtype, lora_A: Tensor) -> bool:
 def _autocast(
     x: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What autocast does to a linear layer; the adapter and the bases keep their precision."""
+    """What autocast does to a linear layer; the adapter and the basis keep their precision."""
     dtype = autocast_dtype(x.device)
     if dtype is None or x.dtype == torch.float64:
         return x, weight, bias

@@ -1,11 +1,11 @@
 """The operator on few large library calls: cuBLAS or MKL does the work, safe everywhere.
 
-    forward:  S = X̃ A°ᵀ;  Y = X Wᵀ + bias;  Y += s S B°ᵀ
+    forward:  S = X̃ Aᵀ;  Y = X Wᵀ + bias;  Y += s S B°ᵀ
     backward: [dS | D] = dY [s B̂ | V]              B̂ = (I − V Vᵀ) B when residual, else B°
-              dX = dY W;  dX += [dS | D] [A° ; −C]     C = Vᵀ W, the D C term when residual
-              dA = dSᵀ X̃;  dB = s dYᵀ S;  both projected afterwards, small and in float32
+              dX = dY W;  dX += [dS | D] [A ; −C]      C = Vᵀ W, the D C term when residual
+              dA = dSᵀ X̃;  dB = s dYᵀ S, projected afterwards, small and in float32
     of a base product of another library:
-              Y = base + s S B°ᵀ;  dX = dS A°;  dbase = dY − D Vᵀ
+              Y = base + s S B°ᵀ;  dX = dS A;  dbase = dY − D Vᵀ
 
 Nothing of size T×N or T×K exists beside `Y` and `dX`; dropout works on blocks of rows, and so does
 an adapter that is exact in a wider dtype (float32 over bfloat16, as stock peft has it outside of
@@ -13,7 +13,7 @@ autocast): a block is cast where it lies in the cache. The skinny
 results `S`, `dS`, `D` are computed and kept transposed, `[R, T]`: slices of them stay contiguous,
 the products that follow need no transposition, and the CPU libraries are up to 3.5 times faster
 (one thread, bfloat16, T=512, N=4096, R+Q=20: 0.60 ms as `Gᵀ dYᵀ`, 2.16 ms as `dY G`).
-Shapes: T tokens, K in, N out, R LoRA rank, P read basis size, Q write basis size.
+Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from grasp_kernels.ops.lora_linear.dropout import blocks, kept, masks
 from grasp_kernels.ops.lora_linear.dropout import host_seed as draw_seed
 from grasp_kernels.ops.lora_linear.operands import Gradients, Needs, Operands, Saved
 from grasp_kernels.ops.lora_linear.reference import DTYPES, closed_factors
-from grasp_kernels.ops.projection import project_columns, project_rows
+from grasp_kernels.ops.projection import project_columns
 
 __all__ = ["DTYPES", "backward", "draw_seed", "forward", "kept", "refuses", "unsupported"]
 
@@ -212,15 +212,13 @@ def _through_adapter(
         elif needs.x:
             dx = (dS.mT @ A).to(x.dtype)
         dA = _along(dS, x) if needs.lora_A else None
-    if dA is not None:
-        dA = project_rows(dA, op.read_basis).to(op.lora_A.dtype)
-    return dx, dA
+    return dx, None if dA is None else dA.to(op.lora_A.dtype)
 
 
 def _through_dropout(
     dx: Tensor | None, dS: Tensor, x: Tensor, A: Tensor, op: Operands, needs: Needs
 ) -> Tensor | None:
-    """`dA = dSᵀ X̃ [R, K]` from `dSᵀ[R, T]`, and `dX += mask ⊙ dS A°`, with one mask for both."""
+    """`dA = dSᵀ X̃ [R, K]` from `dSᵀ[R, T]`, and `dX += mask ⊙ dS A`, with one mask for both."""
     assert op.dropout_seed is not None
     dA = None
     if needs.lora_A:
@@ -237,7 +235,7 @@ def _through_dropout(
 
 
 def _down(x: Tensor, A: Tensor, op: Operands) -> Tensor:
-    """`S = A° X̃ᵀ [R, T]`."""
+    """`S = A X̃ᵀ [R, T]`."""
     if op.dropout_seed is None:
         return _across(A, x)
     S = A.new_empty(A.shape[0], x.shape[0])

@@ -1,6 +1,6 @@
 """What a call of the operator may be given, or a sentence on what is wrong.
 
-Shapes: T tokens, K in, N out, R LoRA rank, P read basis size, Q write basis size.
+Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ def check(
     lora_B: Tensor,
     lora_bias: Tensor | None,
     write_basis: Tensor | None,
-    read_basis: Tensor | None,
     write_weight: Tensor | None,
 ) -> None:
     if base is not None and any(given is not None for given in (weight, bias, write_weight)):
@@ -26,7 +25,6 @@ def check(
     if R == 0:
         raise ValueError("lora_A has rank 0; a LoRA layer needs a rank of at least 1.")
     Q = 0 if write_basis is None else write_basis.shape[-1]
-    P = 0 if read_basis is None else read_basis.shape[-1]
     rows, device, dtype = x.shape[:-1], x.device, x.dtype
     for name, tensor, shape in (
         ("base", base, (*rows, N)),
@@ -36,7 +34,6 @@ def check(
         ("lora_B", lora_B, (N, R)),
         ("lora_bias", lora_bias, (N,)),
         ("write_basis", write_basis, (N, Q)),
-        ("read_basis", read_basis, (K, P)),
         ("write_weight", write_weight, (Q, K)),
     ):
         if tensor is None:

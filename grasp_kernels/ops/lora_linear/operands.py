@@ -1,6 +1,6 @@
 """What every backend is given and what it returns.
 
-Shapes: T tokens, K in, N out, R LoRA rank, P read basis size, Q write basis size.
+Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 class Operands(NamedTuple):
     """One adapted linear layer; `W`, `bias` and the activations share the compute dtype.
 
-    The adapter may have another dtype (float32 over a bfloat16 base); the bases are float32.
+    The adapter may have another dtype (float32 over a bfloat16 base); the basis is float32.
     """
 
     weight: Tensor | None  # W [N, K]; None if another library computes the base product
@@ -23,7 +23,6 @@ class Operands(NamedTuple):
     lora_B: Tensor  # B [N, R]
     lora_bias: Tensor | None  # b [N]
     write_basis: Tensor | None  # V [N, Q], orthonormal columns
-    read_basis: Tensor | None  # U [K, P], orthonormal columns
     write_weight: Tensor | None  # C = Vᵀ W [Q, K] if the caller keeps it, W being frozen
     dropout_seed: Tensor | None  # int64 [1]
     scaling: float
@@ -33,7 +32,7 @@ class Operands(NamedTuple):
     exact: bool = False  # the adapter's products are of its own, wider dtype (aten, reference)
 
     def adapter_dtype(self, x: Tensor) -> torch.dtype:
-        """Of `S`, `A°` and `B°`."""
+        """Of `S`, `A` and `B°` in a computation."""
         return torch.promote_types(x.dtype, self.lora_A.dtype) if self.exact else x.dtype
 
     def projects(self, needs: Needs) -> bool:
@@ -45,8 +44,8 @@ class Operands(NamedTuple):
 class Saved(NamedTuple):
     """What the forward leaves for the backward, in `Operands.adapter_dtype`."""
 
-    S: Tensor  # (X̃ A°ᵀ)ᵀ = A° X̃ᵀ [R, T], transposed as aten.py explains
-    A: Tensor  # A° [R, K]
+    S: Tensor  # (X̃ Aᵀ)ᵀ = A X̃ᵀ [R, T], transposed as aten.py explains
+    A: Tensor  # A [R, K]
     B: Tensor  # B° [N, R]
 
 

@@ -1,20 +1,20 @@
 """The SPECIFICATION of the operator, in plain PyTorch, equation by equation.
 
     X̃  = dropout(X)
-    A° = A (I − U Uᵀ),  B° = (I − V Vᵀ) B,  b° = (I − V Vᵀ) b     if closed, else A, B, b
-    Y  = X Wᵀ + bias + s ((X̃ A°ᵀ) B°ᵀ + b°)
+    B° = (I − V Vᵀ) B,  b° = (I − V Vᵀ) b                         if closed, else B, b
+    Y  = X Wᵀ + bias + s ((X̃ Aᵀ) B°ᵀ + b°)
     dY'= dY (I − V Vᵀ)                                            if residual, else dY
-    dX = dY' W + dropout'(s dY' B° A°)
-    dA = (s dY' B°)ᵀ X̃ (I − U Uᵀ)
-    dB = (I − V Vᵀ) s dY'ᵀ (X̃ A°ᵀ)
+    dX = dY' W + dropout'(s dY' B° A)
+    dA = (s dY' B°)ᵀ X̃
+    dB = (I − V Vᵀ) s dY'ᵀ (X̃ Aᵀ)
     db = (I − V Vᵀ) s Σ dY',   dW = dY'ᵀ X,   dbias = Σ dY'
 
 Another library may have computed `base[T, N]`, which then stands for `X Wᵀ + bias`. Its gradient is
 `dbase = dY'`, and `dY' W` is left to that library.
 
-Every other backend is tested against this file. The projections of A, B and their gradients are
-computed in at least float32, everything else in the dtype of the activations.
-Shapes: T tokens, K in, N out, R LoRA rank, P read basis size, Q write basis size.
+Every other backend is tested against this file. The projections of B and its gradient are computed
+in at least float32, everything else in the dtype of the activations.
+Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ def refuses(x: Tensor, op: Operands) -> str | None:
 
 
 def closed_factors(op: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`A°[R, K]`, `B°[N, R]`, `b°[N]`, projected in float32 and then rounded to `dtype`.
+    """`A[R, K]`, `B°[N, R]`, `b°[N]`, projected in float32 and then rounded to `dtype`.
 
     Where nothing is done to them, the adapter's own.
     """
     A, B, b = op.lora_A, op.lora_B, op.lora_bias
     if op.closed:
-        A, B = project_rows(A, op.read_basis), project_columns(B, op.write_basis)
+        B = project_columns(B, op.write_basis)
         b = None if b is None else project_columns(b, op.write_basis)
     return A.to(dtype), B.to(dtype), None if b is None else b.to(dtype)
 
@@ -86,7 +86,7 @@ def backward(dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs) ->
     dA = dB = db = None
     if needs.lora_A:
         x_dropped = dropout(x.to(A.dtype), op.dropout_seed, op.dropout_p, x)
-        dA = project_rows(dS.mT @ x_dropped, op.read_basis).to(op.lora_A.dtype)
+        dA = (dS.mT @ x_dropped).to(op.lora_A.dtype)
     if needs.lora_B:
         dB = project_columns(op.scaling * (wide.mT @ S.mT), op.write_basis).to(op.lora_B.dtype)
     if needs.lora_bias and op.lora_bias is not None:

@@ -1,6 +1,6 @@
 """The operator on CUDA C++ kernels.
 
-Shapes: T tokens, K in, N out, R LoRA rank, P read basis size, Q write basis size.
+Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ def unsupported(where: torch.device) -> str | None:
 def refuses(x: Tensor, op: Operands) -> str | None:
     """Why a call cannot be computed, or None."""
     N, (R, K) = op.lora_B.shape[0], op.lora_A.shape
-    P, Q = (0 if b is None else b.shape[1] for b in (op.read_basis, op.write_basis))
+    Q = 0 if op.write_basis is None else op.write_basis.shape[1]
     if x.dtype not in DTYPES:
         return f"it computes float16 and bfloat16 but x has {x.dtype}"
     if N % 8 or K % 8:
         return f"it takes widths that are multiples of 8 but the layer has {(N, K)}"
-    if R + max(P, Q) > _MOST:
-        return f"it takes ranks and bases up to {_MOST} in sum but this layer has {R + max(P, Q)}"
+    if R + Q > _MOST:
+        return f"it takes ranks and bases up to {_MOST} in sum but this layer has {R + Q}"
     return None
 
 

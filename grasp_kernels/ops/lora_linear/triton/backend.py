@@ -1,6 +1,6 @@
 """The operator on Triton kernels.
 
-Shapes: T tokens, K in, R LoRA rank, Q write basis size.
+Shapes: T tokens, K in, R LoRA rank, Q basis size.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ the extended kernel saves that and loses what it is slower than the library. On 
 R = 16, in µs (library product alone, with addmm, extended): 4096→1024 93, 104, 102; 4096→4096 345,
 404, 364; 4096→14336 1198, 1437, 1252; 14336→4096 1172, 1230, 1191; 8192→28672 4702, 5199, 4747;
 28672→8192 4836, 4958, 4726. So it is taken wherever such a part multiplies.
-Shapes: T tokens, I inner and J outer width of the product, R LoRA rank, Q write basis size.
+Shapes: T tokens, I inner and J outer width of the product, R LoRA rank, Q basis size.
 """
 
 from __future__ import annotations

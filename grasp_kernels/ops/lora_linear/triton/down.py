@@ -1,4 +1,4 @@
-"""The down pass: `S = A° X̃ᵀ [R, T]` in one read of `X`.
+"""The down pass: `S = A X̃ᵀ [R, T]` in one read of `X`.
 
 Also `[dS | −D]` of a `dY` that the gradient pass would rather read twice (see `tokens`). A program
 owns a block of tokens and runs along `K`; where few tokens leave multiprocessors idle, several

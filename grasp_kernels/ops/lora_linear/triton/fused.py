@@ -1,17 +1,17 @@
 """Forward and backward of the operator as three passes over the activations and base products.
 
-    down      S = A° X̃ᵀ                                         one read of X
+    down      S = A X̃ᵀ                                          one read of X
     product   Y = X Wᵀ + bias + s S° B°ᵀ                         the base product, R more columns
     sums      [dS | D] = dY [s B̂ | V],  dB = (I − V Vᵀ) s dYᵀ S  one read of dY
-    sums      dA = dSᵀ X̃ (I − U Uᵀ)                             one read of X
-    product   dX = dY W + mask ⊙ (dS A°) − D C                   the same, R + Q more columns
+    sums      dA = dSᵀ X̃                                        one read of X
+    product   dX = dY W + mask ⊙ (dS A) − D C                    the same, R + Q more columns
 
 Where another library computes the base product, its result comes in, `Y = base + s S B°ᵀ`, its
-gradient goes out, `dbase = dY − D Vᵀ`, and the last product is `dX = mask ⊙ (dS A°)`.
+gradient goes out, `dbase = dY − D Vᵀ`, and the last product is `dX = mask ⊙ (dS A)`.
 
 The passes are those of a backend; the products are shared (`base_product`).
-Shapes: T tokens, K in, N out, C columns of what a pass reads (K or N), R LoRA rank, P read basis
-size, Q write basis size, E rows of a skinny result.
+Shapes: T tokens, K in, N out, C columns of what a pass reads (K or N), R LoRA rank, Q basis size,
+E rows of a skinny result.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def backward(
         dx = _backward_product(dy, skinny, saved.A, op)
     if skinny is not None and needs.lora_A:
         dA = op.lora_A.new_empty(op.lora_A.shape)
-        passes.sums(x, skinny[:R], dA.mT, basis=op.read_basis, dropout=_dropout(op))
+        passes.sums(x, skinny[:R], dA.mT, dropout=_dropout(op))
     if skinny is not None and needs.base and op.write_basis is not None:
         dbase = torch.addmm(dy, skinny[R:].mT, op.write_basis.to(dy.dtype).mT)
     dW, dbias, db = base_gradients(dy, x, op, needs)
@@ -141,7 +141,7 @@ def _gradient_pass(
 
 
 def _backward_product(dy: Tensor, skinny: Tensor, A: Tensor, op: Operands) -> Tensor:
-    """`dX[T, K] = dY W + mask ⊙ (dS A°) − D C`."""
+    """`dX[T, K] = dY W + mask ⊙ (dS A) − D C`."""
     R = A.shape[0]
     if op.weight is None:  # a base product of inner width 0
         return product(dy[:, :0], A[:0], skinny[:R], A, dropout=_dropout(op))

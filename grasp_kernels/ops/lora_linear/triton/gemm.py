@@ -1,14 +1,14 @@
 """The extended product: a base GEMM with `R + Q` more reduction columns in the same accumulator.
 
     forward:  Y  = X Wᵀ + bias + s S° B°ᵀ
-    backward: dX = dY W + mask ⊙ (dS A°) + (−D) C
+    backward: dX = dY W + mask ⊙ (dS A) + (−D) C
 
 One persistent kernel for both. The skinny terms come first: the adapter's, which is then scaled
 and, with dropout, masked in the accumulator; the projection's; then the base product. Their
 operands are small and stay in the L2, and what the separate `addmm` would cost, reading and writing
 the whole result once more, is saved.
-Shapes: T tokens, I inner (contracted) and J outer width of the base product, R LoRA rank, Q write
-basis size.
+Shapes: T tokens, I inner (contracted) and J outer width of the base product, R LoRA rank, Q basis
+size.
 """
 
 # mypy: ignore-errors

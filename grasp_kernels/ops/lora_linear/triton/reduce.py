@@ -1,7 +1,7 @@
 """The second halves of the passes: partial sums added in a fixed order, and the projections.
 
 No float atomics anywhere, so that a rerun gives the same bits.
-Shapes: T tokens, C columns of the large operand (N of dY, K of X), R LoRA rank, P basis size, E
+Shapes: T tokens, C columns of the large operand (N of dY, K of X), R LoRA rank, Q basis size, E
 rows of a skinny result.
 """
 
@@ -82,23 +82,23 @@ def _total_kernel(
 
 
 def total(shares: Tensor) -> Tensor:
-    """`Σ shares [P, R]` of float32 `shares[programs, P, R]`.
+    """`Σ shares [Q, R]` of float32 `shares[programs, Q, R]`.
 
     A launch of its own: every program of the one that needs it would add them all again (966 µs
     instead of a few, R = 64, 14336 columns, H100).
     """
-    n_shares, P, R = shares.shape
-    out = shares.new_empty(P, R)
+    n_shares, Q, R = shares.shape
+    out = shares.new_empty(Q, R)
     launch(
         _total_kernel,
-        (triton.cdiv(P * R, _TOTALS),),
+        (triton.cdiv(Q * R, _TOTALS),),
         shares,
         4,
         1,
         shares=shares,
         out=out,
         n_shares=n_shares,
-        size=P * R,
+        size=Q * R,
         BLOCK=_TOTALS,
         AT_ONCE=_AT_ONCE,
     )
@@ -107,11 +107,11 @@ def total(shares: Tensor) -> Tensor:
 
 @triton.jit
 def _finish_factor_kernel(
-    parts, basis, share, out, splits, C, R, P, scaling,
-    stride_bc, stride_bp, stride_oc, stride_or,
-    BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, PROJECT: tl.constexpr,
+    parts, basis, share, out, splits, C, R, Q, scaling,
+    stride_bc, stride_bq, stride_oc, stride_or,
+    BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr, PROJECT: tl.constexpr,
 ):  # fmt: skip
-    """`out[C, R] = s (I − V Vᵀ) Σ parts[split, C, R]`, with `share[P, R] = Vᵀ Σ parts`."""
+    """`out[C, R] = s (I − V Vᵀ) Σ parts[split, C, R]`, with `share[Q, R] = Vᵀ Σ parts`."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = (c[:, None] < C) & (r[None, :] < R)
@@ -123,16 +123,16 @@ def _finish_factor_kernel(
             there = inside & (c[:, None] < tl.where(split < splits, C, 0))
             acc += tl.load(parts + at, mask=there, other=0.0)
     if PROJECT:
-        for p0 in range(0, P, BLOCK_P):
-            p = p0 + tl.arange(0, BLOCK_P)
+        for q0 in range(0, Q, BLOCK_Q):
+            q = q0 + tl.arange(0, BLOCK_Q)
             own = tl.load(
-                share + p[:, None] * R + r[None, :],
-                mask=(p[:, None] < P) & (r[None, :] < R),
+                share + q[:, None] * R + r[None, :],
+                mask=(q[:, None] < Q) & (r[None, :] < R),
                 other=0.0,
             )
             v = tl.load(
-                basis + c[:, None] * stride_bc + p[None, :] * stride_bp,
-                mask=(c[:, None] < C) & (p[None, :] < P),
+                basis + c[:, None] * stride_bc + q[None, :] * stride_bq,
+                mask=(c[:, None] < C) & (q[None, :] < Q),
                 other=0.0,
             )
             acc = dot(-v, own, acc, False)
@@ -147,8 +147,8 @@ def finish_factor(
 
     Args:
         sums: float32 `[splits, C, R]`.
-        share: float32 `[P, R]`, `Vᵀ Σ sums`; None without a basis.
-        basis: `V[C, P]` float32, or None.
+        share: float32 `[Q, R]`, `Vᵀ Σ sums`; None without a basis.
+        basis: `V[C, Q]` float32, or None.
     """
     splits, C, R = sums.shape
     block_r = min(64, at_least_16(R))
@@ -166,14 +166,14 @@ def finish_factor(
         splits=splits,
         C=C,
         R=R,
-        P=0 if basis is None else basis.shape[1],
+        Q=0 if basis is None else basis.shape[1],
         scaling=scaling,
         stride_bc=basis_strides[0],
-        stride_bp=basis_strides[1],
+        stride_bq=basis_strides[1],
         stride_oc=out.stride(0),
         stride_or=out.stride(1),
         BLOCK_C=_COLUMNS,
         BLOCK_R=block_r,
-        BLOCK_P=16,
+        BLOCK_Q=16,
         PROJECT=basis is not None,
     )

@@ -1,7 +1,7 @@
 """The gradient pass and the input pass: everything that one read of `dY`, or of `X`, can give.
 
     gradient pass, Z = dY:  [dS | D] = dY [s B̂ | V]   and   dB = (I − V Vᵀ) s dYᵀ S
-    input pass,    Z = X̃:                                    dA = dSᵀ X̃ (I − U Uᵀ)
+    input pass,    Z = X̃:                                    dA = dSᵀ X̃
 
 Both are a sum over tokens, `M[C, R] = Σ_t Z[t, C] L[R, t]`, whose accumulator stays in registers
 while a program runs down its tokens; the gradient pass multiplies the same block of `dY` by the
@@ -12,7 +12,7 @@ neither a pass nor a launch.
 
 Bytes beside the one read of `Z`, for 8192 × 4096 two-byte elements (64 MB), R + Q = 20, slabs of
 256: 10.5 MB of `[dS | D]` parts and 2.1 MB of `M` parts, written and read once, in the L2.
-Shapes: T tokens, C columns of `Z` (N of dY, K of X), R LoRA rank, Q (or P) basis size.
+Shapes: T tokens, C columns of `Z` (N of dY, K of X), R LoRA rank, Q basis size.
 """
 
 # mypy: ignore-errors

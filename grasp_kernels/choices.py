@@ -1,3 +1,0 @@
-"""Words that the command line and the subspace share; needs nothing, so that `-h` is instant."""
-
-SIDES = ("write", "read", "both")
