@@ -37,7 +37,7 @@ def _replaced(
         for name, layer in lora_layers(module).items():
             assert isinstance(layer, GraspLoRALinear)
             if project and name in bases:
-                layer.set_projection(bases[name], None, "residual", True, backend)
+                layer.set_projection(bases[name], "residual", True, backend)
             if padded:  # of a parameter of its own: the others of the case keep theirs as it lies
                 weight = layer.base_layer.weight.detach()
                 layer.base_layer.weight = nn.Parameter(weight, requires_grad=False)
