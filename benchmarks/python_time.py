@@ -32,7 +32,7 @@ def layer(ours: bool, Q: int = 0, *, frozen: bool = False, mixed: bool = False) 
     assert isinstance(found, lora.Linear)
     if ours:
         V = torch.linalg.qr(torch.randn(FEATURES, Q))[0] if Q else None
-        GraspLoRALinear.adopt(found, V, None, "residual", True, "auto")
+        GraspLoRALinear.adopt(found, V, "residual", True, "auto")
     found.lora_A["default"].weight.requires_grad_(not frozen)
     if mixed:
         found.base_layer.to(torch.bfloat16)

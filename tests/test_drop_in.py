@@ -43,7 +43,7 @@ def inputs(T: int = 5) -> Tensor:
     return torch.randn(T, K, generator=torch.Generator().manual_seed(9))
 
 
-def bases(width: int, k: int = 2) -> Tensor:
+def a_basis(width: int, k: int = 2) -> Tensor:
     return orthonormal(width, k, torch.Generator().manual_seed(width))
 
 
@@ -55,12 +55,12 @@ def two_layers(**options: Any) -> PeftModel:
 
 
 def ours(project: bool = False, closed: bool = True, **options: Any) -> PeftModel:
-    """The same on our layers, the last of them between two bases with `project`."""
+    """The same on our layers, the last of them with a basis with `project`."""
     model = two_layers(**options)
     gk.replace_lora_layers(model)
     if project:
         last = model.base_model.model[2]
-        last.set_projection(bases(N), bases(H), "residual", closed, "auto")
+        last.set_projection(a_basis(N), "residual", closed, "auto")
     return model
 
 

@@ -216,7 +216,7 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         gk.leakage(base, subspace, base=model)
     with pytest.raises(FileNotFoundError, match="There are no weights in"):
         gk.leakage(base, subspace, base=tmp_path)
-    with pytest.raises(ValueError, match=r"'model.layers.0.self_attn.q_proj' are .* not quantised"):
+    with pytest.raises(ValueError, match=r"'model.layers.0.self_attn.o_proj' are .* not quantised"):
         gk.leakage(base, subspace, base=small_model())
     base.model.layers = base.model.layers[:2]
     with pytest.raises(ValueError, match=r"the model has no weight of 'model.layers.2"):
@@ -226,5 +226,5 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
 def small_model() -> nn.Module:
     model = tiny_model()
     layer = model.model.layers[0].self_attn
-    layer.q_proj = nn.Linear(16, 32)
+    layer.o_proj = nn.Linear(16, 32)
     return model

@@ -155,7 +155,7 @@ def partition(model: nn.Module) -> None:
 def test_zero_3_is_refused_at_the_replacement_and_at_the_first_forward() -> None:
     model, subspace = model_and_subspace()
     partition(model)
-    with pytest.raises(ValueError, match=r"q_proj' is partitioned by ZeRO-3 .* use ZeRO-2 or FSDP"):
+    with pytest.raises(ValueError, match=r"o_proj' is partitioned by ZeRO-3 .* use ZeRO-2 or FSDP"):
         gk.replace_lora_layers(model, subspace)
     assert set(gk.replace_lora_layers(model).fallbacks.values()) == {
         "a weight is here as a slice only"
@@ -185,10 +185,10 @@ def test_tensor_parallelism_is_refused_with_a_subspace(one_process: None) -> Non
     model, subspace = model_and_subspace()
     attention = model.get_base_model().model.layers[0].self_attn
     mesh = init_device_mesh("cpu", (1,))
-    parallelize_module(attention, mesh, {"q_proj.base_layer": ColwiseParallel()})
-    with pytest.raises(ValueError, match=r"q_proj' is split by tensor parallelism .*use FSDP2"):
+    parallelize_module(attention, mesh, {"o_proj.base_layer": ColwiseParallel()})
+    with pytest.raises(ValueError, match=r"o_proj' is split by tensor parallelism .*use FSDP2"):
         gk.replace_lora_layers(model, subspace)
-    assert list(gk.replace_lora_layers(model).fallbacks) == ["model.layers.0.self_attn.q_proj"]
+    assert list(gk.replace_lora_layers(model).fallbacks) == ["model.layers.0.self_attn.o_proj"]
 
 
 def test_mixed_precision_of_fsdp_does_not_round_the_bases(one_process: None) -> None:

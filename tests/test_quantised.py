@@ -145,7 +145,7 @@ def test_it_is_the_layer_over_the_dequantised_weight(
     linear.to(dtype).requires_grad_(False)
     config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.2, lora_bias=True)
     g = torch.Generator().manual_seed(0)
-    bases = orthonormal(40, 3, g), orthonormal(48, 2, g)
+    basis = orthonormal(40, 3, g)
     x, dy = torch.randn(2, 33, 48, generator=g), torch.randn(2, 33, 40, generator=g)
     results = []
     for base, ours in ((linear, gk.GraspLoRALinear), (eight, quantised.quantised(StandIn))):
@@ -154,7 +154,7 @@ def test_it_is_the_layer_over_the_dequantised_weight(
         for parameter in (base.weight, base.bias):
             parameter.data = parameter.data.to(dtype if parameter.is_floating_point() else None)
         layer.to(device).train()
-        ours.adopt(layer, *bases, project, closed, backend)
+        ours.adopt(layer, basis, project, closed, backend)
         leaf = x.to(device, dtype).requires_grad_()
         assert layer.why_stock(leaf) is None
         torch.manual_seed(3)

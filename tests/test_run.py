@@ -213,7 +213,6 @@ def test_wrong_input_is_found_before_training(
         ({"k": 5}, "k is 5, above the LoRA rank 4"),
         ({"k": 0}, "k is 0"),
         ({"k": "many"}, "k is 'many'"),
-        ({"project": "weights"}, "project is 'weights': choose one of none, residual"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"early_checkpoints": ()}, "early_checkpoints is"),

@@ -37,7 +37,7 @@ def _replaced(
         for name, layer in lora_layers(module).items():
             assert isinstance(layer, GraspLoRALinear)
             if project and name in bases:
-                layer.set_projection(bases[name], None, "residual", True, backend)
+                layer.set_projection(bases[name], "residual", True, backend)
             if frozen_A:
                 layer.lora_A["default"].weight.requires_grad_(False)
         return module

@@ -49,13 +49,12 @@ class Movement:
 def layer_bases(bases: Mapping[str, Tensor], rules: SiteRules) -> dict[int, Tensor]:
     """Layer -> basis of the stream after it, `[D, k]`, from the bases of its modules by name.
 
-
     Empty without writers whose output is in the stream.
     """
     found: dict[int, Tensor] = {}
     for name, basis in bases.items():
         site = rules.site(name)
-        if site is not None and site.norm is None:
+        if site is not None and site.role == "write" and site.norm is None:
             found.setdefault(site.layer, basis)
     return dict(sorted(found.items()))
 
