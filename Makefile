@@ -31,7 +31,7 @@ test: $(READY) $(if $(OTHER),,lint)
 
 oldest:
 	mkdir -p build
-	grep -o '"[a-z_-]*>=[0-9.]*' pyproject.toml | tr -d '"' | sed 's/>=/==/' > build/oldest.txt
+	grep -o '"[a-z][a-z0-9_-]*>=[0-9.]*' pyproject.toml | tr -d '"' | sed 's/>=/==/' > build/oldest.txt
 	PIP_CONSTRAINT=$(CURDIR)/build/oldest.txt $(MAKE) test VENV=.venv-oldest TORCH=torch
 
 newest:

@@ -64,7 +64,7 @@ def is_transforming() -> bool:
     return (
         forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
-        # In code that it compiles, torch before 2.13 takes `is_exporting()` for true at all times.
+        # torch 2.10 takes `is_exporting()` for true in all code that it compiles.
         or torch.compiler._is_exporting_flag
         or torch._C._get_tracing_state() is not None
     )
