@@ -204,6 +204,27 @@ def test_doctor_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("release", "said"),
+    [
+        ("2.9.1", "2.9.1, older than 2.10.0, the oldest that was tested"),
+        ("2.10.0+cu128", "2.10.0+cu128, within 2.10.0 to 2.14.1, which were tested"),
+        ("2.14.1+cpu", "2.14.1+cpu, within 2.10.0 to 2.14.1, which were tested"),
+        ("2.14.2", "2.14.2, newer than 2.14.1, the newest that was tested"),
+        ("2.100.0", "2.100.0, newer than 2.14.1, the newest that was tested"),
+    ],
+)
+def test_doctor_says_how_a_release_stands_to_the_tested_ones(
+    release: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from grasp_kernels.cli import doctor
+
+    monkeypatch.setitem(doctor.TESTED, "torch", ("2.10.0", "2.14.1"))
+    monkeypatch.setattr(doctor, "version", lambda package: release)
+    assert doctor._installed("torch") == said
+    assert doctor._installed("matplotlib") == release
+
+
+@pytest.mark.parametrize(
     "command",
     [
         ["identify", "missing", "--output", "x.safetensors"],

@@ -13,6 +13,7 @@ import pytest
 
 import grasp_kernels as gk
 from grasp_kernels.cli import _parser
+from grasp_kernels.version import TESTED
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -86,3 +87,15 @@ def test_the_site_is_built_whole(tmp_path: Path) -> None:
 
 def test_the_front_page_is_read_in_a_few_minutes() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_tested_releases_are_told_as_they_are() -> None:
+    """In the table for readers, and as the least that pip installs."""
+    text = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)) == {
+        (package, *releases) for package, releases in TESTED.items()
+    }
+    for package, (oldest, _) in TESTED.items():
+        (least,) = set(re.findall(rf'"{package}>=([\d.]+)[";]', project))
+        assert f"{least}.0" == oldest or least == oldest

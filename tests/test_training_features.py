@@ -6,13 +6,15 @@ between two steps are in test_training_calls.py; single steps, the stream's grad
 AdamW and checkpointing of one step in test_replacement.py, a run that is killed in test_resume.py.
 """
 
+from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 from models import ALL_LINEAR, randomise_adapter, tokens
 from parity import SOME, WRITERS, Trace, check_parity, lora_model, qwen, train, two_adapters
-from peft import KasaConfig, LoraConfig, PeftModel, VeloraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from test_replacement import a_subspace, logits, loss_and_gradients
 from torch import nn
 
@@ -175,18 +177,22 @@ def test_weighted_adapters(kind: str) -> None:
 
 # --- variants, which stay with peft
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "DoraLinearVariant": {"use_dora": True},
-    "ALoraLinearVariant": {"alora_invocation_tokens": [1, 2]},
-    "MiCALinearVariant": {"init_lora_weights": "mica"},
-    "VeloraLinearVariant": {"velora_config": VeloraConfig()},
-    "KasaLinearVariant": {"kasa_config": KasaConfig()},
+# The release of peft that brought a variant, and what asks for it.
+VARIANTS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
+    "DoraLinearVariant": ("0.20", lambda: {"use_dora": True}),
+    "ALoraLinearVariant": ("0.20", lambda: {"alora_invocation_tokens": [1, 2]}),
+    "MiCALinearVariant": ("0.20", lambda: {"init_lora_weights": "mica"}),
+    "VeloraLinearVariant": ("0.20", lambda: {"velora_config": peft.VeloraConfig()}),
+    "KasaLinearVariant": ("0.21", lambda: {"kasa_config": peft.KasaConfig()}),
 }
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_stay_with_peft_and_are_reported(name: str) -> None:
-    model = lora_model(r=4, target_modules=list(WRITERS), **VARIANTS[name])
+    since, options = VARIANTS[name]
+    if not hasattr(peft.tuners.lora.variants, name):
+        pytest.skip(f"peft {peft.__version__} has no {name}, {since} has")
+    model = lora_model(r=4, target_modules=list(WRITERS), **options())
     expected = logits(model)
     with pytest.warns(UserWarning, match=f"4 of 4 LoRA layers stay with peft.*{name}") as told:
         report = gk.replace_lora_layers(model, a_subspace(model))

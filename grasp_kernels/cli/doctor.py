@@ -10,9 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
-from grasp_kernels.version import __version__
+from grasp_kernels.version import TESTED, __version__
 
-_PACKAGES = ("torch", "triton", "transformers", "peft", "safetensors", "accelerate", "matplotlib")
+_PACKAGES = (*TESTED, "safetensors", "matplotlib")
 
 
 def add_doctor(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -54,10 +54,22 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _installed(package: str) -> str:
+    """The release of a package, and how it stands to those that the tests were run with."""
+    from torch.torch_version import TorchVersion
+
     try:
-        return version(package)
+        found = version(package)
     except PackageNotFoundError:
         return "not installed"
+    if package not in TESTED:
+        return found
+    oldest, newest = TESTED[package]
+    release = TorchVersion(found.partition("+")[0])  # "2.10.0+cu128" is 2.10.0
+    if release < oldest:
+        return f"{found}, older than {oldest}, the oldest that was tested"
+    if release > newest:
+        return f"{found}, newer than {newest}, the newest that was tested"
+    return f"{found}, within {oldest} to {newest}, which were tested"
 
 
 def _host() -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners import lora
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -33,16 +33,13 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
 
     def __init__(
         self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        config: LoraConfig,
         *args: Any,
         write_basis: Tensor | None = None,
         closed: bool = True,
         backend: str = "auto",
         **kwargs: Any,
     ) -> None:
-        super().__init__(base_layer, adapter_name, config, *args, **kwargs)
+        super().__init__(*args, **kwargs)
         self.set_projection(write_basis, "residual", closed, backend)
 
     @classmethod
@@ -60,20 +57,18 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
         backend: str = "auto",
     ) -> GraspLoRALinear:
         """Adapt one `nn.Linear` in a script without a peft model; its weight is frozen."""
+        # peft builds its layer: the arguments of its constructor are others in each release.
         config = LoraConfig(
-            r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, use_rslora=use_rslora
-        )
-        linear.requires_grad_(False)
-        return cls(
-            linear,
-            adapter_name,
-            config,
             r=r,
             lora_alpha=lora_alpha,
-            write_basis=write_basis,
-            closed=closed,
-            backend=backend,
+            lora_dropout=lora_dropout,
+            use_rslora=use_rslora,
+            target_modules=["linear"],
         )
+        holder = inject_adapter_in_model(config, nn.ModuleDict({"linear": linear}), adapter_name)
+        layer = holder["linear"]
+        cls.adopt(layer, write_basis, "residual", closed, backend)
+        return layer
 
     def _forget(self) -> None:
         self.__dict__.pop("_write_weight", None)

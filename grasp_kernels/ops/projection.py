@@ -64,7 +64,8 @@ def is_transforming() -> bool:
     return (
         forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
-        or torch.compiler.is_exporting()
+        # torch 2.10 takes `is_exporting()` for true in all code that it compiles.
+        or torch.compiler._is_exporting_flag
         or torch._C._get_tracing_state() is not None
     )
 
