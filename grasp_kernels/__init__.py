@@ -42,8 +42,6 @@ _HOMES = {
     "project_gradient": "ops",
     "randomized_svd": "svd",
     "remove_grasp": "training.apply",
-    "replace_lora_layers": "layers.replacement",
-    "restore_lora_layers": "layers.replacement",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]

@@ -147,7 +147,7 @@ def assert_parity(found: Trace, stock: Trace, oracle: Trace, eps: float = EPS) -
 def check_parity(make: Callable[[], nn.Module], eps: float = EPS, **options: Any) -> None:
     """Train three copies: on GraspLoRALinear, on stock layers, and on those in float64."""
     ours = make()
-    report = gk.replace_lora_layers(ours)
+    report = gk.apply_grasp(ours)
     assert not report.fallbacks
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="LoRA layers run peft's own forward")

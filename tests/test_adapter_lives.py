@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def model() -> Any:
     found = tiny_peft_model()
-    gk.replace_lora_layers(found, a_subspace(found))
+    gk.apply_grasp(found, gk.GraspConfig(subspace=a_subspace(found)))
     return found
 
 
@@ -85,15 +85,15 @@ def test_trained_weights_that_come_in_compute_what_peft_computes(
     train(model, 1)
     bring(model, folder)
     stock = stock_of(folder)
-    with pytest.warns(UserWarning, match=r"came into layers .* call replace_lora_layers again"):
+    with pytest.warns(UserWarning, match=r"came into layers .* call apply_grasp again"):
         assert_same_logits(logits(model), logits(stock), stock)
     model.merge_adapter()
     assert_same_logits(logits(model), logits(stock), stock)
     model.unmerge_adapter()
     found = copy.deepcopy(model)
-    gk.restore_lora_layers(found)
+    gk.remove_grasp(found)
     assert_same_logits(logits(found), logits(stock), stock)
-    gk.replace_lora_layers(model, a_subspace(model))
+    gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model)))
     assert leak(model) <= 1e-6
 
 
@@ -141,7 +141,7 @@ def test_names_are_forgotten_with_their_adapter() -> None:
     model.add_adapter("spare", config)
     model.delete_adapter("default")
     model.add_adapter("default", config)
-    gk.replace_lora_layers(model)
+    gk.apply_grasp(model)
     model.set_adapter("default")
     assert all(p.requires_grad for n, p in model.named_parameters() if ".default." in n)
 
@@ -170,12 +170,12 @@ def test_nothing_but_a_step_and_a_restore_writes_parameters(model: Any) -> None:
 def test_closing_what_is_closed_changes_no_bit(dtype: torch.dtype) -> None:
     model = tiny_peft_model(lora_bias=True).to(dtype)
     subspace = a_subspace(model)
-    gk.replace_lora_layers(model, subspace)
+    gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
     first = {name: parameter.clone() for name, parameter in model.named_parameters()}
     for saved in (model.state_dict(), dict(model.named_parameters())):
         for name, value in first.items():
             assert torch.equal(saved[name], value), name
-    gk.replace_lora_layers(model, subspace)
+    gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, first[name]), name
     for site, V in subspace.bases.items():
@@ -189,7 +189,7 @@ def test_the_stock_path_is_closed_with_its_gradients() -> None:
     """As the operator: b too, whatever wrote the parameters."""
     ours, stock_path = (tiny_peft_model(lora_bias=True).double() for _ in range(2))
     for model in (ours, stock_path):
-        gk.replace_lora_layers(model, a_subspace(model))
+        gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model)))
         torch.manual_seed(3)
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -218,13 +218,15 @@ def test_a_copy_is_kept_closed_too(model: Any) -> None:
 @pytest.mark.filterwarnings("ignore:.*stay with peft")
 def test_an_unloaded_base_has_no_hooks(how: str, options: dict[str, Any]) -> None:
     model = tiny_peft_model(("q_proj", "v_proj"), **options)
-    assert len(gk.replace_lora_layers(model, a_subspace(model)).hooked_writers) == 6
+    assert (
+        len(gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model))).hooked_writers) == 6
+    )
     copied = copy.deepcopy(model)
     base = getattr(model, how)()
     assert [n for n, m in base.named_modules() if m._forward_hooks] == []
     assert not any("unload_and_optionally_merge_module" in vars(m) for m in base.modules())
     assert len([m for m in copied.modules() if m._forward_hooks]) == 6  # it is another one
-    gk.restore_lora_layers(copied)
+    gk.remove_grasp(copied)
     assert not any(m._forward_hooks for m in copied.modules())
 
 
@@ -243,11 +245,11 @@ def test_a_trained_bias_of_a_writer_is_refused() -> None:
         model = make(bias)
         subspace = gk.Subspace.from_stream(V, model_sites(model))
         with pytest.raises(ValueError, match=r"bias of '.*c_proj' is trained too, .*bias=\"none"):
-            gk.replace_lora_layers(model, subspace)
-        gk.replace_lora_layers(model, subspace, closed=False)
-        gk.replace_lora_layers(model)
+            gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
+        gk.apply_grasp(model, gk.GraspConfig(subspace=subspace, orthogonal=False))
+        gk.apply_grasp(model)
     model = make("none")
-    gk.replace_lora_layers(model, gk.Subspace.from_stream(V, model_sites(model)))
+    gk.apply_grasp(model, gk.GraspConfig(subspace=gk.Subspace.from_stream(V, model_sites(model))))
 
 
 def test_experts_take_a_second_adapter() -> None:
@@ -266,7 +268,7 @@ def test_experts_take_a_second_adapter() -> None:
     ours, stock = make(), make()
     V = orthonormal(16, 1, torch.Generator().manual_seed(0))
     subspace = gk.Subspace.from_stream(V, model_sites(ours))
-    gk.replace_lora_layers(ours, subspace)
+    gk.apply_grasp(ours, gk.GraspConfig(subspace=subspace))
     for model in (ours, stock):
         model.add_adapter("second", copy.deepcopy(config))
         model.set_adapter("second")

@@ -304,7 +304,7 @@ def test_trained_biases_of_the_base_are_named_or_measured(
     """Of an adapter what they were is not known; of two models it is."""
     model, subspace = gpt2(bias="lora_only"), along(gpt2())
     subspace.save(tmp_path / "s")
-    gk.replace_lora_layers(model, subspace, closed=False)
+    gk.apply_grasp(model, gk.GraspConfig(subspace=subspace, orthogonal=False))
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     writers = {f"transformer.h.{i}.{part}.c_proj.bias" for i in (0, 1) for part in ("attn", "mlp")}
     for source in (model, tmp_path / "adapter"):

@@ -28,14 +28,14 @@ TARGETS = ("q_proj", "o_proj", "down_proj")
 def model(request: pytest.FixtureRequest) -> torch.nn.Module:
     """A tiny model after its first pass."""
     found = tiny_peft_model(targets=TARGETS).to(DEVICE)
-    gk.replace_lora_layers(found, a_subspace(found), backend=request.param)
+    gk.apply_grasp(found, gk.GraspConfig(subspace=a_subspace(found), backend=request.param))
     logits(found)
     return found.train()
 
 
 def same_as_aten(model: torch.nn.Module) -> None:
     other = tiny_peft_model(targets=TARGETS).to(DEVICE)
-    gk.replace_lora_layers(other, a_subspace(other), backend="aten")
+    gk.apply_grasp(other, gk.GraspConfig(subspace=a_subspace(other), backend="aten"))
     with torch.no_grad():
         for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
             theirs.copy_(ours)
@@ -88,7 +88,7 @@ def test_layers_that_run_unequally_often(fused: bool, times: int) -> None:
     """After a generation, an encoder once runs less often than its decoder."""
     config = LoraConfig(r=4, target_modules=["encoder", "decoder"], init_lora_weights=False)
     ours, stock = (get_peft_model(Encoded(), config) for _ in range(2))
-    gk.replace_lora_layers(ours, backend="triton")
+    gk.apply_grasp(ours, gk.GraspConfig(backend="triton"))
     x, target = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(9))
     trained = [p for p in ours.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=3e-2, fused=fused)

@@ -54,7 +54,7 @@ def test_a_projected_adapter_is_closed_and_loads_in_stock_peft(
     assert changed == {f"base_model.model.{name}" for name in subspace.bases}
     assert all(value.equal(new[key]) for key, value in old.items() if ".lora_A." in key)
     # The layers compute with the same closed factors.
-    gk.replace_lora_layers(model, subspace)
+    gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
     projected = PeftModel.from_pretrained(tiny_model().to(dtype), tmp_path / "out" / "projected")
     projected.to(dtype)
     expected = logits(model)
@@ -99,7 +99,7 @@ def test_small_steps_outlive_a_fallback_under_autocast() -> None:
     """peft's own forward closes the parameters in place, whatever dtype autocast computes in."""
     model = tiny_peft_model()
     subspace = a_subspace(model)
-    gk.replace_lora_layers(model, subspace)
+    gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
     layer = model.get_base_model().model.layers[0].self_attn.o_proj
     layer.lora_B["default"].register_forward_hook(lambda *given: None)
     parameter = layer.lora_B["default"].weight

@@ -33,7 +33,7 @@ def test_what_is_in_its_place_already_is_accelerated(device: str) -> None:
     plain.load_state_dict(spread.state_dict())
     assert any("_hf_hook" in module.__dict__ for module in spread.modules())
     for model in (spread, plain):
-        report = gk.replace_lora_layers(model, a_subspace(model))
+        report = gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model)))
         assert len(report.replaced) == 6 and not report.fallbacks
     (loss, gradients), (expected, others) = map(loss_and_gradients, (spread, plain))
     assert torch.equal(loss, expected)
@@ -57,7 +57,7 @@ def test_hooks_that_do_more_stay_in_charge(options: dict[str, Any]) -> None:
 
 
 def replaced_layer(model: PeftModel) -> gk.GraspLoRALinear:
-    gk.replace_lora_layers(model, a_subspace(model))
+    gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model)))
     layer = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj")
     assert isinstance(layer, gk.GraspLoRALinear)
     return layer

@@ -57,7 +57,7 @@ def two_layers(**options: Any) -> PeftModel:
 def ours(project: bool = False, closed: bool = True, **options: Any) -> PeftModel:
     """The same on our layers, the last of them with a basis with `project`."""
     model = two_layers(**options)
-    gk.replace_lora_layers(model)
+    gk.apply_grasp(model)
     if project:
         last = model.base_model.model[2]
         last.set_projection(a_basis(N), "residual", closed, "auto")
@@ -92,12 +92,12 @@ def test_a_second_adapter_on_fused_experts() -> None:
     for replaces in (False, True):
         model = moe_model()
         if replaces:
-            gk.replace_lora_layers(model)
+            gk.apply_grasp(model)
         torch.manual_seed(1)
         model.add_adapter("other", moe_config())
         model.set_adapter("other")
         if replaces:
-            gk.replace_lora_layers(model)
+            gk.apply_grasp(model)
         wrappers = sorted(n for n, m in model.named_modules() if isinstance(m, ParamWrapper))
         with torch.no_grad():
             results.append((wrappers, model(input_ids=tokens()).logits, list(model.state_dict())))
@@ -108,7 +108,7 @@ def test_a_second_adapter_on_fused_experts() -> None:
 
 def test_layers_carry_the_names_of_peft_and_are_printed_with_ours() -> None:
     model = moe_model()
-    gk.replace_lora_layers(model)
+    gk.apply_grasp(model)
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             assert type(layer).__name__ in ("Linear", "ParamWrapper")
@@ -119,7 +119,7 @@ def test_layers_carry_the_names_of_peft_and_are_printed_with_ours() -> None:
     }
 
 
-# --- the ways in which peft makes an adapter: one call of replace_lora_layers after any of them
+# --- the ways in which peft makes an adapter: one call of apply_grasp after any of them
 
 
 def config(**options: Any) -> LoraConfig:
@@ -188,7 +188,7 @@ def test_every_way_to_an_adapter_leads_to_our_layers(
     model = way(tmp_path).double()
     randomise_adapter(model)
     stock = copy.deepcopy(model)
-    report = gk.replace_lora_layers(model)
+    report = gk.apply_grasp(model)
     assert len(report.replaced) == 7 * 3
     assert not report.fallbacks
     results = []
@@ -207,7 +207,7 @@ def test_every_way_is_projected(way: Callable[[Path], nn.Module], tmp_path: Path
     saved.save_pretrained(tmp_path)
     model = way(tmp_path)
     randomise_adapter(model)
-    report = gk.replace_lora_layers(model, subspace)
+    report = gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
     assert len(report.projected) == 2 * 3
     model(input_ids=tokens(), labels=tokens()).loss.backward()
     found = [
@@ -443,7 +443,7 @@ def test_a_compiled_model_is_not_compiled_again_by_a_hotswap(tmp_path: Path) -> 
     base = two_layers().unload()
     model = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "one").eval()
     prepare_model_for_compiled_hotswap(model)
-    gk.replace_lora_layers(model)
+    gk.apply_grasp(model)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         compiled(inputs())
@@ -491,7 +491,7 @@ def test_a_float32_adapter_is_as_exact_as_in_peft(
     """Outside of autocast its products are float32, and dA, dB are five digits more exact."""
     model = one_layer(dtype, lora_bias)
     oracle, stock = results_of(model, True, dtype), results_of(model, False, dtype)
-    gk.replace_lora_layers(model, backend=backend)
+    gk.apply_grasp(model, gk.GraspConfig(backend=backend))
     for i, (one, theirs, right) in enumerate(
         zip(results_of(model, False, dtype), stock, oracle, strict=True)
     ):
@@ -519,7 +519,7 @@ def test_half_precision_on_a_cpu_without_its_instructions(monkeypatch: Any) -> N
     for dtype in (torch.bfloat16, torch.float16):
         model = one_layer(dtype, True).to(dtype)
         oracle, stock = results_of(model, True, dtype), results_of(model, False, dtype)
-        gk.replace_lora_layers(model)
+        gk.apply_grasp(model)
         for one, theirs, right in zip(results_of(model, False, dtype), stock, oracle, strict=True):
             assert one.dtype == dtype
             limit = budget(relative_error(theirs, right), dtype, 65)

@@ -181,7 +181,7 @@ def test_gradients_are_those_of_a_projected_stream(family: str) -> None:
     plain = gradients(model)
     with projected_stream(model, family, subspace.stream):
         expected = gradients(model)
-    report = gk.replace_lora_layers(model, subspace, closed=False)
+    report = gk.apply_grasp(model, gk.GraspConfig(subspace=subspace, orthogonal=False))
     found = gradients(model)
     assert found.keys() == expected.keys() == plain.keys()
     for name, gradient in expected.items():
@@ -199,7 +199,7 @@ def test_gradients_are_those_of_a_projected_stream(family: str) -> None:
 def test_no_leakage_after_training_and_stock_peft_loads_it(family: str, tmp_path: Path) -> None:
     model = adapted(family)
     subspace = a_subspace(model)
-    report = gk.replace_lora_layers(model, subspace)
+    report = gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1
     )
@@ -220,7 +220,7 @@ def test_no_leakage_after_training_and_stock_peft_loads_it(family: str, tmp_path
     model.save_pretrained(tmp_path)
     stock = PeftModel.from_pretrained(tiny(family), tmp_path)
     assert_same_logits(logits(stock), expected, stock)
-    gk.restore_lora_layers(model)
+    gk.remove_grasp(model)
     assert not any(isinstance(m, (gk.GraspLoRALinear, GraspLoRAExperts)) for m in model.modules())
     assert_same_logits(logits(model), expected, model)
     if not experts:  # what an adapter folder holds is measured in the same way
@@ -234,7 +234,7 @@ def test_no_leakage_after_training_and_stock_peft_loads_it(family: str, tmp_path
 def test_without_a_subspace_it_is_stock_peft(family: str) -> None:
     model = adapted(family)
     expected, stock = logits(model), gradients(model)
-    gk.replace_lora_layers(model)
+    gk.apply_grasp(model)
     assert_same_logits(logits(model), expected, model)
     found = gradients(model)
     for name, gradient in stock.items():
@@ -273,7 +273,7 @@ def test_a_planted_direction_is_identified(family: str) -> None:
     shared = found.keys() & wanted.keys()
     assert len(shared) >= 2 * LAYERS
     assert min((found[n].mT @ wanted[n]).abs().item() for n in shared) > 0.95
-    report = gk.replace_lora_layers(model, subspace)
+    report = gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
     assert not report.bare_writers and not report.fallbacks
 
 
@@ -328,7 +328,7 @@ def test_what_peft_would_misread_is_left_out_of_an_extracted_adapter(tmp_path: P
 def test_autocast_leaves_the_adapters_of_experts_as_they_are() -> None:
     """Each forward closes them, in float32 whatever autocast computes in."""
     model = adapted("mixtral")
-    gk.replace_lora_layers(model, a_subspace(model))
+    gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model)))
     logits(model)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
     with torch.autocast("cpu", torch.bfloat16):
@@ -348,7 +348,7 @@ def test_transposed_weights_on_every_backend(backend: str) -> None:
 
     def results(backend: str) -> list[Tensor]:
         """`Y`, `dX`, `dA`, `dB`."""
-        gk.replace_lora_layers(model, subspace, backend=backend)
+        gk.apply_grasp(model, gk.GraspConfig(subspace=subspace, backend=backend))
         assert layer.why_stock(x.to(model.dtype)) is None
         inputs = [x.to(model.dtype).requires_grad_(), *layer.lora_A.parameters()]
         inputs += layer.lora_B.parameters()
@@ -382,7 +382,7 @@ def test_drift_before_a_norm_needs_the_subspace(given: bool) -> None:
     """The bases of such layers are not those of the stream."""
     model = adapted("gemma2")
     subspace = a_subspace(model)
-    gk.replace_lora_layers(model, subspace)
+    gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
     measured = Watch(subspace if given else None, probes=[[1, 2, 3]]).measure(model)
     assert measured["leakage"] <= 1e-6
     assert ("drift_along" in measured) == given
@@ -391,14 +391,14 @@ def test_drift_before_a_norm_needs_the_subspace(given: bool) -> None:
 def test_experts_leak_unless_they_are_closed() -> None:
     model = adapted("mixtral")
     subspace = a_subspace(model)
-    gk.replace_lora_layers(model, subspace, closed=False)
+    gk.apply_grasp(model, gk.GraspConfig(subspace=subspace, orthogonal=False))
     name = "model.layers.0.mlp.experts.down_proj"
     wrapper = next(m for n, m in model.named_modules() if n.endswith("layers.0.mlp.experts"))
     assert wrapper.parameter_name == "down_proj"
     delta = wrapper.get_delta_weight("default")
     along = subspace.bases[name].mT @ delta
     assert gk.leakage(model)[name] == pytest.approx((along.norm() / delta.norm()).item())
-    gk.replace_lora_layers(model, subspace)
+    gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
     assert gk.leakage(model)[name] <= 1e-6
     along = subspace.bases[name].mT @ wrapper.get_delta_weight("default")
     assert along.norm() <= 1e-6 * delta.norm()
@@ -409,7 +409,7 @@ def test_a_closed_writer_before_a_norm_moves_nothing_along_the_subspace(family: 
     """`Vᵀ norm(y + Δ) · rms(y + Δ) = Vᵀ norm(y) · rms(y)`: nothing but the common scale changes."""
     model = adapted(family)
     subspace = a_subspace(model)
-    gk.replace_lora_layers(model, subspace)
+    gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
     block = blocks_of(model, family)[1]
     layer, norm = block.mlp.down_proj, block.post_feedforward_layernorm
     x = torch.randn(5, layer.in_features)

@@ -121,7 +121,7 @@ def test_a_model_keeps_less_and_learns_the_same(checkpointing: bool) -> None:
     for frozen in (False, True):
         torch.manual_seed(0)
         model = get_peft_model(tiny_model(), lora)
-        gk.replace_lora_layers(model)
+        gk.apply_grasp(model)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         for name, parameter in model.named_parameters():

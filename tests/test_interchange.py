@@ -35,7 +35,7 @@ VLLM_NAME = re.compile(
 def closed_model(dtype: torch.dtype = torch.float32, **options: Any) -> PeftModel:
     """On GraspLoRALinear, with open factors, as an optimizer leaves them."""
     model = tiny_peft_model(config_class=Qwen2Config, **options).to(dtype)
-    gk.replace_lora_layers(model, a_subspace(model))
+    gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model)))
     randomise_adapter(model, seed=7)
     return model
 
@@ -138,10 +138,10 @@ def test_merged_is_what_stock_peft_merges_from_the_file(tmp_path: Path) -> None:
 def test_nothing_is_left_in_an_unloaded_model() -> None:
     """The gradient of `o_proj`, which had no adapter, is projected until it is restored."""
     stock, model = (tiny_peft_model(("q_proj", "down_proj")) for _ in range(2))
-    gk.replace_lora_layers(model, a_subspace(model))
+    gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model)))
     expected = logits(model)
     merged = model.merge_and_unload()
-    gk.restore_lora_layers(merged)
+    gk.remove_grasp(merged)
     assert not any(module._forward_hooks for module in merged.modules())
     assert_same_logits(logits(merged), expected, stock)
 

@@ -164,7 +164,7 @@ def test_closure_holds(name: str) -> None:
     for each in (lambda _: None, measure_and_save):
         model = peft_model()
         subspace = a_subspace(model)
-        gk.replace_lora_layers(model, subspace)
+        gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
         steps(model, make, each)
         ends.append(model)
     plain, watched = ends
@@ -180,7 +180,7 @@ def test_in_bfloat16_the_rounding_is_left() -> None:
     for make in (of(torch.optim.AdamW), lambda model: Raw(trained(model))):
         model = peft_model(torch.bfloat16)
         subspace = a_subspace(model)
-        gk.replace_lora_layers(model, subspace)
+        gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
         steps(model, make, lambda _: None)
         stock = get_peft_model(tiny_model().bfloat16(), model.peft_config["default"])
         stock.to(torch.bfloat16)

@@ -48,7 +48,7 @@ def spread(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone() -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and saved weights of one process with the same batches."""
     model, subspace = model_and_subspace()
-    gk.replace_lora_layers(model, subspace)
+    gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
     return train(model, batches()), model.state_dict()
 
 
@@ -96,7 +96,7 @@ def logits_in_parts() -> list[Tensor]:
     found = []
     for parts in (1, 2, 4):
         model, subspace = model_and_subspace()
-        gk.replace_lora_layers(model, subspace)
+        gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
         train(model, batches(), parts=parts)
         found.append(first_logits(model))
     return found
@@ -106,7 +106,7 @@ def logits_in_parts() -> list[Tensor]:
 def test_two_processes_retrain_as_run_does(spread: Path, name: str) -> None:
     """With frozen reads, and an anchor whose documents are a second forward of each step."""
     model, subspace, anchor = with_reads_and_anchor()
-    gk.replace_lora_layers(model, subspace)
+    gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
     expected = train(model, batches(), penalty=anchor.loss)
     found = result(spread, name)
     assert found["losses"] == pytest.approx(expected, rel=1e-5)
@@ -156,13 +156,11 @@ def test_zero_3_is_refused_at_the_replacement_and_at_the_first_forward() -> None
     model, subspace = model_and_subspace()
     partition(model)
     with pytest.raises(ValueError, match=r"o_proj' is partitioned by ZeRO-3 .* use ZeRO-2 or FSDP"):
-        gk.replace_lora_layers(model, subspace)
-    assert set(gk.replace_lora_layers(model).fallbacks.values()) == {
-        "a weight is here as a slice only"
-    }
+        gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
+    assert set(gk.apply_grasp(model).fallbacks.values()) == {"a weight is here as a slice only"}
 
     model, subspace = model_and_subspace()
-    gk.replace_lora_layers(model, subspace)
+    gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
     layer = model.get_base_model().model.layers[0].self_attn.o_proj
     partition(layer)
     with pytest.raises(ValueError, match="lora_B of the adapter 'default' is partitioned by ZeRO"):
@@ -187,15 +185,15 @@ def test_tensor_parallelism_is_refused_with_a_subspace(one_process: None) -> Non
     mesh = init_device_mesh("cpu", (1,))
     parallelize_module(attention, mesh, {"o_proj.base_layer": ColwiseParallel()})
     with pytest.raises(ValueError, match=r"o_proj' is split by tensor parallelism .*use FSDP2"):
-        gk.replace_lora_layers(model, subspace)
-    assert list(gk.replace_lora_layers(model).fallbacks) == ["model.layers.0.self_attn.o_proj"]
+        gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
+    assert list(gk.apply_grasp(model).fallbacks) == ["model.layers.0.self_attn.o_proj"]
 
 
 def test_mixed_precision_of_fsdp_does_not_round_the_bases(one_process: None) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 
     model, subspace = model_and_subspace()
-    gk.replace_lora_layers(model, subspace)
+    gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
     rounded = MixedPrecision(param_dtype=torch.bfloat16, buffer_dtype=torch.bfloat16)
     wrapped = FullyShardedDataParallel(
         model, use_orig_params=True, mixed_precision=rounded, device_id=torch.device("cpu")
@@ -223,7 +221,7 @@ def test_names_are_those_of_the_base_model_in_every_wrapper() -> None:
 def test_a_weight_that_is_loaded_anew_is_seen() -> None:
     """Even where it lies at its old address with its old version, as FSDP gathers it."""
     model, subspace = model_and_subspace()
-    gk.replace_lora_layers(model, subspace)
+    gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
     layer = model.get_base_model().model.layers[0].self_attn.o_proj
     before = layer._cached_write_weight(torch.float32)
     weight = layer.base_layer.weight
@@ -237,7 +235,7 @@ def test_a_weight_that_is_loaded_anew_is_seen() -> None:
 def test_a_product_that_is_kept_is_in_the_dtype_of_the_call() -> None:
     """An evaluation without autocast, then a training with it, over float32 weights."""
     model, subspace = model_and_subspace()
-    gk.replace_lora_layers(model, subspace)
+    gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
     layer = model.get_base_model().model.layers[0].self_attn.o_proj
     x = torch.randn(3, layer.in_features)
     layer(x)

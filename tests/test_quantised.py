@@ -173,7 +173,7 @@ def test_several_steps_are_those_of_peft(kind: str, folder: Path) -> None:
     for ours in (False, True):
         model = on_peft(base_model(kind, folder))
         if ours:
-            report = gk.replace_lora_layers(model)
+            report = gk.apply_grasp(model)
             assert len(report.replaced) == 14
             library = LIBRARIES.get(kind, "a stand-in")
             assert f"base product by {library}" in str(report)
@@ -223,9 +223,9 @@ def test_half_precision_is_within_budget(
         _, oracle = loss_and_gradients(dequantised(model))
         with torch.autocast("cpu", dtype=torch.bfloat16) if autocast else nullcontext():
             _, stock = loss_and_gradients(model)
-            gk.replace_lora_layers(model)
+            gk.apply_grasp(model)
             _, found = loss_and_gradients(model)
-            gk.restore_lora_layers(model)
+            gk.remove_grasp(model)
         assert {g.dtype for g in found.values()} == {torch.float32}
         oracle = {name: oracle[name] for name in found}
         ratios.append(total_error(found, oracle) / total_error(stock, oracle))
@@ -236,7 +236,7 @@ def test_half_precision_is_within_budget(
 def test_the_projection_is_that_of_the_stock_path(kind: str, folder: Path) -> None:
     """peft's own forward with its gradient projected, which is what runs where we cannot."""
     model = on_peft(base_model(kind, folder))
-    report = gk.replace_lora_layers(model, a_subspace(model))
+    report = gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model)))
     assert len(report.projected) == 4
     _, found = loss_and_gradients(model)
     for layer in layers(model):
@@ -256,7 +256,7 @@ def test_training_as_for_qlora(kind: str, folder: Path, tmp_path: Path) -> None:
     model = on_peft(base, lora_dropout=0.1)
     subspace = a_subspace(model)
     names = set(model.state_dict())
-    gk.replace_lora_layers(model, subspace)
+    gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1
     )
@@ -276,7 +276,7 @@ def test_training_as_for_qlora(kind: str, folder: Path, tmp_path: Path) -> None:
     assert set(model.state_dict()) == names
     with torch.no_grad():
         expected = model.eval()(input_ids=tokens()).logits
-    gk.restore_lora_layers(model)
+    gk.remove_grasp(model)
     assert not any(isinstance(module, ProjectedLoRA) for module in model.modules())
     kinds = {type(layer).__name__ for layer in layers(model)}
     assert kinds <= {"StandIn", "Linear4bit", "Linear8bitLt", "TorchaoLoraLinear"}
@@ -296,7 +296,7 @@ def test_kernels_beside_a_library(folder: Path) -> None:
     subspace = a_subspace(model)
     results = []
     for backend in ("aten", "triton"):
-        gk.replace_lora_layers(model, subspace, backend=backend)
+        gk.apply_grasp(model, gk.GraspConfig(subspace=subspace, backend=backend))
         results.append(loss_and_gradients(model)[1])
     assert total_error(results[1], results[0]) <= 1e-5
 
@@ -373,18 +373,18 @@ def test_a_base_product_without_a_right_gradient_is_not_accelerated(kind: Any, f
         model = over(kind(nn.Linear(64, 48)), stand_in)
         message = f"1 of 1 .*{kind.__name__} over a Parameter, passes back {found}.*weights alone"
         with pytest.warns(UserWarning, match=message):
-            report = gk.replace_lora_layers(model)
+            report = gk.apply_grasp(model)
         assert not report.replaced
         assert [found in reason for reason in report.fallbacks.values()] == [True]
     linear = nn.Linear(64, 48)
     quantised_forward = kind(linear).forward
     linear.forward = lambda x: quantised_forward(x)  # as compressed-tensors does
     with pytest.warns(UserWarning, match=found):
-        gk.replace_lora_layers(over(linear, stand_in=False))
+        gk.apply_grasp(over(linear, stand_in=False))
 
 
 def test_a_rounded_input_with_the_gradient_of_the_product_is_right() -> None:
-    report = gk.replace_lora_layers(over(OfTheInput(nn.Linear(64, 48))))
+    report = gk.apply_grasp(over(OfTheInput(nn.Linear(64, 48))))
     assert report.replaced == ["0"]
 
 
@@ -398,13 +398,13 @@ def test_torchao_with_rounded_activations() -> None:
         quantization.quantize_(base, config)
         model = get_peft_model(base, LoraConfig(r=4, target_modules=["0"]))
         with nullcontext() if right else pytest.warns(UserWarning, match="passes back"):
-            report = gk.replace_lora_layers(model)
+            report = gk.apply_grasp(model)
         assert (len(report.replaced), len(report.fallbacks)) == (right, not right)
 
 
 def test_a_pickle_of_a_layer_over_quantised_weights() -> None:
     model = over(EightBits(nn.Linear(64, 48)))
-    gk.replace_lora_layers(model)
+    gk.apply_grasp(model)
     other, x = pickle.loads(pickle.dumps(model)), torch.randn(3, 64)
     assert torch.equal(other(x), model(x))
     assert type(other.base_model.model[0]) is quantised.quantised(StandIn)
@@ -413,7 +413,7 @@ def test_a_pickle_of_a_layer_over_quantised_weights() -> None:
 
 def test_where_peft_computes(folder: Path) -> None:
     model = on_peft(base_model("stand-in", folder))
-    gk.replace_lora_layers(model, a_subspace(model))
+    gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model)))
     (layer, *_), x = layers(model), torch.randn(2, 64)
     with model.disable_adapter():
         assert torch.equal(layer(x), layer.base_layer(x))
@@ -428,10 +428,10 @@ def test_where_peft_computes(folder: Path) -> None:
 
 def test_a_copy_is_one_of_its_own(folder: Path) -> None:
     model = on_peft(base_model("stand-in", folder))
-    gk.replace_lora_layers(model)
+    gk.apply_grasp(model)
     twin = copy.deepcopy(model)
     assert total_error(loss_and_gradients(twin)[1], loss_and_gradients(model)[1]) == 0.0
-    gk.restore_lora_layers(twin)
+    gk.remove_grasp(twin)
     assert {type(layer) for layer in layers(twin)} == {StandIn}
     assert {type(layer) for layer in layers(model)} == {quantised.quantised(StandIn)}
 

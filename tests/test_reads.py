@@ -262,7 +262,7 @@ def test_a_trained_adapter_reads_as_it_was_told(replaced: bool, tmp_path: Path) 
     reads = made(model)
     reads.apply(model)
     if replaced:
-        gk.replace_lora_layers(model)
+        gk.apply_grasp(model)
     train(model)
     for name, layer in adapted_layers(model, "default"):
         assert torch.equal(layer.lora_A["default"].weight, reads.rows[name])
@@ -277,7 +277,7 @@ def test_a_trained_adapter_reads_as_it_was_told(replaced: bool, tmp_path: Path) 
 def test_a_new_adapter_of_a_name_that_was_deleted_is_free() -> None:
     model = fresh_adapter()
     made(model).apply(model)
-    gk.replace_lora_layers(model)
+    gk.apply_grasp(model)
     config = LoraConfig(r=2, target_modules="all-linear")
     model.add_adapter("other", config)
     model.set_adapter("other")
@@ -292,7 +292,7 @@ def test_layers_of_ours_stay_frozen_when_adapters_are_switched() -> None:
     """Off and on again, for a reference model say; a second adapter stays free."""
     model = fresh_adapter()
     made(model).apply(model)
-    gk.replace_lora_layers(model)
+    gk.apply_grasp(model)
     model.add_adapter("free", LoraConfig(r=2, target_modules="all-linear"))
     with model.disable_adapter():
         pass

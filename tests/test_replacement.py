@@ -84,12 +84,12 @@ def test_without_a_subspace_it_is_stock_peft(config: Any, lora_bias: bool) -> No
     for seed in range(9):  # the error of one draw is luck: single ratios range from 0.4 to 2.3
         randomise_adapter(model, seed)
         loss, stock = loss_and_gradients(model)
-        report = gk.replace_lora_layers(model)
+        report = gk.apply_grasp(model)
         assert len(report.replaced) == 7 * 3
         assert not report.fallbacks
         loss_again, found = loss_and_gradients(model)
         torch.testing.assert_close(loss_again, loss)
-        gk.restore_lora_layers(model)
+        gk.remove_grasp(model)
         _, oracle = loss_and_gradients(model.double())
         model.float()
         ratios.append(total_error(found, oracle) / total_error(stock, oracle))
@@ -123,7 +123,7 @@ def test_residual_projection_is_that_of_the_stream(targets: tuple[str, ...]) -> 
     for handle in handles:
         handle.remove()
 
-    report = gk.replace_lora_layers(model, subspace, closed=False)
+    report = gk.apply_grasp(model, gk.GraspConfig(subspace=subspace, orthogonal=False))
     n_adapted_writers = 3 * len({"o_proj", "down_proj"} & set(targets))
     assert len(report.projected) == n_adapted_writers
     assert len(report.hooked_writers) == 6 - n_adapted_writers
@@ -135,7 +135,7 @@ def test_residual_projection_is_that_of_the_stream(targets: tuple[str, ...]) -> 
 def test_closure_holds_under_adamw() -> None:
     model = tiny_peft_model(lora_dropout=0.1, lora_bias=True)
     subspace = a_subspace(model)
-    gk.replace_lora_layers(model, subspace)
+    gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     ids = tokens()
     model.train()
@@ -158,7 +158,7 @@ def test_an_open_layer_leaks_under_adamw() -> None:
     """What closure is for: AdamW alone lets a projected gradient leak back."""
     model = tiny_peft_model(("o_proj", "down_proj", "q_proj"))
     subspace = a_subspace(model)
-    gk.replace_lora_layers(model, subspace, closed=False)
+    gk.apply_grasp(model, gk.GraspConfig(subspace=subspace, orthogonal=False))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -176,7 +176,7 @@ def test_saved_adapter_is_the_trained_function(tmp_path: Path) -> None:
     model = tiny_peft_model(lora_bias=True)
     base_folder = tmp_path / "base"
     tiny_model().save_pretrained(base_folder)
-    gk.replace_lora_layers(model, a_subspace(model))
+    gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model)))
     expected = logits(model)
     model.save_pretrained(tmp_path / "adapter")
     keys = load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
@@ -205,7 +205,7 @@ def test_auto_peft_model_loads_it(tmp_path: Path) -> None:
         LoraConfig(r=4, target_modules=list(ALL_LINEAR), task_type="CAUSAL_LM"),
     )
     randomise_adapter(model)
-    gk.replace_lora_layers(model, a_subspace(model))
+    gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model)))
     model.save_pretrained(adapter_folder)
     stock = AutoPeftModelForCausalLM.from_pretrained(adapter_folder)
     assert_same_logits(logits(stock), logits(model), stock)
@@ -213,9 +213,9 @@ def test_auto_peft_model_loads_it(tmp_path: Path) -> None:
 
 def test_merge_and_unmerge() -> None:
     model = tiny_peft_model()
-    gk.replace_lora_layers(model, a_subspace(model))
+    gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model)))
     expected, stock = logits(model), copy.deepcopy(model)
-    gk.restore_lora_layers(stock)
+    gk.remove_grasp(stock)
     model.merge_adapter()
     assert_same_logits(logits(model), expected, stock)
     model.unmerge_adapter()
@@ -226,7 +226,7 @@ def test_merge_and_unmerge() -> None:
 
 def test_gradients_after_unmerge_use_the_present_base_weight() -> None:
     model = tiny_peft_model()
-    gk.replace_lora_layers(model, a_subspace(model))
+    gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model)))
     _, before = loss_and_gradients(model)
     layer = model.get_base_model().model.layers[0].mlp.down_proj
     with torch.no_grad():
@@ -240,7 +240,7 @@ def test_gradients_after_unmerge_use_the_present_base_weight() -> None:
 
 def test_disabled_adapter_is_the_base_model() -> None:
     model = tiny_peft_model()
-    gk.replace_lora_layers(model, a_subspace(model))
+    gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model)))
     with model.disable_adapter():
         torch.testing.assert_close(logits(model), logits(tiny_model()))
 
@@ -249,9 +249,9 @@ def test_restore_gives_the_same_function_on_stock_layers() -> None:
     model = tiny_peft_model(("q_proj", "down_proj"))
     parameters = {name: id(p) for name, p in model.named_parameters()}
     buffers = dict(model.named_buffers())
-    gk.replace_lora_layers(model, a_subspace(model))
+    gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model)))
     expected = logits(model)
-    gk.restore_lora_layers(model)
+    gk.remove_grasp(model)
     assert {name: id(p) for name, p in model.named_parameters()} == parameters
     assert dict(model.named_buffers()).keys() == buffers.keys()
     kinds = {type(m) for m in model.modules() if isinstance(m, lora.Linear)}
@@ -262,7 +262,7 @@ def test_restore_gives_the_same_function_on_stock_layers() -> None:
 
 def test_a_second_adapter_is_not_changed() -> None:
     model = tiny_peft_model()
-    gk.replace_lora_layers(model, a_subspace(model))
+    gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model)))
     first = logits(model)
     other = LoraConfig(r=2, target_modules=list(ALL_LINEAR))
     model.add_adapter("other", other)
@@ -291,7 +291,7 @@ def test_two_active_adapters_fall_back_to_peft() -> None:
     randomise_adapter(model)
     model.base_model.set_adapter(["default", "other"])
     expected = logits(model)
-    gk.replace_lora_layers(model)
+    gk.apply_grasp(model)
     layer = model.get_base_model().model.layers[0].mlp.down_proj
     assert layer.why_stock(torch.zeros(1, 48)) == "2 active adapters"
     torch.testing.assert_close(logits(model), expected)
@@ -300,7 +300,7 @@ def test_two_active_adapters_fall_back_to_peft() -> None:
 def test_the_stock_path_is_projected_and_closed_too() -> None:
     model = tiny_peft_model(("down_proj",))
     subspace = a_subspace(model)
-    gk.replace_lora_layers(model, subspace)
+    gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
     _, expected = loss_and_gradients(model)
     for module in model.modules():
         if isinstance(module, gk.GraspLoRALinear):
@@ -320,10 +320,10 @@ def test_float32_adapters_over_a_half_precision_base(dtype: torch.dtype) -> None
     assert {p.dtype for p in factors.values()} == {torch.float32}
     with torch.autocast("cpu", dtype=dtype):
         _, stock = loss_and_gradients(model)
-        gk.replace_lora_layers(model)
+        gk.apply_grasp(model)
         _, found = loss_and_gradients(model)
     assert {g.dtype for g in found.values()} == {torch.float32}
-    gk.restore_lora_layers(model)
+    gk.remove_grasp(model)
     _, oracle = loss_and_gradients(model.double())
     assert total_error(found, oracle) <= 1.5 * total_error(stock, oracle)
 
@@ -331,7 +331,7 @@ def test_float32_adapters_over_a_half_precision_base(dtype: torch.dtype) -> None
 def test_bases_stay_float32_when_the_model_is_cast() -> None:
     model = tiny_peft_model()
     subspace = a_subspace(model)
-    gk.replace_lora_layers(model, subspace)
+    gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
     model.bfloat16()
     for name, module in model.named_modules():
         if isinstance(module, gk.GraspLoRALinear) and module.write_basis is not None:
@@ -361,7 +361,7 @@ def test_from_linear_trains_without_a_peft_model() -> None:
 
 def test_whole_model_compiles_into_one_graph() -> None:
     model = tiny_peft_model(("q_proj", "down_proj"))
-    gk.replace_lora_layers(model, a_subspace(model))
+    gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model)))
     _, expected = loss_and_gradients(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     ids = tokens().to(next(model.parameters()).device)
@@ -374,7 +374,7 @@ def test_whole_model_compiles_into_one_graph() -> None:
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing_with_dropout(use_reentrant: bool) -> None:
     model = tiny_peft_model(lora_dropout=0.3)
-    gk.replace_lora_layers(model, a_subspace(model))
+    gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model)))
     model.train()
     torch.manual_seed(11)
     _, expected = loss_and_gradients(model)
@@ -387,8 +387,8 @@ def test_activation_checkpointing_with_dropout(use_reentrant: bool) -> None:
 
 def test_calling_it_again_starts_afresh() -> None:
     model = tiny_peft_model(("q_proj", "down_proj"))
-    gk.replace_lora_layers(model, a_subspace(model))
-    report = gk.replace_lora_layers(model)
+    gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model)))
+    report = gk.apply_grasp(model)
     assert len(report.replaced) == 6
     assert not report.projected
     assert not report.hooked_writers
@@ -397,7 +397,7 @@ def test_calling_it_again_starts_afresh() -> None:
 
 def test_dora_stays_with_peft_and_is_reported() -> None:
     model = tiny_peft_model(("down_proj",), use_dora=True)
-    report = gk.replace_lora_layers(model, a_subspace(model))
+    report = gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model)))
     assert set(report.fallbacks.values()) == {"the LoRA variant DoraLinearVariant"}
     assert len(report.hooked_writers) == 6
     assert "the LoRA variant DoraLinearVariant" in str(report)
@@ -407,20 +407,20 @@ def test_bad_input_is_named() -> None:
     model = tiny_peft_model()
     subspace = a_subspace(model)
     with pytest.raises(ValueError, match="the model has no LoRA layers; wrap it with"):
-        gk.replace_lora_layers(tiny_model())
+        gk.apply_grasp(tiny_model())
     with pytest.raises(ValueError, match="backend 'tpu' is unknown; use 'auto' or one of"):
-        gk.replace_lora_layers(model, subspace, backend="tpu")
+        gk.apply_grasp(model, gk.GraspConfig(subspace=subspace, backend="tpu"))
     wide = gk.Subspace.from_stream(torch.eye(40)[:, :1], model_sites(model))
     with pytest.raises(
         ValueError, match=r"the basis for 'model.layers.0.self_attn.o_proj' has 40 rows"
     ):
-        gk.replace_lora_layers(model, wide)
+        gk.apply_grasp(model, gk.GraspConfig(subspace=wide))
     shallow = tiny_peft_model(config_class=Qwen2Config)
     shallow.get_base_model().model.layers = shallow.get_base_model().model.layers[:2]
     with pytest.raises(
         ValueError, match=r"basis for 'model.layers.2.*which the model does not have"
     ):
-        gk.replace_lora_layers(shallow, subspace)
+        gk.apply_grasp(shallow, gk.GraspConfig(subspace=subspace))
     # Nothing was changed by the refused calls.
     assert not any(isinstance(m, gk.GraspLoRALinear) for m in model.modules())
 
@@ -437,18 +437,20 @@ def test_an_unknown_architecture_says_how_to_declare_it() -> None:
     with pytest.raises(
         ValueError, match=r"'opt' with modules \['fc1', 'fc2', .*'layers'.*sites=SiteRules\("
     ):
-        gk.replace_lora_layers(model, subspace)
+        gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
     rules = gk.SiteRules(writers=("self_attn.out_proj", "fc2"), readers=("fc1",), norms="layer")
-    assert gk.replace_lora_layers(model, subspace, sites=rules).projected == [name]
+    assert gk.apply_grasp(
+        model, gk.GraspConfig(subspace=subspace, architecture=rules)
+    ).projected == [name]
 
 
 def test_a_refused_replacement_leaves_the_model_as_it_was() -> None:
     model = tiny_peft_model()
     subspace = a_subspace(model)
-    gk.replace_lora_layers(model, subspace)
+    gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
     before = {name: type(module) for name, module in model.named_modules()}
     last = [m for n, m in model.named_modules() if n.endswith("down_proj")][-1]
     last.base_layer.weight.data = last.base_layer.weight.data.flatten()
     with pytest.raises(ValueError, match="is here as a slice"):
-        gk.replace_lora_layers(model, subspace)
+        gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
     assert {name: type(module) for name, module in model.named_modules()} == before

@@ -54,7 +54,7 @@ def test_a_whole_model_compiled_into_one_graph_trains_as_stock_peft() -> None:
         return model
 
     ours = make()
-    gk.replace_lora_layers(ours)
+    gk.apply_grasp(ours)
     counter = CompileCounterWithBackend("aot_eager")
     found = train(torch.compile(ours, fullgraph=True, backend=counter), lengths=1)
     assert counter.frame_count == 1
@@ -65,7 +65,7 @@ def test_a_whole_model_compiled_into_one_graph_trains_as_stock_peft() -> None:
 def test_lengths_do_not_compile_again_and_again() -> None:
     """The first length, then any length. (A whole model in transformers 5 does the same.)"""
     model = lora_model(lora_dropout=0.3)
-    gk.replace_lora_layers(model, a_subspace(model))
+    gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model)))
     block = model.get_base_model().model.layers[0].mlp.train()
     counter = CompileCounterWithBackend("aot_eager")
     run = torch.compile(block, fullgraph=True, backend=counter)
@@ -84,7 +84,7 @@ def test_lengths_do_not_compile_again_and_again() -> None:
 
 def test_compiled_checkpoints_draw_the_mask_again() -> None:
     model = lora_model(lora_dropout=0.3)
-    gk.replace_lora_layers(model, a_subspace(model))
+    gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model)))
     block = model.get_base_model().model.layers[0].mlp.train()
     trained = [p for p in block.parameters() if p.requires_grad]
     run = torch.compile(
@@ -158,7 +158,7 @@ def generation(model: Any) -> None:
 
 def a_closed_model(seed: int = 1) -> PeftModel:
     model = lora_model(target_modules=list(SOME))
-    gk.replace_lora_layers(model, a_subspace(model))
+    gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model)))
     randomise_adapter(model, seed)
     return model
 
@@ -189,7 +189,7 @@ def test_closing_between_forward_and_backward_changes_rounding_alone(call: Any) 
 def test_factors_made_in_inference_mode_serve_a_training_step() -> None:
     """The kernels' factors of all layers come out of one launch, that of the first layer."""
     model = lora_model(target_modules=["q_proj"], r=4)
-    gk.replace_lora_layers(model, a_subspace(model), backend="triton")
+    gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model), backend="triton"))
     first, second = (block.self_attn.q_proj for block in model.get_base_model().model.layers)
     x = torch.randn(3, 32)
     with torch.inference_mode():
@@ -203,9 +203,9 @@ def test_a_model_made_in_inference_mode() -> None:
     with torch.inference_mode():
         model = lora_model(target_modules=list(SOME))
         expected = logits(model)
-        gk.replace_lora_layers(model)
+        gk.apply_grasp(model)
         torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
-        gk.replace_lora_layers(model, a_subspace(model))
+        gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model)))
         logits(model)
 
 
@@ -229,9 +229,9 @@ def test_a_trained_base_weight_gets_its_gradient() -> None:
     ours, toggled = make(), lora_model(target_modules=list(SOME))
     _, expected = loss_and_gradients(make())
     with pytest.warns(UserWarning, match=r"1 of 6.*\(the base weight is trained too\)"):
-        gk.replace_lora_layers(ours)
+        gk.apply_grasp(ours)
     assert_same_gradients(loss_and_gradients(ours)[1], expected)
-    gk.replace_lora_layers(toggled)
+    gk.apply_grasp(toggled)
     toggled.get_base_model().model.layers[0].mlp.down_proj.base_layer.requires_grad_(True)
     with pytest.warns(UserWarning, match="not accelerated: the base weight is trained too"):
         assert_same_gradients(loss_and_gradients(toggled)[1], expected)
@@ -239,7 +239,7 @@ def test_a_trained_base_weight_gets_its_gradient() -> None:
 
 def test_what_is_not_accelerated_is_said_once() -> None:
     model = two_adapters()
-    gk.replace_lora_layers(model)
+    gk.apply_grasp(model)
     model.base_model.set_adapter(["default", "other"])
     with pytest.warns(UserWarning, match="not accelerated: 2 active adapters") as told:
         logits(model)
@@ -261,7 +261,7 @@ def test_what_is_not_accelerated_is_said_once() -> None:
 def test_casting_back_and_forth_keeps_what_is_projected() -> None:
     model = lora_model(target_modules=list(SOME))
     subspace = a_subspace(model)
-    gk.replace_lora_layers(model, subspace)
+    gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         model.to(dtype)
         loss_and_gradients(model)
@@ -270,7 +270,7 @@ def test_casting_back_and_forth_keeps_what_is_projected() -> None:
     with torch.no_grad():
         for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
             theirs.copy_(ours)
-    gk.replace_lora_layers(other, subspace)
+    gk.apply_grasp(other, gk.GraspConfig(subspace=subspace))
     assert_same_gradients(loss_and_gradients(model)[1], loss_and_gradients(other)[1])
 
 
@@ -286,14 +286,14 @@ def test_emptied_models_keep_their_bases() -> None:
 def test_copies_are_independent(tmp_path: Path) -> None:
     """Also of the hooks on writers that have no adapter (`o_proj` here)."""
     model = lora_model(target_modules=["q_proj", "down_proj"])
-    gk.replace_lora_layers(model, a_subspace(model))
+    gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model)))
     _, expected = loss_and_gradients(model)
     stored = io.BytesIO()
     torch.save(model, stored)
     stored.seek(0)
     for other in (copy.deepcopy(model), torch.load(stored, weights_only=False)):
         assert_same_gradients(loss_and_gradients(other)[1], expected)
-        gk.restore_lora_layers(other)
+        gk.remove_grasp(other)
         assert not any(m._forward_hooks for m in other.modules())
     assert_same_gradients(loss_and_gradients(model)[1], expected)
     torch.save(model.state_dict(), tmp_path / "weights.pt")
@@ -331,10 +331,10 @@ def test_layers_may_be_replaced_before_their_weights_come() -> None:
             LoraConfig(r=16, lora_alpha=16, target_modules=list(SOME)),
             low_cpu_mem_usage=True,
         )
-    gk.replace_lora_layers(empty, subspace)
+    gk.apply_grasp(empty, gk.GraspConfig(subspace=subspace))
     for module in (empty, loaded):
         assert not module.load_state_dict(loaded.state_dict(), assign=True).missing_keys
-    gk.replace_lora_layers(loaded, subspace)
+    gk.apply_grasp(loaded, gk.GraspConfig(subspace=subspace))
     x = torch.randn(3, 48)
     for name, layer in loaded.named_modules():
         if name.endswith("down_proj"):
@@ -343,7 +343,7 @@ def test_layers_may_be_replaced_before_their_weights_come() -> None:
 
 def test_an_adapter_loaded_over_another_one(tmp_path: Path) -> None:
     model = lora_model()
-    gk.replace_lora_layers(model)
+    gk.apply_grasp(model)
     saved = saved_adapter(tmp_path)
     randomise_adapter(model, seed=9)
     model.load_adapter(saved, "default", is_trainable=True)
@@ -356,9 +356,9 @@ def test_an_adapter_loaded_over_another_one(tmp_path: Path) -> None:
 def test_part_of_the_pretrained_weights_in_the_adapter_is_not_closed_away() -> None:
     model = lora_model(init_lora_weights="pissa")
     with pytest.raises(ValueError, match=r"'default' was initialised with 'pissa'.*closed=False"):
-        gk.replace_lora_layers(model, a_subspace(model))
+        gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model)))
     expected = logits(model)
-    gk.replace_lora_layers(model, a_subspace(model), closed=False)
+    gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model), orthogonal=False))
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -366,7 +366,7 @@ def trainer(folder: Path, projected: bool) -> Trainer:
     """Of transformers, with AdamW, dropout and a checkpoint after 10 of 20 steps."""
     model = lora_model(target_modules=list(SOME), lora_dropout=0.1 if projected else 0.0)
     if projected:
-        gk.replace_lora_layers(model, a_subspace(model))
+        gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model)))
     ids = [row for batch in batches(8) for row in batch[:, :5]]
     options = {"save_steps": 10, "save_total_limit": 3, "logging_steps": 1}
     arguments = TrainingArguments(
@@ -389,7 +389,7 @@ def test_trainer_resumes_to_the_same_bits(tmp_path: Path) -> None:
 
 def test_trainer_loses_as_with_stock_peft(tmp_path: Path) -> None:
     runs = [trainer(tmp_path / name, projected=False) for name in ("ours", "stock")]
-    gk.replace_lora_layers(runs[0].model)
+    gk.apply_grasp(runs[0].model)
     for run in runs:
         run.train()
     found, expected = (

@@ -90,7 +90,7 @@ def test_grad_scaler_finds_infinities_where_it_did() -> None:
         return train(model, autocast=torch.float16, scaler=scaler)
 
     ours = lora_model()
-    gk.replace_lora_layers(ours)
+    gk.apply_grasp(ours)
     found, stock = run(ours), run(lora_model())
     assert found.scales == stock.scales
     assert min(found.scales) < found.scales[0]  # steps were skipped
@@ -110,7 +110,7 @@ def test_only_the_active_adapter_is_trained() -> None:
 
     check_parity(make)
     model = make()
-    gk.replace_lora_layers(model, a_subspace(model))
+    gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model)))
     before = {n: p.clone() for n, p in model.named_parameters() if ".default." in n}
     train(model, steps=3)
     for name, parameter in model.named_parameters():
@@ -119,7 +119,7 @@ def test_only_the_active_adapter_is_trained() -> None:
 
 def test_adapters_are_switched_as_in_peft() -> None:
     stock, ours = two_adapters(), two_adapters()
-    gk.replace_lora_layers(ours)
+    gk.apply_grasp(ours)
     for name in ("other", "default", "other"):
         stock.set_adapter(name)
         ours.set_adapter(name)
@@ -134,7 +134,7 @@ def test_batches_of_several_adapters_fall_back_and_say_so() -> None:
     ids, names = tokens(3), ["default", "other", "__base__"]
     with torch.no_grad():
         expected = model(input_ids=ids, adapter_names=names).logits
-        gk.replace_lora_layers(model)
+        gk.apply_grasp(model)
         with pytest.warns(UserWarning, match="not accelerated: extra arguments") as told:
             found = model(input_ids=ids, adapter_names=names).logits
     assert torch.equal(found, expected)
@@ -161,17 +161,17 @@ def test_weighted_adapters(kind: str) -> None:
         return model
 
     ours = make()
-    gk.replace_lora_layers(ours)
+    gk.apply_grasp(ours)
     expected = logits(combined(make()))
     torch.testing.assert_close(logits(combined(ours)), expected, rtol=1e-4, atol=1e-4)
 
     closed = make()
     subspace = a_subspace(closed)
-    gk.replace_lora_layers(closed, subspace)
+    gk.apply_grasp(closed, gk.GraspConfig(subspace=subspace))
     randomise_adapter(closed, seed=7)
     combined(closed)
     if kind in ("ties", "magnitude_prune"):
-        gk.replace_lora_layers(closed, subspace)
+        gk.apply_grasp(closed, gk.GraspConfig(subspace=subspace))
     assert max(gk.leakage(closed).values()) <= 1e-6
 
 
@@ -195,7 +195,7 @@ def test_variants_stay_with_peft_and_are_reported(name: str) -> None:
     model = lora_model(r=4, target_modules=list(WRITERS), **options())
     expected = logits(model)
     with pytest.warns(UserWarning, match=f"4 of 4 LoRA layers stay with peft.*{name}") as told:
-        report = gk.replace_lora_layers(model, a_subspace(model))
+        report = gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model)))
     assert len(told) == 1
     assert set(report.fallbacks.values()) == {f"the LoRA variant {name}"}
     assert f"down_proj: the LoRA variant {name}" in str(report)
@@ -208,12 +208,12 @@ def test_dora_trains_as_with_stock_peft_and_is_projected() -> None:
         return lora_model(target_modules=list(WRITERS), use_dora=True)
 
     ours, projected = make(), make()
-    gk.replace_lora_layers(ours)
+    gk.apply_grasp(ours)
     found, stock = train(ours), train(make())
     assert found.losses == stock.losses
     assert all(map(torch.equal, found.gradients, stock.gradients))
     subspace = a_subspace(projected)
-    gk.replace_lora_layers(projected, subspace)
+    gk.apply_grasp(projected, gk.GraspConfig(subspace=subspace))
     _, gradients = loss_and_gradients(projected)
     for name, gradient in gradients.items():
         site = name.removeprefix("base_model.model.").split(".lora_B")[0]

@@ -62,7 +62,7 @@ def trainer_of(model: PeftModel, output: Path, steps: int = 6, **options: Any) -
 
 
 def test_a_projected_training_is_logged_every_few_steps(model: PeftModel, tmp_path: Path) -> None:
-    gk.replace_lora_layers(model, subspace_of(model))
+    gk.apply_grasp(model, gk.GraspConfig(subspace=subspace_of(model)))
     trainer = trainer_of(model, tmp_path, callbacks=[Watch(every=4, probes=PROBES)])
     trainer.train()
     entries = [e for e in trainer.state.log_history if "loss" in e]
@@ -116,7 +116,7 @@ def test_an_untrained_adapter_has_not_drifted(model: PeftModel) -> None:
 
 def test_measuring_leaves_model_and_random_state_alone(model: PeftModel) -> None:
     subspace = subspace_of(model)
-    gk.replace_lora_layers(model, subspace)
+    gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
     model.train()
     frozen = next(p for n, p in model.named_parameters() if "layers.1" in n and "lora_A" in n)
     frozen.requires_grad_(False)
@@ -134,7 +134,7 @@ def test_measuring_leaves_model_and_random_state_alone(model: PeftModel) -> None
 
 def test_checkpoints_hold_closed_factors(model: PeftModel, tmp_path: Path) -> None:
     subspace = subspace_of(model)
-    gk.replace_lora_layers(model, subspace)
+    gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
     trainer = trainer_of(model, tmp_path, **options, callbacks=[Watch(probes=PROBES)])
     trainer.train()
@@ -150,7 +150,7 @@ def test_checkpoints_hold_closed_factors(model: PeftModel, tmp_path: Path) -> No
 
 
 def test_a_resumed_training_measures_at_the_same_steps(model: PeftModel, tmp_path: Path) -> None:
-    gk.replace_lora_layers(model, subspace_of(model))
+    gk.apply_grasp(model, gk.GraspConfig(subspace=subspace_of(model)))
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "steps": 8}
     callbacks: list[TrainerCallback] = [Watch(every=2, probes=PROBES)]
     trainer = trainer_of(model, tmp_path, **options, callbacks=callbacks)
@@ -209,7 +209,7 @@ def test_overflowing_gradients_are_left_to_the_loss_scaler(model: PeftModel) -> 
 
 
 def test_without_bases_numbers_are_watched_alone(model: PeftModel, tmp_path: Path) -> None:
-    gk.replace_lora_layers(model)
+    gk.apply_grasp(model)
     empty = gk.Subspace.empty(["noise"])
     for callback in (Watch(every=1), Watch(empty, every=1)):
         trainer = trainer_of(model, tmp_path, steps=1, callbacks=[callback])
@@ -218,7 +218,7 @@ def test_without_bases_numbers_are_watched_alone(model: PeftModel, tmp_path: Pat
 
 
 def test_probes_come_from_the_tokenizer_of_the_trainer(model: PeftModel, tmp_path: Path) -> None:
-    gk.replace_lora_layers(model, subspace_of(model))
+    gk.apply_grasp(model, gk.GraspConfig(subspace=subspace_of(model)))
     callback = Watch()
     trainer = trainer_of(model, tmp_path, callbacks=[callback])
     with pytest.raises(ValueError, match="has no tokenizer to ask questions with"):

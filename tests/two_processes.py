@@ -144,7 +144,7 @@ class _Watched(gk.GraspLoRALinear):
 
 def _replaced(model: Any, subspace: gk.Subspace, **options: Any) -> Any:
     _stock_reasons.clear()
-    report = gk.replace_lora_layers(model, subspace, **options)
+    report = gk.apply_grasp(model, gk.GraspConfig(subspace=subspace, **options))
     for module in model.modules():
         if isinstance(module, gk.GraspLoRALinear):
             module.__class__ = _Watched
@@ -270,7 +270,7 @@ def _fsdp2_afterwards(ids: Tensor, folder: Path) -> Any:
     checkpoint.save({"model": model.state_dict()}, checkpoint_id=folder / "pytorch_model_fsdp_0")
     identified = gk.identify(model, k=1)
     result = _observed(model, losses, folder)
-    gk.restore_lora_layers(model)
+    gk.remove_grasp(model)
     if dist.get_rank() == 0:
         identified.save(folder / "subspace.safetensors")
     return result
@@ -319,8 +319,8 @@ def _fsdp1(ids: Tensor, folder: Path) -> Any:
     losses = train(wrapped, ids)
     result = _observed(wrapped, losses, folder)
     refused = {
-        "replace": _refused(lambda: gk.replace_lora_layers(wrapped, subspace)),
-        "restore": _refused(lambda: gk.restore_lora_layers(wrapped)),
+        "replace": _refused(lambda: gk.apply_grasp(wrapped, gk.GraspConfig(subspace=subspace))),
+        "restore": _refused(lambda: gk.remove_grasp(wrapped)),
     }
     identified = gk.identify(wrapped, k=1)
     if dist.get_rank() == 0:

@@ -55,7 +55,7 @@ class ClosedLayer(_LAYER):
     What comes in later, an adapter that is added, or weights that are loaded or swapped in, is
     looked at in its first forward. It is closed if that changes nothing: B is zero, as in a fresh
     one, or its factors are closed already, as in a checkpoint of this training. Else it computes
-    what peft computes, which a warning says, until `replace_lora_layers` is called again.
+    what peft computes, which a warning says, until `apply_grasp` is called again.
 
     Attributes:
         stock: the class of peft that a layer becomes again when it is released.
@@ -207,7 +207,7 @@ class ClosedLayer(_LAYER):
                     name,
                     f"The adapter {name!r} came into layers that are kept out of a subspace with "
                     f"{along:.1%} of a factor along it, so it computes what peft computes, and is "
-                    "not closed: call replace_lora_layers again to close it.",
+                    "not closed: call apply_grasp again to close it.",
                 )
 
     def _tell(self, what: str, sentence: str) -> None:

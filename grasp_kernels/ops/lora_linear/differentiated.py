@@ -214,7 +214,7 @@ class _OnceDifferentiable(torch.autograd.Function):
     def backward(ctx: Any, *_: Tensor) -> None:
         raise RuntimeError(
             "lora_linear cannot be differentiated twice; "
-            "restore the stock layers with restore_lora_layers for gradients of gradients."
+            "restore the stock layers with remove_grasp for gradients of gradients."
         )
 
 
