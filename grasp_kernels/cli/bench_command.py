@@ -14,17 +14,16 @@ def add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
         description="Check every backend against float64, then time forward and backward of the "
         "linear layers of a known model, stock peft and all backends in turn.",
     )
-    bench.add_argument(
-        "--model", metavar="NAME", help="whose shapes, default: llama-3.1-8b (CPU: qwen2.5-0.5b)"
-    )
-    bench.add_argument("--dtype", help="float32, float16 or bfloat16: bfloat16")
-    bench.add_argument(
-        "--tokens", type=int, metavar="T", help="of a call, default: 8192 (CPU: 512)"
-    )
-    bench.add_argument("--rank", type=int, metavar="R", help="of the adapter: 16")
-    bench.add_argument("--basis", type=int, metavar="Q", help="size of the basis: 4; 0: none")
-    bench.add_argument("--rounds", type=int, help="measurements of each: 15")
-    bench.add_argument("--device", help="cpu or cuda: cuda where there is one")
+    for name, kind, what in (
+        ("--model", str, "whose shapes (default: llama-3.1-8b; on a CPU qwen2.5-0.5b)"),
+        ("--dtype", str, "float32, float16 or bfloat16 (default)"),
+        ("--tokens", int, "of a call (default: 8192; on a CPU 512)"),
+        ("--rank", int, "of the adapter (default: 16)"),
+        ("--basis", int, "size of the write basis, 0 for none (default: 4)"),
+        ("--rounds", int, "measurements of each (default: 15)"),
+        ("--device", str, "cpu or cuda (default, where there is one)"),
+    ):
+        bench.add_argument(name, type=kind, help=what)
     bench.set_defaults(command=_bench)
 
 
