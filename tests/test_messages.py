@@ -431,7 +431,7 @@ def test_a_path_is_no_subspace(here: Path) -> None:
     for call in (
         lambda: gk.leakage("adapter", "s.safetensors"),
         lambda: gk.project_adapter("adapter", Path("s.safetensors"), "o"),
-        lambda: gk.apply_grasp(torch.nn.Linear(2, 2), gk.GraspConfig(subspace="s.safetensors")),
+        lambda: gk.apply_grasp(torch.nn.Linear(2, 2), gk.GraspConfig(subspace=torch.eye(2))),
         lambda: Watch("s.safetensors"),
     ):
         with pytest.raises(TypeError, match=r"subspace is a \w+; give a Subspace"):

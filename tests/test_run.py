@@ -219,7 +219,7 @@ def test_wrong_input_is_found_before_training(
         ({"early_checkpoints": (1.5,)}, "early_checkpoints is"),
         ({"target_modules": "q_proj"}, "target_modules is 'q_proj': give a list"),
         ({"dropout": 1.0}, "dropout is 1.0"),
-        ({"anchor": "none"}, "the retraining would be the naive one again"),
+        ({"anchor": "none"}, "make the retraining the naive one again"),
     ],
 )
 def test_options_out_of_range_are_named(options: dict[str, Any], message: str) -> None:

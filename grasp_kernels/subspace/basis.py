@@ -155,7 +155,9 @@ class Subspace:
         with open_tensors(path, remedy) as file:
             text = (file.metadata() or {}).get(_FORMAT)
             keys = list(file.keys()) if text else []
-            tensors = {key: file.get_tensor(key) for key in keys}
+            # In memory of their own: within a file they lie as its header is long, and products
+            # of the same numbers at another alignment are rounded differently.
+            tensors = {key: file.get_tensor(key).clone() for key in keys}
         if text is None:
             raise ValueError(
                 f"{str(path)!r} is a safetensors file but holds no subspace; {remedy}."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from os import fspath
+from os import PathLike, fspath
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -13,7 +13,7 @@ from grasp_kernels.layers.replacement import (
     replace_lora_layers,
     restore_lora_layers,
 )
-from grasp_kernels.subspace import Subspace, identify
+from grasp_kernels.subspace import Subspace, check_subspace, identify
 from grasp_kernels.subspace.basis import is_subspace
 
 _APPLIED = "_grasp"  # attribute of a model with what was applied
@@ -77,7 +77,8 @@ def applied(model: Any) -> Applied | None:
 
 def _subspace(given: Any) -> Subspace | None:
     """A subspace as it is, of its file, or of the folder of an adapter."""
-    if given is None or isinstance(given, Subspace):
+    if not isinstance(given, str | PathLike):
+        check_subspace(given)
         return given
     path = fspath(given)
     return Subspace.load(path) if is_subspace(path) else identify(path)
