@@ -55,7 +55,7 @@ def layer_bases(bases: Mapping[str, Tensor], rules: SiteRules) -> dict[int, Tens
     found: dict[int, Tensor] = {}
     for name, basis in bases.items():
         site = rules.site(name)
-        if site is not None and site.norm is None:
+        if site is not None and site.role == "write" and site.norm is None:
             found.setdefault(site.layer, basis)
     return dict(sorted(found.items()))
 
