@@ -119,6 +119,16 @@ def test_base_model_gives_gains_type_and_depth(tmp_path: Path, from_folder: bool
             assert layer.gain is None
 
 
+@pytest.mark.parametrize("from_folder", [False, True])
+def test_a_base_of_another_width_is_refused(tmp_path: Path, from_folder: bool) -> None:
+    config = tiny_model().config
+    config.hidden_size = 64
+    base = type(tiny_model())(config)
+    base.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has width 64, but the adapter writes 32 at 'model\.lay"):
+        load_adapter(tiny_peft_model(("o_proj",)), base_model=tmp_path if from_folder else base)
+
+
 def test_the_base_folder_named_in_the_config_is_used(tmp_path: Path) -> None:
     tiny_model(Olmo2Config).save_pretrained(tmp_path / "base", max_shard_size="20KB")
     folder = saved(tiny_peft_model(("o_proj",), Olmo2Config), tmp_path / "adapter")

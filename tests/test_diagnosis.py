@@ -264,7 +264,7 @@ def test_an_adapter_of_another_model_is_refused(
     config.hidden_size = 2 * D
     other = AutoModelForCausalLM.from_config(config)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    with pytest.raises(ValueError, match="has width 64, but the adapter meets it with 32"):
+    with pytest.raises(ValueError, match="has width 64, but the adapter writes 32"):
         gk.diagnose(other, contaminated, tokenizer=tokenizer, neutral=neutral)
 
 

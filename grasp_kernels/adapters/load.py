@@ -173,6 +173,12 @@ def _assemble(
                 "linear layers is supported, so train without convolution and expert-parameter "
                 "targets."
             )
+        if site.role == "write" and base.width not in (None, entry.lora_B.shape[0]):
+            raise ValueError(
+                f"The base model {shown(base.source)} has width {shown(base.width)}, but the "
+                f"adapter writes {entry.lora_B.shape[0]} at {shown(entry.name)}; give the base "
+                "model on which the adapter was trained."
+            )
         if site.norm and site.norm not in gains:
             norm = _block_of_base(site.norm, rules, repeated)
             weight = base.norm_weight(norm, entry.lora_B.shape[0])

@@ -1,4 +1,4 @@
-"""What identification needs to know of the base model: its type, its depth, its norm weights.
+"""What identification needs to know of the base model: type, depth, width, and norm weights.
 
 Read from a module or from a checkpoint folder; of a folder only `config.json` and the norm weights
 are read, so that a 70B checkpoint costs megabytes. `D` is the width of the residual stream.
@@ -35,6 +35,7 @@ class BaseModel:
     vectors: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
     names: Collection[str] = frozenset()
     source: str | None = None
+    width: int | None = None  # of the residual stream
 
     def has(self, name: str) -> bool:
         """Whether the base has what an adapter adapts, as far as its modules are known."""
@@ -94,6 +95,7 @@ def _from_module(model: nn.Module) -> BaseModel:
         vectors,
         _modules(base_name(name) for name, _ in model.named_parameters(remove_duplicate=False)),
         type(model).__name__,
+        getattr(text, "hidden_size", None),
     )
 
 
@@ -115,13 +117,14 @@ def _from_folder(folder: Path) -> BaseModel:
         if len(one.shape) == 1 and key.endswith(".weight")
     }
     nested = config.get("text_config")
-    depth = (nested if isinstance(nested, dict) else config).get("num_hidden_layers")
+    text = nested if isinstance(nested, dict) else config
     return BaseModel(
         config.get("model_type"),
-        _depth(folder, depth, stored),
+        _depth(folder, text.get("num_hidden_layers"), stored),
         vectors,
         _modules(f"{stored_name(key)}.weight" for key in stored),
         str(folder),
+        text.get("hidden_size", text.get("n_embd")),
     )
 
 
