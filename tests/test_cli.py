@@ -207,8 +207,8 @@ def test_doctor_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
     ("release", "said"),
     [
         ("2.9.1", "2.9.1, older than 2.10.0, the oldest that was tested"),
-        ("2.10.0+cu128", "2.10.0+cu128, within 2.10.0 to 2.14.1, which were tested"),
-        ("2.14.1+cpu", "2.14.1+cpu, within 2.10.0 to 2.14.1, which were tested"),
+        ("2.10.0+cu128", "2.10.0+cu128, within 2.10.0 to 2.14.1"),
+        ("2.14.1+cpu", "2.14.1+cpu, within 2.10.0 to 2.14.1"),
         ("2.14.2", "2.14.2, newer than 2.14.1, the newest that was tested"),
         ("2.100.0", "2.100.0, newer than 2.14.1, the newest that was tested"),
     ],

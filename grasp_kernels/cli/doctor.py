@@ -69,7 +69,7 @@ def _installed(package: str) -> str:
         return f"{found}, older than {oldest}, the oldest that was tested"
     if release > newest:
         return f"{found}, newer than {newest}, the newest that was tested"
-    return f"{found}, within {oldest} to {newest}, which were tested"
+    return f"{found}, within {oldest} to {newest}"
 
 
 def _host() -> Any:
