@@ -49,7 +49,6 @@ class Movement:
 def layer_bases(bases: Mapping[str, Tensor], rules: SiteRules) -> dict[int, Tensor]:
     """Layer -> basis of the stream after it, `[D, k]`, from the bases of its modules by name.
 
-
     Empty without writers whose output is in the stream.
     """
     found: dict[int, Tensor] = {}

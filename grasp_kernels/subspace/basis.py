@@ -159,7 +159,9 @@ class Subspace:
             with safe_open(path, framework="pt") as file:
                 text = (file.metadata() or {}).get(_FORMAT)
                 keys = list(file.keys()) if text else []
-                tensors = {key: file.get_tensor(key) for key in keys}
+                # In the file's memory they stand where its header ends, and products round with the
+                # place: a run that loads another header of the same bases would log other bits.
+                tensors = {key: file.get_tensor(key).clone() for key in keys}
         except SafetensorError as error:
             raise ValueError(
                 f"{str(path)!r} is no safetensors file, or not a whole one ({error}); give a file "
