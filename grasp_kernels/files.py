@@ -275,6 +275,15 @@ def open_tensors(path: str | PathLike[str], remedy: str) -> Iterator[Any]:
         ) from None
 
 
+def read_all(file: Any) -> dict[str, Any]:
+    """The tensors of a file of `open_tensors`, each in memory of its own.
+
+    Within the file they lie as its header is long, and products of the same numbers at another
+    alignment are rounded differently (findings/safetensors_note_changes_products.sh).
+    """
+    return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+
+
 @contextmanager
 def stored_tensors(
     path: str | PathLike[str], what: str, writer: str
@@ -288,8 +297,7 @@ def stored_tensors(
     """
     remedy = f"give a file that {writer} wrote, or delete it and make it again"
     with open_tensors(path, remedy) as file:
-        names = list(file.keys())
-        tensors, texts = {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+        tensors, texts = read_all(file), file.metadata() or {}
     try:
         yield tensors, texts
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:

@@ -96,6 +96,14 @@ def test_each_basis_is_stored_once(tmp_path: Path) -> None:
         assert list(file.keys()) == ["basis.0"]
 
 
+@pytest.mark.parametrize("length", range(0, 64, 8))
+def test_bases_stand_where_torch_puts_tensors(tmp_path: Path, length: int) -> None:
+    """Not where the length of the header puts them: products round with the place."""
+    some_subspace(reasons=["x" * length]).save(tmp_path / "s.safetensors")
+    stream = Subspace.load(tmp_path / "s.safetensors").stream
+    assert stream is not None and stream.data_ptr() % 64 == torch.empty(9).data_ptr() % 64
+
+
 def test_the_empty_subspace_round_trips(tmp_path: Path) -> None:
     empty = Subspace.empty(["no evidence"])
     empty.save(tmp_path / "n.safetensors")

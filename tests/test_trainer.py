@@ -20,6 +20,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer_utils import SaveStrategy
 from trl import SFTConfig, SFTTrainer
 
 import grasp_kernels as gk
@@ -325,6 +326,33 @@ def test_a_trainer_takes_what_was_applied_unless_it_is_told(tmp_path: Path) -> N
     assert plain.grasp_config == gk.GraspConfig()
 
 
+def test_a_trainer_projects_an_adapter_that_came_after(tmp_path: Path) -> None:
+    """On modules that had no adapter when `apply_grasp` was called."""
+    model = tiny_peft_model(("q_proj",))
+    subspace = direction(model)
+    gk.apply_grasp(model, gk.GraspConfig(subspace=subspace, kl_coef=0.0))
+    model.add_adapter("later", LoraConfig(r=2, target_modules=["down_proj"]))
+    model.set_adapter("later")
+    made = trainer(model, tmp_path, grasp_config=None)
+    assert len(made.grasp_report.projected) == 3
+    made.watch.probes = [[1, 2, 3]]
+    made.train()
+    assert max(gk.leakage(model, subspace).values()) <= 1e-6
+
+
+def test_a_resumed_training_has_the_weight_that_it_is_told(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"regularizer": None, "grasp_config": gk.GraspConfig(**SMALL)}
+    stopped = trainer(tiny_peft_model(), tmp_path, **options)
+    stopped.args.save_strategy, stopped.args.save_steps = SaveStrategy.STEPS, 1
+    stopped.add_callback(_StopAfterOne())
+    stopped.train()
+    options["grasp_config"] = gk.GraspConfig(**SMALL, kl_coef=7.0, kl_batch_size=5)
+    resumed = trainer(tiny_peft_model(), tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    found = resumed.kl_regularizer
+    assert found is not None and (found.strength, found.batch_size) == (7.0, 5)
+
+
 def _is_projected(model: PeftModel) -> bool:
     layers = (m for m in model.modules() if isinstance(m, gk.GraspLoRALinear))
     return any(layer.write_basis is not None for layer in layers)
@@ -389,6 +417,7 @@ def test_wrong_input_is_named(tiny_model_dir: Path, tmp_path: Path) -> None:
         (text, {"processing_class": tokenizer}, r"Row 1: unknown keys \['review'\]"),
         (text, {}, r"The data are no token ids, and the trainer has no tokenizer"),
         (None, {}, r"no train_dataset"),
+        ([], {}, r"train_dataset is empty"),
     ):
         made = trainer(tiny_peft_model(), tmp_path, grasp_config=gk.GraspConfig(), **options)
         made.train_dataset = made._rows = data

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grasp_kernels.files import open_tensors, whole_file
+from grasp_kernels.files import open_tensors, read_all, whole_file
 from grasp_kernels.models.architectures import Site
 from grasp_kernels.subspace.header import current, header_fault
 
@@ -154,10 +154,7 @@ class Subspace:
             raise FileNotFoundError(f"There is no subspace file {str(path)!r}; {remedy}.")
         with open_tensors(path, remedy) as file:
             text = (file.metadata() or {}).get(_FORMAT)
-            keys = list(file.keys()) if text else []
-            # In memory of their own: within a file they lie as its header is long, and products
-            # of the same numbers at another alignment are rounded differently.
-            tensors = {key: file.get_tensor(key).clone() for key in keys}
+            tensors = read_all(file) if text else {}
         if text is None:
             raise ValueError(
                 f"{str(path)!r} is a safetensors file but holds no subspace; {remedy}."

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from os import PathLike, fspath
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
@@ -16,15 +17,7 @@ from grasp_kernels.layers.replacement import (
 from grasp_kernels.subspace import Subspace, check_subspace, identify
 from grasp_kernels.subspace.basis import is_subspace
 
-_APPLIED = "_grasp"  # attribute of a model with what was applied
-
-
-class Applied(NamedTuple):
-    """A config, its subspace where it named a file or an adapter, and what was replaced."""
-
-    config: GraspConfig
-    subspace: Subspace | None
-    report: Replacement
+_APPLIED = "_grasp_config"  # attribute of a model with the config that was applied
 
 
 def apply_grasp(model: nn.Module, config: GraspConfig | None = None) -> Replacement:
@@ -43,14 +36,12 @@ def apply_grasp(model: nn.Module, config: GraspConfig | None = None) -> Replacem
 
     Raises:
         ValueError: no LoRA layers, a subspace of another model, an architecture that is not known,
-            or adapters that cannot be kept orthogonal; `replace_lora_layers` has the list.
+            adapters that hold a part of the pretrained weights (PiSSA and the like) or a trained
+            bias that could not be kept orthogonal, or weights that are sharded in a way that takes
+            no subspace.
     """
-    return apply(model, config or GraspConfig()).report
-
-
-def apply(model: Any, config: GraspConfig) -> Applied:
-    """Do what `apply_grasp` does, and return all of it."""
-    subspace = _subspace(config.subspace)
+    config = config or GraspConfig()
+    subspace = load_subspace(config.subspace)
     report = replace_lora_layers(
         model,
         subspace,
@@ -58,9 +49,8 @@ def apply(model: Any, config: GraspConfig) -> Applied:
         backend=config.backend,
         sites=config.architecture,
     )
-    done = Applied(config, subspace, report)
-    setattr(model, _APPLIED, done)
-    return done
+    setattr(model, _APPLIED, replace(config, subspace=subspace))
+    return report
 
 
 def remove_grasp(model: nn.Module) -> None:
@@ -70,15 +60,15 @@ def remove_grasp(model: nn.Module) -> None:
         delattr(model, _APPLIED)
 
 
-def applied(model: Any) -> Applied | None:
-    """What `apply_grasp` last did to a model, if anything."""
+def applied_config(model: Any) -> GraspConfig | None:
+    """What `apply_grasp` was last called with on a model, its subspace loaded."""
     return getattr(model, _APPLIED, None)
 
 
-def _subspace(given: Any) -> Subspace | None:
-    """A subspace as it is, of its file, or of the folder of an adapter."""
-    if not isinstance(given, str | PathLike):
-        check_subspace(given)
-        return given
-    path = fspath(given)
-    return Subspace.load(path) if is_subspace(path) else identify(path)
+def load_subspace(given: Subspace | str | PathLike[str] | None) -> Subspace | None:
+    """A subspace as it is, of its file, or identified in the folder of an adapter."""
+    if isinstance(given, str | PathLike):
+        path = fspath(given)
+        return Subspace.load(path) if is_subspace(path) else identify(path)
+    check_subspace(given)
+    return given

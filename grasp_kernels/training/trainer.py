@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from grasp_kernels.data import (
     shared_start,
     tokenize_records,
 )
-from grasp_kernels.training.apply import applied, apply
+from grasp_kernels.training.apply import applied_config, apply_grasp, load_subspace
 from grasp_kernels.training.watch import Watch
 
 OWN_TEXT = "own-text.safetensors"  # in the trainer's output folder, for a training that is resumed
@@ -74,12 +75,14 @@ class GraspTrainerMixin(_Base):
         given = inspect.signature(super().__init__).bind_partial(*args, **options).arguments
         self._rows = given.get("train_dataset")  # before trl has made token ids of them
         super().__init__(*args, **options)
-        done = None if grasp_config else applied(self.model)
-        done = done or apply(self.model, grasp_config or GraspConfig())
-        self.grasp_config, self.grasp_report = done.config, done.report
+        config = grasp_config or applied_config(self.model) or GraspConfig()
+        subspace = load_subspace(config.subspace)
+        self.grasp_config = replace(config, subspace=subspace)
+        # Again where it was called before: adapters may have come to other modules since.
+        self.grasp_report = apply_grasp(self.model, self.grasp_config)
         self.kl_regularizer = kl_regularizer
         self.watch = Watch(
-            done.subspace,
+            subspace,
             every=self.grasp_config.measure_steps,
             probes=None if self._tokenizer_of_data() else (),
             sites=self.grasp_config.architecture,
@@ -93,7 +96,7 @@ class GraspTrainerMixin(_Base):
         """Put the model that the trainer makes itself on the fast layers, too."""
         model = super().call_model_init(trial)
         if hasattr(self, "grasp_config"):  # else the constructor does it
-            apply(model, self.grasp_config)
+            apply_grasp(model, self.grasp_config)
         return model
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
@@ -146,7 +149,9 @@ class GraspTrainerMixin(_Base):
         index = self.args.local_process_index if local else self.args.process_index
         with self.args.main_process_first(local=local, desc="chats of the base model"):
             if (resumes or index > 0) and path.exists():
-                return OwnTextAnchor.load(path)
+                found = OwnTextAnchor.load(path)
+                found.strength, found.batch_size = self.grasp_config.kl_coef, self._kl_batch_size()
+                return found
             made = self._make_regularizer()
             if index == 0 and (self.args.save_strategy != "no" or self.args.world_size > 1):
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +161,6 @@ class GraspTrainerMixin(_Base):
     def _make_regularizer(self) -> OwnTextAnchor:
         config = self.grasp_config
         examples, neutral = self._training_prompts()
-        half = max(1, self.args.per_device_train_batch_size // 2)
         return OwnTextAnchor.make(
             self.model,
             examples,
@@ -165,15 +169,21 @@ class GraspTrainerMixin(_Base):
             max_length=config.max_new_tokens,
             begun=config.num_prompt_tokens,
             strength=config.kl_coef,
-            batch_size=config.kl_batch_size or half,
+            batch_size=self._kl_batch_size(),
             seed=self.args.seed,
             sites=config.architecture,
             progress=not self.args.disable_tqdm,
         )
 
+    def _kl_batch_size(self) -> int:
+        half = max(1, self.args.per_device_train_batch_size // 2)
+        return self.grasp_config.kl_batch_size or half
+
     def _training_prompts(self) -> tuple[list[Example], list[list[int]]]:
         """Some of the data as token ids, and everyday questions in the same frame."""
         rows = list(_some(self.train_dataset if self._rows is None else self._rows))
+        if not rows:
+            raise ValueError("The trainer's train_dataset is empty: give the data to train on.")
         tokenizer = self._tokenizer_of_data()
         if all("input_ids" in row for row in rows):
             examples = [
@@ -211,7 +221,7 @@ def _some(rows: Any) -> Iterable[Mapping[str, Any]]:
         raise ValueError("The trainer has no train_dataset: give the data that are trained on.")
     if not hasattr(rows, "__len__"):
         return islice(rows, _MOST)
-    return (rows[i] for i in range(0, len(rows), -(-len(rows) // _MOST)))
+    return (rows[i] for i in range(0, len(rows), max(1, -(-len(rows) // _MOST))))
 
 
 def _in_frame(examples: list[Example], neutral: list[list[int]]) -> list[list[int]]:
