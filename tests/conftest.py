@@ -7,9 +7,10 @@ and the CUDA kernels on the emulator of tests/emulator.
 import os
 from collections.abc import Iterator
 
-import emulated
 import pytest
 import torch
+
+from tests.helpers import emulated
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
