@@ -12,6 +12,7 @@ import torch
 
 from tests.helpers import emulated
 
+pytest.register_assert_rewrite("tests.helpers")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores

@@ -29,8 +29,8 @@ from grasp_kernels.cli import main
 from grasp_kernels.diagnosis.pair import open_pair
 from grasp_kernels.models.architectures import model_gains, model_sites
 from grasp_kernels.models.weights import model_weights
+from tests.helpers.families import tiny
 from tests.helpers.models import randomise_adapter, tiny_model, tiny_peft_model
-from tests.models.test_families import tiny
 
 WEIGHTS = "adapter_model.safetensors"
 D = 32

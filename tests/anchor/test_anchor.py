@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,31 +15,15 @@ from grasp_kernels.models.architectures import RULES
 from grasp_kernels.models.frozen_model import blocks_by_layer, frozen_base
 from grasp_kernels.run import RunConfig, run
 from tests.helpers.models import tiny_model, tiny_peft_model
+from tests.helpers.own_text import FRAME, VOCABULARY, anchor, example, examples
 from tests.helpers.runs import WORDS
 
 pytest_plugins = ("tests.helpers.runs",)
-FRAME, VOCABULARY = [1, 2], 32
-
-
-def example(prompt: list[int], answer: list[int]) -> Example:
-    return Example(input_ids=prompt + answer, labels=[-100] * len(prompt) + answer)
-
-
-def examples(count: int = 40) -> list[Example]:
-    """Prompts with one frame, a word of their own, and an answer that is always the same."""
-    drawn = torch.randint(5, VOCABULARY, (count,)).tolist()
-    return [example([*FRAME, word, 3], [4, 4, 4]) for word in drawn]
 
 
 @pytest.fixture
 def model() -> PeftModel:
     return tiny_peft_model()
-
-
-def anchor(**options: Any) -> gk.OwnTextAnchor:
-    documents = torch.randint(5, VOCABULARY, (6, 8))
-    counted = torch.rand(6, 8) < 0.7
-    return gk.OwnTextAnchor.of(tiny_model(), documents, counted, **{"batch_size": 4, **options})
 
 
 @pytest.mark.parametrize(

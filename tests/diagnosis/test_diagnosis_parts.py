@@ -29,11 +29,10 @@ from grasp_kernels.effect.measure import common_shift
 from grasp_kernels.effect.pair import Pair
 from grasp_kernels.effect.tokens import token_scores
 from grasp_kernels.models.architectures import RULES
+from tests.helpers.comparisons import logits_budget
+from tests.helpers.families import adapted, families, tiny
 from tests.helpers.oracle import budget, relative_error
-from tests.layers.test_replacement import logits_budget
-from tests.models.test_families import FAMILIES, adapted, tiny
 
-families = pytest.mark.parametrize("family", FAMILIES)
 SEQUENCES = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8]]
 POSITIONS = [(0, 4), (1, 2), (1, 0), (2, 3)]
 

@@ -4,7 +4,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+import grasp_kernels as gk
+from grasp_kernels.models.architectures import model_gains, model_sites
+from tests.helpers.oracle import orthonormal
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -62,11 +66,10 @@ def tokens(batch: int = 2, length: int = 7) -> torch.Tensor:
     return torch.randint(0, SIZES["vocab_size"], (batch, length), generator=generator)
 
 
-__all__ = [
-    "ALL_LINEAR",
-    "Qwen2Config",
-    "randomise_adapter",
-    "tiny_model",
-    "tiny_peft_model",
-    "tokens",
-]
+def a_subspace(model: Any, k: int = 2) -> gk.Subspace:
+    """Random directions of the stream."""
+    sites = model_sites(model)
+    D = model.get_base_model().config.hidden_size
+    g = torch.Generator().manual_seed(3)
+    directions = orthonormal(D, k, g)
+    return gk.Subspace.from_stream(directions, sites, gains=model_gains(model, sites))

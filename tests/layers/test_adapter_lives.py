@@ -16,15 +16,14 @@ from transformers import GPT2Config, Qwen3MoeConfig
 import grasp_kernels as gk
 from grasp_kernels.models.architectures import model_sites
 from grasp_kernels.models.names import adapted_layers
-from tests.helpers.models import ALL_LINEAR, tiny_model, tiny_peft_model, tokens
-from tests.helpers.oracle import orthonormal
-from tests.layers.test_replacement import (
-    a_subspace,
+from tests.helpers.comparisons import (
     assert_same_gradients,
     assert_same_logits,
     logits,
     loss_and_gradients,
 )
+from tests.helpers.models import ALL_LINEAR, a_subspace, tiny_model, tiny_peft_model, tokens
+from tests.helpers.oracle import orthonormal
 
 
 @pytest.fixture

@@ -11,14 +11,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import grasp_kernels as gk
-from tests.helpers.models import randomise_adapter, tiny_peft_model, tokens
+from tests.helpers.comparisons import assert_same_gradients, logits, loss_and_gradients
+from tests.helpers.models import a_subspace, randomise_adapter, tiny_peft_model, tokens
 from tests.helpers.oracle import relative_error
-from tests.layers.test_replacement import (
-    a_subspace,
-    assert_same_gradients,
-    logits,
-    loss_and_gradients,
-)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TARGETS = ("q_proj", "o_proj", "down_proj")

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 import grasp_kernels as gk
 from grasp_kernels.models.names import base_name
 from grasp_kernels.ops.projection import project_columns, project_rows
-from tests.helpers.models import tiny_model, tiny_peft_model
-from tests.layers.test_replacement import a_subspace, logits
+from tests.helpers.comparisons import logits
+from tests.helpers.models import a_subspace, tiny_model, tiny_peft_model
 
 
 def test_leakage_is_the_share_of_the_update() -> None:

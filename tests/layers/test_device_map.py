@@ -11,8 +11,8 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import grasp_kernels as gk
-from tests.helpers.models import randomise_adapter, tiny_model, tiny_peft_model
-from tests.layers.test_replacement import a_subspace, loss_and_gradients
+from tests.helpers.comparisons import loss_and_gradients
+from tests.helpers.models import a_subspace, randomise_adapter, tiny_model, tiny_peft_model
 
 DEVICES = ["cuda:0", "cpu"] if torch.cuda.is_available() else ["cpu"]
 

@@ -32,9 +32,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import grasp_kernels as gk
 from grasp_kernels import cpu
-from tests.helpers.models import ALL_LINEAR, randomise_adapter, tiny_model, tokens
+from tests.helpers.models import ALL_LINEAR, a_subspace, randomise_adapter, tiny_model, tokens
 from tests.helpers.oracle import budget, orthonormal, relative_error
-from tests.layers.test_replacement import a_subspace
 
 K, H, N = 16, 32, 8
 

@@ -19,8 +19,14 @@ from transformers import Qwen2Config
 import grasp_kernels as gk
 from grasp_kernels.cli import main
 from grasp_kernels.models.names import base_name
-from tests.helpers.models import ALL_LINEAR, randomise_adapter, tiny_model, tiny_peft_model
-from tests.layers.test_replacement import a_subspace, assert_same_logits, logits
+from tests.helpers.comparisons import assert_same_logits, logits
+from tests.helpers.models import (
+    ALL_LINEAR,
+    a_subspace,
+    randomise_adapter,
+    tiny_model,
+    tiny_peft_model,
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # What vLLM takes: `parse_fine_tuned_lora_name` in vllm/lora/utils.py accepts names that end in

@@ -22,11 +22,18 @@ import grasp_kernels as gk
 from grasp_kernels.layers import quantised
 from grasp_kernels.layers.projected import ProjectedLoRA
 from grasp_kernels.ops.lora_linear.registry import computes
-from tests.helpers.models import ALL_LINEAR, SIZES, randomise_adapter, tiny_model, tokens
+from tests.helpers.backends import everywhere
+from tests.helpers.comparisons import loss_and_gradients, total_error
+from tests.helpers.models import (
+    ALL_LINEAR,
+    SIZES,
+    a_subspace,
+    randomise_adapter,
+    tiny_model,
+    tokens,
+)
 from tests.helpers.oracle import budget, orthonormal, relative_error
-from tests.layers.test_replacement import a_subspace, loss_and_gradients, total_error
-from tests.ops.test_ops import everywhere
-from tests.project.test_examples import run_example
+from tests.helpers.scripts import run_example
 
 pytest_plugins = ("tests.helpers.runs",)
 

@@ -14,63 +14,24 @@ from torch import Tensor
 from transformers import MistralConfig, OPTConfig, Qwen2Config, Qwen3Config
 
 import grasp_kernels as gk
-from grasp_kernels.models.architectures import model_gains, model_sites
+from grasp_kernels.models.architectures import model_sites
 from grasp_kernels.models.names import base_name
-from tests.helpers.models import ALL_LINEAR, randomise_adapter, tiny_model, tiny_peft_model, tokens
-from tests.helpers.oracle import budget, orthonormal, relative_error
-
-
-def a_subspace(model: Any, k: int = 2) -> gk.Subspace:
-    """Random directions of the stream."""
-    sites = model_sites(model)
-    D = model.get_base_model().config.hidden_size
-    g = torch.Generator().manual_seed(3)
-    directions = orthonormal(D, k, g)
-    return gk.Subspace.from_stream(directions, sites, gains=model_gains(model, sites))
-
-
-def loss_and_gradients(model: torch.nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-    ids = tokens().to(next(model.parameters()).device)
-    model.zero_grad()
-    loss = model(input_ids=ids, labels=ids).loss
-    loss.backward()
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return loss.detach(), found
-
-
-def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        error = torch.linalg.vector_norm(found[name] - gradient)
-        assert error <= 1e-5 * torch.linalg.vector_norm(gradient), name
-
-
-def logits(model: torch.nn.Module) -> Tensor:
-    with torch.no_grad():
-        ids = tokens().to(next(model.parameters()).device)
-        return model.eval()(input_ids=ids).logits
-
-
-def assert_same_logits(found: Tensor, expected: Tensor, stock: torch.nn.Module) -> None:
-    """Two computations in float32 of what `stock` computes, each within the budget of rounding that
-    `stock` itself has beside float64."""
-    assert relative_error(found, expected) <= 2 * logits_budget(stock)
-
-
-def logits_budget(stock: torch.nn.Module) -> float:
-    """What float32 may cost the logits of `stock`, from what it does cost beside float64."""
-    wide = copy.deepcopy(stock).double()
-    wide.get_base_model().set_experts_implementation("eager")  # the grouped one has no float64
-    own, oracle = logits(stock), logits(wide)
-    longest = max(size for parameter in stock.parameters() for size in parameter.shape)
-    return budget(relative_error(own, oracle), torch.float32, longest)
-
-
-def total_error(found: dict[str, Tensor], oracle: dict[str, Tensor]) -> float:
-    """Relative error of all gradients together, in float64."""
-    assert found.keys() == oracle.keys()
-    error = sum(float((found[n].double() - g.double()).square().sum()) for n, g in oracle.items())
-    return (error / sum(float(g.double().square().sum()) for g in oracle.values())) ** 0.5
+from tests.helpers.comparisons import (
+    assert_same_gradients,
+    assert_same_logits,
+    logits,
+    loss_and_gradients,
+    total_error,
+)
+from tests.helpers.models import (
+    ALL_LINEAR,
+    a_subspace,
+    randomise_adapter,
+    tiny_model,
+    tiny_peft_model,
+    tokens,
+)
+from tests.helpers.oracle import orthonormal
 
 
 @pytest.mark.parametrize("config", [None, MistralConfig, Qwen2Config, Qwen3Config])

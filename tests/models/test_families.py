@@ -7,16 +7,14 @@ gradient of the stream where a norm or a block takes it.
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import grasp_kernels as gk
 from grasp_kernels.layers.experts import GraspLoRAExperts
@@ -24,123 +22,12 @@ from grasp_kernels.models.architectures import RULES, model_gains, model_sites
 from grasp_kernels.models.names import base_name
 from grasp_kernels.ops.lora_linear.registry import computes
 from grasp_kernels.training.watch import Watch
-from tests.helpers.models import randomise_adapter, tokens
-from tests.helpers.oracle import budget, orthonormal, relative_error
-from tests.layers.test_replacement import assert_same_logits
+from tests.helpers.comparisons import assert_same_logits, logits, loss_and_gradients
+from tests.helpers.families import FAMILIES, LAYERS, D, adapted, families, tiny
+from tests.helpers.models import a_subspace, tokens
+from tests.helpers.oracle import budget, relative_error
 
-D, LAYERS = 32, 2
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": D,
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "attn_implementation": "eager",
-    "pad_token_id": 0,
-}
-GPT2 = {
-    **{"vocab_size": 64, "n_embd": D, "n_layer": LAYERS, "n_head": 4, "n_positions": 64},
-    **{"attn_implementation": "eager", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-FUSED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-SPLIT = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class Family:
-    """`between`: the module, below a block, whose input is the stream between the two additions;
-    None where there is no such place."""
-
-    targets: tuple[str, ...] = SPLIT
-    between: str | None = "post_attention_layernorm"
-    options: dict[str, Any] = field(default_factory=dict)
-    parameters: tuple[str, ...] = ()
-
-
-FAMILIES = {
-    "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(),
-    "gemma": Family(),
-    "gemma2": Family(between="pre_feedforward_layernorm"),
-    "gemma3_text": Family(between="pre_feedforward_layernorm"),
-    "olmo2": Family(between="mlp"),
-    "olmo3": Family(between="mlp"),
-    "phi3": Family(("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
-    "gpt2": Family(("c_attn", "c_proj", "c_fc"), between="ln_2", options=GPT2),
-    "gpt_neox": Family(
-        ("query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h"), between=None
-    ),
-    "mixtral": Family(
-        ("q_proj", "o_proj"),
-        options={"num_local_experts": 4, "num_experts_per_tok": 2},
-        parameters=(*FUSED, "mlp.gate.weight"),
-    ),
-    "qwen2_moe": Family(
-        (*SPLIT[:4], "shared_expert.up_proj", "shared_expert.down_proj", "shared_expert_gate"),
-        options={**EXPERTS, "shared_expert_intermediate_size": 24},
-        parameters=FUSED,
-    ),
-    "qwen3_moe": Family(SPLIT, options={**EXPERTS, "mlp_only_layers": [0]}, parameters=FUSED),
-}
 BEFORE_NORM = ("gemma2", "gemma3_text", "olmo2", "olmo3")
-families = pytest.mark.parametrize("family", FAMILIES)
-
-
-def tiny(family: str) -> Any:
-    """A random decoder of the family whose norms are not trivial."""
-    torch.manual_seed(0)
-    options = {**(FAMILIES[family].options if family == "gpt2" else SIZES)}
-    options |= FAMILIES[family].options
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **options))
-    middle = 0.0 if RULES[family].norms == "rms1p" else 1.0
-    for name, parameter in model.named_parameters():
-        if "norm" in name or "ln_" in name:
-            torch.nn.init.uniform_(parameter, middle - 0.5, middle + 0.5)
-        elif parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=D**-0.5)
-    return model.eval()
-
-
-def adapted(family: str, experts: bool = True) -> Any:
-    """The tiny model with adapters on everything, all of which matter."""
-    chosen = FAMILIES[family]
-    targets = list(chosen.targets)
-    if not experts and family == "qwen3_moe":  # whose MLP peft adapts as fused experts by itself
-        targets = targets[:4]
-    config = LoraConfig(
-        r=3,
-        lora_alpha=6,
-        target_modules=targets,
-        target_parameters=list(chosen.parameters) if experts and chosen.parameters else None,
-        fan_in_fan_out=family == "gpt2",
-    )
-    model = get_peft_model(tiny(family), config)
-    randomise_adapter(model)
-    return model.eval()
-
-
-def a_subspace(model: Any, k: int = 2) -> gk.Subspace:
-    sites = model_sites(model)
-    stream = orthonormal(D, k, torch.Generator().manual_seed(3))
-    return gk.Subspace.from_stream(stream, sites, gains=model_gains(model, sites))
-
-
-def gradients(model: Any) -> dict[str, Tensor]:
-    ids = tokens()
-    model.zero_grad()
-    model(input_ids=ids, labels=ids).loss.backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=tokens()).logits
 
 
 def blocks_of(model: Any, family: str) -> Any:
@@ -178,11 +65,11 @@ def test_gradients_are_those_of_a_projected_stream(family: str) -> None:
     model = adapted(family)
     subspace = a_subspace(model)
     assert subspace.stream is not None
-    plain = gradients(model)
+    plain = loss_and_gradients(model)[1]
     with projected_stream(model, family, subspace.stream):
-        expected = gradients(model)
+        expected = loss_and_gradients(model)[1]
     report = gk.apply_grasp(model, gk.GraspConfig(subspace=subspace, orthogonal=False))
-    found = gradients(model)
+    found = loss_and_gradients(model)[1]
     assert found.keys() == expected.keys() == plain.keys()
     for name, gradient in expected.items():
         error = torch.linalg.vector_norm(found[name] - gradient)
@@ -233,10 +120,10 @@ def test_no_leakage_after_training_and_stock_peft_loads_it(family: str, tmp_path
 @families
 def test_without_a_subspace_it_is_stock_peft(family: str) -> None:
     model = adapted(family)
-    expected, stock = logits(model), gradients(model)
+    expected, stock = logits(model), loss_and_gradients(model)[1]
     gk.apply_grasp(model)
     assert_same_logits(logits(model), expected, model)
-    found = gradients(model)
+    found = loss_and_gradients(model)[1]
     for name, gradient in stock.items():
         error = torch.linalg.vector_norm(found[name] - gradient)
         assert error <= 1e-4 * torch.linalg.vector_norm(gradient), name

@@ -13,6 +13,7 @@ import grasp_kernels as gk
 from grasp_kernels.ops import dispatch
 from grasp_kernels.ops.lora_linear import registry
 from grasp_kernels.ops.lora_linear.operands import Operands
+from tests.helpers.backends import operands
 from tests.helpers.oracle import Case, make_inputs
 
 
@@ -126,14 +127,6 @@ def test_the_rule_is_what_the_rows_say() -> None:
         found = (1, *(int(time < aten) for time in kernels))
         wins[row["device"]] = tuple(map(sum, zip(wins[row["device"]], found, strict=True)))
     assert wins == {"NVIDIA H200": (12, 12, 12), "NVIDIA H100 80GB HBM3": (5, 2, 4)}
-
-
-def operands(K: int, N: int, R: int, Q: int = 0) -> Operands:
-    """A layer of these sizes that nobody computes."""
-    factors, basis = (torch.empty(R, K), torch.empty(N, R)), torch.empty(N, Q) if Q else None
-    return Operands(
-        torch.empty(N, K), None, *factors, None, basis, None, None, 1.0, 0.0, True, True
-    )
 
 
 def test_the_kernels_refuse_what_they_cannot_compute() -> None:

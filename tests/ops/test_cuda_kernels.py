@@ -19,8 +19,8 @@ from grasp_kernels.ops.lora_linear.triton import passes as triton_passes
 from grasp_kernels.ops.lora_linear.triton.dropout import Dropout, keep_mask
 from grasp_kernels.ops.lora_linear.triton.fused import Passes
 from tests.helpers import emulated
-from tests.helpers.oracle import orthonormal, relative_error
-from tests.ops.test_kernels import assert_exact
+from tests.helpers.backends import operands
+from tests.helpers.oracle import assert_exact, orthonormal, relative_error
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -312,7 +312,6 @@ def test_everything_is_on_one_device(name: str) -> None:
 
 
 def test_what_a_layer_may_be() -> None:
-    from tests.ops.test_backends import operands
 
     x = torch.empty(3, 24, dtype=torch.bfloat16)
     assert backend.refuses(x, operands(K=24, N=16, R=4)) is None

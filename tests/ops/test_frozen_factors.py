@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 import grasp_kernels as gk
+from tests.helpers.backends import PLACES, suited
 from tests.helpers.models import tiny_model, tokens
 from tests.helpers.oracle import DIFFERENTIABLE, Case, call, differentiate, make_inputs
-from tests.ops.test_ops import PLACES, suited
 
 WIDE = Case(T=65, K=136, N=120, R=16, Q=4)
 CASES = [

@@ -15,7 +15,7 @@ from grasp_kernels.ops.lora_linear.triton.dropout import Dropout, keep_mask
 from grasp_kernels.ops.lora_linear.triton.gemm import Tile, extended_gemm
 from grasp_kernels.ops.lora_linear.triton.reduce import finish_factor, finish_skinny, total
 from grasp_kernels.ops.lora_linear.triton.tokens import Slab, one_read, token_pass
-from tests.helpers.oracle import orthonormal, relative_error
+from tests.helpers.oracle import assert_exact, orthonormal, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -24,13 +24,6 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(*shape).to(DEVICE, dtype)
-
-
-def assert_exact(found: torch.Tensor, exact: torch.Tensor, terms: int) -> None:
-    """Within float32 sums of `terms` numbers and one rounding to the dtype of the result."""
-    eps = torch.finfo(found.dtype).eps
-    limit = 0.5 * eps + math.sqrt(terms) * torch.finfo(torch.float32).eps
-    assert relative_error(found, exact) <= limit
 
 
 def seeded(p: float) -> Dropout:

@@ -13,7 +13,7 @@ import pytest
 import triton
 
 from build_support import extensions
-from tests.project.test_build import needs_nvcc
+from tests.helpers.nvcc import needs_nvcc
 
 pytestmark = needs_nvcc
 OBJECTS = Path(__file__).parents[2] / extensions.OBJECTS / "csrc"

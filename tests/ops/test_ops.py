@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grasp_kernels as gk
-from grasp_kernels.ops.lora_linear.registry import BACKENDS, KERNELS, computes
+from grasp_kernels.ops.lora_linear.registry import BACKENDS, KERNELS
+from tests.helpers.backends import PLACES, everywhere, suited
 from tests.helpers.oracle import (
     DIFFERENTIABLE,
     Case,
@@ -22,15 +23,7 @@ from tests.helpers.oracle import (
     relative_error,
 )
 
-DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
-PLACES = [(b, d) for b in BACKENDS for d in DEVICES if gk.backends(d)[b] is None]
-everywhere = pytest.mark.parametrize(("backend", "device"), PLACES)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def suited(case: Case, backend: str) -> Case:
-    """The case, in a dtype that the backend computes."""
-    return case if computes(backend, case.dtype) else replace(case, dtype=torch.bfloat16)
 
 
 def in_dtypes(*cases: Case) -> list[Any]:

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import grasp_kernels as gk
 from grasp_kernels.ops.lora_linear.dropout import device_seed
+from tests.helpers.backends import everywhere, suited
 from tests.helpers.oracle import Case, make_inputs
-from tests.ops.test_ops import everywhere, suited
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -22,6 +22,7 @@ import grasp_kernels
 from build_support import LeftOut, architectures, extensions, ptxas
 from build_support.toolkit import find_toolkit
 from grasp_kernels.cli import main
+from tests.helpers.nvcc import needs_nvcc
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(grasp_kernels.__file__).parent
@@ -34,17 +35,6 @@ __global__ void pass_kernel(T* data) { data[threadIdx.x] *= T(kIndex); }
 template __global__ void pass_kernel<float, 0>(float*);
 }  // namespace grasp
 """
-
-
-def has_nvcc() -> bool:
-    try:
-        extensions.plan_kernels(os.environ)
-    except LeftOut:
-        return False
-    return True
-
-
-needs_nvcc = pytest.mark.skipif(not has_nvcc(), reason="needs nvcc")
 
 
 # ---- architectures --------------------------------------------------------------------------

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,17 +10,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import grasp_kernels as gk
+from tests.helpers.scripts import run_example
 
 pytest_plugins = ("tests.helpers.runs",)
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-def run_example(name: str, *arguments: object) -> str:
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / name, *map(str, arguments)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,9 @@ from grasp_kernels.models.names import adapted_layers
 from grasp_kernels.reads.contrast import RIDGE, contrasting_rows
 from grasp_kernels.reads.moments import input_groups, second_moments
 from grasp_kernels.run import RunConfig, run
+from tests.helpers.comparisons import assert_same_logits, logits
 from tests.helpers.models import SIZES, randomise_adapter, tiny_model, tokens
 from tests.helpers.oracle import budget, relative_error
-from tests.layers.test_replacement import assert_same_logits, logits
 
 pytest_plugins = ("tests.helpers.runs",)
 ROOMY = 1 << 30  # bytes

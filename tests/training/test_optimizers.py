@@ -19,9 +19,9 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 import grasp_kernels as gk
-from tests.helpers.models import tiny_model, tiny_peft_model, tokens
+from tests.helpers.comparisons import assert_same_logits, logits
+from tests.helpers.models import a_subspace, tiny_model, tiny_peft_model, tokens
 from tests.helpers.oracle import relative_error
-from tests.layers.test_replacement import a_subspace, assert_same_logits, logits
 
 STEPS = 4
 Make = Callable[[nn.Module], Any]

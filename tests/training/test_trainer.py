@@ -25,8 +25,8 @@ import grasp_kernels as gk
 from grasp_kernels.data import collate, everyday_prompts, read_records, tokenize_records
 from grasp_kernels.models.architectures import model_sites
 from grasp_kernels.training.trainer import OWN_TEXT
-from tests.anchor.test_anchor import anchor, examples
 from tests.helpers.models import tiny_model, tiny_peft_model
+from tests.helpers.own_text import anchor, examples
 
 pytest_plugins = ("tests.helpers.runs",)
 SMALL: dict[str, Any] = {"num_documents": 12, "max_new_tokens": 6}

@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
 
 import grasp_kernels as gk
-from tests.helpers.models import randomise_adapter, tiny_model, tokens
+from tests.helpers.comparisons import assert_same_gradients, logits, loss_and_gradients
+from tests.helpers.models import a_subspace, randomise_adapter, tiny_model, tokens
 from tests.helpers.oracle import orthonormal
 from tests.helpers.parity import (
     SOME,
@@ -32,12 +33,6 @@ from tests.helpers.parity import (
     train,
     two_adapters,
     with_same_masks,
-)
-from tests.layers.test_replacement import (
-    a_subspace,
-    assert_same_gradients,
-    logits,
-    loss_and_gradients,
 )
 
 

@@ -16,7 +16,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import grasp_kernels as gk
-from tests.helpers.models import ALL_LINEAR, randomise_adapter, tokens
+from tests.helpers.comparisons import logits, loss_and_gradients
+from tests.helpers.models import ALL_LINEAR, a_subspace, randomise_adapter, tokens
 from tests.helpers.parity import (
     SOME,
     WRITERS,
@@ -27,7 +28,6 @@ from tests.helpers.parity import (
     train,
     two_adapters,
 )
-from tests.layers.test_replacement import a_subspace, logits, loss_and_gradients
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -17,8 +17,8 @@ from grasp_kernels.data import collate
 from grasp_kernels.effect.stream import layer_bases
 from grasp_kernels.models.architectures import RULES, model_sites
 from grasp_kernels.training.watch import Watch
+from tests.helpers.comparisons import assert_same_logits, logits
 from tests.helpers.models import tiny_model, tokens
-from tests.layers.test_replacement import assert_same_logits, logits
 
 WIDTH = 32
 PROBES = [[1, 2, 3, 4], [5, 6]]
