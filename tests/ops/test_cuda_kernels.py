@@ -18,9 +18,9 @@ from grasp_kernels.ops.lora_linear.cuda.library import operators
 from grasp_kernels.ops.lora_linear.triton import passes as triton_passes
 from grasp_kernels.ops.lora_linear.triton.dropout import Dropout, keep_mask
 from grasp_kernels.ops.lora_linear.triton.fused import Passes
-from tests.helpers import emulated
 from tests.helpers.backends import operands
 from tests.helpers.oracle import assert_exact, orthonormal, relative_error
+from tools import emulator
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -39,9 +39,9 @@ SHAPES = [  # T, C, R, Q
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-@pytest.fixture(params=["a GPU"] if ON_GPU else list(emulated.PARTS))
+@pytest.fixture(params=["a GPU"] if ON_GPU else list(emulator.PARTS))
 def part(request: pytest.FixtureRequest) -> Iterator[str]:
-    with nullcontext() if ON_GPU else emulated.part(request.param):
+    with nullcontext() if ON_GPU else emulator.part(request.param):
         yield request.param
 
 
@@ -54,7 +54,7 @@ def seed(request: pytest.FixtureRequest) -> Iterator[int]:
 
 def order(seed: int) -> None:
     if not ON_GPU:
-        emulated.configure(seed)
+        emulator.configure(seed)
 
 
 def normal(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -66,7 +66,7 @@ def basis(C: int, Q: int) -> torch.Tensor | None:
 
 
 def major(part: str) -> int:
-    return torch.cuda.get_device_capability()[0] if ON_GPU else emulated.PARTS[part][0]
+    return torch.cuda.get_device_capability()[0] if ON_GPU else emulator.PARTS[part][0]
 
 
 def seeded(p: float) -> Dropout:

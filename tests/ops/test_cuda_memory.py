@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import emulated
+from tools import emulator
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compute-sanitizer does it there")
 ROOT = Path(__file__).parents[2]
@@ -19,8 +19,8 @@ PASSES = "test_down_pass or test_sum_over_tokens or test_gradient_pass"
 CHOSEN = f"({PASSES}) and dtype0 and (sm_80-1 or sm_90-1) or test_any_strides and dtype0"
 BEYOND = """
 import ctypes, torch
-from tests.helpers import emulated
-emulated.load()
+from tools import emulator
+emulator.load()
 from grasp_kernels.ops.lora_linear.cuda import passes
 rows, claimed = 60, 61
 malloc = ctypes.CDLL(None).malloc
@@ -33,7 +33,7 @@ passes.down(x, torch.zeros(4, 64, dtype=torch.bfloat16))
 
 
 def watched(*command: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | emulated.sanitized() | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | emulator.sanitized() | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, *command],
         capture_output=True,

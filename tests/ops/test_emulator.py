@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-EMULATOR = Path(__file__).parents[1] / "emulator"
+EMULATOR = Path(__file__).parents[2] / "tools" / "emulator"
 SEEDS = range(9)
 
 Run = Callable[[str, int], str]

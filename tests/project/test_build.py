@@ -27,6 +27,10 @@ from tests.helpers.nvcc import needs_nvcc
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(grasp_kernels.__file__).parent
 KNOWN = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")  # of nvcc 12.8
+FOLDERS = (
+    *("benchmarks", "build_support", "csrc", "docs"),
+    *("examples", "grasp_kernels", "tests", "tools"),
+)
 MADE = (".so", ".pyc", ".o")  # from sources; not under version control
 STAND_IN = """
 namespace grasp {
@@ -196,15 +200,7 @@ def python(folder: Path, *arguments: str, **environment: str) -> subprocess.Comp
 def tree(folder: Path) -> Path:
     """A copy of what is under version control."""
     skipped = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
-    for name in (
-        "grasp_kernels",
-        "build_support",
-        "csrc",
-        "tests",
-        "benchmarks",
-        "docs",
-        "examples",
-    ):
+    for name in FOLDERS:
         shutil.copytree(ROOT / name, folder / name, ignore=skipped)
     for file in ROOT.iterdir():
         if file.is_file() and not file.name.startswith("."):
@@ -292,7 +288,7 @@ def test_sdist_has_what_a_build_and_its_tests_need(tmp_path: Path) -> None:
     sdist, _ = built(tree(tmp_path / "tree"), "sdist", FORCE_CUDA="0")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for folder in ("build_support", "csrc", "tests", "benchmarks", "examples", "grasp_kernels"):
+    for folder in FOLDERS:
         files = {file for file in (ROOT / folder).rglob("*") if file.is_file()}
         sources = {str(f.relative_to(ROOT)) for f in files if f.suffix not in MADE}
         assert sources - names == set()

@@ -21,7 +21,7 @@ PAGES = sorted(
     for folder in (ROOT, ROOT / "docs", ROOT / "csrc", *(ROOT / "benchmarks").rglob("*"))
     if folder.is_dir()
     for page in folder.glob("*.md")
-) + sorted((ROOT / "examples").rglob("*.md"))
+) + sorted(page for name in ("examples", "tools") for page in (ROOT / name).rglob("*.md"))
 _LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

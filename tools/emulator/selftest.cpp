@@ -1,4 +1,4 @@
-// Small kernels for tests/ops/test_emulator.py, one for each thing that the emulator must do or refuse.
+// Small kernels for tests/ops/test_emulator.py, one for each thing that must be done or refused.
 
 #include <cmath>
 #include <cstring>

@@ -1,11 +1,4 @@
-"""The CUDA kernels built for a CPU: `csrc` against the headers of `tests/emulator`.
-
-What csrc/device declares, tests/emulator/device carries out; kernels, plans, checks and
-registration are those of the extension. Built once for the sources as they are, under build/.
-
-A second build watches memory: gcc's address sanitizer sees every access of a kernel outside of a
-tensor. It runs where the sanitizer was loaded before everything else (`sanitized`).
-"""
+"""Build and load the CUDA kernels for a CPU; README.md has the whole of it."""
 
 import ctypes
 import fcntl
@@ -20,7 +13,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[2]
-EMULATOR = ROOT / "tests" / "emulator"
+EMULATOR = Path(__file__).parent
 TORCH = Path(torch.__file__).parent
 # The parts that a GPU would be: compute capability, multiprocessors, bytes of shared memory. Few
 # multiprocessors make small tests loop.
@@ -31,8 +24,10 @@ FLAGS = (
     *("-fno-strict-aliasing", "-Wno-psabi", "-Wno-unknown-pragmas"),
 )
 # Stacks of fibers are used again, which the sanitizer takes for overflows of theirs.
-WATCHED = ("-O1", "-fsanitize=address,undefined", "--param", "asan-stack=0")
-WATCHED += ("-fno-sanitize-recover=undefined",)
+WATCHED = (
+    *("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
+    *("--param", "asan-stack=0"),
+)
 INCLUDES = (EMULATOR, ROOT / "csrc", TORCH / "include")
 
 
@@ -60,7 +55,7 @@ def library() -> Path:
     """The built library; processes that come at the same time wait for the first."""
     watched = "libasan" in os.environ.get("LD_PRELOAD", "")
     name, flags = ("watched", FLAGS + WATCHED) if watched else ("emulated", FLAGS)
-    folder = ROOT / "build" / "emulated"
+    folder = ROOT / "build" / "emulator"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
