@@ -17,8 +17,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from grasp_kernels.anchor import OwnTextAnchor
 from grasp_kernels.reads import ContrastiveReads
+from grasp_kernels.regularizer import KLRegularizer
 from grasp_kernels.run import RunConfig, is_finished, run, stages
 from grasp_kernels.run.folder import RunFolder, fingerprint
 from grasp_kernels.run.interrupts import raise_if_interrupted
@@ -302,8 +302,8 @@ def test_a_note_that_says_something_else_is_named(copied: RunConfig, name: str) 
 @pytest.mark.parametrize(
     ("kind", "name", "part"),
     [
-        (OwnTextAnchor, "own-text.safetensors", "log_probs"),
-        (OwnTextAnchor, "own-text.safetensors", "documents"),
+        (KLRegularizer, "own-text.safetensors", "log_probs"),
+        (KLRegularizer, "own-text.safetensors", "documents"),
         (ContrastiveReads, "reads.safetensors", "rows"),
         (ContrastiveReads, "reads.safetensors", "ratios"),
     ],

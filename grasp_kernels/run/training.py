@@ -42,8 +42,8 @@ from grasp_kernels.training.watch import Watch
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from grasp_kernels.anchor import OwnTextAnchor
     from grasp_kernels.config import GraspConfig
+    from grasp_kernels.regularizer import KLRegularizer
 
 _STATE = "trainer_state.json"  # the last file that Trainer writes into a checkpoint
 
@@ -140,7 +140,7 @@ def train_adapter(
     snapshots: Mapping[int, Path] | None = None,
     last_step: int | None = None,
     grasp: GraspConfig | None = None,
-    anchor: OwnTextAnchor | None = None,
+    anchor: KLRegularizer | None = None,
     probes: Sequence[Sequence[int]] = (),
     saved_base_name: str | None = None,
 ) -> None:
