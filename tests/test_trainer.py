@@ -383,7 +383,7 @@ def test_services_see_all_numbers(tmp_path: Path) -> None:
     made = trainer(
         model,
         tmp_path,
-        regularizer=regularizer(),
+        kl=regularizer(),
         grasp_config=gk.GraspConfig(subspace=direction(model), measure_steps=2),
         callbacks=[service],
     )
