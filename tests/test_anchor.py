@@ -16,7 +16,7 @@ from grasp_kernels.anchor.own_text import OwnText, common_frame, common_header, 
 from grasp_kernels.data import Example
 from grasp_kernels.models.architectures import RULES
 from grasp_kernels.models.frozen_model import blocks_by_layer, frozen_base
-from grasp_kernels.run import RunConfig, run
+from grasp_kernels.pipeline import RunConfig, run
 
 pytest_plugins = ("fixtures_run",)
 FRAME, VOCABULARY = [1, 2], 32
