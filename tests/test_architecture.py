@@ -22,7 +22,7 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
     {"subspace": set()},
     {"config": set(), "layers": set(), "regularizer": set(), "reads": set(), "effect": set()},
     {"training": set()},
-    {"bench": set(), "diagnosis": set(), "run": set()},
+    {"bench": set(), "diagnosis": set(), "pipeline": set()},
     {"cli": set()},
 )
 ALLOWED = {

@@ -14,9 +14,9 @@ import grasp_kernels as gk
 from grasp_kernels.data import Example
 from grasp_kernels.models.architectures import RULES
 from grasp_kernels.models.frozen_model import blocks_by_layer, frozen_base
+from grasp_kernels.pipeline import RunConfig, run
 from grasp_kernels.regularizer.chats import Chats, common_frame, common_header, make_chats
 from grasp_kernels.regularizer.in_domain import unlike_training
-from grasp_kernels.run import RunConfig, run
 
 pytest_plugins = ("fixtures_run",)
 FRAME, VOCABULARY = [1, 2], 32

@@ -341,7 +341,7 @@ def test_a_trainer_projects_an_adapter_that_came_after(tmp_path: Path) -> None:
 
 
 def test_a_resumed_training_has_the_weight_that_it_is_told(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"regularizer": None, "grasp_config": gk.GraspConfig(**SMALL)}
+    options: dict[str, Any] = {"kl": None, "grasp_config": gk.GraspConfig(**SMALL)}
     stopped = trainer(tiny_peft_model(), tmp_path, **options)
     stopped.args.save_strategy, stopped.args.save_steps = SaveStrategy.STEPS, 1
     stopped.add_callback(_StopAfterOne())

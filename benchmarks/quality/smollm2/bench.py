@@ -1,8 +1,8 @@
 """One task of one seed, with the files that methods share; a curve is trained by the product.
 
-Every training is `grasp_kernels.run.stages.train` with other arguments, so what is measured here is
-what the command does. The learning rate stays constant after the warm-up: the adapter after `n`
-steps is that of a training of `n` steps, and one training gives a whole curve.
+Every training is `grasp_kernels.pipeline.stages.train` with other arguments, so what is measured
+here is what the command does. The learning rate stays constant after the warm-up: the adapter after
+`n` steps is that of a training of `n` steps, and one training gives a whole curve.
 
 Below `root`:
 
@@ -30,13 +30,13 @@ from filelock import FileLock
 
 from benchmarks.quality.smollm2.task import Task
 from grasp_kernels.files import write_json, write_lines
+from grasp_kernels.pipeline import stages
+from grasp_kernels.pipeline.config import RunConfig
+from grasp_kernels.pipeline.folder import RunFolder
+from grasp_kernels.pipeline.inputs import Inputs, prepare
+from grasp_kernels.pipeline.training import LOG_NAME
 from grasp_kernels.reads import ContrastiveReads
 from grasp_kernels.regularizer import KLRegularizer
-from grasp_kernels.run import stages
-from grasp_kernels.run.config import RunConfig
-from grasp_kernels.run.folder import RunFolder
-from grasp_kernels.run.inputs import Inputs, prepare
-from grasp_kernels.run.training import LOG_NAME
 from grasp_kernels.subspace import Subspace
 
 _LOSS_STEPS = 24  # that the training loss at a point is the mean of: an epoch of `tone`

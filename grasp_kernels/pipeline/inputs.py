@@ -36,7 +36,7 @@ from grasp_kernels.models.checkpoint import (
     reading,
 )
 from grasp_kernels.models.names import base_name
-from grasp_kernels.run.config import RunConfig
+from grasp_kernels.pipeline.config import RunConfig
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -30,11 +30,11 @@ from tqdm.auto import tqdm
 
 from grasp_kernels.config import Backend, GraspConfig
 from grasp_kernels.models.checkpoint import find_checkpoint, load_model
-from grasp_kernels.run.config import MOST_SEED, RunConfig
-from grasp_kernels.run.folder import RunFolder, fingerprint
-from grasp_kernels.run.inputs import Inputs, attach_lora, prepare, warmup_steps
-from grasp_kernels.run.interrupts import raise_if_interrupted, remembered_interrupts
-from grasp_kernels.run.report import Report, write_report
+from grasp_kernels.pipeline.config import MOST_SEED, RunConfig
+from grasp_kernels.pipeline.folder import RunFolder, fingerprint
+from grasp_kernels.pipeline.inputs import Inputs, attach_lora, prepare, warmup_steps
+from grasp_kernels.pipeline.interrupts import raise_if_interrupted, remembered_interrupts
+from grasp_kernels.pipeline.report import Report, write_report
 from grasp_kernels.subspace import Subspace
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def run(config: RunConfig) -> Report:
 
 
 def _prepared(config: RunConfig, checkpoint: Path, folder: RunFolder) -> Inputs:
-    from grasp_kernels.run.training import training_arguments
+    from grasp_kernels.pipeline.training import training_arguments
 
     inputs = prepare(config, checkpoint, folder.day)
     training_arguments(config, inputs.steps, folder.work)  # refuses what Trainer would
@@ -155,7 +155,7 @@ def train(
     Nothing else differs between the two: initialisation, data order and dropout come from the seed.
     See `training.train_adapter` for `work`, `snapshots` and `last_step`.
     """
-    from grasp_kernels.run.training import train_adapter
+    from grasp_kernels.pipeline.training import train_adapter
     from grasp_kernels.training.watch import N_PROBES
 
     model = _fresh_adapter(config, inputs)

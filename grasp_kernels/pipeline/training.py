@@ -32,10 +32,10 @@ from transformers.trainer_utils import SchedulerType
 
 from grasp_kernels.data import Example, collate
 from grasp_kernels.files import room_for, whole_folder, write_json
-from grasp_kernels.run.config import RunConfig
-from grasp_kernels.run.folder import LOG_NAME
-from grasp_kernels.run.inputs import warmup_steps
-from grasp_kernels.run.interrupts import raise_if_interrupted
+from grasp_kernels.pipeline.config import RunConfig
+from grasp_kernels.pipeline.folder import LOG_NAME
+from grasp_kernels.pipeline.inputs import warmup_steps
+from grasp_kernels.pipeline.interrupts import raise_if_interrupted
 from grasp_kernels.training.trainer import GraspTrainerMixin
 from grasp_kernels.training.watch import Watch
 
