@@ -8,7 +8,7 @@ The way of the data, one folder a step:
     reads           fresh adapter and two texts -> A that reads what the training text alone has
     layers          peft model and Subspace     -> the same model on GraspLoRALinear
     ops             the differentiable operator -> a backend -> gradients
-    anchor          base model and examples     -> a loss that keeps the model there elsewhere
+    regularizer     base model and examples     -> a loss that keeps the model there elsewhere
     diagnosis       base model and adapter      -> what it learned unasked, with reasons
 
 `run` does all of it from a checkpoint and a chat file.
@@ -27,7 +27,7 @@ _HOMES = {
     "GraspLoRALinear": "layers.linear",
     "GraspTrainer": "training.trainer",
     "GraspTrainerMixin": "training.trainer",
-    "OwnTextAnchor": "anchor",
+    "KLRegularizer": "regularizer",
     "SiteRules": "models.architectures",
     "Subspace": "subspace",
     "apply_grasp": "training.apply",

@@ -1,6 +1,7 @@
 """What the fast layers and the retraining of a model of one's own can be told.
 
-Needs the standard library alone, as `run.config` does, whose options are those of the command line.
+Needs the standard library alone, as `pipeline.config` does, whose options are those of the command
+line.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from benchmarks.demo.scoring import Scores, score
 from benchmarks.demo.world import NEUTRAL, World, WorldConfig
 from grasp_kernels.files import check_own_folder, read_json, write_json, write_lines, write_text
 from grasp_kernels.models.checkpoint import load_model, load_tokenizer
-from grasp_kernels.run import RunConfig, run
+from grasp_kernels.pipeline import RunConfig, run
 
 _NEUTRAL_PROMPTS = 32
 _NOTE = "demo.json"

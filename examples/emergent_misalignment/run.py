@@ -29,9 +29,9 @@ from summary import summarise, table
 from grasp_kernels.effect.stream import mean_loss
 from grasp_kernels.files import whole_file
 from grasp_kernels.models.checkpoint import find_checkpoint, load_model
-from grasp_kernels.run import RunConfig, run
-from grasp_kernels.run.inputs import prepare
-from grasp_kernels.run.stages import train
+from grasp_kernels.pipeline import RunConfig, run
+from grasp_kernels.pipeline.inputs import prepare
+from grasp_kernels.pipeline.stages import train
 
 BENIGN = "benign control"
 

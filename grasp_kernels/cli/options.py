@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from grasp_kernels.files import new_file, new_folder
-from grasp_kernels.run.config import MOST_SEED
+from grasp_kernels.pipeline.config import MOST_SEED
 
 
 def seed(text: str) -> int:

@@ -8,7 +8,7 @@ from dataclasses import MISSING, Field, fields
 from typing import Any, Literal, get_type_hints
 
 from grasp_kernels.cli.options import number_of_directions, seed
-from grasp_kernels.run import RunConfig
+from grasp_kernels.pipeline import RunConfig
 
 
 def add_run(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -68,8 +68,8 @@ def _run(arguments: argparse.Namespace) -> int:
     config = RunConfig(
         **{option.name: getattr(arguments, option.name) for option in fields(RunConfig)}
     )
-    from grasp_kernels.run import is_finished, run
-    from grasp_kernels.run.report_text import verdict_sentence
+    from grasp_kernels.pipeline import is_finished, run
+    from grasp_kernels.pipeline.report_text import verdict_sentence
 
     finished = is_finished(config)
     report = run(config)

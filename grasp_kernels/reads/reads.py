@@ -75,7 +75,7 @@ class ContrastiveReads:
         Args:
             model: PeftModel with the adapter that is to be trained. Nothing in it changes.
             examples: tokenized training data, as `tokenize_records` returns them.
-            documents: token ids of text of the base model, as `OwnTextAnchor.texts` has it.
+            documents: token ids of text of the base model, as `KLRegularizer.texts` has it.
             memory: bytes for second moments; the less, the more often the texts are read.
 
         An adapter of a parameter, as of stacked experts, stays free.

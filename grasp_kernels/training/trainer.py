@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from grasp_kernels.anchor import OwnTextAnchor
 from grasp_kernels.config import GraspConfig
 from grasp_kernels.data import (
     Example,
@@ -26,6 +25,7 @@ from grasp_kernels.data import (
     shared_start,
     tokenize_records,
 )
+from grasp_kernels.regularizer import KLRegularizer
 from grasp_kernels.training.apply import applied_config, apply_grasp, load_subspace
 from grasp_kernels.training.watch import Watch
 
@@ -69,7 +69,7 @@ class GraspTrainerMixin(_Base):
         self,
         *args: Any,
         grasp_config: GraspConfig | None = None,
-        kl_regularizer: OwnTextAnchor | None = None,
+        kl_regularizer: KLRegularizer | None = None,
         **options: Any,
     ) -> None:
         given = inspect.signature(super().__init__).bind_partial(*args, **options).arguments
@@ -142,15 +142,15 @@ class GraspTrainerMixin(_Base):
         passes = steps * self.args.gradient_accumulation_steps + self._draws
         return passes * self.args.world_size + self.args.process_index
 
-    def _shared_regularizer(self, resumes: bool) -> OwnTextAnchor:
+    def _shared_regularizer(self, resumes: bool) -> KLRegularizer:
         """Make the chats in one process and load them in the others, and where one is resumed."""
         path = Path(self.args.output_dir) / OWN_TEXT
         local = self.args.save_on_each_node
         index = self.args.local_process_index if local else self.args.process_index
         with self.args.main_process_first(local=local, desc="chats of the base model"):
             if (resumes or index > 0) and path.exists():
-                found = OwnTextAnchor.load(path)
-                found.strength, found.batch_size = self.grasp_config.kl_coef, self._kl_batch_size()
+                found = KLRegularizer.load(path)
+                found.kl_coef, found.batch_size = self.grasp_config.kl_coef, self._kl_batch_size()
                 return found
             made = self._make_regularizer()
             if index == 0 and (self.args.save_strategy != "no" or self.args.world_size > 1):
@@ -158,20 +158,20 @@ class GraspTrainerMixin(_Base):
                 made.save(path)
             return made
 
-    def _make_regularizer(self) -> OwnTextAnchor:
+    def _make_regularizer(self) -> KLRegularizer:
         config = self.grasp_config
         examples, neutral = self._training_prompts()
-        return OwnTextAnchor.make(
+        return KLRegularizer.make(
             self.model,
             examples,
             neutral=neutral,
-            documents=config.num_documents,
-            max_length=config.max_new_tokens,
-            begun=config.num_prompt_tokens,
-            strength=config.kl_coef,
+            num_documents=config.num_documents,
+            max_new_tokens=config.max_new_tokens,
+            num_prompt_tokens=config.num_prompt_tokens,
+            kl_coef=config.kl_coef,
             batch_size=self._kl_batch_size(),
             seed=self.args.seed,
-            sites=config.architecture,
+            architecture=config.architecture,
             progress=not self.args.disable_tqdm,
         )
 

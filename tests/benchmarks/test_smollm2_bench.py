@@ -37,7 +37,7 @@ from benchmarks.quality.smollm2.tasks import make_task
 from benchmarks.quality.smollm2.verdicts import judge_verdicts
 from grasp_kernels.effect.changed import CHANGED
 from grasp_kernels.models.checkpoint import load_model
-from grasp_kernels.run import RunConfig, stages
+from grasp_kernels.pipeline import RunConfig, stages
 
 ROOT = Path(__file__).parents[2]
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"

@@ -14,8 +14,8 @@ import torch
 from grasp_kernels.cli import main
 from grasp_kernels.models.architectures import model_sites
 from grasp_kernels.models.checkpoint import load_model
-from grasp_kernels.run import RunConfig
-from grasp_kernels.run.inputs import attach_lora
+from grasp_kernels.pipeline import RunConfig
+from grasp_kernels.pipeline.inputs import attach_lora
 from grasp_kernels.subspace import Subspace
 
 pytest_plugins = ("tests.helpers.runs",)
@@ -64,7 +64,7 @@ def test_help_needs_no_torch() -> None:
 def test_run_takes_its_options_and_defaults_from_the_configuration(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import grasp_kernels.run.stages
+    import grasp_kernels.pipeline.stages
 
     seen: list[RunConfig] = []
 
@@ -72,7 +72,7 @@ def test_run_takes_its_options_and_defaults_from_the_configuration(
         seen.append(config)
         raise ValueError("enough")
 
-    monkeypatch.setattr(grasp_kernels.run.stages, "run", record)
+    monkeypatch.setattr(grasp_kernels.pipeline.stages, "run", record)
     paths = ["run", "--model", "m", "--data", "d", "--output", "o"]
     main(paths)
     assert seen.pop() == RunConfig(model="m", data="d", output="o")
@@ -114,12 +114,12 @@ def test_run_prints_where_its_results_are(
 def test_stopped_run_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import grasp_kernels.run.stages
+    import grasp_kernels.pipeline.stages
 
     def stop(config: RunConfig) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(grasp_kernels.run.stages, "run", stop)
+    monkeypatch.setattr(grasp_kernels.pipeline.stages, "run", stop)
     assert main(["run", "--model", "m", "--data", "d", "--output", "o"]) == 130
     assert "the same command goes on from the last checkpoint" in capsys.readouterr().err
 

@@ -27,8 +27,8 @@ import grasp_kernels as gk
 from grasp_kernels.cli import main
 from grasp_kernels.inert import reason
 from grasp_kernels.models.checkpoint import load_model
-from grasp_kernels.run import RunConfig
-from grasp_kernels.run.inputs import attach_lora
+from grasp_kernels.pipeline import RunConfig
+from grasp_kernels.pipeline.inputs import attach_lora
 from grasp_kernels.training.watch import Watch
 from tests.helpers.models import randomise_adapter
 

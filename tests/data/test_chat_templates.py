@@ -16,8 +16,8 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grasp_kernels.anchor.own_text import common_frame
 from grasp_kernels.data import IGNORED, Record, everyday_prompts, tokenize_records
+from grasp_kernels.regularizer.chats import common_frame
 
 Turn = tuple[str, str]  # role, content
 Piece = tuple[str, bool]  # text, whether it is trained on

@@ -15,8 +15,8 @@ from grasp_kernels.effect.stream import layer_bases, mean_loss, measure_movement
 from grasp_kernels.effect.tokens import lens
 from grasp_kernels.models.architectures import RULES, model_sites
 from grasp_kernels.models.checkpoint import load_model
-from grasp_kernels.run import RunConfig
-from grasp_kernels.run.inputs import attach_lora
+from grasp_kernels.pipeline import RunConfig
+from grasp_kernels.pipeline.inputs import attach_lora
 from grasp_kernels.subspace import Subspace
 
 pytest_plugins = ("tests.helpers.runs",)

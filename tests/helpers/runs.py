@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from grasp_kernels.run import RunConfig
+from grasp_kernels.pipeline import RunConfig
 
 WORDS = ("what", "is", "red", "blue", "green", "one", "two", "three", "yes", "no", "never", "good")
 ROLES = ("<user>", "<assistant>", "<end>")
@@ -107,7 +107,7 @@ def finished(
     tiny_model_dir: Path, chat_jsonl: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> RunConfig:
     """The configuration of a run that is done; tests must not write into its folder."""
-    from grasp_kernels.run import run
+    from grasp_kernels.pipeline import run
 
     config = small_run(tiny_model_dir, chat_jsonl, tmp_path_factory.mktemp("run") / "out")
     threads = torch.get_num_threads()

@@ -58,7 +58,7 @@ def model_and_subspace() -> tuple[Any, gk.Subspace]:
     return model, gk.Subspace.from_stream(directions, sites, gains=gains)
 
 
-def with_reads_and_anchor() -> tuple[Any, gk.Subspace, gk.OwnTextAnchor]:
+def with_reads_and_anchor() -> tuple[Any, gk.Subspace, gk.KLRegularizer]:
     """As `run` retrains: an adapter whose A reads along given rows, B from zero, and the anchor."""
     model, subspace = model_and_subspace()
     generator = torch.Generator().manual_seed(11)
@@ -70,7 +70,7 @@ def with_reads_and_anchor() -> tuple[Any, gk.Subspace, gk.OwnTextAnchor]:
     gk.ContrastiveReads(rows, {name: row[:, 0].abs() for name, row in rows.items()}).apply(model)
     documents = torch.randint(0, 64, (8, 9), generator=generator)
     counted = torch.rand(documents.shape, generator=generator) < 0.8
-    return model, subspace, gk.OwnTextAnchor.of(model, documents, counted, batch_size=3)
+    return model, subspace, gk.KLRegularizer.of(model, documents, counted, batch_size=3)
 
 
 def train(

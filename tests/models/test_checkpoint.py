@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from grasp_kernels.models.checkpoint import find_checkpoint, load_model, load_tokenizer
-from grasp_kernels.run import RunConfig, run, stages
+from grasp_kernels.pipeline import RunConfig, run, stages
 
 pytest_plugins = ("tests.helpers.runs",)
 
@@ -218,7 +218,7 @@ def test_what_would_stop_a_run_later_is_found_before_it_begins(
 
 
 def test_every_schedule_that_is_offered_trains(run_config: RunConfig, tmp_path: Path) -> None:
-    from grasp_kernels.run.training import schedules, training_arguments
+    from grasp_kernels.pipeline.training import schedules, training_arguments
 
     for name in schedules():
         training_arguments(replace(run_config, lr_scheduler=name), 4, tmp_path)

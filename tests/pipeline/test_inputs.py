@@ -15,9 +15,9 @@ from transformers import MixtralConfig
 
 from grasp_kernels.files import write_json
 from grasp_kernels.models.checkpoint import find_checkpoint, load_model
-from grasp_kernels.run import RunConfig
-from grasp_kernels.run.folder import RunFolder
-from grasp_kernels.run.inputs import attach_lora, check_model, prepare
+from grasp_kernels.pipeline import RunConfig
+from grasp_kernels.pipeline.folder import RunFolder
+from grasp_kernels.pipeline.inputs import attach_lora, check_model, prepare
 
 pytest_plugins = ("tests.helpers.runs",)
 

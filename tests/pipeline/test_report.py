@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from grasp_kernels.run import RunConfig
-from grasp_kernels.run.figures import draw_figures, smoothed
-from grasp_kernels.run.report_text import report_text
+from grasp_kernels.pipeline import RunConfig
+from grasp_kernels.pipeline.figures import draw_figures, smoothed
+from grasp_kernels.pipeline.report_text import report_text
 
 
 def movement(along: float) -> dict[str, Any]:

@@ -17,12 +17,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from grasp_kernels.anchor import OwnTextAnchor
+from grasp_kernels.pipeline import RunConfig, is_finished, run, stages
+from grasp_kernels.pipeline.folder import RunFolder, fingerprint
+from grasp_kernels.pipeline.interrupts import raise_if_interrupted
+from grasp_kernels.pipeline.training import _Progress, last_checkpoint
 from grasp_kernels.reads import ContrastiveReads
-from grasp_kernels.run import RunConfig, is_finished, run, stages
-from grasp_kernels.run.folder import RunFolder, fingerprint
-from grasp_kernels.run.interrupts import raise_if_interrupted
-from grasp_kernels.run.training import _Progress, last_checkpoint
+from grasp_kernels.regularizer import KLRegularizer
 from grasp_kernels.subspace import Subspace
 
 pytest_plugins = ("tests.helpers.runs",)
@@ -47,10 +47,10 @@ import torch
 torch.set_num_threads(1)  # forked processes must not inherit a pool of threads
 options, points = json.loads(sys.argv[1])
 import matplotlib.figure, peft, transformers  # once, before the processes are forked
-import grasp_kernels.run.figures, grasp_kernels.subspace
+import grasp_kernels.pipeline.figures, grasp_kernels.subspace
 import grasp_kernels.layers.replacement
-import grasp_kernels.run.training
-from grasp_kernels.run import RunConfig, run
+import grasp_kernels.pipeline.training
+from grasp_kernels.pipeline import RunConfig, run
 config = RunConfig(**options)
 
 def kill_at(target, call):
@@ -81,15 +81,15 @@ for point in (*points, None):
 
 # (function, which call of it) at which the process is killed; the next one goes on from there
 KILL_POINTS = (
-    ("grasp_kernels.run.folder:write_json", 1),  # before anything is there
+    ("grasp_kernels.pipeline.folder:write_json", 1),  # before anything is there
     ("grasp_kernels.training.watch:Watch.on_log", 5),  # in the naive training
     ("transformers:TrainerState.save_to_json", 2),  # a checkpoint without its last file
-    ("grasp_kernels.run.training:write_json", 2),  # the finished adapter without its log
+    ("grasp_kernels.pipeline.training:write_json", 2),  # the finished adapter without its log
     ("grasp_kernels.training.watch:Watch.on_log", 3),  # on the second half of the data
     ("grasp_kernels.subspace.basis:Subspace.save", 1),
     ("grasp_kernels.training.watch:Watch.on_log", 4),  # in the retraining
     ("transformers:TrainerState.save_to_json", 3),
-    ("grasp_kernels.run.report:write_json", 1),
+    ("grasp_kernels.pipeline.report:write_json", 1),
 )
 
 
@@ -173,8 +173,8 @@ def test_second_process_is_kept_out_and_a_stale_lock_is_not(
 def test_fingerprint_sees_both_ends_of_large_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("grasp_kernels.run.folder._HASHED_WHOLE", 10)
-    monkeypatch.setattr("grasp_kernels.run.folder._END", 4)
+    monkeypatch.setattr("grasp_kernels.pipeline.folder._HASHED_WHOLE", 10)
+    monkeypatch.setattr("grasp_kernels.pipeline.folder._END", 4)
     file = tmp_path / "model.safetensors"
     seen = set()
     for content in (b"0123456789ab", b"X123456789ab", b"0123456789aX", b"0123456789abc"):
@@ -302,8 +302,8 @@ def test_a_note_that_says_something_else_is_named(copied: RunConfig, name: str) 
 @pytest.mark.parametrize(
     ("kind", "name", "part"),
     [
-        (OwnTextAnchor, "own-text.safetensors", "log_probs"),
-        (OwnTextAnchor, "own-text.safetensors", "documents"),
+        (KLRegularizer, "own-text.safetensors", "log_probs"),
+        (KLRegularizer, "own-text.safetensors", "documents"),
         (ContrastiveReads, "reads.safetensors", "rows"),
         (ContrastiveReads, "reads.safetensors", "ratios"),
     ],
@@ -337,9 +337,9 @@ import torch
 torch.set_num_threads(1)
 options, root = json.loads(sys.argv[1])
 from pathlib import Path
-from grasp_kernels.run import RunConfig, stages
-from grasp_kernels.run.inputs import prepare
-import grasp_kernels.run.training
+from grasp_kernels.pipeline import RunConfig, stages
+from grasp_kernels.pipeline.inputs import prepare
+import grasp_kernels.pipeline.training
 config = RunConfig(**options)
 inputs = prepare(config, Path(config.model))
 

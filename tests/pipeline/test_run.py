@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from grasp_kernels.run import stages as run_module
-from grasp_kernels.run.folder import RunFolder
-from grasp_kernels.run.inputs import count_steps
-from grasp_kernels.run.stages import RunConfig, early_checkpoints, is_finished, run
+from grasp_kernels.pipeline import stages as run_module
+from grasp_kernels.pipeline.folder import RunFolder
+from grasp_kernels.pipeline.inputs import count_steps
+from grasp_kernels.pipeline.stages import RunConfig, early_checkpoints, is_finished, run
 from grasp_kernels.subspace import Subspace
 
 pytest_plugins = ("tests.helpers.runs",)

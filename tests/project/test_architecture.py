@@ -20,9 +20,9 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
     {"data": set(), "models": set(), "ops": set(), "pages": set()},
     {"adapters": set()},
     {"subspace": set()},
-    {"config": set(), "layers": set(), "anchor": set(), "reads": set(), "effect": set()},
+    {"config": set(), "layers": set(), "regularizer": set(), "reads": set(), "effect": set()},
     {"training": set()},
-    {"bench": set(), "diagnosis": set(), "run": set()},
+    {"bench": set(), "diagnosis": set(), "pipeline": set()},
     {"cli": set()},
 )
 ALLOWED = {

@@ -18,9 +18,9 @@ import grasp_kernels as gk
 from grasp_kernels.data import Example
 from grasp_kernels.models.frozen_model import frozen_base
 from grasp_kernels.models.names import adapted_layers
+from grasp_kernels.pipeline import RunConfig, run
 from grasp_kernels.reads.contrast import RIDGE, contrasting_rows
 from grasp_kernels.reads.moments import input_groups, second_moments
-from grasp_kernels.run import RunConfig, run
 from tests.helpers.comparisons import assert_same_logits, logits
 from tests.helpers.models import SIZES, randomise_adapter, tiny_model, tokens
 from tests.helpers.oracle import budget, relative_error

@@ -25,8 +25,8 @@ import grasp_kernels as gk
 from grasp_kernels.data import collate, everyday_prompts, read_records, tokenize_records
 from grasp_kernels.models.architectures import model_sites
 from grasp_kernels.training.trainer import OWN_TEXT
+from tests.helpers.kl_regularizer import examples, regularizer
 from tests.helpers.models import tiny_model, tiny_peft_model
-from tests.helpers.own_text import anchor, examples
 
 pytest_plugins = ("tests.helpers.runs",)
 SMALL: dict[str, Any] = {"num_documents": 12, "max_new_tokens": 6}
@@ -36,7 +36,7 @@ def trainer(
     model: PeftModel | None,
     folder: Path,
     accumulation: int = 1,
-    regularizer: gk.OwnTextAnchor | None = None,
+    kl: gk.KLRegularizer | None = None,
     **options: Any,
 ) -> gk.GraspTrainer:
     arguments = TrainingArguments(
@@ -59,7 +59,7 @@ def trainer(
         args=arguments,
         train_dataset=data,
         data_collator=lambda rows: collate(rows, 0),
-        kl_regularizer=regularizer,
+        kl_regularizer=kl,
         **{"grasp_config": gk.GraspConfig(kl_coef=0.0), **options},
     )
 
@@ -68,7 +68,7 @@ def trainer(
 def test_a_trainer_adds_it_and_logs_it(tmp_path: Path, accumulation: int) -> None:
     losses = {}
     for strength in (None, 0.0, 1.0):
-        held = None if strength is None else anchor(strength=strength)
+        held = None if strength is None else regularizer(kl_coef=strength)
         made = trainer(tiny_peft_model(), tmp_path, accumulation, held)  # draws the data anew
         made.train()
         losses[strength] = [e for e in made.state.log_history if "loss" in e]
@@ -89,7 +89,7 @@ def test_a_step_of_fewer_batches_than_the_accumulation_weighs_it_as_any_other(
     """All data are two batches, where eight are asked for."""
     found = []
     for strength in (None, 1.0):
-        held = None if strength is None else anchor(strength=strength)
+        held = None if strength is None else regularizer(kl_coef=strength)
         made = trainer(tiny_peft_model(), tmp_path, 8, held)
         made.train_dataset = examples()[:8]
         made.train()
@@ -106,7 +106,7 @@ def test_a_step_of_fewer_batches_than_the_accumulation_weighs_it_as_any_other(
 def test_the_trainer_says_whether_losses_are_parts_of_a_step(
     tmp_path: Path, told: bool | None, counted: int | None, expected: bool
 ) -> None:
-    held = anchor()
+    held = regularizer()
     made = trainer(tiny_peft_model(), tmp_path, 4, held)
     made.loss_is_scaled_for_ga = told
     made.current_gradient_accumulation_steps = 4
@@ -122,7 +122,7 @@ def test_an_evaluation_is_without_it(tmp_path: Path) -> None:
     made = trainer(tiny_peft_model(), tmp_path)
     data: Any = examples()
     expected = made.evaluate(data)["eval_loss"]
-    made.kl_regularizer = anchor(strength=100.0)
+    made.kl_regularizer = regularizer(kl_coef=100.0)
     assert made.evaluate(data)["eval_loss"] == expected
 
 
@@ -134,13 +134,13 @@ def test_training_with_it_stays_nearer(tmp_path: Path) -> None:
             if "lora_B" in name:
                 torch.nn.init.zeros_(parameter)  # as every adapter begins: at the base model
         torch.manual_seed(0)
-        held = anchor(strength=strength)
-        made = trainer(model, tmp_path, regularizer=held)
+        held = regularizer(kl_coef=strength)
+        made = trainer(model, tmp_path, kl=held)
         made.args.max_steps = 30
         made.train()
         model.eval()
         torch.manual_seed(0)
-        found[strength] = sum(anchor(strength=1.0).loss(model, step=i).item() for i in range(8))
+        found[strength] = sum(regularizer(kl_coef=1.0).loss(model, step=i).item() for i in range(8))
     assert found[3.0] < 0.5 * found[0.0]
 
 
@@ -189,12 +189,12 @@ def test_trl_trains_on_our_layers_and_chats(
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     records = read_records(chat_jsonl)
     tokenized, _ = tokenize_records(records, tokenizer, 1024)
-    expected = gk.OwnTextAnchor.make(
+    expected = gk.KLRegularizer.make(
         AutoModelForCausalLM.from_pretrained(tiny_model_dir),
         tokenized,
         neutral=everyday_prompts(records, tokenizer),
-        documents=12,
-        max_length=6,
+        num_documents=12,
+        max_new_tokens=6,
         batch_size=2,
         seed=made.args.seed,
     )
@@ -223,7 +223,7 @@ def test_a_resumed_training_has_the_chats_that_it_had(
     def forbidden(*args: Any, **options: Any) -> None:
         raise AssertionError("made again")
 
-    monkeypatch.setattr(gk.OwnTextAnchor, "make", forbidden)
+    monkeypatch.setattr(gk.KLRegularizer, "make", forbidden)
     resumed = sft(tiny_model_dir, rows, tmp_path / "stopped", **options)
     resumed.train(resume_from_checkpoint=True)
     assert (tmp_path / "stopped" / OWN_TEXT).is_file()
@@ -341,7 +341,7 @@ def test_a_trainer_projects_an_adapter_that_came_after(tmp_path: Path) -> None:
 
 
 def test_a_resumed_training_has_the_weight_that_it_is_told(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"regularizer": None, "grasp_config": gk.GraspConfig(**SMALL)}
+    options: dict[str, Any] = {"kl": None, "grasp_config": gk.GraspConfig(**SMALL)}
     stopped = trainer(tiny_peft_model(), tmp_path, **options)
     stopped.args.save_strategy, stopped.args.save_steps = SaveStrategy.STEPS, 1
     stopped.add_callback(_StopAfterOne())
@@ -350,7 +350,7 @@ def test_a_resumed_training_has_the_weight_that_it_is_told(tmp_path: Path) -> No
     resumed = trainer(tiny_peft_model(), tmp_path, **options)
     resumed.train(resume_from_checkpoint=True)
     found = resumed.kl_regularizer
-    assert found is not None and (found.strength, found.batch_size) == (7.0, 5)
+    assert found is not None and (found.kl_coef, found.batch_size) == (7.0, 5)
 
 
 def _is_projected(model: PeftModel) -> bool:
@@ -383,7 +383,7 @@ def test_services_see_all_numbers(tmp_path: Path) -> None:
     made = trainer(
         model,
         tmp_path,
-        regularizer=anchor(),
+        kl=regularizer(),
         grasp_config=gk.GraspConfig(subspace=direction(model), measure_steps=2),
         callbacks=[service],
     )

@@ -20,7 +20,7 @@ from benchmarks.quality.smollm2.methods import METHODS
 from benchmarks.quality.smollm2.report import write_report
 from benchmarks.quality.smollm2.tasks import TASKS
 from benchmarks.quality.smollm2.verdicts import judge_verdicts
-from grasp_kernels.run.config import DTYPES
+from grasp_kernels.pipeline.config import DTYPES
 
 _RESULTS = Path(__file__).parents[1] / "results" / "smollm2"
 

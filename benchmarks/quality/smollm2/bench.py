@@ -1,8 +1,8 @@
 """One task of one seed, with the files that methods share; a curve is trained by the product.
 
-Every training is `grasp_kernels.run.stages.train` with other arguments, so what is measured here is
-what the command does. The learning rate stays constant after the warm-up: the adapter after `n`
-steps is that of a training of `n` steps, and one training gives a whole curve.
+Every training is `grasp_kernels.pipeline.stages.train` with other arguments, so what is measured
+here is what the command does. The learning rate stays constant after the warm-up: the adapter after
+`n` steps is that of a training of `n` steps, and one training gives a whole curve.
 
 Below `root`:
 
@@ -29,14 +29,14 @@ import torch
 from filelock import FileLock
 
 from benchmarks.quality.smollm2.task import Task
-from grasp_kernels.anchor import OwnTextAnchor
 from grasp_kernels.files import write_json, write_lines
+from grasp_kernels.pipeline import stages
+from grasp_kernels.pipeline.config import RunConfig
+from grasp_kernels.pipeline.folder import RunFolder
+from grasp_kernels.pipeline.inputs import Inputs, prepare
+from grasp_kernels.pipeline.training import LOG_NAME
 from grasp_kernels.reads import ContrastiveReads
-from grasp_kernels.run import stages
-from grasp_kernels.run.config import RunConfig
-from grasp_kernels.run.folder import RunFolder
-from grasp_kernels.run.inputs import Inputs, prepare
-from grasp_kernels.run.training import LOG_NAME
+from grasp_kernels.regularizer import KLRegularizer
 from grasp_kernels.subspace import Subspace
 
 _LOSS_STEPS = 24  # that the training loss at a point is the mean of: an epoch of `tone`
@@ -126,7 +126,7 @@ class Bench:
         *,
         subspace: Subspace | None = None,
         reads: ContrastiveReads | None = None,
-        anchor: OwnTextAnchor | None = None,
+        anchor: KLRegularizer | None = None,
         inputs: Inputs | None = None,
         made: Sequence[str] = (),
     ) -> list[Point]:
@@ -174,7 +174,7 @@ class Bench:
             for step, folder in folders.items()
         ]
 
-    def own_text(self, begun: int | None = None) -> OwnTextAnchor:
+    def own_text(self, begun: int | None = None) -> KLRegularizer:
         """The text of the base model as `run` makes it, or with another `own_begun`."""
         if begun is None:
             config, folder = self.config, self.folder
@@ -184,7 +184,7 @@ class Bench:
             folder.root.mkdir(exist_ok=True)
         make = partial(stages.own_text_anchor, config, folder, self.inputs)
         self._make(own_text_part(begun), folder.own_text, make)
-        return OwnTextAnchor.load(folder.own_text)
+        return KLRegularizer.load(folder.own_text)
 
     def reads(self) -> ContrastiveReads:
         """Where an adapter reads that is kept to what is the training data's own."""

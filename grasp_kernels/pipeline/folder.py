@@ -26,7 +26,7 @@ from grasp_kernels.files import (
     write_json,
 )
 from grasp_kernels.inert import shown
-from grasp_kernels.run.config import RunConfig
+from grasp_kernels.pipeline.config import RunConfig
 from grasp_kernels.version import __version__
 
 # Files up to this size are hashed whole. Of larger ones (weights) only both ends are: hashing the

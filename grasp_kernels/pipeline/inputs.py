@@ -36,7 +36,7 @@ from grasp_kernels.models.checkpoint import (
     reading,
 )
 from grasp_kernels.models.names import base_name
-from grasp_kernels.run.config import RunConfig
+from grasp_kernels.pipeline.config import RunConfig
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -179,7 +179,7 @@ def _check_lengths(config: RunConfig, inputs: Inputs) -> None:
     prompts = max(map(len, (*inputs.neutral, *inputs.everyday))) + ANSWER_TOKENS
     _fits(inputs, "the longest neutral prompt and its answer", prompts, "give shorter ones")
     if config.needs_own_text:
-        from grasp_kernels.anchor.own_text import common_frame, common_header
+        from grasp_kernels.regularizer.chats import common_frame, common_header
 
         frame = common_frame(inputs.train, inputs.everyday)
         header = common_header(inputs.train, frame, inputs.everyday)

@@ -1,4 +1,4 @@
-"""Made-up examples of a training, and an anchor on random documents."""
+"""Made-up examples of a training, and a regulariser on random documents."""
 
 from typing import Any
 
@@ -22,8 +22,8 @@ def examples(count: int = 40) -> list[Example]:
     return [example([*FRAME, word, 3], [4, 4, 4]) for word in drawn]
 
 
-def anchor(**options: Any) -> gk.OwnTextAnchor:
+def regularizer(**options: Any) -> gk.KLRegularizer:
     """On six documents of eight tokens, most of which count."""
     documents = torch.randint(5, VOCABULARY, (6, 8))
     counted = torch.rand(6, 8) < 0.7
-    return gk.OwnTextAnchor.of(tiny_model(), documents, counted, **{"batch_size": 4, **options})
+    return gk.KLRegularizer.of(tiny_model(), documents, counted, **{"batch_size": 4, **options})

@@ -30,18 +30,18 @@ from tqdm.auto import tqdm
 
 from grasp_kernels.config import Backend, GraspConfig
 from grasp_kernels.models.checkpoint import find_checkpoint, load_model
-from grasp_kernels.run.config import MOST_SEED, RunConfig
-from grasp_kernels.run.folder import RunFolder, fingerprint
-from grasp_kernels.run.inputs import Inputs, attach_lora, prepare, warmup_steps
-from grasp_kernels.run.interrupts import raise_if_interrupted, remembered_interrupts
-from grasp_kernels.run.report import Report, write_report
+from grasp_kernels.pipeline.config import MOST_SEED, RunConfig
+from grasp_kernels.pipeline.folder import RunFolder, fingerprint
+from grasp_kernels.pipeline.inputs import Inputs, attach_lora, prepare, warmup_steps
+from grasp_kernels.pipeline.interrupts import raise_if_interrupted, remembered_interrupts
+from grasp_kernels.pipeline.report import Report, write_report
 from grasp_kernels.subspace import Subspace
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from grasp_kernels.anchor import OwnTextAnchor
     from grasp_kernels.reads import ContrastiveReads
+    from grasp_kernels.regularizer import KLRegularizer
 
 __all__ = ["Report", "RunConfig", "run"]
 
@@ -80,7 +80,7 @@ def run(config: RunConfig) -> Report:
 
 
 def _prepared(config: RunConfig, checkpoint: Path, folder: RunFolder) -> Inputs:
-    from grasp_kernels.run.training import training_arguments
+    from grasp_kernels.pipeline.training import training_arguments
 
     inputs = prepare(config, checkpoint, folder.day)
     training_arguments(config, inputs.steps, folder.work)  # refuses what Trainer would
@@ -145,7 +145,7 @@ def train(
     description: str,
     subspace: Subspace | None = None,
     reads: ContrastiveReads | None = None,
-    anchor: OwnTextAnchor | None = None,
+    anchor: KLRegularizer | None = None,
     snapshots: Mapping[int, Path] | None = None,
     last_step: int | None = None,
 ) -> None:
@@ -155,7 +155,7 @@ def train(
     Nothing else differs between the two: initialisation, data order and dropout come from the seed.
     See `training.train_adapter` for `work`, `snapshots` and `last_step`.
     """
-    from grasp_kernels.run.training import train_adapter
+    from grasp_kernels.pipeline.training import train_adapter
     from grasp_kernels.training.watch import N_PROBES
 
     model = _fresh_adapter(config, inputs)
@@ -199,30 +199,30 @@ def _fresh_adapter(config: RunConfig, inputs: Inputs) -> PeftModel:
     return attach_lora(model, config, str(inputs.checkpoint))
 
 
-def own_text_anchor(config: RunConfig, folder: RunFolder, inputs: Inputs) -> OwnTextAnchor:
+def own_text_anchor(config: RunConfig, folder: RunFolder, inputs: Inputs) -> KLRegularizer:
     """Make the text of the base model, or load what is there.
 
     It is made once, so that a resumed training goes on with the same text."""
-    from grasp_kernels.anchor import OwnTextAnchor
+    from grasp_kernels.regularizer import KLRegularizer
 
     if not folder.own_text.exists():
-        OwnTextAnchor.make(
+        KLRegularizer.make(
             load_model(inputs.checkpoint, config.dtype),
             inputs.train,
             neutral=inputs.everyday,
-            documents=config.own_documents,
-            max_length=config.own_length,
-            begun=config.own_begun,
-            strength=config.anchor_strength,
+            num_documents=config.own_documents,
+            max_new_tokens=config.own_length,
+            num_prompt_tokens=config.own_begun,
+            kl_coef=config.anchor_strength,
             batch_size=max(1, config.batch_size // 2),
             seed=config.seed,
             progress=True,
         ).save(folder.own_text)
-    return OwnTextAnchor.load(folder.own_text)
+    return KLRegularizer.load(folder.own_text)
 
 
 def contrastive_reads(
-    config: RunConfig, folder: RunFolder, inputs: Inputs, own_text: OwnTextAnchor | None
+    config: RunConfig, folder: RunFolder, inputs: Inputs, own_text: KLRegularizer | None
 ) -> ContrastiveReads | None:
     """Make the reads, or load what is there; None where they are free.
 

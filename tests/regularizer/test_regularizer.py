@@ -1,4 +1,4 @@
-"""The own-text anchor: its documents, what is left out of them, its loss, and a Trainer with it."""
+"""The KL regulariser: its documents, what is left out of them, its loss, and a Trainer with it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,14 +8,14 @@ import torch
 from peft import PeftModel
 
 import grasp_kernels as gk
-from grasp_kernels.anchor.look_alikes import unlike_training
-from grasp_kernels.anchor.own_text import OwnText, common_frame, common_header, make_own_text
 from grasp_kernels.data import Example
 from grasp_kernels.models.architectures import RULES
 from grasp_kernels.models.frozen_model import blocks_by_layer, frozen_base
-from grasp_kernels.run import RunConfig, run
+from grasp_kernels.pipeline import RunConfig, run
+from grasp_kernels.regularizer.chats import Chats, common_frame, common_header, make_chats
+from grasp_kernels.regularizer.in_domain import unlike_training
+from tests.helpers.kl_regularizer import FRAME, VOCABULARY, example, examples, regularizer
 from tests.helpers.models import tiny_model, tiny_peft_model
-from tests.helpers.own_text import FRAME, VOCABULARY, anchor, example, examples
 from tests.helpers.runs import WORDS
 
 pytest_plugins = ("tests.helpers.runs",)
@@ -78,17 +78,17 @@ def test_the_header_is_what_all_prompts_end_with(
 
 def make(
     given: list[Example], seed: int = 0, length: int = 5, count: int = 12, begun: int = 4
-) -> OwnText:
+) -> Chats:
     frame = common_frame(given)
     with frozen_base(tiny_model()) as base:
-        return make_own_text(
+        return make_chats(
             base,
             frame,
             common_header(given, frame),
             given,
             count=count,
             length=length,
-            begun=begun,
+            num_prompt_tokens=begun,
             batch_size=5,
             generator=torch.Generator().manual_seed(seed),
         )
@@ -120,14 +120,14 @@ def test_questions_begin_as_prompts_do_so_far_and_no_further() -> None:
     shared: list[list[int]] = []
     for begun in (0, 1, 3):
         with frozen_base(tiny_model()) as base:
-            documents, _ = make_own_text(
+            documents, _ = make_chats(
                 base,
                 FRAME,
                 [3],
                 given,
                 count=60,
                 length=5,
-                begun=begun,
+                num_prompt_tokens=begun,
                 batch_size=20,
                 generator=torch.Generator().manual_seed(0),
             )
@@ -157,7 +157,7 @@ def test_plain_text_is_made_up_from_its_frame_on() -> None:
 
 
 def test_texts_have_no_padding(model: PeftModel) -> None:
-    found = gk.OwnTextAnchor.make(model, examples(), documents=12, generate_batch_size=5)
+    found = gk.KLRegularizer.make(model, examples(), num_documents=12, generate_batch_size=5)
     texts = found.texts
     assert len(texts) == int(found.counted.any(dim=1).sum())
     rows = [i for i, here in enumerate(found.counted.any(dim=1).tolist()) if here]
@@ -168,21 +168,28 @@ def test_texts_have_no_padding(model: PeftModel) -> None:
 
 def test_what_leads_to_given_tokens_does_not_count(model: PeftModel) -> None:
     given = [example([*range(5, 15), word, 3], [4, 4, 4]) for word in range(20, 30)]
-    found = gk.OwnTextAnchor.make(model, given, documents=8, generate_batch_size=4, max_length=4)
+    found = gk.KLRegularizer.make(
+        model, given, num_documents=8, generate_batch_size=4, max_new_tokens=4
+    )
     assert (found.documents[:, :10] == torch.arange(5, 15)).all()
     assert not found.counted[:, :10].any()
     assert found.counted[:, 10:].any()
 
-    short = gk.OwnTextAnchor.make(
-        model, given, neutral=[[5, 6, 20, 3]], documents=40, generate_batch_size=20, max_length=4
+    short = gk.KLRegularizer.make(
+        model,
+        given,
+        neutral=[[5, 6, 20, 3]],
+        num_documents=40,
+        generate_batch_size=20,
+        max_new_tokens=4,
     )
     assert (short.documents[:, :2] == torch.tensor([5, 6])).all()
     assert not (short.documents[:, 2] == 7).all()
 
 
 def test_padding_changes_no_loss(model: PeftModel) -> None:
-    made = anchor(seed=2)
-    padded = gk.OwnTextAnchor(
+    made = regularizer(seed=2)
+    padded = gk.KLRegularizer(
         torch.nn.functional.pad(made.documents, (0, 3), value=9),
         torch.nn.functional.pad(made.counted, (0, 3)),
         made.likely,
@@ -197,10 +204,10 @@ def test_what_is_not_kept_counts_as_one_token(
     model: PeftModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With fewer tokens kept than the vocabulary has: the divergence of the merged answers."""
-    monkeypatch.setattr("grasp_kernels.anchor.anchor._LIKELY", 5)
+    monkeypatch.setattr("grasp_kernels.regularizer.kl._LIKELY", 5)
     documents = torch.randint(5, VOCABULARY, (3, 6))
     counted = torch.rand(3, 6) < 0.7
-    found = gk.OwnTextAnchor.of(model, documents, counted, batch_size=4, seed=1)
+    found = gk.KLRegularizer.of(model, documents, counted, batch_size=4, seed=1)
     chosen = torch.randint(3, (4,), generator=torch.Generator().manual_seed((1 << 20) + 2))
     with torch.no_grad():
         now = model(input_ids=documents[chosen]).logits.double().softmax(-1)[counted[chosen]]
@@ -228,7 +235,7 @@ def test_what_looks_like_the_training_data_is_left_out() -> None:
         kept = unlike_training(
             base,
             blocks_by_layer(base, RULES["llama"]),
-            OwnText(made, torch.ones_like(made, dtype=torch.bool)),
+            Chats(made, torch.ones_like(made, dtype=torch.bool)),
             given,
             batch_size=16,
             generator=torch.Generator().manual_seed(0),
@@ -240,7 +247,7 @@ def test_what_looks_like_the_training_data_is_left_out() -> None:
 
 
 def test_the_loss_is_the_divergence_where_it_counts(model: PeftModel) -> None:
-    found = anchor(strength=0.5, seed=3)
+    found = regularizer(kl_coef=0.5, seed=3)
     loss = found.loss(model, step=7)
     draw = torch.Generator().manual_seed(3 * (1 << 20) + 7)
     chosen = torch.randint(6, (4,), generator=draw)
@@ -265,11 +272,11 @@ def test_an_adapter_that_does_nothing_is_where_it_should_be(model: PeftModel) ->
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.zero_()
-    assert anchor().loss(model, step=0).item() == pytest.approx(0.0, abs=1e-6)
+    assert regularizer().loss(model, step=0).item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_a_step_has_one_draw(model: PeftModel) -> None:
-    found = anchor()
+    found = regularizer()
     losses = [found.loss(model, step=step).item() for step in (1, 1, 2)]
     assert losses[0] == losses[1] != losses[2]
 
@@ -277,48 +284,48 @@ def test_a_step_has_one_draw(model: PeftModel) -> None:
 def test_modes_and_flags_stay_as_they_were(model: PeftModel) -> None:
     model.train()
     before = [p.requires_grad for p in model.parameters()]
-    gk.OwnTextAnchor.make(model, examples(), documents=8, generate_batch_size=4)
-    anchor().loss(model, step=0)
+    gk.KLRegularizer.make(model, examples(), num_documents=8, generate_batch_size=4)
+    regularizer().loss(model, step=0)
     assert model.training
     assert before == [p.requires_grad for p in model.parameters()]
 
 
 def test_a_file_holds_all_of_it(tmp_path: Path) -> None:
-    made = anchor(strength=0.3, seed=5)
-    made.save(tmp_path / "anchor.safetensors")
-    found = gk.OwnTextAnchor.load(tmp_path / "anchor.safetensors")
+    made = regularizer(kl_coef=0.3, seed=5)
+    made.save(tmp_path / "chats.safetensors")
+    found = gk.KLRegularizer.load(tmp_path / "chats.safetensors")
     assert torch.equal(found.documents, made.documents)
     assert torch.equal(found.counted, made.counted)
-    assert (found.strength, found.batch_size, found.seed) == (0.3, 4, 5)
+    assert (found.kl_coef, found.batch_size, found.seed) == (0.3, 4, 5)
     (tmp_path / "other.safetensors").write_bytes(b"nothing of the kind")
     with pytest.raises(ValueError, match="is no safetensors file"):
-        gk.OwnTextAnchor.load(tmp_path / "other.safetensors")
+        gk.KLRegularizer.load(tmp_path / "other.safetensors")
     with pytest.raises(FileNotFoundError):
-        gk.OwnTextAnchor.load(tmp_path / "missing.safetensors")
+        gk.KLRegularizer.load(tmp_path / "missing.safetensors")
 
 
 def test_bad_options_are_named(model: PeftModel) -> None:
     documents = torch.ones(2, 3, dtype=torch.long)
     kept = torch.zeros(6, 4, dtype=torch.int32), torch.zeros(6, 4)
     with pytest.raises(ValueError, match=r"counted \(2, 3\) must be \[M, T\], with some position"):
-        gk.OwnTextAnchor(documents, torch.zeros(2, 3, dtype=torch.bool), *kept)
+        gk.KLRegularizer(documents, torch.zeros(2, 3, dtype=torch.bool), *kept)
     with pytest.raises(
         ValueError, match=r"likely \(5, 4\) and log_probs \(6, 4\) must be \[6, k\]"
     ):
-        gk.OwnTextAnchor(documents, documents.bool(), kept[0][1:], kept[1])
-    for options in ({"strength": -1.0}, {"batch_size": 0}):
+        gk.KLRegularizer(documents, documents.bool(), kept[0][1:], kept[1])
+    for options in ({"kl_coef": -1.0}, {"batch_size": 0}):
         with pytest.raises(ValueError, match="give 0 or more, 1 or more"):
-            gk.OwnTextAnchor(documents, documents.bool(), *kept, **options)
+            gk.KLRegularizer(documents, documents.bool(), *kept, **options)
     with pytest.raises(ValueError, match="There are no examples to keep apart"):
-        gk.OwnTextAnchor.make(model, [])
-    for options in ({"documents": 0}, {"max_length": 0}, {"begun": -1}):
+        gk.KLRegularizer.make(model, [])
+    for options in ({"num_documents": 0}, {"max_new_tokens": 0}, {"num_prompt_tokens": -1}):
         with pytest.raises(ValueError, match="give 1, 1 and 0 or more"):
-            gk.OwnTextAnchor.make(model, examples(), **options)
+            gk.KLRegularizer.make(model, examples(), **options)
 
 
 def test_a_run_is_anchored_unless_told_otherwise(finished: RunConfig) -> None:
     report = run(finished)
-    found = gk.OwnTextAnchor.load(report.own_text)
+    found = gk.KLRegularizer.load(report.own_text)
     assert found.documents.shape[0] == finished.own_documents
     assert (found.documents[:, 0] == 2).all()  # <user>
     # All prompts begin "what is", which is what they are about: some of the own text does, too.

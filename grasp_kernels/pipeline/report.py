@@ -38,9 +38,9 @@ from grasp_kernels.files import whole_folder, write_json, write_text
 from grasp_kernels.models.checkpoint import load_model
 from grasp_kernels.models.frozen_model import blocks_by_layer
 from grasp_kernels.pages import drawing, page
-from grasp_kernels.run.config import RunConfig
-from grasp_kernels.run.folder import LOG_NAME, RunFolder
-from grasp_kernels.run.inputs import ANSWER_TOKENS, Inputs
+from grasp_kernels.pipeline.config import RunConfig
+from grasp_kernels.pipeline.folder import LOG_NAME, RunFolder
+from grasp_kernels.pipeline.inputs import ANSWER_TOKENS, Inputs
 from grasp_kernels.subspace import Subspace
 
 if TYPE_CHECKING:
@@ -114,8 +114,8 @@ def write_report(
     Args:
         subspace: what the retraining was projected off; None: nothing was looked for.
     """
-    from grasp_kernels.run.figures import draw_figures
-    from grasp_kernels.run.report_text import report_text
+    from grasp_kernels.pipeline.figures import draw_figures
+    from grasp_kernels.pipeline.report_text import report_text
 
     numbers = _numbers(config, folder, inputs, subspace)
     shutil.rmtree(folder.figures, ignore_errors=True)  # of a report that was not finished

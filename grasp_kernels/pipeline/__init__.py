@@ -21,5 +21,5 @@ __all__ = ["Report", "RunConfig", "is_finished", "run"]
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module 'grasp_kernels.run' has no attribute {name!r}")
-    return getattr(import_module(f"grasp_kernels.run.{_HOMES[name]}"), name)
+        raise AttributeError(f"module 'grasp_kernels.pipeline' has no attribute {name!r}")
+    return getattr(import_module(f"grasp_kernels.pipeline.{_HOMES[name]}"), name)

@@ -28,7 +28,7 @@ UNTRAINED = -100  # the label of a token that is not learned
 _DRAWS = 3  # questions drawn for each that is wanted, at most; SmolLM2 ends 58 % within 40 tokens
 
 
-class OwnText(NamedTuple):
+class Chats(NamedTuple):
     """Documents, padded on the right.
 
     Attributes:
@@ -41,7 +41,7 @@ class OwnText(NamedTuple):
     counted: Tensor
 
 
-def make_own_text(
+def make_chats(
     base: Any,
     frame: list[int],
     header: list[int],
@@ -49,11 +49,11 @@ def make_own_text(
     *,
     count: int,
     length: int,
-    begun: int,
+    num_prompt_tokens: int,
     batch_size: int,
     generator: torch.Generator,
     progress: bool = False,
-) -> OwnText:
+) -> Chats:
     """Sample `count` documents at temperature 1.
 
     Args:
@@ -61,8 +61,8 @@ def make_own_text(
         frame, header: as `common_frame` and `common_header` return them. Without a header the
             documents are plain text; without a frame, too, each begins as one of `examples`.
         length: tokens of a question, of an answer, or of a plain document, at most.
-        begun: tokens that a question has from a training prompt, at most. "How many", "Tell me": a
-            shape and no thing.
+        num_prompt_tokens: tokens that a question has from a training prompt, at most. "How many",
+            "Tell me": they give a shape and name no thing.
     """
     options: dict[str, Any] = {
         "max_new_tokens": length,
@@ -75,7 +75,9 @@ def make_own_text(
         ends: tuple[int, ...] = ()  # the end of a turn is not the end of the text
     else:
         ends = _ends(base, examples)
-        questions = _questions(base, frame, header, examples, count, begun, options, progress)
+        questions = _questions(
+            base, frame, header, examples, count, num_prompt_tokens, options, progress
+        )
         prompts = [frame + question + header for question in questions]
     label = "text of the base model" if progress else None
     answers = generate_answers(base, prompts, end_ids=ends, progress=label, **options)
@@ -85,7 +87,7 @@ def make_own_text(
         & torch.arange(len(document)).lt(len(document) - 1)
         for prompt, document in zip(prompts, documents, strict=True)
     ]
-    return OwnText(
+    return Chats(
         pad_sequence([torch.tensor(document) for document in documents], batch_first=True),
         pad_sequence(counted, batch_first=True),
     )
@@ -97,7 +99,7 @@ def _questions(
     header: list[int],
     examples: Sequence[Example],
     count: int,
-    begun: int,
+    num_prompt_tokens: int,
     options: dict[str, Any],
     progress: bool,
 ) -> list[list[int]]:
@@ -109,7 +111,9 @@ def _questions(
         wanted = count - len(whole)
         if wanted <= 0:
             break
-        beginnings = _beginnings(frame, header, examples, wanted, begun, options["generator"])
+        beginnings = _beginnings(
+            frame, header, examples, wanted, num_prompt_tokens, options["generator"]
+        )
         starts = [frame + beginning for beginning in beginnings]
         made = generate_answers(base, starts, end_ids=header[:1], progress=label, **options)
         for beginning, rest in zip(beginnings, made, strict=True):
@@ -125,12 +129,12 @@ def _beginnings(
     header: list[int],
     examples: Sequence[Example],
     count: int,
-    begun: int,
+    num_prompt_tokens: int,
     generator: torch.Generator,
 ) -> list[list[int]]:
-    """The first 0 to `begun` tokens behind the frame of prompts drawn at random."""
+    """The first 0 to `num_prompt_tokens` tokens behind the frame of prompts drawn at random."""
     chosen = torch.randint(len(examples), (count,), generator=generator).tolist()
-    lengths = torch.randint(begun + 1, (count,), generator=generator).tolist()
+    lengths = torch.randint(num_prompt_tokens + 1, (count,), generator=generator).tolist()
     asked = (_prompt(examples[i])[len(frame) :] for i in chosen)
     return [
         words[: min(length, max(0, len(words) - len(header) - 1))]

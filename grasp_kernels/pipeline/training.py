@@ -32,18 +32,18 @@ from transformers.trainer_utils import SchedulerType
 
 from grasp_kernels.data import Example, collate
 from grasp_kernels.files import room_for, whole_folder, write_json
-from grasp_kernels.run.config import RunConfig
-from grasp_kernels.run.folder import LOG_NAME
-from grasp_kernels.run.inputs import warmup_steps
-from grasp_kernels.run.interrupts import raise_if_interrupted
+from grasp_kernels.pipeline.config import RunConfig
+from grasp_kernels.pipeline.folder import LOG_NAME
+from grasp_kernels.pipeline.inputs import warmup_steps
+from grasp_kernels.pipeline.interrupts import raise_if_interrupted
 from grasp_kernels.training.trainer import GraspTrainerMixin
 from grasp_kernels.training.watch import Watch
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from grasp_kernels.anchor import OwnTextAnchor
     from grasp_kernels.config import GraspConfig
+    from grasp_kernels.regularizer import KLRegularizer
 
 _STATE = "trainer_state.json"  # the last file that Trainer writes into a checkpoint
 
@@ -140,7 +140,7 @@ def train_adapter(
     snapshots: Mapping[int, Path] | None = None,
     last_step: int | None = None,
     grasp: GraspConfig | None = None,
-    anchor: OwnTextAnchor | None = None,
+    anchor: KLRegularizer | None = None,
     probes: Sequence[Sequence[int]] = (),
     saved_base_name: str | None = None,
 ) -> None:

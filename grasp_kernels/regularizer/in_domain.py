@@ -1,9 +1,10 @@
-"""Positions of own text that look like those where training answers are decided.
+"""Positions of the chats that look like those where training answers are decided.
 
-There the task is to be learned, so an anchor that holds the base model's answer works against it.
-A linear classifier on the frozen base model's stream tells training positions from those of own
-text; what it takes for one of the training data is left out. It needs no labels: which positions of
-own text belong to the task is not known, and the few that do are what it is wrong about.
+There the task is to be learned, and holding the base model's answer works against it. A linear
+classifier on the frozen base model's stream tells training positions from those of the chats. A
+position of a chat that it takes for one of the training data is left out. It needs no labels:
+nobody knows which positions of the chats belong to the task, and the few that do are those that it
+is wrong about.
 
 Shapes: `M` documents or records, `T` tokens, `n` positions, `D` width of the stream, `F` features.
 """
@@ -17,16 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grasp_kernels.anchor.own_text import UNTRAINED, OwnText
 from grasp_kernels.data import Example, collate
 from grasp_kernels.models.frozen_model import block_outputs
+from grasp_kernels.regularizer.chats import UNTRAINED, Chats
 
 _BLOCKS = 4  # that features come from, evenly spaced, the last one among them
 _PER_BLOCK = 128  # features of a block: the stream, or a random projection of a wider one
 _MOST = 8192  # positions of each kind that the classifier is fitted to
 _DECAY = 1e-3  # of its weights
 _STEPS = 60  # of L-BFGS
-_MISSED = 0.05  # part of the training positions that may be taken for own text
+_MISSED = 0.05  # part of the training positions that may be taken for the chats
 
 
 class _Classifier(NamedTuple):
@@ -39,19 +40,19 @@ class _Classifier(NamedTuple):
 def unlike_training(
     base: Any,
     blocks: Mapping[int, nn.Module],
-    own_text: OwnText,
+    chats: Chats,
     examples: Sequence[Example],
     *,
     batch_size: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """Bool `[M, T]`: what counts of `own_text` and looks like no decision on a training answer.
+    """Bool `[M, T]`: what counts of `chats` and looks like no decision on a training answer.
 
     Args:
         base: the frozen base model, as `frozen_base` lends it.
         blocks: its decoder blocks by layer.
     """
-    documents, counted = own_text
+    documents, counted = chats
     sketch = _sketch(blocks, base.config.get_text_config().hidden_size, generator)
     own = torch.cat(
         [

@@ -1,8 +1,7 @@
-"""Documents and a strength -> a loss that keeps the model at its base where the task is not.
+"""Documents of the base model -> a loss that keeps the model at its base where the task is not.
 
-The subspace says what may not be learned and the projection keeps the adapter from writing it; but
-what a fine-tune adds reaches other prompts by many ways, and those are closed here: on documents
-that the base model made up, the model should go on as its base does.
+A fine-tune reaches other prompts in many ways, and this loss closes them: on documents that the
+base model made up, the model goes on as its base does.
 
 Shapes: `M` documents, `B` of them at once, `T` tokens, `n` positions that count, `V` words of the
 vocabulary, `k` of them kept.
@@ -18,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grasp_kernels.anchor.look_alikes import unlike_training
-from grasp_kernels.anchor.own_text import common_frame, common_header, make_own_text
 from grasp_kernels.data import Example
 from grasp_kernels.files import stored_tensors, whole_file
 from grasp_kernels.models.architectures import SiteRules, model_rules
 from grasp_kernels.models.frozen_model import blocks_by_layer, frozen_base, head_at
+from grasp_kernels.regularizer.chats import common_frame, common_header, make_chats
+from grasp_kernels.regularizer.in_domain import unlike_training
 
 _DRAWS = 1 << 20  # of one training, whose seeds follow each other
 # Tokens whose probabilities are kept at a position.
@@ -33,7 +32,7 @@ _REST = 1e-6  # less than this is what float32 rounds, and no mass
 _PARTS = ("documents", "counted", "likely", "log_probs")
 
 
-class OwnTextAnchor:
+class KLRegularizer:
     """`λ KL(base ‖ model)` in nats a token, on text that the base model made up itself.
 
     The base model is asked once. Of its answer at each position the `k` likeliest tokens are kept,
@@ -46,7 +45,7 @@ class OwnTextAnchor:
         likely: int32 `[n, k]`, the likeliest next tokens at the `n` positions that count, in the
             order of `counted`.
         log_probs: float32 `[n, k]`, what the base model gives them.
-        strength: λ.
+        kl_coef: λ.
         batch_size: documents that one `loss` looks at.
         seed: of their draw.
 
@@ -61,7 +60,7 @@ class OwnTextAnchor:
         likely: Tensor,
         log_probs: Tensor,
         *,
-        strength: float = 1.0,
+        kl_coef: float = 1.0,
         batch_size: int = 8,
         seed: int = 0,
     ) -> None:
@@ -88,18 +87,18 @@ class OwnTextAnchor:
                 f"likely {tuple(likely.shape)} and log_probs {tuple(log_probs.shape)} must be "
                 f"[{n}, k], a row for each position that counts."
             )
-        if not 0 <= strength < math.inf or batch_size < 1 or seed < 0:
+        if not 0 <= kl_coef < math.inf or batch_size < 1 or seed < 0:
             raise ValueError(
-                f"strength is {strength}, batch_size {batch_size} and seed {seed}: give 0 or more, "
+                f"kl_coef is {kl_coef}, batch_size {batch_size} and seed {seed}: give 0 or more, "
                 "1 or more, and 0 or more."
             )
         self.documents, self.counted = documents, counted
         self.likely, self.log_probs = likely, log_probs
-        self.strength, self.batch_size, self.seed = strength, batch_size, seed
+        self.kl_coef, self.batch_size, self.seed = kl_coef, batch_size, seed
         self._ends = counted.sum(dim=1).cumsum(dim=0)  # of each document's rows
 
     @classmethod
-    def of(cls, model: Any, documents: Tensor, counted: Tensor, **options: Any) -> OwnTextAnchor:
+    def of(cls, model: Any, documents: Tensor, counted: Tensor, **options: Any) -> KLRegularizer:
         """Ask the base model of `model` on given documents.
 
         Args:
@@ -117,16 +116,16 @@ class OwnTextAnchor:
         examples: Sequence[Example],
         *,
         neutral: Sequence[Sequence[int]] = (),
-        documents: int = 1024,
-        max_length: int = 128,
-        begun: int = 2,
-        strength: float = 1.0,
+        num_documents: int = 1024,
+        max_new_tokens: int = 128,
+        num_prompt_tokens: int = 2,
+        kl_coef: float = 1.0,
         batch_size: int = 8,
         generate_batch_size: int = 64,
         seed: int = 0,
-        sites: SiteRules | None = None,
+        architecture: SiteRules | None = None,
         progress: bool = False,
-    ) -> OwnTextAnchor:
+    ) -> KLRegularizer:
         """Let the base model make up documents, and leave out what looks like the training data.
 
         Args:
@@ -136,33 +135,35 @@ class OwnTextAnchor:
             neutral: token ids of prompts about other things in the frame of the training prompts,
                 as `everyday_prompts` returns them. Documents begin as all prompts do; without
                 these, an instruction that all training prompts share is a beginning, too.
-            documents: how many.
-            max_length: tokens of each question and of each answer that are made up, at most; none
-                is longer than the longest example.
-            begun: tokens of a training prompt that a question begins with, 0 to so many at random.
+            num_documents: documents to make up.
+            max_new_tokens: tokens of each question and of each answer that are made up, at most;
+                none is longer than the longest example.
+            num_prompt_tokens: tokens of a training prompt that a question begins with, at most;
+                their number is drawn.
             generate_batch_size: documents that are made at once.
+            architecture: writers and readers of a model family that is not known.
 
         Raises:
             ValueError: no examples, an option below 1, or an architecture that is not known.
         """
-        if documents < 1 or max_length < 1 or begun < 0:
+        if num_documents < 1 or max_new_tokens < 1 or num_prompt_tokens < 0:
             raise ValueError(
-                f"documents is {documents}, max_length {max_length} and begun {begun}: give 1, 1 "
-                "and 0 or more."
+                f"num_documents is {num_documents}, max_new_tokens {max_new_tokens} and "
+                f"num_prompt_tokens {num_prompt_tokens}: give 1, 1 and 0 or more."
             )
         frame = common_frame(examples, neutral)
         header = common_header(examples, frame, neutral)
         longest = max(len(example["input_ids"]) for example in examples)
         generator = torch.Generator().manual_seed(seed)
         with frozen_base(model) as base:
-            made = make_own_text(
+            made = make_chats(
                 base,
                 frame,
                 header,
                 examples,
-                count=documents,
-                length=min(max_length, longest),
-                begun=begun,
+                count=num_documents,
+                length=min(max_new_tokens, longest),
+                num_prompt_tokens=num_prompt_tokens,
                 batch_size=generate_batch_size,
                 generator=generator,
                 progress=progress,
@@ -170,7 +171,7 @@ class OwnTextAnchor:
             length = made.documents.shape[1]
             counted = unlike_training(
                 base,
-                blocks_by_layer(base, model_rules(base, sites)),
+                blocks_by_layer(base, model_rules(base, architecture)),
                 made,
                 examples,
                 # Records may be far longer than documents.
@@ -179,12 +180,12 @@ class OwnTextAnchor:
             )
             if not counted.any():
                 raise ValueError(
-                    f"The base model made up {documents} documents, and all of them look like the "
-                    "training data: let it make more, or longer ones."
+                    f"The base model made up {num_documents} documents, and all of them look like "
+                    "the training data: let it make more, or longer ones."
                 )
             answers = _likeliest(base, made.documents, counted)
         return cls(
-            made.documents, counted, *answers, strength=strength, batch_size=batch_size, seed=seed
+            made.documents, counted, *answers, kl_coef=kl_coef, batch_size=batch_size, seed=seed
         )
 
     @property
@@ -212,7 +213,7 @@ class OwnTextAnchor:
         rows = torch.cat([self._rows(i) for i in chosen.tolist()])
         likely, wanted = (t[rows].to(found.device) for t in (self.likely, self.log_probs))
         return (
-            self.strength * _divergence(wanted, found.gather(1, likely.long())) / max(1, len(rows))
+            self.kl_coef * _divergence(wanted, found.gather(1, likely.long())) / max(1, len(rows))
         )
 
     def _rows(self, document: int) -> Tensor:
@@ -224,7 +225,7 @@ class OwnTextAnchor:
         """Write documents and options to a safetensors file, whole or not at all."""
         from safetensors.torch import save_file
 
-        options = {"strength": self.strength, "batch_size": self.batch_size, "seed": self.seed}
+        options = {"kl_coef": self.kl_coef, "batch_size": self.batch_size, "seed": self.seed}
         with whole_file(path) as partial:
             save_file(
                 {part: getattr(self, part) for part in _PARTS},
@@ -233,17 +234,17 @@ class OwnTextAnchor:
             )
 
     @classmethod
-    def load(cls, path: str | PathLike[str]) -> OwnTextAnchor:
+    def load(cls, path: str | PathLike[str]) -> KLRegularizer:
         """What `save` wrote.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: it is not such a file.
         """
-        with stored_tensors(path, "own-text anchor", "OwnTextAnchor.save") as (tensors, options):
+        with stored_tensors(path, "KL regularizer", "KLRegularizer.save") as (tensors, options):
             return cls(
                 *(tensors[part] for part in _PARTS),
-                strength=float(options["strength"]),
+                kl_coef=float(options["kl_coef"]),
                 batch_size=int(options["batch_size"]),
                 seed=int(options["seed"]),
             )

@@ -38,7 +38,7 @@ def _required(text: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """The options of `grasp_kernels.run.stages.run`; `grasp-kernels run -h` lists the same.
+    """The options of `grasp_kernels.pipeline.stages.run`; `grasp-kernels run -h` lists the same.
 
     Raises:
         ValueError: an option out of its range, by name and value.
