@@ -92,6 +92,10 @@ def test_what_others_wrote_is_text(hostile: str) -> None:
         assert "\x1b" not in html or "\x1b" in text
 
 
+def test_a_text_without_a_heading_has_a_title() -> None:
+    assert "<title>Report</title>" in page("words", {})
+
+
 def test_a_figure_is_drawn_in_the_colours_of_the_page(tmp_path: Path) -> None:
     svg = drawn(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

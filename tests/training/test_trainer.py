@@ -24,7 +24,7 @@ from trl import SFTConfig, SFTTrainer
 import grasp_kernels as gk
 from grasp_kernels.data import collate, everyday_prompts, read_records, tokenize_records
 from grasp_kernels.models.architectures import model_sites
-from grasp_kernels.training.trainer import OWN_TEXT
+from grasp_kernels.training.trainer import CHATS
 from tests.helpers.kl_regularizer import examples, regularizer
 from tests.helpers.models import tiny_model, tiny_peft_model
 
@@ -226,7 +226,7 @@ def test_a_resumed_training_has_the_chats_that_it_had(
     monkeypatch.setattr(gk.KLRegularizer, "make", forbidden)
     resumed = sft(tiny_model_dir, rows, tmp_path / "stopped", **options)
     resumed.train(resume_from_checkpoint=True)
-    assert (tmp_path / "stopped" / OWN_TEXT).is_file()
+    assert (tmp_path / "stopped" / CHATS).is_file()
     kl = [[e["kl"] for e in t.state.log_history if "kl" in e] for t in (whole, resumed)]
     assert kl[0] == kl[1]
 
@@ -241,7 +241,7 @@ def test_chats_that_no_checkpoint_needs_leave_no_file(tmp_path: Path) -> None:
     made.grasp_config = gk.GraspConfig(**SMALL)
     made.train()
     assert made.kl_regularizer is not None
-    assert not (tmp_path / OWN_TEXT).exists()
+    assert not (tmp_path / CHATS).exists()
 
 
 @pytest.mark.parametrize("system", [None, "three never good"])
@@ -404,11 +404,21 @@ def test_wrong_input_is_named(tiny_model_dir: Path, tmp_path: Path) -> None:
         ({"num_prompt_tokens": -1}, r"num_prompt_tokens is -1: give 0 or more"),
         ({"kl_batch_size": 0}, r"kl_batch_size is 0: give 1 or more, or None"),
         ({"backend": "tpu"}, r"backend is 'tpu': choose one of auto, reference"),
+        ({"num_documents": 2.5}, r"num_documents is 2.5: give a whole number"),
+        ({"num_documents": None}, r"num_documents is None: give a whole number"),
+        ({"kl_coef": "1"}, r"kl_coef is '1': give a number"),
+        ({"kl_coef": True}, r"kl_coef is True: give a number"),
+        ({"orthogonal": "yes"}, r"orthogonal is 'yes': give True or False"),
+        ({"subspace": ""}, r"subspace is '': give a Subspace, its file"),
+        ({"subspace": 5}, r"subspace is 5: give a Subspace, its file"),
+        ({"architecture": "llama"}, r"architecture is 'llama': give SiteRules"),
     ):
         with pytest.raises(ValueError, match=problem):
             gk.GraspConfig(**options)
     with pytest.raises(ValueError, match="no LoRA layers"):
         gk.apply_grasp(tiny_model())
+    with pytest.raises(ValueError, match=r"The config is \{'kl_coef': 1\}: give GraspConfig"):
+        gk.apply_grasp(tiny_peft_model(), {"kl_coef": 1})  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError, match=r"There is no .*missing"):
         gk.apply_grasp(tiny_peft_model(), gk.GraspConfig(subspace=tmp_path / "missing"))
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
