@@ -18,6 +18,7 @@ from grasp_kernels.pipeline.stages import RunConfig, early_checkpoints, is_finis
 from grasp_kernels.subspace import Subspace
 
 pytest_plugins = ("tests.helpers.runs",)
+pytestmark = pytest.mark.slow
 
 
 # --- a whole run
