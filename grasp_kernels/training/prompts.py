@@ -65,6 +65,7 @@ def training_prompts(rows: Any, tokenized: Any, tokenizer: Any, max_length: int)
 
 
 def _of_records(rows: Sequence[Any], tokenizer: Any, max_length: int) -> Prompts:
+    rows = [_preferred(row) if isinstance(row, dict) else row for row in rows]
     try:
         records = [
             parse_record(row, f"Row {number}", require_answer=not _has_prompt(row))
@@ -128,6 +129,14 @@ def _are_conversations(rows: Sequence[Any]) -> bool:
 
 def _is_prompt(record: Record) -> bool:
     return "messages" in record and not is_answer(record["messages"][-1])
+
+
+def _preferred(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of preferences with its chosen answer, and one that is rated whatever its label."""
+    rest = {key: value for key, value in row.items() if key not in ("chosen", "rejected", "label")}
+    if "chosen" not in row:
+        return rest
+    return {**rest, "completion" if "prompt" in row else "messages": row["chosen"]}
 
 
 def _has_prompt(row: Any) -> bool:

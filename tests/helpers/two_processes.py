@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import accelerate.utils.fsdp_utils
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -355,3 +356,5 @@ SCENARIOS: dict[str, Callable[[Tensor, Path], Any]] = {
     "fsdp2_leaves": partial(_fsdp2, shard=_shard_leaves),
     "fsdp1": _fsdp1,
 }
+if not hasattr(accelerate.utils.fsdp_utils, "fsdp2_prepare_model"):  # before accelerate 1.6
+    del SCENARIOS["fsdp2_accelerate"]
