@@ -1,4 +1,4 @@
-"""What to watch while a model with LoRA layers trains: leakage, drift, and numbers that are none.
+"""Leakage and drift in the log of a training, and an end to one whose numbers are not finite.
 
 Imports transformers, so nothing imports this module on `import grasp_kernels`.
 
@@ -29,7 +29,7 @@ _KEYS = {"leakage", "drift_along", "drift_share"}
 
 
 class Watch(TrainerCallback):
-    """Log leakage and drift along the subspace, and stop on a loss or gradient that is no number.
+    """Log leakage and drift along the subspace, and stop on a loss or gradient that is not finite.
 
     Every `every` optimizer steps, and after the last, the log entry of that step gets
 
@@ -123,7 +123,7 @@ class Watch(TrainerCallback):
             state.log_history[-1].update(measured)
 
     def measure(self, model: nn.Module) -> dict[str, float]:
-        """The numbers of a log entry, by name; none where no layer has a basis."""
+        """Measure the numbers of a log entry by name; none where no layer has a basis."""
         return {**self._leakage(model), **self._drift(model)}
 
     def _is_due(self, state: TrainerState) -> bool:
@@ -153,7 +153,7 @@ class Watch(TrainerCallback):
         return {"drift_along": moved.mean_along, "drift_share": moved.share}
 
     def _bases(self, model: nn.Module) -> dict[str, Tensor]:
-        """Basis `V[N, Q]` by the name of its module in the base model."""
+        """Return the basis `V[N, Q]` by the name of its module in the base model."""
         if self.subspace is not None:
             return self.subspace.bases
         return {
@@ -164,7 +164,7 @@ class Watch(TrainerCallback):
 
 
 def _neutral_probes(processing_class: Any) -> list[list[int]]:
-    """Everyday questions in a trainer's tokenizer, or that of its processor."""
+    """Tokenize everyday questions with a trainer's tokenizer, or that of its processor."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if tokenizer is None:
         raise ValueError(
@@ -175,11 +175,11 @@ def _neutral_probes(processing_class: Any) -> list[list[int]]:
 
 
 def _largest_gradient(model: nn.Module) -> float:
-    """The largest element of all gradients, nan if one is; waits for the device once."""
+    """Return the largest element of all gradients, nan if one is; waits for the device once."""
     gradients = [_local(p.grad) for p in model.parameters() if p.grad is not None]
     return torch.nn.utils.get_total_norm(gradients, norm_type=math.inf).item()
 
 
 def _local(gradient: Tensor) -> Tensor:
-    """What this process holds of a gradient that is sharded."""
+    """Return the part of a sharded gradient that this process holds."""
     return gradient.to_local() if hasattr(gradient, "to_local") else gradient
