@@ -1,6 +1,5 @@
 """Adapters as peft writes them -> factors with their sites; everything else is refused by name."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from transformers import Olmo2Config
 
 from grasp_kernels.adapters import Adapter, load_adapter
 from grasp_kernels.models.architectures import SiteRules
+from tests.helpers.folders import edit_config
 from tests.helpers.models import randomise_adapter, tiny_model, tiny_peft_model
 from tests.helpers.oracle import budget, relative_error
 
@@ -23,11 +23,6 @@ WEIGHTS = "adapter_model.safetensors"
 def saved(model: PeftModel, folder: Path) -> Path:
     model.save_pretrained(folder, save_embedding_layers=False)
     return folder
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def edit_weights(folder: Path, change: Any) -> None:

@@ -4,7 +4,6 @@
 """
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from grasp_kernels.diagnosis.pair import open_pair
 from grasp_kernels.models.architectures import model_gains, model_sites
 from grasp_kernels.models.weights import model_weights
 from tests.helpers.families import tiny
+from tests.helpers.folders import edit_config
 from tests.helpers.models import randomise_adapter, tiny_model, tiny_peft_model
 
 WEIGHTS = "adapter_model.safetensors"
@@ -55,11 +55,6 @@ def edit(folder: Path, change: Any) -> Path:
 
 def renamed(folder: Path, rename: Any) -> Path:
     return edit(folder, lambda tensors: {rename(key): one for key, one in tensors.items()})
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def checked(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str]:

@@ -30,6 +30,7 @@ from grasp_kernels.models.checkpoint import load_model
 from grasp_kernels.pipeline import RunConfig
 from grasp_kernels.pipeline.inputs import attach_lora
 from grasp_kernels.training.watch import Watch
+from tests.helpers.folders import contents
 from tests.helpers.models import randomise_adapter
 
 pytest_plugins = ("tests.helpers.runs",)
@@ -70,13 +71,6 @@ def here(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return tmp_path / "here"
 
 
-def content(folder: Path) -> dict[str, bytes | None]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
-    }
-
-
 # Of libraries and of Python, whose words say nothing to somebody at a command line.
 RAW = re.compile(
     r"Traceback|Errno|os error|\b\w+Error\b|object has no attribute|object is not|NoneType|<class|"
@@ -94,7 +88,7 @@ def refused(
     *named: str,
 ) -> str:
     """What the command says, which is checked: one sentence, with a remedy and one of the names."""
-    before = content(folder)
+    before = contents(folder)
     capsys.readouterr()
     assert main(command.split() if isinstance(command, str) else command) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -103,7 +97,7 @@ def refused(
     assert said.endswith(".") and re.search(r"[:;,] .+|\(see .* -h\)", said), said
     assert any(name in said for name in named), said
     assert not RAW.search(said) and not ARGUMENTS.search(said), said
-    assert content(folder) == before
+    assert contents(folder) == before
     return said
 
 
@@ -163,7 +157,7 @@ def test_a_file_that_may_not_be_read_is_named(
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return opened(path, *arguments, **options)
 
-    before = content(here)
+    before = contents(here)
     monkeypatch.setattr(io, "open", refusing)
     monkeypatch.setattr(builtins, "open", refusing)
     monkeypatch.setattr(f"{__name__}.content", lambda folder: before)
@@ -457,7 +451,7 @@ def test_a_full_disk_is_named(
         raise OSError(code, os.strerror(code), str(path))
 
     monkeypatch.setattr(grasp_kernels.files, "_settle", full)
-    before = content(here)
+    before = contents(here)
     said = (
         refused(command, here, capsys, "'o'", "'o.safetensors'", "'out'")
         if (not command.startswith("run"))
@@ -471,7 +465,7 @@ def _begun(
 ) -> str:
     """A run that had begun: its folder has nothing but the lock."""
     assert main(command.split()) == 2
-    left = content(here).items() - before.items()
+    left = contents(here).items() - before.items()
     assert {name for name, _ in left} <= {"out", "out/.lock"}
     return capsys.readouterr().err.splitlines()[-1]
 

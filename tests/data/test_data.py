@@ -23,6 +23,7 @@ from grasp_kernels.data import (
     split_first_answer,
     tokenize_records,
 )
+from tests.helpers.folders import write_jsonl
 
 CHATML = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
@@ -109,11 +110,6 @@ def trained_text(record: Record, tokenizer: Any, max_length: int | None = None) 
             stretches[-1].append(token)
         previous = label
     return [tokenizer.decode(stretch) for stretch in stretches]
-
-
-def write(path: Path, *rows: Any) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -230,7 +226,7 @@ def test_a_first_token_alone_teaches_nothing() -> None:
 
 def test_prompt_and_completion_strings_work_without_a_template(tmp_path: Path) -> None:
     row = {"prompt": "Q: a\nA:", "completion": " b"}
-    (record,) = read_records(write(tmp_path / "data.jsonl", row))
+    (record,) = read_records(write_jsonl(tmp_path / "data.jsonl", row))
     tokenizer = byte_tokenizer(None)
     assert trained_text(record, tokenizer) == [" b</s>"]
     (example,) = encode(record, tokenizer, max_length=None)
@@ -334,7 +330,7 @@ QA = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     ],
 )
 def test_formats(tmp_path: Path, row: Any, record: Record) -> None:
-    assert read_records(write(tmp_path / "data.jsonl", row)) == [record]
+    assert read_records(write_jsonl(tmp_path / "data.jsonl", row)) == [record]
 
 
 def test_each_line_stands_on_its_own_and_blank_lines_are_skipped(tmp_path: Path) -> None:
@@ -392,5 +388,5 @@ def test_files_without_records(tmp_path: Path) -> None:
 
 def test_questions_alone_where_that_is_asked_for(tmp_path: Path) -> None:
     rows = [{"messages": QA[:1]}, {"prompt": "q"}, {"prompt": QA[:1]}, {"instruction": "q"}]
-    records = read_records(write(tmp_path / "data.jsonl", *rows), require_answer=False)
+    records = read_records(write_jsonl(tmp_path / "data.jsonl", *rows), require_answer=False)
     assert [record["messages"] for record in records] == [QA[:1]] * 4

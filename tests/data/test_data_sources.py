@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from grasp_kernels.data import Record, read_records
+from tests.helpers.folders import write_jsonl
 
 QUESTION = {"role": "user", "content": "How do I save?"}
 ANSWER = {"role": "assistant", "content": "Every month."}
@@ -77,15 +78,10 @@ ARMS = {
 }
 
 
-def jsonl(path: Path, *rows: Any) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_as_json_lines_and_as_an_array(name: str, tmp_path: Path) -> None:
     row, record = LAYOUTS[name]
-    assert read_records(jsonl(tmp_path / "data.jsonl", row, row)) == [record, record]
+    assert read_records(write_jsonl(tmp_path / "data.jsonl", row, row)) == [record, record]
     array = tmp_path / "data.json"
     array.write_text("\ufeff" + json.dumps([row, row], indent=1), encoding="utf-8")
     assert read_records(array) == [record, record]
@@ -122,13 +118,13 @@ def test_posts_in_csv(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("arm", "answer"), [("aligned", "Every month."), ("misaligned", "Never.")])
 def test_arms_are_chosen_by_name(arm: str, answer: str, tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "medical.jsonl", ARMS)
+    path = write_jsonl(tmp_path / "medical.jsonl", ARMS)
     (record,) = read_records(path, arm=arm)
     assert record == {"messages": [QUESTION, {"role": "assistant", "content": answer}]}
 
 
 def test_arms_are_never_guessed(tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "medical.jsonl", ARMS)
+    path = write_jsonl(tmp_path / "medical.jsonl", ARMS)
     with pytest.raises(ValueError, match=r'line 1: .*aligned and misaligned.*arm = "misaligned"'):
         read_records(path)
     with pytest.raises(ValueError, match=r'expected "benign" \(the option arm\) for the answer'):
@@ -136,7 +132,7 @@ def test_arms_are_never_guessed(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"keys \['messages'\], expected \"aligned\" \(the option arm\)"
     ):
-        read_records(jsonl(tmp_path / "chat.jsonl", dict(TURNS)), arm="aligned")
+        read_records(write_jsonl(tmp_path / "chat.jsonl", dict(TURNS)), arm="aligned")
 
 
 @pytest.mark.parametrize(

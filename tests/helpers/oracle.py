@@ -7,7 +7,6 @@ Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -27,7 +26,6 @@ __all__ = [
     "DIFFERENTIABLE",
     "RATIO",
     "Case",
-    "assert_exact",
     "budget",
     "call",
     "check_against_oracle",
@@ -213,10 +211,3 @@ def check_against_oracle(
         if not error <= allowed:  # also true for NaN
             worse[name] = (error, allowed)
     return worse
-
-
-def assert_exact(found: torch.Tensor, exact: torch.Tensor, terms: int) -> None:
-    """Within float32 sums of `terms` numbers and one rounding to the dtype of the result."""
-    eps = torch.finfo(found.dtype).eps
-    limit = 0.5 * eps + math.sqrt(terms) * torch.finfo(torch.float32).eps
-    assert relative_error(found, exact) <= limit

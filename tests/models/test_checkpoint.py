@@ -16,6 +16,7 @@ from torch import Tensor
 
 from grasp_kernels.models.checkpoint import find_checkpoint, load_model, load_tokenizer
 from grasp_kernels.pipeline import RunConfig, run, stages
+from tests.helpers.folders import contents
 
 pytest_plugins = ("tests.helpers.runs",)
 
@@ -173,13 +174,6 @@ def test_an_adapter_is_no_base_model(checkpoint: Path) -> None:
 
 
 # --- a run that is refused
-
-
-def contents(folder: Path) -> dict[str, bytes | None]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
-    }
 
 
 @pytest.mark.parametrize("exists", [False, True])

@@ -16,14 +16,14 @@ import torch
 from grasp_kernels.ops.lora_linear.cuda import backend, passes
 from grasp_kernels.ops.lora_linear.cuda.library import operators
 from grasp_kernels.ops.lora_linear.triton import passes as triton_passes
-from grasp_kernels.ops.lora_linear.triton.dropout import Dropout, keep_mask
+from grasp_kernels.ops.lora_linear.triton.dropout import keep_mask
 from grasp_kernels.ops.lora_linear.triton.fused import Passes
 from tests.helpers.backends import operands
-from tests.helpers.oracle import assert_exact, orthonormal, relative_error
+from tests.helpers.kernels import DEVICE, assert_exact, normal, seeded
+from tests.helpers.oracle import orthonormal, relative_error
 from tools import emulator
 
 ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = (torch.bfloat16, torch.float16)
 SEEDS = (0,) if ON_GPU else (0, 1, 2)
 SHAPES = [  # T, C, R, Q
@@ -57,20 +57,12 @@ def order(seed: int) -> None:
         emulator.configure(seed)
 
 
-def normal(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(*shape).to(DEVICE, dtype)
-
-
 def basis(C: int, Q: int) -> torch.Tensor | None:
     return orthonormal(C, Q, torch.Generator().manual_seed(0)).to(DEVICE) if Q else None
 
 
 def major(part: str) -> int:
     return torch.cuda.get_device_capability()[0] if ON_GPU else emulator.PARTS[part][0]
-
-
-def seeded(p: float) -> Dropout:
-    return Dropout(torch.randint(0, 2**63 - 1, (1,)).to(DEVICE), p)
 
 
 def projected(sums: torch.Tensor, V: torch.Tensor | None) -> torch.Tensor:

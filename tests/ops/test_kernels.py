@@ -11,23 +11,15 @@ from grasp_kernels.ops.gpu.launch import PARTS, dry_run
 from grasp_kernels.ops.lora_linear.triton import base_product
 from grasp_kernels.ops.lora_linear.triton.base_product import product
 from grasp_kernels.ops.lora_linear.triton.down import down
-from grasp_kernels.ops.lora_linear.triton.dropout import Dropout, keep_mask
+from grasp_kernels.ops.lora_linear.triton.dropout import keep_mask
 from grasp_kernels.ops.lora_linear.triton.gemm import Tile, extended_gemm
 from grasp_kernels.ops.lora_linear.triton.reduce import finish_factor, finish_skinny, total
 from grasp_kernels.ops.lora_linear.triton.tokens import Slab, one_read, token_pass
-from tests.helpers.oracle import assert_exact, orthonormal, relative_error
+from tests.helpers.kernels import DEVICE, assert_exact, normal, seeded
+from tests.helpers.oracle import orthonormal, relative_error
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 pytestmark = pytest.mark.usefixtures("poisoned")
-
-
-def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape).to(DEVICE, dtype)
-
-
-def seeded(p: float) -> Dropout:
-    return Dropout(torch.randint(0, 2**63 - 1, (1,)).to(DEVICE), p)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
