@@ -8,24 +8,17 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from os import PathLike, fspath
 from typing import Any, Literal
 
-from grasp_kernels.config import BACKENDS
+from grasp_kernels.config import BACKENDS, Options
 from grasp_kernels.pipeline.trainer_options import OWNED
 
 READS = ("contrastive", "free")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MOST_SEED = 2**32 - 1  # that every library takes
-_TYPES: dict[str, tuple[Any, str]] = {
-    "str": (str, "a name"),
-    "int": (int, "a whole number"),
-    "float": ((int, float), "a number"),
-    "bool": (bool, "True or False"),
-}
 _SEEDS = f"0 to {MOST_SEED}"
 _RANGES: dict[str, Callable[[Any], bool]] = {
     "1 or more": lambda value: value >= 1,
@@ -44,7 +37,7 @@ def _option(
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Options):
     """The options of `run`; `grasp-kernels run -h` tells what each of them is.
 
     They have the names of `transformers.TrainingArguments`, `peft.LoraConfig` and `GraspConfig`.
@@ -150,11 +143,12 @@ class RunConfig:
             value = getattr(self, name)
             if isinstance(value, PathLike):
                 object.__setattr__(self, name, fspath(value))
-            self._require(name, value != "", "give a name")
+            self.require(name, value != "", "give a name")
+        self.check_types()
         for option in OPTIONS:
-            self._check(option)
+            self._check_value(option)
         self._check_training_arguments()
-        self._require("early_checkpoints", self.early_checkpoints != (), "give at least one part")
+        self.require("early_checkpoints", self.early_checkpoints != (), "give at least one part")
         if self.k != "auto" and self.k > self.r:
             raise ValueError(
                 f"k is {self.k}, above the LoRA rank r = {self.r}: lower k or raise r."
@@ -170,27 +164,24 @@ class RunConfig:
         """Whether the retraining uses text of the base model."""
         return self.reads == "contrastive" or self.kl_coef > 0
 
-    def _check(self, option: Field[Any]) -> None:
-        """Raise for a value that is none of the choices, of another type, or out of its range."""
-        name, said, value = option.name, str(option.type), getattr(self, option.name)
-        choices, within = option.metadata["choices"], option.metadata["within"]
+    def _check_value(self, option: Field[Any]) -> None:
+        """Raise for a value that is none of the choices, or out of its range."""
+        value, choices = getattr(self, option.name), option.metadata["choices"]
         if choices is not None:
-            self._require(name, value in choices, f"choose one of {', '.join(choices)}")
-        types, wanted = _TYPES[re.findall(r"str|int|float|bool", said)[0]]
-        others = (None,) * ("None" in said) + ("auto",) * ("Literal" in said)
-        auto = "'auto' or " if "auto" in others else ""
-        for one in value if isinstance(value, tuple) else (value,):
-            if one not in others:
-                fits = isinstance(one, types) and isinstance(one, bool) == (types is bool)
-                self._require(name, fits, f"give {auto}{wanted}")
-                self._require(name, within is None or _RANGES[within](one), f"give {auto}{within}")
+            self.require(option.name, value in choices, f"choose one of {', '.join(choices)}")
+        if (within := option.metadata["within"]) is not None:
+            numbers = value if isinstance(value, tuple) else (value,)
+            good = all(
+                _RANGES[within](number) for number in numbers if number not in (None, "auto")
+            )
+            self.require(option.name, good, f"give {within}")
 
     def _check_training_arguments(self) -> None:
         """Raise for what no file holds, or what a run has as its own; Trainer checks the rest."""
         try:
             plain = json.loads(json.dumps({**self.training_arguments}, allow_nan=False))
         except (TypeError, ValueError):
-            self._require("training_arguments", False, "give names with numbers, text or lists")
+            self.require("training_arguments", False, "give names with numbers, text or lists")
         object.__setattr__(self, "training_arguments", plain)
         if own := plain.keys() & {option.name for option in OPTIONS}:
             raise ValueError(f"{min(own)} is an option of the run: give it as one.")
@@ -198,10 +189,6 @@ class RunConfig:
             raise ValueError(
                 f"{name} is set by the run itself, to compare and resume: leave it out."
             )
-
-    def _require(self, name: str, good: bool, remedy: str) -> None:
-        if not good:
-            raise ValueError(f"{name} is {getattr(self, name)!r}: {remedy}.")
 
 
 OPTIONS = tuple(option for option in fields(RunConfig) if option.metadata)

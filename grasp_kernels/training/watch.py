@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from grasp_kernels.data import neutral_prompts
 from grasp_kernels.effect.stream import layer_bases, measure_movement
+from grasp_kernels.inert import listed
 from grasp_kernels.layers.closure import leakage
 from grasp_kernels.models.architectures import SiteRules, site_rules
 from grasp_kernels.models.frozen_model import measuring
@@ -76,6 +77,12 @@ class Watch(TrainerCallback):
         model = kwargs["model"]
         if self.probes is None and self._bases(model):
             self.probes = _neutral_probes(kwargs.get("processing_class"))
+        active = getattr(model, "active_adapters", None)
+        if isinstance(active, list) and len(active) > 1 and self._bases(model):
+            raise ValueError(
+                f"{listed(active)} are active at once, and leakage is that of one adapter: choose "
+                "one with model.set_adapter(...)."
+            )
         if self.probes and not hasattr(model, "disable_adapter"):
             raise ValueError(
                 f"Drift cannot be measured on a {type(model).__name__}, whose adapter cannot be "
