@@ -10,8 +10,8 @@ The way of the data, one folder a step:
     ops             the differentiable operator -> a backend -> gradients
     regularizer     base model and examples     -> a loss that keeps the model there elsewhere
     diagnosis       base model and adapter      -> what it learned unasked, with reasons
+    pipeline        checkpoint and chat file    -> all of it: `run`, which returns a `Report`
 
-`run` does all of it from a checkpoint and a chat file.
 Importing the package needs torch alone; every public name is imported on first use.
 """
 
@@ -28,6 +28,8 @@ _HOMES = {
     "GraspTrainer": "training.trainer",
     "GraspTrainerMixin": "training.trainer",
     "KLRegularizer": "regularizer",
+    "Report": "pipeline.report",
+    "RunConfig": "pipeline.config",
     "SiteRules": "models.architectures",
     "Subspace": "subspace",
     "apply_grasp": "training.apply",
@@ -42,6 +44,7 @@ _HOMES = {
     "project_gradient": "ops",
     "randomized_svd": "svd",
     "remove_grasp": "training.apply",
+    "run": "pipeline.stages",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]

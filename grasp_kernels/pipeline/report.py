@@ -239,7 +239,10 @@ def _measure_models(
     peft_model.eval()
     adapters = numbers["adapters"]
     if inputs.held_out:
-        size = {"batch_size": config.batch_size, "pad_token_id": inputs.pad_token_id}
+        size = {
+            "batch_size": config.per_device_train_batch_size,
+            "pad_token_id": inputs.pad_token_id,
+        }
         with peft_model.disable_adapter():
             numbers["base_held_out_loss"] = mean_loss(peft_model, inputs.held_out, **size)
         for name in tqdm(folders, desc="held-out loss", unit="adapter"):
@@ -271,7 +274,7 @@ def _measure_effects(
     base model's own answers."""
     pair = Pair(model, inputs.rules, blocks_by_layer(model, inputs.rules))
     training = _training_prompts(inputs, config)[:_SHOWN_TRAINING]
-    size: dict[str, Any] = {"batch_size": config.batch_size}
+    size: dict[str, Any] = {"batch_size": config.per_device_train_batch_size}
     said = {
         kind: own_answers(pair, inputs.tokenizer, prompts, n_tokens=ANSWER_TOKENS, **size)
         for kind, prompts in (("unrelated", inputs.neutral), ("training", training))

@@ -209,7 +209,8 @@ def _not_shown(numbers: Numbers) -> str:
         "not that nothing was learned unasked: ask your own (`--neutral`), and prompts that are "
         "shaped like the training data.",
         "Both adapters had the same steps. Held-out task follows the training loss: where the "
-        "retrained adapter's loss is higher, train it longer (`--epochs`) before you compare.",
+        "retrained adapter's loss is higher, train it longer (`--num-train-epochs`) before you "
+        "compare.",
         "One seed.",
     ]
     if "base_held_out_loss" not in numbers:
@@ -219,12 +220,12 @@ def _not_shown(numbers: Numbers) -> str:
         )
     config = numbers["config"]
     parts = []
-    if config["project"] != "none":
-        parts.append("was projected (`--project none`)")
+    if config["project_gradient"]:
+        parts.append("was projected (`--no-project-gradient`)")
     if config["reads"] != "free":
         parts.append("read along fixed directions alone (`--reads free`)")
-    if config["anchor"] != "none":
-        parts.append("was held at the base model's own answers (`--anchor none`)")
+    if config["kl_coef"]:
+        parts.append("was held at the base model's own answers (`--kl-coef 0`)")
     if len(parts) > 1 and "retrained" in numbers["adapters"]:
         points.append(
             f"The retraining {' and '.join(parts)}: what each of that does alone is not told apart "

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from tqdm.auto import tqdm
@@ -43,19 +43,24 @@ if TYPE_CHECKING:
     from grasp_kernels.reads import ContrastiveReads
     from grasp_kernels.regularizer import KLRegularizer
 
-__all__ = ["Report", "RunConfig", "run"]
-
 _MEASUREMENTS = 20  # of leakage and drift in one training
 
 
-def run(config: RunConfig) -> Report:
-    """Do the whole run in `config.output`, or what is still missing of it.
+def run(config: RunConfig | None = None, /, **options: Any) -> Report:
+    """Do the whole run in its output folder, or what is still missing of it.
+
+    Args:
+        config: the options in one; None: `options` are all.
+        options: those of `RunConfig`, over those of `config`.
 
     Raises:
         ValueError, FileNotFoundError: wrong input; a new folder is not begun then.
         RuntimeError: another process works in the same folder.
         FloatingPointError: the loss or a gradient is not finite.
     """
+    from grasp_kernels.pipeline.training import check_trainer
+
+    config = replace(config, **options) if config is not None else RunConfig(**options)
     checkpoint = find_checkpoint(config.model)
     fingerprints = {"model": fingerprint(checkpoint)}
     for name, path in (("data", config.data), ("neutral", config.neutral)):
@@ -70,21 +75,14 @@ def run(config: RunConfig) -> Report:
             stack.enter_context(remembered_interrupts())
             if begun := folder.config.exists():  # another process may be at work on it
                 stack.enter_context(folder.lock())
-            inputs = _prepared(config, checkpoint, folder)
+            inputs = prepare(config, checkpoint, folder.day)
+            check_trainer(config, inputs.steps)
             if not begun:
                 stack.enter_context(folder.lock())
                 folder.check(config, fingerprints)  # another process may have begun one meanwhile
             folder.claim(config, fingerprints)
             _stages(config, folder, inputs)
     return Report.load(folder.report)
-
-
-def _prepared(config: RunConfig, checkpoint: Path, folder: RunFolder) -> Inputs:
-    from grasp_kernels.pipeline.training import training_arguments
-
-    inputs = prepare(config, checkpoint, folder.day)
-    training_arguments(config, inputs.steps, folder.work)  # refuses what Trainer would
-    return inputs
 
 
 def is_finished(config: RunConfig) -> bool:
@@ -109,7 +107,7 @@ def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
             description="naive LoRA",
             snapshots=early_checkpoints(config, folder, inputs.steps),
         )
-    subspace = _subspace(config, folder, inputs) if config.is_projected else None
+    subspace = _subspace(config, folder, inputs) if config.project_gradient else None
     # Own text and reads need no direction.
     differs = config.needs_own_text or not (subspace is None or subspace.is_empty)
     if differs and not folder.retrained.exists():
@@ -121,7 +119,7 @@ def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
             description="retrained LoRA",
             subspace=subspace,
             reads=reads,
-            anchor=own_text if config.anchor == "own-text" else None,
+            anchor=own_text if config.kl_coef else None,
         )
     shutil.rmtree(folder.work, ignore_errors=True)
     raise_if_interrupted()
@@ -187,7 +185,7 @@ def _grasp(config: RunConfig, subspace: Subspace | None, inputs: Inputs) -> Gras
     """The options of the retraining, whose chats have been made already."""
     return GraspConfig(
         subspace=subspace,
-        orthogonal=config.closed,
+        orthogonal=config.orthogonal,
         backend=cast(Backend, config.backend),
         kl_coef=0.0,
         measure_steps=max(1, inputs.steps // _MEASUREMENTS),
@@ -210,11 +208,11 @@ def own_text_anchor(config: RunConfig, folder: RunFolder, inputs: Inputs) -> KLR
             load_model(inputs.checkpoint, config.dtype),
             inputs.train,
             neutral=inputs.everyday,
-            num_documents=config.own_documents,
-            max_new_tokens=config.own_length,
-            num_prompt_tokens=config.own_begun,
-            kl_coef=config.anchor_strength,
-            batch_size=max(1, config.batch_size // 2),
+            num_documents=config.num_documents,
+            max_new_tokens=config.max_new_tokens,
+            num_prompt_tokens=config.num_prompt_tokens,
+            kl_coef=config.kl_coef,
+            batch_size=max(1, config.per_device_train_batch_size // 2),
             seed=config.seed,
             progress=True,
         ).save(folder.own_text)
@@ -237,7 +235,7 @@ def contrastive_reads(
             _fresh_adapter(config, inputs),
             inputs.train,
             own_text.texts,
-            batch_size=config.batch_size,
+            batch_size=config.per_device_train_batch_size,
             seed=config.seed,
             progress=True,
         ).save(folder.reads)
@@ -269,7 +267,7 @@ def early_checkpoints(config: RunConfig, folder: RunFolder, steps: int) -> dict[
 
     Never before the first step with a learning rate above 0.
     """
-    if not config.is_projected:
+    if not config.project_gradient:
         return {}
     first = 2 if warmup_steps(config, steps) else 1
     at = sorted({max(first, round(part * steps)) for part in config.early_checkpoints})

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from grasp_kernels.pipeline import RunConfig
+from grasp_kernels import RunConfig
 from grasp_kernels.pipeline.figures import draw_figures, smoothed
 from grasp_kernels.pipeline.report_text import report_text
 
@@ -45,7 +45,7 @@ def adapter(along: float, leakage: float, verdict: str = "weak") -> dict[str, An
 @pytest.fixture
 def numbers() -> dict[str, Any]:
     """As report.json has them."""
-    config = RunConfig(model="m", data="d", output="o", project="residual", reads="contrastive")
+    config = RunConfig(model="m", data="d", output="o", project_gradient=True, reads="contrastive")
     return {
         "versions": {"torch": "2.13"},
         "config": {**vars(config)},

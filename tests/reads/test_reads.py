@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 import grasp_kernels as gk
+from grasp_kernels import RunConfig, run
 from grasp_kernels.data import Example
 from grasp_kernels.models.frozen_model import frozen_base
 from grasp_kernels.models.names import adapted_layers
-from grasp_kernels.pipeline import RunConfig, run
 from grasp_kernels.reads.contrast import RIDGE, contrasting_rows
 from grasp_kernels.reads.moments import input_groups, second_moments
 from tests.helpers.comparisons import assert_same_logits, logits
@@ -372,15 +372,15 @@ def test_the_adapter_of_a_run_reads_as_its_file_says(finished: RunConfig) -> Non
     assert "reads along" in text and "(`--reads free`)" in text
 
 
-@pytest.mark.parametrize("anchor", ["own-text", "none"])
-def test_a_run_that_reads_freely(run_config: RunConfig, anchor: str) -> None:
-    report = run(replace(run_config, reads="free", anchor=anchor, steps=3))
+@pytest.mark.parametrize("kl_coef", [1.0, 0.0])
+def test_a_run_that_reads_freely(run_config: RunConfig, kl_coef: float) -> None:
+    report = run(replace(run_config, reads="free", kl_coef=kl_coef, max_steps=3))
     assert not report.reads.exists()
-    assert report.own_text.exists() == (anchor == "own-text")
+    assert report.own_text.exists() == (kl_coef > 0)
     assert "fixed directions" not in report.text.read_text(encoding="utf-8")
 
 
 def test_a_run_with_reads_alone_makes_text_for_them(run_config: RunConfig) -> None:
-    report = run(replace(run_config, anchor="none", steps=3))
+    report = run(replace(run_config, kl_coef=0.0, max_steps=3))
     assert report.reads.exists() and report.own_text.exists()
     assert "held at the base model's" not in report.text.read_text(encoding="utf-8")

@@ -109,9 +109,9 @@ class Bench:
             model=str(base),
             data=str(data),
             output=str(root),
-            steps=plan.steps,
+            max_steps=plan.steps,
             seed=task.seed,
-            **{**_TRAINING, "warmup": min(_WARMUP, plan.steps - 1), **dict(plan.options)},
+            **{**_TRAINING, "warmup_steps": min(_WARMUP, plan.steps - 1), **dict(plan.options)},
         )
         self.folder = RunFolder(root)
 
@@ -175,11 +175,11 @@ class Bench:
         ]
 
     def own_text(self, begun: int | None = None) -> KLRegularizer:
-        """The text of the base model as `run` makes it, or with another `own_begun`."""
+        """The text of the base model as `run` makes it, or with another `num_prompt_tokens`."""
         if begun is None:
             config, folder = self.config, self.folder
         else:
-            config = replace(self.config, own_begun=begun)
+            config = replace(self.config, num_prompt_tokens=begun)
             folder = RunFolder(self.root / own_text_part(begun).replace(" ", "-"))
             folder.root.mkdir(exist_ok=True)
         make = partial(stages.own_text_anchor, config, folder, self.inputs)
@@ -204,7 +204,7 @@ class Bench:
         """As `run` does on request, from a naive training that ends with the last adapter."""
         from grasp_kernels.subspace import identify
 
-        projected = replace(self.config, project="residual")
+        projected = replace(self.config, project_gradient=True)
         steps = min(_IDENTIFY_STEPS, self.plan.steps)
         early = stages.early_checkpoints(projected, self.folder, steps)
         last = max(early)
@@ -255,10 +255,10 @@ def own_text_part(begun: int | None = None) -> str:
 
 # Twice the usual learning rate of this model (5e-4) trains in two thirds of the steps.
 _TRAINING: dict[str, Any] = {
-    "batch_size": 8,
+    "per_device_train_batch_size": 8,
     "learning_rate": 1e-3,
-    "lr_scheduler": "constant_with_warmup",
-    "save_every": 48,
+    "lr_scheduler_type": "constant_with_warmup",
+    "save_steps": 48,
 }
 _WARMUP = 10  # steps; fewer where a whole training has no more
 _IDENTIFY_STEPS = 200  # early checkpoints are parts of so many
