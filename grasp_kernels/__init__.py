@@ -5,7 +5,6 @@ The way of the data, one folder a step:
     models          checkpoint                  -> model, its answers, its residual stream
     adapters        peft model, folder or file  -> LoRA weights with their site in the model
     subspace        LoRA weights                -> Subspace, saved as safetensors
-    reads           fresh adapter and two texts -> A that reads what the training text alone has
     layers          peft model and Subspace     -> the same model on GraspLoRALinear
     ops             the differentiable operator -> a backend -> gradients
     regularizer     base model and examples     -> a loss that keeps the model there elsewhere
@@ -21,7 +20,6 @@ from typing import Any
 from grasp_kernels.version import __version__
 
 _HOMES = {
-    "ContrastiveReads": "reads",
     "Diagnosis": "diagnosis",
     "GraspConfig": "config",
     "GraspLoRALinear": "layers.linear",

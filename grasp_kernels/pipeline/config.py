@@ -16,7 +16,6 @@ from typing import Any, Literal
 from grasp_kernels.config import BACKENDS, Options
 from grasp_kernels.pipeline.trainer_options import OWNED
 
-READS = ("contrastive", "free")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MOST_SEED = 2**32 - 1  # that every library takes
 _SEEDS = f"0 to {MOST_SEED}"
@@ -68,7 +67,7 @@ class RunConfig(Options):
     )
 
     project_gradient: bool = _option(
-        # SmolLM2, `tone`: beside own text no drift is left to take; alone it takes none.
+        # SmolLM2, `tone`: next to the divergence no drift is left to take; alone it takes none.
         False,
         "project the gradient of the residual stream off the subspace in the retraining, where "
         "layers write to it; without it no subspace is identified",
@@ -76,12 +75,6 @@ class RunConfig(Options):
     orthogonal: bool = _option(True, "keep the adapter's own weights out of the subspace, exactly")
     backend: str = _option("auto", "implementation of the LoRA layer", choices=BACKENDS)
 
-    reads: str = _option(
-        "free",
-        "where the adapter of the retraining reads: fixed where the training text has most, "
-        "relative to text that the base model makes up itself, or free",
-        choices=READS,
-    )
     kl_coef: float = _option(
         1.0,
         "weight of the divergence from the base model in the retraining, on its own answers to "
@@ -153,16 +146,11 @@ class RunConfig(Options):
             raise ValueError(
                 f"k is {self.k}, above the LoRA rank r = {self.r}: lower k or raise r."
             )
-        if not (self.project_gradient or self.needs_own_text):
+        if not (self.project_gradient or self.kl_coef):
             raise ValueError(
-                f"project_gradient = False, reads = {self.reads!r} and kl_coef = {self.kl_coef} "
-                "would make the retraining the naive one again: turn one of them on."
+                "project_gradient = False and kl_coef = 0.0 would make the retraining the naive "
+                "one again: turn one of them on."
             )
-
-    @property
-    def needs_own_text(self) -> bool:
-        """Whether the retraining uses text of the base model."""
-        return self.reads == "contrastive" or self.kl_coef > 0
 
     def _check_value(self, option: Field[Any]) -> None:
         """Raise for a value that is none of the choices, or out of its range."""

@@ -56,8 +56,7 @@ class RunFolder:
         self.naive = self.root / "naive"
         self.retrained = self.root / "retrained"
         self.subspace = self.root / "subspace.safetensors"
-        self.own_text = self.root / "own-text.safetensors"  # text of the base model
-        self.reads = self.root / "reads.safetensors"  # where the adapter of the retraining reads
+        self.chats = self.root / "chats.safetensors"  # text of the base model
         self.figures = self.root / "figures"
         self.report_text = self.root / "report.md"
         self.report_page = self.root / "report.html"
@@ -132,7 +131,7 @@ class RunFolder:
 
     def _check_artefacts(self) -> None:
         """Raise for what is no longer as a stage left it: adapters and files appear whole."""
-        for file in (self.own_text, self.reads, self.subspace):
+        for file in (self.chats, self.subspace):
             if file.exists():
                 _check_whole(file, file)
         trained = [self.naive, self.retrained, *self.halves.glob("half-*")]

@@ -178,13 +178,18 @@ def _check_lengths(config: RunConfig, inputs: Inputs) -> None:
     _fits(inputs, "the longest record", longest, f"use max_length = {inputs.positions} or less")
     prompts = max(map(len, (*inputs.neutral, *inputs.everyday))) + ANSWER_TOKENS
     _fits(inputs, "the longest neutral prompt and its answer", prompts, "give shorter ones")
-    if config.needs_own_text:
+    if config.kl_coef:
         from grasp_kernels.regularizer.chats import common_frame, common_header
 
         frame = common_frame(inputs.train, inputs.everyday)
         header = common_header(inputs.train, frame, inputs.everyday)
         made = 2 * min(config.max_new_tokens, longest) + config.num_prompt_tokens
-        _fits(inputs, "own text", len(frame) + made + len(header), "lower max_new_tokens")
+        _fits(
+            inputs,
+            "a chat of the base model",
+            len(frame) + made + len(header),
+            "lower max_new_tokens",
+        )
 
 
 def _fits(inputs: Inputs, what: str, length: int, remedy: str) -> None:

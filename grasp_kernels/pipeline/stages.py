@@ -8,7 +8,7 @@
     report.py    5 what both adapters say to prompts that have nothing to do with the data
 
 On request the retraining also projects its gradient off a subspace that is identified in early
-naive adapters, and reads along fixed directions.
+naive adapters.
 
 Each stage leaves one artefact in the output folder (folder.py); a stage whose artefact is there
 is not done again. Every stage starts from files alone, so that a run that was stopped between two
@@ -40,7 +40,6 @@ from grasp_kernels.subspace import Subspace
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from grasp_kernels.reads import ContrastiveReads
     from grasp_kernels.regularizer import KLRegularizer
 
 _MEASUREMENTS = 20  # of leakage and drift in one training
@@ -96,8 +95,7 @@ def is_finished(config: RunConfig) -> bool:
 
 def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
     # First what may turn out to be too little of, before time is spent on training.
-    own_text = own_text_anchor(config, folder, inputs) if config.needs_own_text else None
-    reads = contrastive_reads(config, folder, inputs, own_text)
+    kl_regularizer = make_chats(config, folder, inputs) if config.kl_coef else None
     if not folder.naive.exists():
         train(
             config,
@@ -108,8 +106,8 @@ def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
             snapshots=early_checkpoints(config, folder, inputs.steps),
         )
     subspace = _subspace(config, folder, inputs) if config.project_gradient else None
-    # Own text and reads need no direction.
-    differs = config.needs_own_text or not (subspace is None or subspace.is_empty)
+    # The divergence needs no direction.
+    differs = config.kl_coef > 0 or not (subspace is None or subspace.is_empty)
     if differs and not folder.retrained.exists():
         train(
             config,
@@ -118,8 +116,7 @@ def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
             work=folder.work / "retrained",
             description="retrained LoRA",
             subspace=subspace,
-            reads=reads,
-            anchor=own_text if config.kl_coef else None,
+            kl_regularizer=kl_regularizer,
         )
     shutil.rmtree(folder.work, ignore_errors=True)
     raise_if_interrupted()
@@ -142,13 +139,12 @@ def train(
     work: Path,
     description: str,
     subspace: Subspace | None = None,
-    reads: ContrastiveReads | None = None,
-    anchor: KLRegularizer | None = None,
+    kl_regularizer: KLRegularizer | None = None,
     snapshots: Mapping[int, Path] | None = None,
     last_step: int | None = None,
 ) -> None:
     """Train one adapter from the model's folder into `out`: naive, or projected off `subspace`
-    (which may be empty), reading along `reads` alone and held at the base model by `anchor`.
+    (which may be empty), and held at the base model by `kl_regularizer`.
 
     Nothing else differs between the two: initialisation, data order and dropout come from the seed.
     See `training.train_adapter` for `work`, `snapshots` and `last_step`.
@@ -156,11 +152,10 @@ def train(
     from grasp_kernels.pipeline.training import train_adapter
     from grasp_kernels.training.watch import N_PROBES
 
+    retrains = subspace is not None or kl_regularizer is not None
     model = _fresh_adapter(config, inputs)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if reads is not None:
-        reads.apply(model)
     train_adapter(
         model,
         inputs.train,
@@ -172,13 +167,13 @@ def train(
         description=description,
         snapshots=snapshots,
         last_step=last_step,
-        grasp=None if subspace is None and anchor is None else _grasp(config, subspace, inputs),
-        anchor=anchor,
+        grasp=_grasp(config, subspace, inputs) if retrains else None,
+        kl_regularizer=kl_regularizer,
         probes=inputs.neutral[:N_PROBES],
         saved_base_name=_public_name(config),
     )
     del model
-    gc.collect()  # an anchor and its trainer hold each other, and with them the whole model
+    gc.collect()  # a trainer and its callbacks hold each other, and with them the whole model
 
 
 def _grasp(config: RunConfig, subspace: Subspace | None, inputs: Inputs) -> GraspConfig:
@@ -197,13 +192,13 @@ def _fresh_adapter(config: RunConfig, inputs: Inputs) -> PeftModel:
     return attach_lora(model, config, str(inputs.checkpoint))
 
 
-def own_text_anchor(config: RunConfig, folder: RunFolder, inputs: Inputs) -> KLRegularizer:
+def make_chats(config: RunConfig, folder: RunFolder, inputs: Inputs) -> KLRegularizer:
     """Make the text of the base model, or load what is there.
 
     It is made once, so that a resumed training goes on with the same text."""
     from grasp_kernels.regularizer import KLRegularizer
 
-    if not folder.own_text.exists():
+    if not folder.chats.exists():
         KLRegularizer.make(
             load_model(inputs.checkpoint, config.dtype),
             inputs.train,
@@ -215,31 +210,8 @@ def own_text_anchor(config: RunConfig, folder: RunFolder, inputs: Inputs) -> KLR
             batch_size=max(1, config.per_device_train_batch_size // 2),
             seed=config.seed,
             progress=True,
-        ).save(folder.own_text)
-    return KLRegularizer.load(folder.own_text)
-
-
-def contrastive_reads(
-    config: RunConfig, folder: RunFolder, inputs: Inputs, own_text: KLRegularizer | None
-) -> ContrastiveReads | None:
-    """Make the reads, or load what is there; None where they are free.
-
-    They are made once, as the text is.
-    """
-    from grasp_kernels.reads import ContrastiveReads
-
-    if config.reads == "free" or own_text is None:
-        return None
-    if not folder.reads.exists():
-        ContrastiveReads.make(
-            _fresh_adapter(config, inputs),
-            inputs.train,
-            own_text.texts,
-            batch_size=config.per_device_train_batch_size,
-            seed=config.seed,
-            progress=True,
-        ).save(folder.reads)
-    return ContrastiveReads.load(folder.reads)
+        ).save(folder.chats)
+    return KLRegularizer.load(folder.chats)
 
 
 def train_halves(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:

@@ -141,7 +141,7 @@ def train_adapter(
     snapshots: Mapping[int, Path] | None = None,
     last_step: int | None = None,
     grasp: GraspConfig | None = None,
-    anchor: KLRegularizer | None = None,
+    kl_regularizer: KLRegularizer | None = None,
     probes: Sequence[Sequence[int]] = (),
     saved_base_name: str | None = None,
 ) -> None:
@@ -155,7 +155,7 @@ def train_adapter(
         last_step: end after this step instead of `steps`.
         snapshots: step -> folder for the adapter as it is after that step.
         grasp: the options of a retraining; None: an ordinary one, on peft's own layers.
-        anchor: the divergence of a retraining; its part of the loss is `kl` in the log.
+        kl_regularizer: the divergence of a retraining; its part of the loss is `kl` in the log.
         probes: token ids of the prompts that drift is measured on.
         saved_base_name: name of the base model in `adapter_config.json`.
 
@@ -175,7 +175,7 @@ def train_adapter(
             trainer = _Trainer(**options)
             trainer.callback_handler.callbacks.insert(0, Watch())
         else:
-            trainer = _Retrainer(**options, grasp_config=grasp, kl_regularizer=anchor)
+            trainer = _Retrainer(**options, grasp_config=grasp, kl_regularizer=kl_regularizer)
             trainer.watch.probes = probes
         trainer.remove_callback(PrinterCallback)
         trainer.train_to(last_step, last_checkpoint(work))

@@ -94,8 +94,8 @@ def test_costs_contain_what_a_method_needs(measured: Measured) -> None:
     told = {(row["method"], row["steps"]): row["seconds"] for row in measured.rows}
     for name, parts in {
         "naive": [],
-        "run": ["own text"],
-        "reads + projection": ["own text", "reads", "subspace"],
+        "run": ["chats"],
+        "run + projection": ["chats", "subspace"],
     }.items():
         before = sum(seconds[part] for part in parts)
         assert told[name, 2] == pytest.approx(before + seconds[name] / 2)
@@ -191,7 +191,7 @@ def test_a_part_without_a_note_of_its_seconds_is_made_again(
     seconds = json.loads((root / "seconds.json").read_text())
     path = root / "run" / "finished" / "adapter_model.safetensors"
     adapter, made = path.read_bytes(), path.stat().st_mtime_ns
-    kept = {part: spent for part, spent in seconds.items() if part not in ("run", "own text")}
+    kept = {part: spent for part, spent in seconds.items() if part not in ("run", "chats")}
     (root / "seconds.json").write_text(json.dumps(kept))
     bench = Bench(few(make_task("tone", "plain", 0)), chat_model, root, PLAN)
     assert all(point.seconds > 0 for point in METHODS["run"].build(bench))

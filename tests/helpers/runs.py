@@ -94,7 +94,6 @@ def small_run(model: Path, data: Path, output: Path) -> RunConfig:
         "r": 4,
         "lora_dropout": 0.1,
         "project_gradient": True,
-        "reads": "contrastive",
         "k": 1,
         "early_checkpoints": (0.2,),
         "eval_split": 0.1,

@@ -67,15 +67,15 @@ def test_options_of_transformers_reach_the_optimizer(run_config: gk.RunConfig) -
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.optim.SGD", Momentum)
-        report = gk.run(run_config, max_steps=2, training_arguments=further, reads="free")
+        report = gk.run(run_config, max_steps=2, training_arguments=further)
     assert [one["momentum"] for one in seen] == [0.25] * len(seen) and len(seen) >= 4
     assert report.numbers["config"]["training_arguments"] == further
     noted = json.loads((report.output / "run.json").read_text(encoding="utf-8"))
     assert noted["config"]["training_arguments"] == further
     for other in ({}, {**further, "adam_beta2": 0.9}):
         with pytest.raises(ValueError, match=r"was begun with adam_beta2 = 0\.5, not (0\.9|None)"):
-            gk.run(run_config, max_steps=2, training_arguments=other, reads="free")
-    again = gk.run(run_config, max_steps=2, training_arguments=further, reads="free")
+            gk.run(run_config, max_steps=2, training_arguments=other)
+    again = gk.run(run_config, max_steps=2, training_arguments=further)
     assert again.numbers == report.numbers
 
 
@@ -274,7 +274,7 @@ def test_run_takes_options_or_a_configuration(
         gk.run(**{**options, "max_steps": 0})
     with pytest.raises(ValueError, match="max_steps is 0"):
         gk.run(run_config, max_steps=0)
-    report = gk.run(**{**options, "max_steps": 2, "reads": "free", "kl_coef": 0})
+    report = gk.run(**{**options, "max_steps": 2, "kl_coef": 0})
     assert isinstance(report, gk.Report) and report.numbers["steps"] == 2
 
 

@@ -23,7 +23,6 @@ from grasp_kernels.pipeline.folder import RunFolder, fingerprint
 from grasp_kernels.pipeline.interrupts import raise_if_interrupted
 from grasp_kernels.pipeline.stages import is_finished
 from grasp_kernels.pipeline.training import _Progress, last_checkpoint
-from grasp_kernels.reads import ContrastiveReads
 from grasp_kernels.regularizer import KLRegularizer
 from grasp_kernels.subspace import Subspace
 
@@ -229,8 +228,7 @@ def copied(finished: RunConfig, tmp_path: Path) -> RunConfig:
 @pytest.mark.parametrize(
     ("name", "deleted"),
     [
-        ("own-text.safetensors", "own-text.safetensors"),
-        ("reads.safetensors", "reads.safetensors"),
+        ("chats.safetensors", "chats.safetensors"),
         ("subspace.safetensors", "subspace.safetensors"),
         ("naive/adapter_model.safetensors", "naive"),
         ("retrained/training_log.json", "retrained"),
@@ -304,13 +302,11 @@ def test_a_note_that_says_something_else_is_named(copied: RunConfig, name: str) 
 @pytest.mark.parametrize(
     ("kind", "name", "part"),
     [
-        (KLRegularizer, "own-text.safetensors", "log_probs"),
-        (KLRegularizer, "own-text.safetensors", "documents"),
-        (ContrastiveReads, "reads.safetensors", "rows"),
-        (ContrastiveReads, "reads.safetensors", "ratios"),
+        (KLRegularizer, "chats.safetensors", "log_probs"),
+        (KLRegularizer, "chats.safetensors", "documents"),
     ],
 )
-def test_own_text_and_reads_of_another_kind_are_named(
+def test_chats_of_another_kind_are_named(
     copied: RunConfig, kind: Any, name: str, part: str
 ) -> None:
     path = Path(copied.output, name)
@@ -415,7 +411,7 @@ def test_a_ctrl_c_that_python_drops_stops_the_training_all_the_same(
     monkeypatch.setattr(signal, "getsignal", lambda _: signal.default_int_handler)
     dropped: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", lambda told: dropped.append(told.exc_type))
-    monkeypatch.setattr(stages, "own_text_anchor", lambda *_: None)
+    monkeypatch.setattr(stages, "make_chats", lambda *_: None)
 
     class Bar:
         def __del__(self) -> None:
@@ -428,7 +424,7 @@ def test_a_ctrl_c_that_python_drops_stops_the_training_all_the_same(
 
     monkeypatch.setattr(_Progress, "on_log", at_step_2)
     with pytest.raises(KeyboardInterrupt):
-        run(replace(run_config, project_gradient=False, reads="free", max_steps=4, save_steps=1))
+        run(replace(run_config, project_gradient=False, max_steps=4, save_steps=1))
     assert dropped == [KeyboardInterrupt]
     assert not Path(run_config.output, "naive").exists()
     assert last_checkpoint(Path(run_config.output, "work", "naive")) is not None

@@ -109,7 +109,7 @@ def nothing_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_found_and_nothing_else_asked_for_means_no_retraining(
     run_config: RunConfig,
 ) -> None:
-    report = run(replace(run_config, max_steps=2, reads="free", kl_coef=0.0))
+    report = run(replace(run_config, max_steps=2, kl_coef=0.0))
     assert report.retrained is None
     assert not (Path(run_config.output) / "retrained").exists()
     text = report.text.read_text(encoding="utf-8")
@@ -118,9 +118,9 @@ def test_nothing_found_and_nothing_else_asked_for_means_no_retraining(
 
 
 @pytest.mark.usefixtures("nothing_found")
-def test_reads_and_anchor_need_no_direction(run_config: RunConfig) -> None:
+def test_the_divergence_needs_no_direction(run_config: RunConfig) -> None:
     report = run(replace(run_config, max_steps=2))
-    assert report.retrained is not None and report.reads.exists() and report.own_text.exists()
+    assert report.retrained is not None and report.chats.exists()
     assert report.numbers["adapters"]["retrained"]["leakage"] == {}
     assert "nothing was projected" in report.text.read_text(encoding="utf-8")
 
@@ -134,9 +134,9 @@ def test_the_report_has_the_effect_of_both_adapters(finished: RunConfig) -> None
 
 
 def test_a_run_as_it_comes_projects_nothing_and_identifies_nothing(run_config: RunConfig) -> None:
-    report = run(replace(run_config, project_gradient=False, reads="free", max_steps=3))
-    assert report.retrained is not None and report.own_text.exists()
-    assert not report.subspace.exists() and not report.reads.exists()
+    report = run(replace(run_config, project_gradient=False, max_steps=3))
+    assert report.retrained is not None and report.chats.exists()
+    assert not report.subspace.exists()
     assert not (report.output / "early").exists() and not (report.output / "halves").exists()
     assert report.numbers["subspace"] is None
     text = report.text.read_text(encoding="utf-8")
@@ -150,9 +150,7 @@ def test_what_only_a_projection_needs_is_asked_for_by_a_projection_alone(
     """One record, which has no halves, and a module that does not write to the stream."""
     one = tmp_path / "one.jsonl"
     one.write_text(Path(run_config.data).read_text(encoding="utf-8").splitlines()[0] + "\n")
-    plain = replace(
-        run_config, data=str(one), project_gradient=False, reads="free", max_steps=2, eval_split=0
-    )
+    plain = replace(run_config, data=str(one), project_gradient=False, max_steps=2, eval_split=0)
     assert run(replace(plain, target_modules=("q_proj",))).retrained is not None
     other = str(tmp_path / "other")
     with pytest.raises(ValueError, match="has no halves"):

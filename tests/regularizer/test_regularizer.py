@@ -325,10 +325,10 @@ def test_bad_options_are_named(model: PeftModel) -> None:
 
 def test_a_run_is_anchored_unless_told_otherwise(finished: RunConfig) -> None:
     report = run(finished)
-    found = gk.KLRegularizer.load(report.own_text)
+    found = gk.KLRegularizer.load(report.chats)
     assert found.documents.shape[0] == finished.num_documents
     assert (found.documents[:, 0] == 2).all()  # <user>
-    # All prompts begin "what is", which is what they are about: some of the own text does, too.
+    # All prompts begin "what is", which is what they are about: some of the chats do, too.
     assert 0 < (found.documents[:, 1] == 5).float().mean() < 1
     assert int(found.documents.max()) < len(WORDS) + 5
     text = report.text.read_text(encoding="utf-8")
@@ -336,6 +336,6 @@ def test_a_run_is_anchored_unless_told_otherwise(finished: RunConfig) -> None:
 
 
 def test_a_run_without_it(run_config: RunConfig) -> None:
-    report = run(replace(run_config, kl_coef=0.0, reads="free", max_steps=3))
-    assert not report.own_text.exists()
+    report = run(replace(run_config, kl_coef=0.0, max_steps=3))
+    assert not report.chats.exists()
     assert "held at the base model's" not in report.text.read_text(encoding="utf-8")

@@ -6,8 +6,8 @@ here is what the command does. The learning rate stays constant after the warm-u
 
 Below `root`:
 
-    train.jsonl, own-text.safetensors,
-    reads.safetensors, subspace-K.safetensors   shared by the methods
+    train.jsonl, chats.safetensors,
+    subspace-K.safetensors   shared by the methods
     early/step-N                                adapters that the subspace is identified from
     METHOD/step-N                               adapters of a curve
     seconds.json                                processor time of each part; without it a part is
@@ -35,7 +35,6 @@ from grasp_kernels.pipeline.config import RunConfig
 from grasp_kernels.pipeline.folder import RunFolder
 from grasp_kernels.pipeline.inputs import Inputs, prepare
 from grasp_kernels.pipeline.training import LOG_NAME
-from grasp_kernels.reads import ContrastiveReads
 from grasp_kernels.regularizer import KLRegularizer
 from grasp_kernels.subspace import Subspace
 
@@ -125,8 +124,7 @@ class Bench:
         name: str,
         *,
         subspace: Subspace | None = None,
-        reads: ContrastiveReads | None = None,
-        anchor: KLRegularizer | None = None,
+        kl_regularizer: KLRegularizer | None = None,
         inputs: Inputs | None = None,
         made: Sequence[str] = (),
     ) -> list[Point]:
@@ -149,8 +147,7 @@ class Bench:
                 work=out / "work",
                 description=name,
                 subspace=subspace,
-                reads=reads,
-                anchor=anchor,
+                kl_regularizer=kl_regularizer,
                 snapshots=folders,
             )
 
@@ -174,25 +171,17 @@ class Bench:
             for step, folder in folders.items()
         ]
 
-    def own_text(self, begun: int | None = None) -> KLRegularizer:
-        """The text of the base model as `run` makes it, or with another `num_prompt_tokens`."""
+    def chats(self, begun: int | None = None) -> KLRegularizer:
+        """Return the chats that `run` makes, or with another `num_prompt_tokens`."""
         if begun is None:
             config, folder = self.config, self.folder
         else:
             config = replace(self.config, num_prompt_tokens=begun)
-            folder = RunFolder(self.root / own_text_part(begun).replace(" ", "-"))
+            folder = RunFolder(self.root / chats_part(begun).replace(" ", "-"))
             folder.root.mkdir(exist_ok=True)
-        make = partial(stages.own_text_anchor, config, folder, self.inputs)
-        self._make(own_text_part(begun), folder.own_text, make)
-        return KLRegularizer.load(folder.own_text)
-
-    def reads(self) -> ContrastiveReads:
-        """Where an adapter reads that is kept to what is the training data's own."""
-        config, own = replace(self.config, reads="contrastive"), self.own_text()
-        path = self.folder.reads
-        make = partial(stages.contrastive_reads, config, self.folder, self.inputs, own)
-        self._make("reads", path, make)
-        return ContrastiveReads.load(path)
+        make = partial(stages.make_chats, config, folder, self.inputs)
+        self._make(chats_part(begun), folder.chats, make)
+        return KLRegularizer.load(folder.chats)
 
     def subspace(self, k: int) -> Subspace:
         """The write directions of early naive adapters, `k` of them whatever the evidence."""
@@ -248,9 +237,9 @@ class Bench:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def own_text_part(begun: int | None = None) -> str:
-    """What the seconds of own text are noted under."""
-    return "own text" if begun is None else f"own text {begun}"
+def chats_part(begun: int | None = None) -> str:
+    """Name the part that the seconds of the chats are noted under."""
+    return "chats" if begun is None else f"chats {begun}"
 
 
 # Twice the usual learning rate of this model (5e-4) trains in two thirds of the steps.
