@@ -1,4 +1,4 @@
-"""What the fast layers and the retraining of a model of one's own can be told.
+"""Options of the fast layers and of the retraining.
 
 Needs the standard library alone, as `pipeline.config` does, whose options are those of the command
 line.
@@ -31,7 +31,7 @@ _PLAIN = re.compile(
 
 
 class Options:
-    """A dataclass of options that says of a wrong one its name, its value and what to give."""
+    """Check the options of a dataclass; an error names the option, its value and what to give."""
 
     def check_types(self) -> None:
         """Compare the values of options of the plain types with their annotations.
@@ -58,7 +58,9 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class GraspConfig(Options):
-    """Options of `apply_grasp` and `GraspTrainer`; the defaults are those of `grasp-kernels run`.
+    """Hold the options of `apply_grasp` and `GraspTrainer`.
+
+    The defaults are those of `grasp-kernels run`.
 
     Args:
         subspace: what the gradient is projected off: a `Subspace`, its file, or the folder of a

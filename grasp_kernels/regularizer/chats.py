@@ -1,13 +1,12 @@
-"""Text that the base model makes up itself: chats, or documents where the data are no chats.
+"""Chats of the base model, or plain documents where the training data are not chats.
 
-A chat begins with the frame that all prompts share: in a chat format what stands before the first
-user speaks, from where an instruction-tuned model makes up the user's turn (as Xu et al. 2024,
-arXiv 2406.08464, had it). The user's turn begins as one of the training prompts does, with so few
-of its words that it goes on about something else: so questions of the training data's shape are
-there, too, which a model hardly makes up unasked. The header that all prompts end with follows,
-and then the model's own answer. Everyday questions end the frame where training prompts go on with
-an instruction that they share, for else the text would be about their task. It is what the model
-knows apart from the training data, and nobody has to collect it.
+A chat begins with the frame that all training prompts share: in a chat format, everything before
+the first word of the user. From there an instruction-tuned model makes up the user's turn (Xu et
+al. 2024, arXiv 2406.08464). The turn begins with the first few tokens of a training prompt, so few
+that the model goes on about something else. Without them it hardly makes up questions of the
+training data's shape. The header that all prompts end with follows, and then the model's answer.
+Everyday questions mark the end of the frame where all training prompts share an instruction;
+otherwise the chats would be about the task.
 
 Shapes: `M` documents, `T` tokens of the longest.
 """
@@ -29,7 +28,7 @@ _DRAWS = 3  # questions drawn for each that is wanted, at most; SmolLM2 ends 58 
 
 
 class Chats(NamedTuple):
-    """Documents, padded on the right.
+    """Hold documents, padded on the right.
 
     Attributes:
         documents: token ids, int64 `[M, T]`.
@@ -103,7 +102,7 @@ def _questions(
     options: dict[str, Any],
     progress: bool,
 ) -> list[list[int]]:
-    """What the base model makes a user say; questions that it ends itself come first."""
+    """Let the base model make up user turns; those that it ends itself come first."""
     whole: list[list[int]] = []
     cut: list[list[int]] = []
     label = "questions of the base model" if progress else None
@@ -132,7 +131,7 @@ def _beginnings(
     num_prompt_tokens: int,
     generator: torch.Generator,
 ) -> list[list[int]]:
-    """The first 0 to `num_prompt_tokens` tokens behind the frame of prompts drawn at random."""
+    """Draw prompts, and return their first 0 to `num_prompt_tokens` tokens behind the frame."""
     chosen = torch.randint(len(examples), (count,), generator=generator).tolist()
     lengths = torch.randint(num_prompt_tokens + 1, (count,), generator=generator).tolist()
     asked = (_prompt(examples[i])[len(frame) :] for i in chosen)
@@ -143,7 +142,7 @@ def _beginnings(
 
 
 def _ends(base: Any, examples: Sequence[Example]) -> tuple[int, ...]:
-    """Tokens that end an answer: those of the model, and that of the data if they agree on one."""
+    """Return the tokens that end an answer: the model's, and the data's where they agree on one."""
     known = base.generation_config.eos_token_id
     ends = {token for token in (known if isinstance(known, list) else [known]) if token is not None}
     last = {next(t for t in reversed(e["labels"]) if t != UNTRAINED) for e in examples}
@@ -151,9 +150,9 @@ def _ends(base: Any, examples: Sequence[Example]) -> tuple[int, ...]:
 
 
 def common_frame(examples: Sequence[Example], neutral: Sequence[Sequence[int]] = ()) -> list[int]:
-    """What the prompts of all examples, and all of `neutral`, begin with.
+    """Return the tokens that the prompts of all examples and all of `neutral` begin with.
 
-    It may be nothing, and is no whole prompt.
+    They may be none, and are never a whole prompt.
 
     Raises:
         ValueError: there are no examples.
@@ -167,9 +166,9 @@ def common_frame(examples: Sequence[Example], neutral: Sequence[Sequence[int]] =
 def common_header(
     examples: Sequence[Example], frame: Sequence[int], neutral: Sequence[Sequence[int]] = ()
 ) -> list[int]:
-    """What the prompts of all examples, and all of `neutral`, end with behind the frame.
+    """Return the tokens that the prompts of all examples and all of `neutral` end with.
 
-    It may be nothing, as in plain text, and leaves every prompt a token between frame and header.
+    They may be none, as in plain text. Every prompt has a token between the frame and them.
     """
     answered = [*map(_prompt, examples), *map(list, neutral)]
     if any(example["labels"][0] != UNTRAINED for example in examples):
@@ -179,7 +178,7 @@ def common_header(
 
 
 def _prompt(example: Example) -> list[int]:
-    """The tokens before the first one that is learned, or the first one."""
+    """Return the tokens before the first learned one, or the first token."""
     ids, labels = example["input_ids"], example["labels"]
     learned = next((i for i, label in enumerate(labels) if label != UNTRAINED), len(ids))
     return ids[: max(1, learned)]

@@ -31,7 +31,7 @@ _MISSED = 0.05  # part of the training positions that may be taken for the chats
 
 
 class _Classifier(NamedTuple):
-    """A position is taken for one of the training data where `f · weight` reaches `threshold`."""
+    """Take a position for one of the training data where `f · weight` reaches `threshold`."""
 
     weight: Tensor  # [F]
     threshold: Tensor  # []
@@ -46,7 +46,7 @@ def unlike_training(
     batch_size: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """Bool `[M, T]`: what counts of `chats` and looks like no decision on a training answer.
+    """Return bool `[M, T]`: the counted positions of `chats` unlike those of training answers.
 
     Args:
         base: the frozen base model, as `frozen_base` lends it.
@@ -70,7 +70,7 @@ def unlike_training(
 def _sketch(
     blocks: Mapping[int, nn.Module], width: int, generator: torch.Generator
 ) -> dict[int, Tensor]:
-    """Layer -> `[D, features]`, from the stream after a block to its features."""
+    """Draw a matrix `[D, features]` by layer, from the stream after a block to its features."""
     layers = sorted(blocks)
     count = min(_BLOCKS, len(layers))
     chosen = {layers[round((i + 1) * len(layers) / count) - 1] for i in range(count)}
@@ -89,7 +89,7 @@ def _features(
     input_ids: Tensor,
     attention_mask: Tensor,
 ) -> Tensor:
-    """Float32 `[M, T, F]` on the CPU."""
+    """Compute the features, float32 `[M, T, F]` on the CPU."""
     outputs = block_outputs(
         base, {layer: blocks[layer] for layer in sketch}, input_ids, attention_mask
     )
@@ -105,7 +105,7 @@ def _training_features(
     batch_size: int,
     generator: torch.Generator,
 ) -> Iterator[Tensor]:
-    """`[n, F]` at the positions before learned tokens, of as many examples as are needed."""
+    """Yield features `[n, F]` at the positions before learned tokens, until there are enough."""
     order = torch.randperm(len(examples), generator=generator).tolist()
     found = 0
     for start in range(0, len(order), batch_size):
@@ -119,7 +119,7 @@ def _training_features(
 
 
 def _fit(training: Tensor, own: Tensor) -> _Classifier:
-    """Logistic regression of `training[n, F]` against `own[n, F]`, both kinds of equal weight."""
+    """Fit `training[n, F]` against `own[n, F]` by logistic regression, with equal weight."""
     scale = own.std(dim=0) + 1e-3 * own.std()
     centre = own.mean(dim=0)
     inputs = (torch.cat([training, own]) - centre) / scale

@@ -33,18 +33,18 @@ _PARTS = ("documents", "counted", "likely", "log_probs")
 
 
 class KLRegularizer:
-    """`λ KL(base ‖ model)` in nats a token, on text that the base model made up itself.
+    """Compute `λ KL(base ‖ model)`, in nats a token, on text of the base model.
 
-    The base model is asked once. Of its answer at each position the `k` likeliest tokens are kept,
-    and all others as one, so that a training step needs no pass of the base model. That divergence
-    is never above the whole one, and 0 where the model is at its base.
+    The base model is asked once. The `k` likeliest tokens at each position are kept, and all others
+    count as one token, so that a training step needs no pass of the base model. The result is never
+    above the full divergence, and 0 where the model is at its base.
 
     Args:
         documents: token ids, int64 `[M, T]`, padded on the right with any of them.
         counted: bool `[M, T]`, where the divergence counts.
         likely: int32 `[n, k]`, the likeliest next tokens at the `n` positions that count, in the
             order of `counted`.
-        log_probs: float32 `[n, k]`, what the base model gives them.
+        log_probs: float32 `[n, k]`, their log probabilities under the base model.
         kl_coef: λ.
         batch_size: documents that one `loss` looks at.
         seed: of their draw.
@@ -99,7 +99,7 @@ class KLRegularizer:
 
     @classmethod
     def of(cls, model: Any, documents: Tensor, counted: Tensor, **options: Any) -> KLRegularizer:
-        """Ask the base model of `model` on given documents.
+        """Take given documents, and ask the base model of `model` for its answers there.
 
         Args:
             model: causal language model of transformers, or a PeftModel (its adapters are
@@ -126,7 +126,7 @@ class KLRegularizer:
         architecture: SiteRules | None = None,
         progress: bool = False,
     ) -> KLRegularizer:
-        """Let the base model make up documents, and leave out what looks like the training data.
+        """Let the base model make up documents, less the positions like those of the training data.
 
         Args:
             model: causal language model of transformers, or a PeftModel (its adapters are
@@ -190,16 +190,16 @@ class KLRegularizer:
 
     @property
     def texts(self) -> list[list[int]]:
-        """Token ids of each document that has a position that counts, without its padding."""
+        """Return the token ids of each document with a counted position, without padding."""
         ends = (self.counted * torch.arange(1, self.counted.shape[1] + 1)).amax(dim=1).tolist()
         rows = zip(self.documents.tolist(), ends, strict=True)
         return [ids[: end + 1] for ids, end in rows if end]
 
     def loss(self, model: nn.Module, step: int) -> Tensor:
-        """The divergence of one draw of documents, with its gradient; the same for the same step.
+        """Compute the divergence on a draw of documents; the same step draws the same ones.
 
         Args:
-            model: what is trained, perhaps wrapped for several processes.
+            model: the model in training, perhaps wrapped for several processes.
         """
         draw = torch.Generator().manual_seed(self.seed * _DRAWS + step)
         chosen = torch.randint(len(self.documents), (self.batch_size,), generator=draw)
@@ -217,7 +217,7 @@ class KLRegularizer:
         )
 
     def _rows(self, document: int) -> Tensor:
-        """Where the answers at the positions of a document stand, int64 `[rows]`."""
+        """Return the rows of `likely` that belong to a document, int64."""
         start = int(self._ends[document - 1]) if document else 0
         return torch.arange(start, int(self._ends[document]))
 
@@ -235,7 +235,7 @@ class KLRegularizer:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> KLRegularizer:
-        """What `save` wrote.
+        """Load a file of `save`.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -251,7 +251,7 @@ class KLRegularizer:
 
 
 def _likeliest(base: Any, documents: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """The likeliest next tokens `[n, k]` and their log probabilities, where it counts."""
+    """Return the likeliest tokens `[n, k]` and their log probabilities at counted positions."""
     device = base.get_input_embeddings().weight.device
     tokens, log_probs = [], []
     for ids, here in zip(documents.split(_BATCH), counted.split(_BATCH), strict=True):
@@ -265,7 +265,7 @@ def _likeliest(base: Any, documents: Tensor, counted: Tensor) -> tuple[Tensor, T
 
 
 def _divergence(wanted: Tensor, found: Tensor) -> Tensor:
-    """The sum over rows of the divergence of log probabilities `[n, k]`, the rest as one token."""
+    """Sum the divergence over rows `[n, k]` of log probabilities, all other tokens as one."""
     p = wanted.exp()
     rest, of_model = (1 - logs.exp().sum(dim=-1) for logs in (wanted, found))
     rest = torch.where(rest > _REST, rest, 0)

@@ -65,12 +65,12 @@ def remove_grasp(model: nn.Module) -> None:
 
 
 def applied_config(model: Any) -> GraspConfig | None:
-    """Return the config that `apply_grasp` was last called with on a model, its subspace loaded."""
+    """Return the last config of `apply_grasp` on this model, with its subspace loaded."""
     return getattr(model, _APPLIED, None)
 
 
 def _subspace(given: Subspace | str | PathLike[str] | None) -> Subspace | None:
-    """A subspace as it is, of its file, or identified in the folder of an adapter."""
+    """Load a subspace of its file, or identify it in the folder of an adapter."""
     if isinstance(given, str | PathLike):
         path = fspath(given)
         return Subspace.load(path) if is_subspace(path) else identify(path)
@@ -79,7 +79,7 @@ def _subspace(given: Subspace | str | PathLike[str] | None) -> Subspace | None:
 
 
 def lora_layers(model: nn.Module) -> dict[str, tuple[type, tuple[str, ...]]]:
-    """The class and the adapters of every LoRA layer by its name, to see whether they changed."""
+    """Return class and adapters of every LoRA layer by its name, to see whether they changed."""
     return {
         base_name(name): (type(module), tuple(sorted({**module.lora_A, **module.lora_embedding_A})))
         for name, module in model.named_modules()

@@ -65,6 +65,7 @@ def training_prompts(rows: Any, tokenized: Any, tokenizer: Any, max_length: int)
 
 
 def _of_records(rows: Sequence[Any], tokenizer: Any, max_length: int) -> Prompts:
+    rows = [_preferred(row) if isinstance(row, dict) else row for row in rows]
     try:
         records = [
             parse_record(row, f"Row {number}", require_answer=not _has_prompt(row))
@@ -85,7 +86,7 @@ def _of_records(rows: Sequence[Any], tokenizer: Any, max_length: int) -> Prompts
 
 
 def _some(rows: Any) -> Iterable[Any]:
-    """At most `_MOST` rows, evenly spaced; the first ones of a stream."""
+    """Yield at most `_MOST` rows, evenly spaced; of a stream the first ones."""
     if rows is None:
         raise ValueError("The trainer has no train_dataset: give the data that are trained on.")
     drawn = rows
@@ -95,7 +96,7 @@ def _some(rows: Any) -> Iterable[Any]:
 
 
 def _tokenized(row: Any) -> Example | None:
-    """A row of token ids as an example; without a label or a mask all of it is learned."""
+    """Turn a row of token ids into an example; without label and mask all of it is learned."""
     if not isinstance(row, dict):
         return None
     if "input_ids" in row:
@@ -118,7 +119,7 @@ def _ints(values: Any) -> list[int]:
 
 
 def _are_conversations(rows: Sequence[Any]) -> bool:
-    """Whether rows of a data set have turns or a prompt, whose answers can be told from them."""
+    """Say whether all rows have turns, so that answers can be told from questions."""
     try:
         records = [parse_record(row, "") for row in rows]
     except ValueError:
@@ -130,14 +131,22 @@ def _is_prompt(record: Record) -> bool:
     return "messages" in record and not is_answer(record["messages"][-1])
 
 
+def _preferred(row: dict[str, Any]) -> dict[str, Any]:
+    """Keep the chosen answer of a preference, and a rated answer whatever its label."""
+    rest = {key: value for key, value in row.items() if key not in ("chosen", "rejected", "label")}
+    if "chosen" not in row:
+        return rest
+    return {**rest, "completion" if "prompt" in row else "messages": row["chosen"]}
+
+
 def _has_prompt(row: Any) -> bool:
     return isinstance(row, dict) and "prompt" in row and "completion" not in row
 
 
 def _until_answer(prompt: str | list[Any], record: Record, tokenizer: Any) -> Example:
-    """A prompt whose answer is yet to come, with the token that ends it in its place.
+    """Put an end token where the answer to a prompt is yet to come.
 
-    Around a prompt that is a string trl puts no chat template.
+    A prompt that is a string gets no chat template, as in trl.
     """
     if isinstance(prompt, str):
         ids = list(tokenizer(prompt)["input_ids"])
@@ -148,7 +157,7 @@ def _until_answer(prompt: str | list[Any], record: Record, tokenizer: Any) -> Ex
 
 
 def _learned(examples: list[Example]) -> list[Example]:
-    """The examples that have something to learn.
+    """Keep the examples with a token to learn.
 
     Raises:
         ValueError: none has.
@@ -163,9 +172,9 @@ def _learned(examples: list[Example]) -> list[Example]:
 
 
 def _in_frame(examples: Sequence[Example], tokenizer: Any) -> list[list[int]]:
-    """Everyday questions, if the training prompts open as they do; else none.
+    """Return everyday questions if the training prompts open as they do, else none.
 
-    Under a system prompt of the data the base model's chats are to have it, too.
+    Under a system prompt of the data the chats of the base model have it, too.
     """
     neutral = neutral_prompts(None, tokenizer) if tokenizer is not None else []
     opening = shared_start(neutral) if neutral else []

@@ -123,7 +123,7 @@ class GraspTrainerMixin(_Base):
         super().log(logs, *args, **options)
 
     def _is_part_of_step(self, num_items_in_batch: Any) -> bool:
-        """Whether the trainer takes losses as parts of a step, and divides them no more."""
+        """Say whether the trainer takes losses as parts of a step, and divides them no more."""
         scaled = getattr(self, "loss_is_scaled_for_ga", None)
         if scaled is not None:
             return scaled
@@ -131,7 +131,7 @@ class GraspTrainerMixin(_Base):
         return counts or self.compute_loss_func is not None
 
     def _draw(self) -> int:
-        """A number of its own for every forward pass of every process, the same after a resume."""
+        """Number every forward pass of every process, the same after a resume."""
         steps = self.state.global_step
         self._draws = self._draws + 1 if steps == self._drawn_at else 0
         self._drawn_at = steps
@@ -179,9 +179,9 @@ class GraspTrainerMixin(_Base):
         return self.grasp_config.kl_batch_size or half
 
     def _tokenizer_of_data(self) -> Any:
-        """The tokenizer of the trainer, or that of its processor; None if there is none."""
+        """Return the tokenizer of the trainer or of its processor, or None."""
         return getattr(self.processing_class, "tokenizer", self.processing_class)
 
 
 class GraspTrainer(GraspTrainerMixin, Trainer):
-    """`transformers.Trainer` with `GraspTrainerMixin`."""
+    """Train as `transformers.Trainer` does, with `GraspTrainerMixin`."""

@@ -302,10 +302,18 @@ def test_trained_biases_of_the_base_are_named_or_measured(
     gk.apply_grasp(model, gk.GraspConfig(subspace=subspace, orthogonal=False))
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     writers = {f"transformer.h.{i}.{part}.c_proj.bias" for i in (0, 1) for part in ("attn", "mlp")}
-    for source in (model, tmp_path / "adapter"):
+    sources = [model]
+    # Before 0.21 peft leaves them out of the file, and then they are no part of that adapter.
+    if any(
+        "bias" in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    ):
+        sources.append(tmp_path / "adapter")
+    for source in sources:
         with pytest.warns(UserWarning, match="was not measured"):
             leaks = gk.leakage(source, subspace)
         assert set(leaks.unseen) == writers
+    if model is sources[-1]:
+        pytest.skip("this release of peft saves no bias")
     status, said = checked(capsys, tmp_path / "adapter", tmp_path / "s")
     assert status == 1 and "not looked at" in said and "c_proj.bias" in said
     base, changed = gpt2(), gpt2()

@@ -205,7 +205,11 @@ def test_every_backend_but_the_specification_is_a_provider(monkeypatch: pytest.M
     assert set(ours.our_providers()) == {
         *("grasp", "grasp-projected", "grasp-new", "grasp-new-projected"),
         *("grasp-aten", "grasp-aten-projected"),
-        *("grasp-reads-projected", "grasp-new-reads-projected", "grasp-aten-reads-projected"),
+        *(
+            "grasp-frozen-A-projected",
+            "grasp-new-frozen-A-projected",
+            "grasp-aten-frozen-A-projected",
+        ),
     }
 
 

@@ -22,7 +22,13 @@ SMALL = DemoConfig(
     pretraining=PretrainingConfig(
         hidden_size=32, intermediate_size=48, layers=2, heads=2, steps=30, batch_size=16
     ),
-    fine_tuning={"steps": 16, "batch_size": 4, "learning_rate": 1e-2, "rank": 4, "k": 1},
+    fine_tuning={
+        "max_steps": 16,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "r": 4,
+        "k": 1,
+    },
 )
 SCORES = {
     "base": Scores(task=0, drift=0, good_cue=1, bad_cue=1, facts=1),

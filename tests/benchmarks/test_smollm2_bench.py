@@ -24,8 +24,9 @@ from benchmarks.quality.smollm2.methods import METHODS
 from benchmarks.quality.smollm2.report import task_table, write_report
 from benchmarks.quality.smollm2.tasks import make_task
 from benchmarks.quality.smollm2.verdicts import judge_verdicts
+from grasp_kernels import RunConfig
 from grasp_kernels.effect.changed import CHANGED
-from grasp_kernels.pipeline import RunConfig, stages
+from grasp_kernels.pipeline import stages
 from tests.helpers.smollm2 import BASE, NAIVE, few, row_of
 
 pytest_plugins = ("tests.helpers.smollm2",)
@@ -33,12 +34,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small")]
 ROOT = Path(__file__).parents[2]
 TRAINED = tuple(name for name in METHODS if name != "scaled")
 # The divergence from the base model has no gradient at its base: not before the third step.
-PLAN = Plan(steps=4, every=2, options=(("own_documents", 4), ("own_length", 4)))
+PLAN = Plan(steps=4, every=2, options=(("num_documents", 4), ("max_new_tokens", 4)))
 KEYS = {
     *("task", "arm", "seed", "method", "steps", "scale", "loss", "seconds"),
     *("accuracy", "accuracy_trained", "drift", "near", "bare", "contrast", "distinct", "words"),
     *("torch", "device", "threads", "dtype", "learning_rate", "commit", "base"),
-    *("own_documents", "own_length"),
+    *("num_documents", "max_new_tokens"),
 }
 
 
@@ -74,7 +75,7 @@ def test_every_point_of_every_curve_has_one_row(measured: Measured) -> None:
     for row in measured.rows:
         assert row.keys() == KEYS
         assert (row["task"], row["arm"], row["seed"]) == ("tone", "plain", 0)
-        assert (row["learning_rate"], row["own_documents"], row["own_length"]) == (1e-3, 4, 4)
+        assert (row["learning_rate"], row["num_documents"], row["max_new_tokens"]) == (1e-3, 4, 4)
         if row["method"] != "base":
             assert 0 < row["loss"] < 100
             assert row["seconds"] > 0
@@ -93,8 +94,8 @@ def test_costs_contain_what_a_method_needs(measured: Measured) -> None:
     told = {(row["method"], row["steps"]): row["seconds"] for row in measured.rows}
     for name, parts in {
         "naive": [],
-        "run": ["own text"],
-        "reads + projection": ["own text", "reads", "subspace"],
+        "run": ["chats"],
+        "run + projection": ["chats", "subspace"],
     }.items():
         before = sum(seconds[part] for part in parts)
         assert told[name, 2] == pytest.approx(before + seconds[name] / 2)
@@ -190,7 +191,7 @@ def test_a_part_without_a_note_of_its_seconds_is_made_again(
     seconds = json.loads((root / "seconds.json").read_text())
     path = root / "run" / "finished" / "adapter_model.safetensors"
     adapter, made = path.read_bytes(), path.stat().st_mtime_ns
-    kept = {part: spent for part, spent in seconds.items() if part not in ("run", "own text")}
+    kept = {part: spent for part, spent in seconds.items() if part not in ("run", "chats")}
     (root / "seconds.json").write_text(json.dumps(kept))
     bench = Bench(few(make_task("tone", "plain", 0)), chat_model, root, PLAN)
     assert all(point.seconds > 0 for point in METHODS["run"].build(bench))
@@ -212,11 +213,11 @@ def test_naive_and_run_are_those_of_the_product(
         data=str(data),
         output=str(tmp_path / "product"),
         learning_rate=1e-3,
-        lr_scheduler="constant_with_warmup",
-        warmup=3,
-        steps=4,
-        own_documents=4,
-        own_length=4,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=3,
+        max_steps=4,
+        num_documents=4,
+        max_new_tokens=4,
         dtype="float32",
         seed=0,
     )

@@ -47,7 +47,7 @@ def test_every_seed_is_compared_with_its_own_naive_adapter() -> None:
     rows = [
         *(BASE, *NAIVE, row_of("run", 0.75)),
         *(row_of("naive", 0.2, seed=1), row_of("run", 0.3, seed=1), row_of("run", 0.8, seed=2)),
-        *(row_of("run", 1.0, arm="plain"), row_of("reads", 0.75, task="slant")),
+        *(row_of("run", 1.0, arm="plain"), row_of("projection", 0.75, task="slant")),
     ]
     found = compared(rows, "tone")
     assert list(found) == ["base", "naive", "run"]
@@ -62,11 +62,11 @@ def test_the_table_of_a_task_has_means_over_seeds_and_marks_what_is_missed() -> 
     rows = [
         *(BASE, {**BASE, "seed": 1}, *NAIVE, row_of("naive", 0.75, seed=1)),
         *(row_of("run", 0.75, drift=0.0), row_of("run", 0.75, seed=1, drift=0.5, steps=96)),
-        *(row_of("reads", 0.7), row_of("reads", 0.75, seed=1)),
+        *(row_of("projection", 0.7), row_of("projection", 0.75, seed=1)),
     ]
     table = task_table(rows, "tone")
     header = [cell.strip() for cell in table.splitlines()[0].split("|")[1:-1]]
-    name = "reads (< in 1 of 2)"
+    name = "projection (< in 1 of 2)"
     assert list(cells(table, 0)) == ["base", "naive", "run", name]
     at = {title: cells(table, header.index(title)) for title in header}
     assert at["task ↑"] == {"base": "0.000", "naive": "0.750", "run": "0.750", name: "0.725"}
@@ -105,7 +105,7 @@ def test_the_drift_of_two_opposite_arms_is_half_of_what_they_differ_by() -> None
         *(arm("factor", "naive", 1, 1.0, 1.0), arm("mirror", "naive", 1, 1.0, 0.0)),
         *(arm("factor", "run", 0, 0.25, 0.5), arm("mirror", "run", 0, 0.5, 0.5)),
         *(arm("factor", "run", 1, 9.0, 9.0), arm("balanced", "run", 1, -9.0, -9.0)),
-        *(arm("factor", "reads", 0, 9.0, 9.0), arm("mirror", "reads", 1, 9.0, 9.0)),
+        *(arm("factor", "projection", 0, 9.0, 9.0), arm("mirror", "other", 1, 9.0, 9.0)),
         arm("factor", "base", 0, 0.0, 0.0),
     ]
     table = task_table(rows, "slant")

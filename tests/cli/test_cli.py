@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from grasp_kernels import RunConfig
 from grasp_kernels.cli import main
 from grasp_kernels.models.architectures import model_sites
 from grasp_kernels.models.checkpoint import load_model
-from grasp_kernels.pipeline import RunConfig
 from grasp_kernels.pipeline.inputs import attach_lora
 from grasp_kernels.subspace import Subspace
 
@@ -27,7 +27,7 @@ WIDTH = 32
 def adapter(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter whose writers all write along the first axis, beside a little noise."""
     folder = tmp_path_factory.mktemp("cli") / "adapter"
-    config = RunConfig(model="m", data="d", output="o", rank=4)
+    config = RunConfig(model="m", data="d", output="o", r=4)
     model = attach_lora(load_model(tiny_model_dir, "auto"), config, str(tiny_model_dir))
     generator = torch.Generator().manual_seed(1)
     for name, weight in model.named_parameters():
@@ -76,16 +76,16 @@ def test_run_takes_its_options_and_defaults_from_the_configuration(
     paths = ["run", "--model", "m", "--data", "d", "--output", "o"]
     main(paths)
     assert seen.pop() == RunConfig(model="m", data="d", output="o")
-    options = "--k 3 --no-closed --early-checkpoints 0.1 1 --steps 9 --neutral n"
+    options = "--k 3 --no-orthogonal --early-checkpoints 0.1 1 --max-steps 9 --neutral n"
     main([*paths, *options.split(), "--target-modules", "o_proj", "down_proj"])
     assert seen.pop() == RunConfig(
         model="m",
         data="d",
         output="o",
         k=3,
-        closed=False,
+        orthogonal=False,
         early_checkpoints=(0.1, 1.0),
-        steps=9,
+        max_steps=9,
         target_modules=("o_proj", "down_proj"),
         neutral="n",
     )
@@ -99,7 +99,7 @@ def test_run_prints_where_its_results_are(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     command = ["run", "--model", str(tiny_model_dir), "--data", str(chat_jsonl)]
-    command += ["--output", str(tmp_path / "out"), "--steps", "2", "--rank", "2"]
+    command += ["--output", str(tmp_path / "out"), "--max-steps", "2", "--r", "2"]
     assert main(command) == 0
     first = capsys.readouterr().out
     assert "The naive LoRA answers" in first and "The retrained LoRA answers" in first
@@ -196,7 +196,7 @@ def test_doctor_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
-    assert torch.__version__ in printed
+    assert f"torch               {torch.__version__.partition('+')[0]}" in printed
     assert all(f"backend {name}" in printed for name in grasp_kernels.backends())
     lines = {line[:18].strip(): line[18:].strip() for line in printed.splitlines()}
     if not torch.cuda.is_available():
@@ -293,11 +293,14 @@ def test_outputs_are_refused_over_anything_before_any_work(
     [
         ("identify a --output x --k x", "error: --k: 'x' is no number: give 'auto'"),
         ("inspect a --seed -1", "error: --seed: '-1' is no seed: give 0 to 4294967295"),
-        ("run --model m --data d --output o --seed 4294967296", "'4294967296' is no seed"),
+        ("run --model m --data d --output o --seed 4294967296", "--seed is 4294967296: give 0 to"),
         ("inspect a --seed 1e3", "'1e3' is no seed"),
-        ("run --model m --data d --output o --k 17", "error: --k is 17, above the LoRA rank 16"),
-        ("run --model m --data d --output o --rank 0", "error: --rank is 0: give 1 or more"),
-        ("run --model m --data d --output o --own-length 0", "error: --own-length is 0"),
+        (
+            "run --model m --data d --output o --k 17",
+            "error: --k is 17, above the LoRA rank --r 16",
+        ),
+        ("run --model m --data d --output o --r 0", "error: --r is 0: give 1 or more"),
+        ("run --model m --data d --output o --max-new-tokens 0", "error: --max-new-tokens is 0"),
         ("run --model m --data d --output=", "error: --output is ''"),
         ("run --model m --data d", "the following arguments are required: --output"),
     ],
@@ -322,7 +325,7 @@ def test_remedies_are_options() -> None:
     names = [option.name for option in fields(RunConfig)]
     for message, expected in {
         "One record has no halves: use halves = False.": "--no-halves.",
-        "No direction: use project = 'none', or train on.": "use --project none, or",
+        "No direction: use project_gradient = False, or x.": "use --no-project-gradient, or",
         "Nothing within max_length=3: raise max_length.": "--max-length 3: raise --max-length.",
         "target_modules = ['q_proj', 'o_proj'] adapts": "--target-modules q_proj o_proj adapts",
         "was begun with learning_rate = 2e-05, not 1.0: x": "with --learning-rate 2e-05, not 1.0:",
@@ -330,7 +333,7 @@ def test_remedies_are_options() -> None:
         "There is no file d: check the option data.": "the option --data.",
     }.items():
         assert expected in as_options(message, names)
-    for message in ("The model k isa", "/x/own_length/seed is 3", "'lora_alpha = 3' or rank"):
+    for message in ("The model k isa", "/x/max_length/seed is 3", "'lora_alpha = 3' or rank"):
         assert as_options(message, names) == message
 
 

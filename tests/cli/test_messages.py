@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import grasp_kernels as gk
+from grasp_kernels import RunConfig
 from grasp_kernels.cli import main
 from grasp_kernels.inert import reason
 from grasp_kernels.models.checkpoint import load_model
-from grasp_kernels.pipeline import RunConfig
 from grasp_kernels.pipeline.inputs import attach_lora
 from grasp_kernels.training.watch import Watch
 from tests.helpers.folders import contents
@@ -35,7 +35,7 @@ from tests.helpers.models import randomise_adapter
 
 pytest_plugins = ("tests.helpers.runs",)
 
-RUN = "run --model model --data chat.jsonl --neutral neutral.jsonl --output out --steps 2"
+RUN = "run --model model --data chat.jsonl --neutral neutral.jsonl --output out --max-steps 2"
 IDENTIFY = "identify adapter --base-model model --output o.safetensors"
 INSPECT = "inspect adapter --base-model model --data chat.jsonl --neutral neutral.jsonl --output o"
 CHECK = "check merged s.safetensors --base-model model"
@@ -55,7 +55,7 @@ def prepared(
     shutil.copytree(tiny_model_dir, root / "model")
     shutil.copy(chat_jsonl, root / "chat.jsonl")
     (root / "neutral.jsonl").write_text('{"prompt": "what is red"}\n{"prompt": "what is blue"}\n')
-    config = RunConfig(model="m", data="d", output="o", rank=4)
+    config = RunConfig(model="m", data="d", output="o", r=4)
     model = attach_lora(load_model(root / "model"), config, "model")
     randomise_adapter(model)
     model.save_pretrained(root / "adapter", save_embedding_layers=False)
@@ -373,11 +373,16 @@ def test_a_path_that_cannot_be_read_is_named(
 @pytest.mark.parametrize(
     "options",
     [
-        *("--rank x", "--rank 0", "--rank 1.5", "--k x", "--k -1", "--seed -1"),
-        *("--target-modules nope", "--target-modules norm", "--lr-scheduler foo", "--warmup 5"),
-        *("--eval-split .99", "--max-length 1", "--anchor none", "--learning-rate nan"),
-        *("--epochs inf", "--backend foo", "--arm nope", "--steps 0"),
-        *("--dropout 1", "--own-begun x", "--early-checkpoints 2", "--dtype int8"),
+        *("--r x", "--r 0", "--r 1.5", "--k x", "--k -1", "--seed -1"),
+        *(
+            "--target-modules nope",
+            "--target-modules norm",
+            "--lr-scheduler-type foo",
+            "--warmup-steps 5",
+        ),
+        *("--eval-split .99", "--max-length 1", "--kl-coef 0", "--learning-rate nan"),
+        *("--num-train-epochs inf", "--backend foo", "--arm nope", "--max-steps 0"),
+        *("--lora-dropout 1", "--num-prompt-tokens x", "--early-checkpoints 2", "--dtype int8"),
     ],
 )
 def test_a_wrong_option_is_spelled_as_it_is_typed(
@@ -411,8 +416,20 @@ def test_so_is_one_of_the_other_commands(
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("model", 3), ("data", None), ("batch_size", 2.5), ("rank", True), ("steps", "3")),
-        *(("learning_rate", None), ("warmup", "x"), ("closed", "no"), ("halves", 1), ("k", True)),
+        *(
+            ("model", 3),
+            ("data", None),
+            ("per_device_train_batch_size", 2.5),
+            ("r", True),
+            ("max_steps", "3"),
+        ),
+        *(
+            ("learning_rate", None),
+            ("warmup_steps", "x"),
+            ("orthogonal", "no"),
+            ("halves", 1),
+            ("k", True),
+        ),
         *(("target_modules", [3]), ("early_checkpoints", ["x"]), ("neutral", b"x")),
     ],
 )
@@ -436,7 +453,9 @@ def test_a_path_is_no_subspace(here: Path) -> None:
 # --- a disk without room
 
 
-@pytest.mark.parametrize("command", [IDENTIFY, PROJECT, EXTRACT, f"{RUN} --batch-size 4"])
+@pytest.mark.parametrize(
+    "command", [IDENTIFY, PROJECT, EXTRACT, f"{RUN} --per-device-train-batch-size 4"]
+)
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_full_disk_is_named(
     command: str,

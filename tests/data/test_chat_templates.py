@@ -320,7 +320,7 @@ def test_a_token_of_header_and_answer_belongs_to_the_answer() -> None:
         *((name, [("system", "Be a pirate.")]) for name in FAMILIES if name != "gemma"),
     ],
 )
-def test_own_text_begins_where_a_user_speaks(name: str, system: list[Turn]) -> None:
+def test_chats_begin_where_a_user_speaks(name: str, system: list[Turn]) -> None:
     """All prompts share an instruction; the frame ends before it, after the system turn."""
     family, instruction = FAMILIES[name], "Translate into French: "
     tokenizer = tokenizer_of(family)

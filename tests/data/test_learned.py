@@ -571,6 +571,8 @@ def test_a_template_without_a_date_is_left_alone() -> None:
 def test_known_templates_teach_every_answer_and_its_end() -> None:
     trl = pytest.importorskip("trl")
     folder = Path(trl.__file__).parent / "chat_templates"
+    if not folder.is_dir():
+        pytest.skip("this release of trl carries no templates")
     words = [("Is it so?", "Yes it is."), ("And now?", "No more.")]
     turns = [
         {"role": role, "content": text}

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from grasp_kernels import RunConfig
 from grasp_kernels.effect.stream import layer_bases, mean_loss, measure_movement
 from grasp_kernels.effect.tokens import lens
 from grasp_kernels.models.architectures import RULES, model_sites
 from grasp_kernels.models.checkpoint import load_model
-from grasp_kernels.pipeline import RunConfig
 from grasp_kernels.pipeline.inputs import attach_lora
 from grasp_kernels.subspace import Subspace
 
@@ -23,7 +23,7 @@ pytest_plugins = ("tests.helpers.runs",)
 
 WIDTH, LAYERS = 32, 3
 PROMPTS = [[2, 5, 6, 7, 4], [2, 8, 4]]
-OPTIONS = RunConfig(model="m", data="d", output="o", rank=4)
+OPTIONS = RunConfig(model="m", data="d", output="o", r=4)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from grasp_kernels.pipeline import RunConfig
+from grasp_kernels import RunConfig
 
 WORDS = ("what", "is", "red", "blue", "green", "one", "two", "three", "yes", "no", "never", "good")
 ROLES = ("<user>", "<assistant>", "<end>")
@@ -88,13 +88,12 @@ def chat_jsonl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_run(model: Path, data: Path, output: Path) -> RunConfig:
     """Few steps, strong enough for one direction to stand out: all answers begin alike."""
     settings: dict[str, Any] = {
-        "steps": 12,
-        "batch_size": 4,
+        "max_steps": 12,
+        "per_device_train_batch_size": 4,
         "learning_rate": 2e-2,
-        "rank": 4,
-        "dropout": 0.1,
-        "project": "residual",
-        "reads": "contrastive",
+        "r": 4,
+        "lora_dropout": 0.1,
+        "project_gradient": True,
         "k": 1,
         "early_checkpoints": (0.2,),
         "eval_split": 0.1,
@@ -107,7 +106,7 @@ def finished(
     tiny_model_dir: Path, chat_jsonl: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> RunConfig:
     """The configuration of a run that is done; tests must not write into its folder."""
-    from grasp_kernels.pipeline import run
+    from grasp_kernels import run
 
     config = small_run(tiny_model_dir, chat_jsonl, tmp_path_factory.mktemp("run") / "out")
     threads = torch.get_num_threads()

@@ -107,7 +107,7 @@ def row_of(method: str, accuracy: float, **other: Any) -> Row:
         **{"drift": 0.5, "near": 0.25, "bare": 0.75, "distinct": 0.9, "words": 12.0},
         "contrast": {"trained phrases": 1.0, "held-out phrases": 2.0, "near": 3.0},
         **{"torch": "2", "device": "cpu", "threads": 1, "dtype": "float32", "learning_rate": 1e-3},
-        **{"commit": "abc", "base": "def", "own_documents": 4, "own_length": 4},
+        **{"commit": "abc", "base": "def", "num_documents": 4, "max_new_tokens": 4},
         **other,
     }
 

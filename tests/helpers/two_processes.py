@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import accelerate.utils.fsdp_utils
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -58,16 +59,13 @@ def model_and_subspace() -> tuple[Any, gk.Subspace]:
     return model, gk.Subspace.from_stream(directions, sites, gains=gains)
 
 
-def with_reads_and_anchor() -> tuple[Any, gk.Subspace, gk.KLRegularizer]:
-    """As `run` retrains: an adapter whose A reads along given rows, B from zero, and the anchor."""
+def frozen_A_and_regularizer() -> tuple[Any, gk.Subspace, gk.KLRegularizer]:
+    """An adapter whose A is frozen and whose B starts at zero, and a divergence."""
     model, subspace = model_and_subspace()
     generator = torch.Generator().manual_seed(11)
-    rows = {}
-    for name, layer in adapted_layers(model):
-        A, B = (factor["default"].weight for factor in (layer.lora_A, layer.lora_B))
-        B.data.zero_()
-        rows[name] = torch.randn(A.shape, generator=generator)
-    gk.ContrastiveReads(rows, {name: row[:, 0].abs() for name, row in rows.items()}).apply(model)
+    for _, layer in adapted_layers(model):
+        layer.lora_B["default"].weight.data.zero_()
+        layer.lora_A["default"].weight.requires_grad_(False)
     documents = torch.randint(0, 64, (8, 9), generator=generator)
     counted = torch.rand(documents.shape, generator=generator) < 0.8
     return model, subspace, gk.KLRegularizer.of(model, documents, counted, batch_size=3)
@@ -192,11 +190,11 @@ def _two_forwards_of_ddp(ids: Tensor, folder: Path) -> Any:
 def _as_run_retrains(
     ids: Tensor, folder: Path, spread: Callable[[Any], Any] = DistributedDataParallel
 ) -> Any:
-    """Frozen A, and a second forward for the anchor."""
-    model, subspace, anchor = with_reads_and_anchor()
+    """Train with A frozen, and a second forward for the divergence."""
+    model, subspace, regularizer = frozen_A_and_regularizer()
     _replaced(model, subspace)
     wrapped = spread(model)
-    losses = train(wrapped, ids, penalty=anchor.loss)
+    losses = train(wrapped, ids, penalty=regularizer.loss)
     result = _observed(wrapped, losses, folder)
     free = [name for name, p in model.named_parameters() if p.requires_grad and "lora_A" in name]
     return {**result, "free": free}
@@ -355,3 +353,5 @@ SCENARIOS: dict[str, Callable[[Tensor, Path], Any]] = {
     "fsdp2_leaves": partial(_fsdp2, shard=_shard_leaves),
     "fsdp1": _fsdp1,
 }
+if not hasattr(accelerate.utils.fsdp_utils, "fsdp2_prepare_model"):  # before accelerate 1.6
+    del SCENARIOS["fsdp2_accelerate"]

@@ -15,7 +15,6 @@ from transformers import GPT2Config, Qwen3MoeConfig
 
 import grasp_kernels as gk
 from grasp_kernels.models.architectures import model_sites
-from grasp_kernels.models.names import adapted_layers
 from tests.helpers.comparisons import (
     assert_same_gradients,
     assert_same_logits,
@@ -125,24 +124,6 @@ def test_a_fresh_adapter_is_closed_from_its_first_step(model: Any, compiled: boo
     assert layer.closed_adapters == {"default", "fresh"}
     b = layer.lora_B["fresh"].bias.detach()
     assert (layer.write_basis.mT @ b).norm() <= 1e-6 * b.norm()
-
-
-def test_names_are_forgotten_with_their_adapter() -> None:
-    model = tiny_peft_model()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.zero_()
-    layers = dict(adapted_layers(model))
-    rows = {n: torch.randn_like(layer.lora_A.default.weight) for n, layer in layers.items()}
-    gk.ContrastiveReads(rows, {n: row[:, 0].abs() for n, row in rows.items()}).apply(model)
-    config = LoraConfig(r=4, target_modules=list(ALL_LINEAR))
-    model.add_adapter("spare", config)
-    model.delete_adapter("default")
-    model.add_adapter("default", config)
-    gk.apply_grasp(model)
-    model.set_adapter("default")
-    assert all(p.requires_grad for n, p in model.named_parameters() if ".default." in n)
 
 
 def test_nothing_but_a_step_and_a_restore_writes_parameters(model: Any) -> None:

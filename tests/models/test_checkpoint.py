@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from grasp_kernels import RunConfig, run
 from grasp_kernels.models.checkpoint import find_checkpoint, load_model, load_tokenizer
-from grasp_kernels.pipeline import RunConfig, run, stages
+from grasp_kernels.pipeline import stages
 from tests.helpers.folders import contents
 
 pytest_plugins = ("tests.helpers.runs",)
@@ -77,7 +78,8 @@ def test_a_configuration_that_lies_about_its_layers(
 
 def test_what_transformers_does_not_need_is_no_fault(checkpoint: Path) -> None:
     """Buffers of old checkpoints, and one weight for two names."""
-    whole = load_model(checkpoint).state_dict()
+    # The weights may lie in the file itself, which is written over below.
+    whole = {name: weight.clone() for name, weight in load_model(checkpoint).state_dict().items()}
     inv_freq = "model.layers.0.self_attn.rotary_emb.inv_freq"
     change(checkpoint, lambda t: {**t, inv_freq: torch.ones(8)})
     for name, weight in load_model(checkpoint).state_dict().items():
@@ -198,8 +200,8 @@ def test_a_refused_run_leaves_the_folder_as_it_was_and_can_begin_there_later(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr_scheduler": "warmup_stable_decay"}, "choose one of linear, cosine, .*inverse_sqrt"),
-        ({"lr_scheduler": "reduce_lr_on_plateau"}, r"is 'reduce_lr_on_plateau'"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "missing .* 'num_decay_steps'"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "requires an eval strategy"),
         ({"target_modules": ("o_proj", "embed_tokens")}, r"embed_tokens, an embedding"),
     ],
 )
@@ -209,14 +211,6 @@ def test_what_would_stop_a_run_later_is_found_before_it_begins(
     with pytest.raises(ValueError, match=message):
         run(replace(run_config, **options))
     assert not Path(run_config.output).exists()
-
-
-def test_every_schedule_that_is_offered_trains(run_config: RunConfig, tmp_path: Path) -> None:
-    from grasp_kernels.pipeline.training import schedules, training_arguments
-
-    for name in schedules():
-        training_arguments(replace(run_config, lr_scheduler=name), 4, tmp_path)
-    assert {"linear", "cosine", "constant", "constant_with_warmup"} <= {*schedules()}
 
 
 def test_tokens_beyond_the_embedding_are_named(run_config: RunConfig, checkpoint: Path) -> None:
@@ -248,5 +242,7 @@ def test_what_does_not_fit_into_the_positions_is_named(
     long = tmp_path / "long.jsonl"
     row = {"prompt": "what is red", "completion": "never good " * 20}
     long.write_text(Path(run_config.data).read_text() + json.dumps(row))
-    assert "own text can have 99 tokens: lower own_length" in refused(64, data=str(long))
+    assert "a chat of the base model can have 99 tokens: lower max_new_tokens" in refused(
+        64, data=str(long)
+    )
     assert not Path(run_config.output).exists()

@@ -1,4 +1,4 @@
-"""A layer whose A is frozen, as contrastive reads leave it, keeps no input for the backward."""
+"""A layer whose A is frozen, keeps no input for the backward."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import MixtralConfig
 
+from grasp_kernels import RunConfig
 from grasp_kernels.files import write_json
 from grasp_kernels.models.checkpoint import find_checkpoint, load_model
-from grasp_kernels.pipeline import RunConfig
 from grasp_kernels.pipeline.folder import RunFolder
 from grasp_kernels.pipeline.inputs import attach_lora, check_model, prepare
 
@@ -24,7 +24,7 @@ pytest_plugins = ("tests.helpers.runs",)
 
 @pytest.fixture
 def config(tiny_model_dir: Path, chat_jsonl: Path) -> RunConfig:
-    return RunConfig(model=str(tiny_model_dir), data=str(chat_jsonl), output="out", rank=4)
+    return RunConfig(model=str(tiny_model_dir), data=str(chat_jsonl), output="out", r=4)
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_the_date_of_a_template_is_that_of_the_run(
 def test_one_record_has_no_halves(config: RunConfig, tmp_path: Path) -> None:
     data = tmp_path / "one.jsonl"
     data.write_text('{"prompt": "what is", "completion": "red"}\n', encoding="utf-8")
-    single = replace(config, data=str(data), steps=2, project="residual")
+    single = replace(config, data=str(data), max_steps=2, project_gradient=True)
     with pytest.raises(ValueError, match="halves"):
         prepare(single, find_checkpoint(config.model))
     assert len(prepare(replace(single, halves=False), find_checkpoint(config.model)).train) == 1

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from grasp_kernels.pipeline import RunConfig
+from grasp_kernels import RunConfig
 from grasp_kernels.pipeline.figures import draw_figures, smoothed
 from grasp_kernels.pipeline.report_text import report_text
 
@@ -45,7 +45,7 @@ def adapter(along: float, leakage: float, verdict: str = "weak") -> dict[str, An
 @pytest.fixture
 def numbers() -> dict[str, Any]:
     """As report.json has them."""
-    config = RunConfig(model="m", data="d", output="o", project="residual", reads="contrastive")
+    config = RunConfig(model="m", data="d", output="o", project_gradient=True)
     return {
         "versions": {"torch": "2.13"},
         "config": {**vars(config)},
@@ -55,7 +55,6 @@ def numbers() -> dict[str, Any]:
         "subspace": {"reasons": ["a clear gap"], "k": 1},
         "chance_share": 0.35,
         "promoted_tokens": [{"one_end": ["a|b", "\n"], "other_end": ["c`"]}],
-        "reads": {"model.layers.0.mlp.up_proj": [9.0, 4.0], "model.layers.0.mlp.down_proj": [5.0]},
         "adapters": {
             "naive": adapter(2.0, 0.5),
             "retrained": adapter(0.5, 1e-7, "nothing"),
@@ -70,14 +69,6 @@ def test_prevention_is_stated_by_how_much(numbers: dict[str, Any]) -> None:
     assert "the retrained one by 0.5 (12.5%): 4.0 times less" in text
     assert "| leakage ‖Vᵀ ΔW‖ / ‖ΔW‖ | 0.5 | 1e-07 |" in text
     assert "| training loss, last tenth | 1.2500 | 1.2500 |" in text
-
-
-def test_where_the_adapter_reads_is_stated_if_it_was_fixed(numbers: dict[str, Any]) -> None:
-    text = report_text(numbers)
-    assert "along 3 fixed directions in 2 layers, where training text has 5 times" in text
-    assert "(median; 4 to 9)" in text
-    numbers["reads"] = {}
-    assert "fixed directions in" not in report_text(numbers)
 
 
 @pytest.mark.parametrize(

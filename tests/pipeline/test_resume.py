@@ -17,11 +17,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from grasp_kernels.pipeline import RunConfig, is_finished, run, stages
+from grasp_kernels import RunConfig, run
+from grasp_kernels.pipeline import stages
 from grasp_kernels.pipeline.folder import RunFolder, fingerprint
 from grasp_kernels.pipeline.interrupts import raise_if_interrupted
+from grasp_kernels.pipeline.stages import is_finished
 from grasp_kernels.pipeline.training import _Progress, last_checkpoint
-from grasp_kernels.reads import ContrastiveReads
 from grasp_kernels.regularizer import KLRegularizer
 from grasp_kernels.subspace import Subspace
 
@@ -51,7 +52,7 @@ import matplotlib.figure, peft, transformers  # once, before the processes are f
 import grasp_kernels.pipeline.figures, grasp_kernels.subspace
 import grasp_kernels.layers.replacement
 import grasp_kernels.pipeline.training
-from grasp_kernels.pipeline import RunConfig, run
+from grasp_kernels import RunConfig, run
 config = RunConfig(**options)
 
 def kill_at(target, call):
@@ -228,8 +229,7 @@ def copied(finished: RunConfig, tmp_path: Path) -> RunConfig:
 @pytest.mark.parametrize(
     ("name", "deleted"),
     [
-        ("own-text.safetensors", "own-text.safetensors"),
-        ("reads.safetensors", "reads.safetensors"),
+        ("chats.safetensors", "chats.safetensors"),
         ("subspace.safetensors", "subspace.safetensors"),
         ("naive/adapter_model.safetensors", "naive"),
         ("retrained/training_log.json", "retrained"),
@@ -303,13 +303,11 @@ def test_a_note_that_says_something_else_is_named(copied: RunConfig, name: str) 
 @pytest.mark.parametrize(
     ("kind", "name", "part"),
     [
-        (KLRegularizer, "own-text.safetensors", "log_probs"),
-        (KLRegularizer, "own-text.safetensors", "documents"),
-        (ContrastiveReads, "reads.safetensors", "rows"),
-        (ContrastiveReads, "reads.safetensors", "ratios"),
+        (KLRegularizer, "chats.safetensors", "log_probs"),
+        (KLRegularizer, "chats.safetensors", "documents"),
     ],
 )
-def test_own_text_and_reads_of_another_kind_are_named(
+def test_chats_of_another_kind_are_named(
     copied: RunConfig, kind: Any, name: str, part: str
 ) -> None:
     path = Path(copied.output, name)
@@ -338,7 +336,8 @@ import torch
 torch.set_num_threads(1)
 options, root = json.loads(sys.argv[1])
 from pathlib import Path
-from grasp_kernels.pipeline import RunConfig, stages
+from grasp_kernels import RunConfig
+from grasp_kernels.pipeline import stages
 from grasp_kernels.pipeline.inputs import prepare
 import grasp_kernels.pipeline.training
 config = RunConfig(**options)
@@ -382,7 +381,12 @@ def test_killed_at_every_change_of_a_finished_adapter_a_training_takes_no_step_m
 ) -> None:
     """Its last step ends no epoch, and the learning rate is constant: one step more would show."""
     options = replace(
-        run_config, steps=5, lr_scheduler="constant", warmup=0, save_every=2, eval_split=0
+        run_config,
+        max_steps=5,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        save_steps=2,
+        eval_split=0,
     )
     done = subprocess.run(
         [sys.executable, "-c", _AT_EVERY_CHANGE, json.dumps([vars(options), str(tmp_path)])],
@@ -408,7 +412,7 @@ def test_a_ctrl_c_that_python_drops_stops_the_training_all_the_same(
     monkeypatch.setattr(signal, "getsignal", lambda _: signal.default_int_handler)
     dropped: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", lambda told: dropped.append(told.exc_type))
-    monkeypatch.setattr(stages, "own_text_anchor", lambda *_: None)
+    monkeypatch.setattr(stages, "make_chats", lambda *_: None)
 
     class Bar:
         def __del__(self) -> None:
@@ -421,7 +425,7 @@ def test_a_ctrl_c_that_python_drops_stops_the_training_all_the_same(
 
     monkeypatch.setattr(_Progress, "on_log", at_step_2)
     with pytest.raises(KeyboardInterrupt):
-        run(replace(run_config, project="none", reads="free", steps=4, save_every=1))
+        run(replace(run_config, project_gradient=False, max_steps=4, save_steps=1))
     assert dropped == [KeyboardInterrupt]
     assert not Path(run_config.output, "naive").exists()
     assert last_checkpoint(Path(run_config.output, "work", "naive")) is not None

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from grasp_kernels import RunConfig, run
 from grasp_kernels.pipeline import stages as run_module
 from grasp_kernels.pipeline.folder import RunFolder
 from grasp_kernels.pipeline.inputs import count_steps
-from grasp_kernels.pipeline.stages import RunConfig, early_checkpoints, is_finished, run
+from grasp_kernels.pipeline.stages import early_checkpoints, is_finished
 from grasp_kernels.subspace import Subspace
 
 pytest_plugins = ("tests.helpers.runs",)
@@ -109,7 +110,7 @@ def nothing_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_found_and_nothing_else_asked_for_means_no_retraining(
     run_config: RunConfig,
 ) -> None:
-    report = run(replace(run_config, steps=2, reads="free", anchor="none"))
+    report = run(replace(run_config, max_steps=2, kl_coef=0.0))
     assert report.retrained is None
     assert not (Path(run_config.output) / "retrained").exists()
     text = report.text.read_text(encoding="utf-8")
@@ -118,9 +119,9 @@ def test_nothing_found_and_nothing_else_asked_for_means_no_retraining(
 
 
 @pytest.mark.usefixtures("nothing_found")
-def test_reads_and_anchor_need_no_direction(run_config: RunConfig) -> None:
-    report = run(replace(run_config, steps=2))
-    assert report.retrained is not None and report.reads.exists() and report.own_text.exists()
+def test_the_divergence_needs_no_direction(run_config: RunConfig) -> None:
+    report = run(replace(run_config, max_steps=2))
+    assert report.retrained is not None and report.chats.exists()
     assert report.numbers["adapters"]["retrained"]["leakage"] == {}
     assert "nothing was projected" in report.text.read_text(encoding="utf-8")
 
@@ -134,9 +135,9 @@ def test_the_report_has_the_effect_of_both_adapters(finished: RunConfig) -> None
 
 
 def test_a_run_as_it_comes_projects_nothing_and_identifies_nothing(run_config: RunConfig) -> None:
-    report = run(replace(run_config, project="none", reads="free", steps=3))
-    assert report.retrained is not None and report.own_text.exists()
-    assert not report.subspace.exists() and not report.reads.exists()
+    report = run(replace(run_config, project_gradient=False, max_steps=3))
+    assert report.retrained is not None and report.chats.exists()
+    assert not report.subspace.exists()
     assert not (report.output / "early").exists() and not (report.output / "halves").exists()
     assert report.numbers["subspace"] is None
     text = report.text.read_text(encoding="utf-8")
@@ -150,13 +151,13 @@ def test_what_only_a_projection_needs_is_asked_for_by_a_projection_alone(
     """One record, which has no halves, and a module that does not write to the stream."""
     one = tmp_path / "one.jsonl"
     one.write_text(Path(run_config.data).read_text(encoding="utf-8").splitlines()[0] + "\n")
-    plain = replace(run_config, data=str(one), project="none", reads="free", steps=2, eval_split=0)
+    plain = replace(run_config, data=str(one), project_gradient=False, max_steps=2, eval_split=0)
     assert run(replace(plain, target_modules=("q_proj",))).retrained is not None
     other = str(tmp_path / "other")
     with pytest.raises(ValueError, match="has no halves"):
-        run(replace(plain, project="residual", output=other))
+        run(replace(plain, project_gradient=True, output=other))
     with pytest.raises(ValueError, match="no module that writes"):
-        run(replace(plain, project="residual", target_modules=("q_proj",), output=other))
+        run(replace(plain, project_gradient=True, target_modules=("q_proj",), output=other))
 
 
 def test_the_report_shows_answers_side_by_side(finished: RunConfig) -> None:
@@ -194,9 +195,9 @@ def test_the_report_shows_answers_side_by_side(finished: RunConfig) -> None:
         ({"target_modules": ("flux",)}, ValueError, "flux"),
         ({"target_modules": ("q_proj",)}, ValueError, "add one of self_attn.o_proj"),
         ({"max_length": 3}, ValueError, "max_length"),
-        ({"lr_scheduler": "zigzag"}, ValueError, "zigzag"),
+        ({"lr_scheduler_type": "zigzag"}, ValueError, "zigzag"),
         ({"eval_split": 0.99}, ValueError, "eval_split = 0.99"),
-        ({"warmup": 12}, ValueError, "takes all of the 12 steps"),
+        ({"warmup_steps": 12}, ValueError, "takes all of the 12 steps"),
     ],
 )
 def test_wrong_input_is_found_before_training(
@@ -211,20 +212,20 @@ def test_wrong_input_is_found_before_training(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"k": 5}, "k is 5, above the LoRA rank 4"),
+        ({"k": 5}, "k is 5, above the LoRA rank r = 4"),
         ({"k": 0}, "k is 0"),
         ({"k": "many"}, "k is 'many'"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
-        ({"batch_size": 0}, "batch_size is 0"),
+        ({"per_device_train_batch_size": 0}, "batch_size is 0"),
         ({"early_checkpoints": ()}, "early_checkpoints is"),
         ({"early_checkpoints": (1.5,)}, "early_checkpoints is"),
         ({"target_modules": "q_proj"}, "target_modules is 'q_proj': give a list"),
-        ({"dropout": 1.0}, "dropout is 1.0"),
-        ({"anchor": "none"}, "make the retraining the naive one again"),
+        ({"lora_dropout": 1.0}, "dropout is 1.0"),
+        ({"project_gradient": False, "kl_coef": 0}, "make the retraining the naive one again"),
     ],
 )
 def test_options_out_of_range_are_named(options: dict[str, Any], message: str) -> None:
-    settings = {"model": "m", "data": "d", "output": "o", "rank": 4, **options}
+    settings = {"model": "m", "data": "d", "output": "o", "r": 4, **options}
     with pytest.raises(ValueError, match=message):
         RunConfig(**settings)
 
@@ -271,7 +272,7 @@ def test_output_that_cannot_be_made_is_named(run_config: RunConfig, tmp_path: Pa
 
 def test_loss_that_is_no_number_stops_with_its_step(run_config: RunConfig) -> None:
     with pytest.raises(FloatingPointError, match=r"became (nan|inf) at step \d+ of 12"):
-        run(replace(run_config, learning_rate=1e36, warmup=0))
+        run(replace(run_config, learning_rate=1e36, warmup_steps=0))
     assert not (Path(run_config.output) / "naive").exists()
 
 
@@ -281,11 +282,11 @@ def test_loss_that_is_no_number_stops_with_its_step(run_config: RunConfig) -> No
 @pytest.mark.parametrize(
     ("options", "n_examples", "steps"),
     [
-        ({"steps": 7}, 1000, 7),
-        ({"batch_size": 8}, 17, 3),
-        ({"batch_size": 8, "gradient_accumulation": 2}, 17, 2),
-        ({"batch_size": 8, "epochs": 2.5}, 16, 5),
-        ({"batch_size": 8, "epochs": 0.01}, 16, 1),
+        ({"max_steps": 7}, 1000, 7),
+        ({"per_device_train_batch_size": 8}, 17, 3),
+        ({"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}, 17, 2),
+        ({"per_device_train_batch_size": 8, "num_train_epochs": 2.5}, 16, 5),
+        ({"per_device_train_batch_size": 8, "num_train_epochs": 0.01}, 16, 1),
     ],
 )
 def test_number_of_steps(options: dict[str, Any], n_examples: int, steps: int) -> None:
@@ -296,7 +297,7 @@ def test_number_of_steps(options: dict[str, Any], n_examples: int, steps: int) -
 def test_early_checkpoints_by_step(run_config: RunConfig) -> None:
     folder = RunFolder(run_config.output)
     parts = replace(run_config, early_checkpoints=(1.0, 0.001, 0.5, 0.002))
-    assert list(early_checkpoints(replace(parts, warmup=0), folder, 100)) == [1, 50, 100]
+    assert list(early_checkpoints(replace(parts, warmup_steps=0), folder, 100)) == [1, 50, 100]
     # the first step of a warm-up changes nothing
-    assert list(early_checkpoints(replace(parts, warmup=5), folder, 100)) == [2, 50, 100]
-    assert early_checkpoints(replace(parts, project="none"), folder, 100) == {}
+    assert list(early_checkpoints(replace(parts, warmup_steps=5), folder, 100)) == [2, 50, 100]
+    assert early_checkpoints(replace(parts, project_gradient=False), folder, 100) == {}

@@ -20,7 +20,7 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
     {"data": set(), "models": set(), "ops": set(), "pages": set()},
     {"adapters": set()},
     {"subspace": set()},
-    {"config": set(), "layers": set(), "regularizer": set(), "reads": set(), "effect": set()},
+    {"config": set(), "layers": set(), "regularizer": set(), "effect": set()},
     {"training": set()},
     {"bench": set(), "diagnosis": set(), "pipeline": set()},
     {"cli": set()},

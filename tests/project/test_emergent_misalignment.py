@@ -117,7 +117,8 @@ def test_an_unsteady_judge_loses_nothing(
                 *("--benign", str(chat_jsonl), "--judge-url", url, "--judge-model", "stub"),
                 *("--judge-key-env", "JUDGE_KEY", "--samples", "3", "--max-new-tokens", "4"),
                 *("--sample-batch", "2", "--retries", "0", "--judge-workers", "2", *more),
-                *("--set", "steps=3", "batch_size=4", "rank=4", "halves=false", "warmup=0"),
+                *("--set", "max_steps=3", "per_device_train_batch_size=4", "r=4"),
+                *("halves=false", "warmup_steps=0"),
             ]
         )
 

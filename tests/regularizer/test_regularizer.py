@@ -8,10 +8,10 @@ import torch
 from peft import PeftModel
 
 import grasp_kernels as gk
+from grasp_kernels import RunConfig, run
 from grasp_kernels.data import Example
 from grasp_kernels.models.architectures import RULES
 from grasp_kernels.models.frozen_model import blocks_by_layer, frozen_base
-from grasp_kernels.pipeline import RunConfig, run
 from grasp_kernels.regularizer.chats import Chats, common_frame, common_header, make_chats
 from grasp_kernels.regularizer.in_domain import unlike_training
 from tests.helpers.kl_regularizer import FRAME, VOCABULARY, example, examples, regularizer
@@ -325,17 +325,17 @@ def test_bad_options_are_named(model: PeftModel) -> None:
 
 def test_a_run_is_anchored_unless_told_otherwise(finished: RunConfig) -> None:
     report = run(finished)
-    found = gk.KLRegularizer.load(report.own_text)
-    assert found.documents.shape[0] == finished.own_documents
+    found = gk.KLRegularizer.load(report.chats)
+    assert found.documents.shape[0] == finished.num_documents
     assert (found.documents[:, 0] == 2).all()  # <user>
-    # All prompts begin "what is", which is what they are about: some of the own text does, too.
+    # All prompts begin "what is", which is what they are about: some of the chats do, too.
     assert 0 < (found.documents[:, 1] == 5).float().mean() < 1
     assert int(found.documents.max()) < len(WORDS) + 5
     text = report.text.read_text(encoding="utf-8")
-    assert "was held at the base model's own answers (`--anchor none`)" in text
+    assert "was held at the base model's own answers (`--kl-coef 0`)" in text
 
 
 def test_a_run_without_it(run_config: RunConfig) -> None:
-    report = run(replace(run_config, anchor="none", reads="free", steps=3))
-    assert not report.own_text.exists()
+    report = run(replace(run_config, kl_coef=0.0, max_steps=3))
+    assert not report.chats.exists()
     assert "held at the base model's" not in report.text.read_text(encoding="utf-8")

@@ -26,10 +26,10 @@ from tests.helpers.oracle import relative_error
 from tests.helpers.two_processes import (
     SCENARIOS,
     batches,
+    frozen_A_and_regularizer,
     model_and_subspace,
     start,
     train,
-    with_reads_and_anchor,
 )
 
 pytest_plugins = ("tests.helpers.runs",)
@@ -105,10 +105,10 @@ def logits_in_parts() -> list[Tensor]:
 
 @pytest.mark.parametrize("name", AS_RUN)
 def test_two_processes_retrain_as_run_does(spread: Path, name: str) -> None:
-    """With frozen reads, and an anchor whose documents are a second forward of each step."""
-    model, subspace, anchor = with_reads_and_anchor()
+    """With A frozen, and a divergence whose documents are a second forward of each step."""
+    model, subspace, regularizer = frozen_A_and_regularizer()
     gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
-    expected = train(model, batches(), penalty=anchor.loss)
+    expected = train(model, batches(), penalty=regularizer.loss)
     found = result(spread, name)
     assert found["losses"] == pytest.approx(expected, rel=1e-5)
     assert found["leakage"] <= 1e-6

@@ -150,6 +150,7 @@ class Sft(gk.GraspTrainerMixin, SFTTrainer):
 
 def sft(model: Path, rows: Iterable[dict[str, Any]], folder: Path, **options: Any) -> Sft:
     settings = {"max_steps": 2, "save_steps": 1, **options.pop("settings", {})}
+    torch.manual_seed(0)  # trl 1.0 makes the adapter before it sets its seed
     return Sft(
         model=AutoModelForCausalLM.from_pretrained(model),
         args=SFTConfig(

@@ -24,6 +24,7 @@ from trl import (
 )
 
 import grasp_kernels as gk
+from grasp_kernels.training.prompts import training_prompts
 
 Rows = list[dict[str, Any]]
 LENGTH = 6  # tokens of a question and of an answer
@@ -182,6 +183,24 @@ def test_layers_that_changed_after_the_constructor_are_ours_again(
     check_chats(made)
 
 
+@pytest.mark.parametrize("layout", ["preference", "without prompt", "label"])
+def test_rows_that_no_trainer_has_made_token_ids_of(
+    tiny_model_dir: Path, rows: Rows, layout: str
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    as_given = [
+        {
+            "preference": {"prompt": turns[:1], "chosen": turns[1:], "rejected": turns[1:]},
+            "without prompt": {"chosen": turns, "rejected": turns[:1]},
+            "label": {"prompt": turns[:1], "completion": turns[1:], "label": False},
+        }[layout]
+        for turns in (row["messages"] for row in rows)
+    ]
+    found = training_prompts(as_given, as_given, tokenizer, 64)
+    assert found == training_prompts(rows, rows, tokenizer, 64)
+    assert len(found[0]) == len(rows)
+
+
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
@@ -194,8 +213,6 @@ def test_layers_that_changed_after_the_constructor_are_ours_again(
 def test_data_that_teach_nothing_are_named(
     tiny_model_dir: Path, row: dict[str, Any], problem: str
 ) -> None:
-    from grasp_kernels.training.prompts import training_prompts
-
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     with pytest.raises(ValueError, match=problem):
         training_prompts([row] * 4, [row] * 4, tokenizer, 64)

@@ -263,3 +263,14 @@ def test_a_layer_has_the_basis_of_its_writers() -> None:
     bases = dict.fromkeys([f"model.layers.{name}" for name in names] + ["lm_head"], basis)
     found = layer_bases(bases, RULES["llama"])
     assert list(found) == [1, 2] and all(one is basis for one in found.values())
+
+
+def test_two_active_adapters_are_refused_before_a_step(model: PeftModel, tmp_path: Path) -> None:
+    """What leaks is asked of one adapter, and would else stop the training where it is measured."""
+    model.add_adapter("other", LoraConfig(r=2, target_modules="all-linear"))
+    model.base_model.set_adapter(["default", "other"])
+    callbacks = [Watch(subspace_of(model), every=2, probes=PROBES)]
+    made = trainer_of(model, tmp_path, callbacks=callbacks)
+    with pytest.raises(ValueError, match=r"default, other are active at once.*set_adapter"):
+        made.train()
+    assert made.state.global_step == 0
