@@ -28,7 +28,7 @@ class GraspConfig:
             naive adapter that it is identified in. None projects nothing.
         orthogonal: also keep `lora_B` orthogonal to the subspace, exactly.
         backend: implementation of the layers.
-        architecture: writers and readers of a model family that is not known.
+        architecture: writers of a model family that is not known.
         kl_coef: weight of `KL(base ‖ model)`, in nats a token, on chats that the base model makes
             up itself. 0 leaves it out.
         num_documents: chats that the base model makes up.

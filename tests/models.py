@@ -4,7 +4,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config
+
+import grasp_kernels as gk
+from grasp_kernels.layers.replacement import bases_in
+from grasp_kernels.models.architectures import model_sites
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -70,3 +75,8 @@ __all__ = [
     "tiny_peft_model",
     "tokens",
 ]
+
+
+def bases_of(model: Any, subspace: gk.Subspace) -> dict[str, Tensor]:
+    """The basis `[N, Q]` of each writer of a model, by its name."""
+    return bases_in(model, subspace, model_sites(model))

@@ -162,40 +162,6 @@ def test_a_plain_base_module_is_plain_again(
     assert base(input_ids=torch.tensor(neutral)).logits.equal(before)
 
 
-def test_an_adapter_of_readers_alone_has_no_directions_of_weights(
-    tiny_model_dir: Path, neutral: list[list[int]]
-) -> None:
-    model = adapted(tiny_model_dir, ("q_proj", "v_proj"))
-    randomise_adapter(model)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    diagnosis = gk.diagnose(model, tokenizer=tokenizer, neutral=neutral, options=SMALL)
-    assert [one["name"] for one in diagnosis.numbers["directions"]] == ["movement"]
-    assert "writes to the residual stream" in diagnosis.numbers["weights"]["reasons"][0]
-
-
-def test_of_several_adapters_the_last_is_looked_at_and_all_are_evidence(
-    found: gk.Diagnosis,
-    tiny_model_dir: Path,
-    contaminated: Path,
-    noise: Path,
-    neutral: list[list[int]],
-    chat_jsonl: Path,
-) -> None:
-    several = gk.diagnose(
-        tiny_model_dir,
-        [noise, contaminated],
-        records=chat_jsonl,
-        neutral=neutral,
-        halves=[noise, contaminated],
-        options=SMALL,
-    )
-    assert several.numbers["effect"] == found.numbers["effect"]
-    assert several.numbers["adapter"] == [str(noise), str(contaminated)]
-    reasons = " ".join(several.numbers["weights"]["reasons"])
-    assert "The 2 adapters agree on the basis" in reasons
-    assert "Adapters of separate data or seeds agree" in reasons
-
-
 def test_files_are_written_whole_and_never_over_others(found: gk.Diagnosis, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     found.save(folder)
@@ -215,9 +181,9 @@ def test_inspect_beside_a_base_model(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out, plot, numbers = tmp_path / "out", tmp_path / "one.png", tmp_path / "one.json"
+    out, numbers = tmp_path / "out", tmp_path / "one.json"
     command = ["inspect", str(contaminated), "--base-model", str(tiny_model_dir)]
-    files = ["--output", str(out), "--plot", str(plot), "--json", str(numbers)]
+    files = ["--output", str(out), "--json", str(numbers)]
     assert main([*command, "--data", str(chat_jsonl), *files]) == 0
     printed = capsys.readouterr().out
     assert "**Verdict: found.**" in printed and "Training records that move most" in printed
@@ -226,8 +192,7 @@ def test_inspect_beside_a_base_model(
     assert "choose a new path" in capsys.readouterr().err
     assert main(["inspect", str(contaminated), "--data", str(chat_jsonl)]) == 2
     assert "add --base-model" in capsys.readouterr().err
-    several = ["inspect", str(contaminated), str(contaminated)]
-    assert main([*several, "--plot", str(tmp_path / "two.png")]) == 2
+    assert main(["inspect", str(contaminated), *command[1:]]) == 2
     assert "give one" in capsys.readouterr().err
 
 
@@ -242,7 +207,10 @@ def test_what_cannot_work_is_refused_with_a_sentence(
         with pytest.raises(ValueError, match=match):
             gk.diagnose(*arguments, **{"tokenizer": tokenizer, "neutral": neutral, **options})
 
-    refused("carries no adapter", AutoModelForCausalLM.from_pretrained(tiny_model_dir))
+    refused(
+        "give the plain base model and an adapter",
+        AutoModelForCausalLM.from_pretrained(tiny_model_dir),
+    )
     refused("give the plain base model and an adapter folder", model, contaminated)
     refused("no tokenizer", model, tokenizer=None)
     refused("There are 1 neutral prompts", model, neutral=[[3, 4]])
@@ -264,7 +232,7 @@ def test_an_adapter_of_another_model_is_refused(
     config.hidden_size = 2 * D
     other = AutoModelForCausalLM.from_config(config)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    with pytest.raises(ValueError, match="has width 64, but the adapter writes 32"):
+    with pytest.raises(ValueError, match="does not fit"):
         gk.diagnose(other, contaminated, tokenizer=tokenizer, neutral=neutral)
 
 

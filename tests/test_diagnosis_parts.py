@@ -89,8 +89,7 @@ def test_the_whole_diagnosis_of_every_family(family: str) -> None:
     model = adapted(family, experts=False)
     options = Options(n_random=2, n_tokens=3, neutral_tokens=2)
     found = diagnose(model, tokenizer=Words(), neutral=SEQUENCES, options=options)
-    names = [one["name"] for one in found.numbers["directions"]]
-    assert names[-1] == "movement"
+    assert [one["name"] for one in found.numbers["directions"]] == ["movement"]
     for one in found.numbers["directions"]:
         assert all(math.isfinite(one[key]["value"]) for key in ("removal", "transfer"))
         assert max(one["neutral"]["size"]) > 0
@@ -338,12 +337,10 @@ def numbers(shift: float, removal: float = 0.5, transfer: float = 0.4, **changes
             "common_shift": shift,
         },
         "consistency": {"sign_flip": flip, "halves": 0.9},
-        "weights": {"reasons": ["a spectrum"]},
         "answers": {
             "verdict": "found",
             "unrelated": [{"changed": i < values["changed"]} for i in range(16)],
         },
-        "agreement": [],
         "directions": [{"name": "movement", **exchange}],
     }
 

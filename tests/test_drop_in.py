@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import ALL_LINEAR, randomise_adapter, tiny_model, tokens
+from models import ALL_LINEAR, bases_of, randomise_adapter, tiny_model, tokens
 from oracle import budget, orthonormal, relative_error
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
@@ -213,7 +213,7 @@ def test_every_way_is_projected(way: Callable[[Path], nn.Module], tmp_path: Path
     found = [
         (V.mT @ p.grad).norm() / p.grad.norm()
         for name, p in model.named_parameters()
-        for site, V in subspace.bases.items()
+        for site, V in bases_of(model, subspace).items()
         if f"{site}.lora_B" in name and p.grad is not None
     ]
     assert len(found) == 2 * 3

@@ -400,7 +400,7 @@ def test_a_wrong_option_is_spelled_as_it_is_typed(
         "extract merged --base-model model --output o --rank 0",
         "identify adapter --output o.safetensors --k 99",
         "inspect adapter --data chat.jsonl",
-        "inspect adapter adapter --plot o.png",
+        "inspect adapter adapter --base-model model",
         "bench --model x",
         "bench --dtype x",
         "bench --rounds 1",
@@ -418,7 +418,7 @@ def test_so_is_one_of_the_other_commands(
     ("name", "value"),
     [
         *(("model", 3), ("data", None), ("batch_size", 2.5), ("rank", True), ("steps", "3")),
-        *(("learning_rate", None), ("warmup", "x"), ("closed", "no"), ("halves", 1), ("k", True)),
+        *(("learning_rate", None), ("warmup", "x"), ("closed", "no"), ("k", True)),
         *(("target_modules", [3]), ("early_checkpoints", ["x"]), ("neutral", b"x")),
     ],
 )

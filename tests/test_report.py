@@ -52,7 +52,7 @@ def numbers() -> dict[str, Any]:
         "model": {"type": "llama", "layers": 2, "width": 8, "parameters": 1000},
         "data": {"records": 10, "trained_on": 9, "held_out": 0, "dropped": 1},
         "steps": 3,
-        "subspace": {"reasons": ["a clear gap"], "k": 1},
+        "subspace": {"notes": ["a spectrum"], "k": 1},
         "chance_share": 0.35,
         "promoted_tokens": [{"one_end": ["a|b", "\n"], "other_end": ["c`"]}],
         "reads": {"model.layers.0.mlp.up_proj": [9.0, 4.0], "model.layers.0.mlp.down_proj": [5.0]},
@@ -116,9 +116,9 @@ def test_the_verdict_is_that_of_the_answers_and_stands_nowhere_else(
 def test_what_was_found_from_the_weights_has_no_verdict(numbers: dict[str, Any]) -> None:
     text = report_text(numbers)
     assert "One direction of the residual stream, shared by all layers" in text
-    assert "- a clear gap" in text
+    assert "- a spectrum" in text
     numbers["subspace"] = None
-    assert "a clear gap" not in report_text(numbers)
+    assert "a spectrum" not in report_text(numbers)
     assert "What the gradient was projected off" not in report_text(numbers)
 
 
@@ -130,25 +130,6 @@ def test_the_effect_of_both_adapters_is_stated(numbers: dict[str, Any]) -> None:
     assert "| raised most there | `a¦b` | `a¦b` |" in text
     numbers["adapters"]["retrained"]["effect"]["neutral_divergence"] = 0.009
     assert "| raised most there | `a¦b` | – |" in report_text(numbers)
-
-
-def test_what_was_done_where_no_direction_was_found(numbers: dict[str, Any]) -> None:
-    numbers["subspace"]["k"] = 0
-    for part in numbers["adapters"].values():
-        del part["movement"]
-    retrained = report_text(numbers)
-    assert "**nothing was projected**. The retrained adapter differs in what else" in retrained
-    assert "A random subspace" not in retrained
-    del numbers["adapters"]["retrained"]
-    assert "**No adapter was retrained**" in report_text(numbers)
-
-
-def test_without_a_second_adapter_there_is_one_column(numbers: dict[str, Any]) -> None:
-    del numbers["adapters"]["retrained"]
-    text = report_text(numbers)
-    assert "| prompt | base model | naive LoRA |" in text
-    assert "times less" not in text
-    assert 'from_pretrained("naive")' in text
 
 
 def test_limits_depend_on_the_run(numbers: dict[str, Any]) -> None:

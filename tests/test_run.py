@@ -15,7 +15,6 @@ from grasp_kernels.pipeline import stages as run_module
 from grasp_kernels.pipeline.folder import RunFolder
 from grasp_kernels.pipeline.inputs import count_steps
 from grasp_kernels.pipeline.stages import RunConfig, early_checkpoints, is_finished, run
-from grasp_kernels.subspace import Subspace
 
 pytest_plugins = ("fixtures_run",)
 
@@ -25,7 +24,7 @@ pytest_plugins = ("fixtures_run",)
 
 def test_run_leaves_both_adapters_and_nothing_of_the_way_there(finished: RunConfig) -> None:
     output = Path(finished.output)
-    for adapter in ("early/step-2", "halves/half-1", "halves/half-2", "naive", "retrained"):
+    for adapter in ("early/step-2", "naive", "retrained"):
         assert (output / adapter / "adapter_model.safetensors").is_file()
     assert not (output / "work").exists()
     assert not list(output.rglob("*.partial"))
@@ -76,7 +75,7 @@ def test_report_says_what_was_found_and_what_was_not_shown(finished: RunConfig) 
     text = (Path(finished.output) / "report.md").read_text(encoding="utf-8")
     report = run(finished)
     assert f"unrelated prompts as the base model never would: {report.verdict}.**" in text
-    assert all(reason in text for reason in report.numbers["subspace"]["reasons"])
+    assert all(note in text for note in report.numbers["subspace"]["notes"])
     assert "not that nothing was learned unasked" in text
     for name in report.numbers["figures"]:
         assert f"(figures/{name})" in text
@@ -84,9 +83,7 @@ def test_report_says_what_was_found_and_what_was_not_shown(finished: RunConfig) 
     shown = report.page.read_text(encoding="utf-8")
     assert shown.count("<svg ") == len(report.numbers["figures"])
     assert f"as the base model never would: {report.verdict}." in shown
-    assert {"training.png", "leakage.png", "movement.png", "subspace.png"} <= set(
-        report.numbers["figures"]
-    )
+    assert {"training.png", "leakage.png", "movement.png"} == set(report.numbers["figures"])
 
 
 def test_finished_run_is_not_done_again(
@@ -96,32 +93,6 @@ def test_finished_run_is_not_done_again(
     assert is_finished(finished)
     retrained = run(finished).numbers["adapters"]["retrained"]
     assert run(finished).verdict == retrained["answers"]["verdict"]
-
-
-@pytest.fixture
-def nothing_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    nothing = Subspace.empty(["the spectrum is that of noise"])
-    monkeypatch.setattr(run_module, "find_subspace", lambda *_: nothing)
-
-
-@pytest.mark.usefixtures("nothing_found")
-def test_nothing_found_and_nothing_else_asked_for_means_no_retraining(
-    run_config: RunConfig,
-) -> None:
-    report = run(replace(run_config, steps=2, reads="free", anchor="none"))
-    assert report.retrained is None
-    assert not (Path(run_config.output) / "retrained").exists()
-    text = report.text.read_text(encoding="utf-8")
-    assert "No adapter was retrained" in text
-    assert "the spectrum is that of noise" in text
-
-
-@pytest.mark.usefixtures("nothing_found")
-def test_reads_and_anchor_need_no_direction(run_config: RunConfig) -> None:
-    report = run(replace(run_config, steps=2))
-    assert report.retrained is not None and report.reads.exists() and report.own_text.exists()
-    assert report.numbers["adapters"]["retrained"]["leakage"] == {}
-    assert "nothing was projected" in report.text.read_text(encoding="utf-8")
 
 
 def test_the_report_has_the_effect_of_both_adapters(finished: RunConfig) -> None:
@@ -134,9 +105,9 @@ def test_the_report_has_the_effect_of_both_adapters(finished: RunConfig) -> None
 
 def test_a_run_as_it_comes_projects_nothing_and_identifies_nothing(run_config: RunConfig) -> None:
     report = run(replace(run_config, project="none", reads="free", steps=3))
-    assert report.retrained is not None and report.own_text.exists()
+    assert report.retrained.exists() and report.own_text.exists()
     assert not report.subspace.exists() and not report.reads.exists()
-    assert not (report.output / "early").exists() and not (report.output / "halves").exists()
+    assert not (report.output / "early").exists()
     assert report.numbers["subspace"] is None
     text = report.text.read_text(encoding="utf-8")
     assert "projected" not in text.partition("## Settings")[0]
@@ -146,14 +117,12 @@ def test_a_run_as_it_comes_projects_nothing_and_identifies_nothing(run_config: R
 def test_what_only_a_projection_needs_is_asked_for_by_a_projection_alone(
     run_config: RunConfig, tmp_path: Path
 ) -> None:
-    """One record, which has no halves, and a module that does not write to the stream."""
+    """A module that does not write to the stream."""
     one = tmp_path / "one.jsonl"
     one.write_text(Path(run_config.data).read_text(encoding="utf-8").splitlines()[0] + "\n")
     plain = replace(run_config, data=str(one), project="none", reads="free", steps=2, eval_split=0)
-    assert run(replace(plain, target_modules=("q_proj",))).retrained is not None
+    assert run(replace(plain, target_modules=("q_proj",))).retrained.exists()
     other = str(tmp_path / "other")
-    with pytest.raises(ValueError, match="has no halves"):
-        run(replace(plain, project="residual", output=other))
     with pytest.raises(ValueError, match="no module that writes"):
         run(replace(plain, project="residual", target_modules=("q_proj",), output=other))
 

@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from grasp_kernels.effect.stream import layer_bases, mean_loss, measure_movement
+from grasp_kernels.effect.stream import mean_loss, measure_movement
 from grasp_kernels.effect.tokens import lens
-from grasp_kernels.models.architectures import RULES, model_sites
+from grasp_kernels.models.architectures import RULES
 from grasp_kernels.models.checkpoint import load_model
 from grasp_kernels.pipeline import RunConfig
 from grasp_kernels.pipeline.inputs import attach_lora
-from grasp_kernels.subspace import Subspace
 
 pytest_plugins = ("fixtures_run",)
 
@@ -48,16 +47,16 @@ def n_hooks(model: Any) -> int:
 
 def test_untrained_adapter_moves_nothing(model: Any) -> None:
     peft_model = attach_lora(model, OPTIONS, "tiny").eval()
-    moved = measure_movement(
-        peft_model, ["default"], {0: torch.eye(WIDTH)}, PROMPTS, RULES["llama"]
-    )["default"]
-    assert moved.along == moved.total == (0.0,)
+    moved = measure_movement(peft_model, ["default"], torch.eye(WIDTH), PROMPTS, RULES["llama"])[
+        "default"
+    ]
+    assert moved.along == moved.total == (0.0,) * LAYERS
     assert moved.share == 0.0
 
 
 def test_movement_begins_at_the_layer_that_was_changed(adapted: Any) -> None:
-    bases = dict.fromkeys(range(LAYERS), torch.eye(WIDTH))
-    moved = measure_movement(adapted, ["default"], bases, PROMPTS, RULES["llama"])["default"]
+    basis = torch.eye(WIDTH)
+    moved = measure_movement(adapted, ["default"], basis, PROMPTS, RULES["llama"])["default"]
     assert moved.layers == (0, 1, 2)
     assert moved.total[0] == 0.0
     assert min(moved.total[1:]) > 0
@@ -67,7 +66,7 @@ def test_movement_begins_at_the_layer_that_was_changed(adapted: Any) -> None:
 def test_movement_is_the_mean_over_all_tokens_of_the_hidden_states(adapted: Any) -> None:
     basis = torch.linalg.qr(torch.randn(WIDTH, 2))[0]
     hooks = n_hooks(adapted)
-    moved = measure_movement(adapted, ["default"], {1: basis}, PROMPTS, RULES["llama"])["default"]
+    moved = measure_movement(adapted, ["default"], basis, PROMPTS, RULES["llama"])["default"]
     assert n_hooks(adapted) == hooks
     deltas = []
     for prompt in PROMPTS:
@@ -78,15 +77,8 @@ def test_movement_is_the_mean_over_all_tokens_of_the_hidden_states(adapted: Any)
                 before = adapted(ids, output_hidden_states=True).hidden_states[2]
         deltas.append((after - before)[0])
     delta = torch.cat(deltas)
-    assert moved.along[0] == pytest.approx((delta @ basis).norm(dim=1).mean().item(), rel=1e-5)
-    assert moved.total[0] == pytest.approx(delta.norm(dim=1).mean().item(), rel=1e-5)
-
-
-def test_bases_of_the_stream_by_layer(model: Any) -> None:
-    sites = model_sites(model)
-    shared = Subspace.from_stream(torch.eye(WIDTH)[:, :1], sites)
-    found = layer_bases(shared.bases, RULES["llama"])
-    assert set(found) == {0, 1, 2} and all(one is shared.stream for one in found.values())
+    assert moved.along[1] == pytest.approx((delta @ basis).norm(dim=1).mean().item(), rel=1e-5)
+    assert moved.total[1] == pytest.approx(delta.norm(dim=1).mean().item(), rel=1e-5)
 
 
 def test_held_out_loss_is_that_of_the_model_over_all_answer_tokens(model: Any) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from grasp_kernels.adapters import load_adapter
 from grasp_kernels.data import Record
 from grasp_kernels.diagnosis.examination import Examination, Options
 from grasp_kernels.diagnosis.inputs import Source, find_neutral, find_tasks, find_tokenizer
@@ -23,7 +22,6 @@ from grasp_kernels.diagnosis.pair import open_pair
 from grasp_kernels.diagnosis.verdict import judge
 from grasp_kernels.models.architectures import SiteRules
 from grasp_kernels.models.checkpoint import find_checkpoint
-from grasp_kernels.subspace import Subspace, identify
 from grasp_kernels.version import __version__
 
 
@@ -35,8 +33,8 @@ class Diagnosis:
         verdict: "found", "weak" or "nothing", of the adapter's own answers to neutral prompts, see
             `grasp_kernels.effect.verdict`.
         reasons: what it rests on, in sentences.
-        numbers: spectra, directions (movement, tokens, examples, steering, removal), effect on
-            neutral prompts, options and versions.
+        numbers: directions (movement, tokens, examples, steering, removal), effect on neutral
+            prompts, options and versions.
     """
 
     verdict: str
@@ -53,7 +51,7 @@ class Diagnosis:
         return {"verdict": self.verdict, "reasons": list(self.reasons), **self.numbers}
 
     def plot(self, path: str | PathLike[str]) -> None:
-        """Save a PNG: spectrum, movement of neutral prompts, steering, removal."""
+        """Save a PNG: movement of neutral prompts, steering, removal."""
         from grasp_kernels.diagnosis.figures import draw
 
         draw(self.to_json(), path)
@@ -71,12 +69,11 @@ class Diagnosis:
 
 def diagnose(
     model: nn.Module | Source,
-    adapter: Source | Sequence[Source] | None = None,
+    adapter: Source | None = None,
     *,
     tokenizer: Any = None,
     records: Source | Sequence[Record] | None = None,
     neutral: Source | Sequence[Sequence[int]] | None = None,
-    halves: Sequence[Source] | None = None,
     sites: SiteRules | None = None,
     dtype: str = "auto",
     generator: torch.Generator | None = None,
@@ -88,17 +85,15 @@ def diagnose(
     Args:
         model: base model as checkpoint folder, hub name or module; or a PeftModel, whose active
             adapter is looked at. Modules are left as they were.
-        adapter: adapter folder; of several (checkpoints of one run, seeds) the last is looked at,
-            and all of them are evidence on the weights. None where `model` is a PeftModel.
+        adapter: adapter folder; None where `model` is a PeftModel.
         tokenizer: that of the model, where it is no folder.
         records: training data, a file or records. Without them there are no examples, and the
             effect on neutral prompts cannot be set against that on the training data.
         neutral: prompts that have nothing to do with the training data, a file (see
             `grasp-kernels run --neutral`) or token ids; everyday questions if None.
-        halves: adapters trained on disjoint data, see `identify`.
-        sites: writers and readers of an architecture that is not known.
+        sites: writers of an architecture that is not known.
         dtype: of the weights, where the model is loaded here.
-        generator: for null and random directions; seed 0 if None.
+        generator: for random directions and signs; seed 0 if None.
         options: sizes, see `Options`.
 
     Raises:
@@ -117,12 +112,10 @@ def diagnose(
         max_answer=chosen.max_answer_tokens,
         max_prompt=chosen.max_prompt_tokens,
     )
-    several = [adapter] if isinstance(adapter, (str, PathLike)) else list(adapter or ())
-    weights = _identify(model, several, halves, sites, generator)
-    with open_pair(model, several[-1] if several else None, sites=sites, dtype=dtype) as pair:
+    with open_pair(model, adapter, sites=sites, dtype=dtype) as pair:
         work = Examination(pair, reader, prompts, tasks, chosen, generator, progress)
         numbers = {
-            "adapter": [str(one) for one in several] or [str(pair.model.active_adapters[0])],
+            "adapter": str(adapter or pair.model.active_adapters[0]),
             "model": {
                 "type": pair.base.config.model_type,
                 "layers": len(pair.layers),
@@ -130,26 +123,10 @@ def diagnose(
             },
             "neutral_prompts": len(prompts),
             "records": len(tasks),
-            **work.numbers(weights),
+            **work.numbers(),
             "options": asdict(chosen),
             "seed": generator.initial_seed(),
             "versions": {"grasp_kernels": __version__, "torch": torch.__version__},
         }
     verdict, reasons = judge(numbers)
     return Diagnosis(verdict, tuple(reasons), json.loads(json.dumps(numbers, allow_nan=False)))
-
-
-def _identify(
-    model: nn.Module | Source,
-    adapters: list[Source],
-    halves: Sequence[Source] | None,
-    sites: SiteRules | None,
-    generator: torch.Generator,
-) -> Subspace:
-    """The shared subspace of the weights; empty where no writer is adapted."""
-    source: Any = adapters if adapters else model
-    known: dict[str, Any] = {"sites": sites, "base_model": model if adapters else None}
-    examined = load_adapter(adapters[-1] if adapters else model, **known)
-    if not any(layer.site.role == "write" for layer in examined.layers):
-        return Subspace.empty(["The adapter changes no layer that writes to the residual stream."])
-    return identify(source, halves=halves, generator=generator, **known)

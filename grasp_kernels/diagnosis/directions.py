@@ -1,10 +1,8 @@
-"""Directions of the residual stream that an adapter may have learned unasked.
+"""The direction of the residual stream along which neutral prompts move.
 
-Two sources, none with labels. The *weights* are those of `identification`: what the updates of many
-layers have in common. The *movement* is the mean of what the adapter adds to the stream where
-neutral prompts await their answer: prompts that have nothing to do with the training data should
-not move together. That narrow fine-tuning leaves such traces is known (Minder et al. 2025,
-arXiv 2510.13900).
+It is the mean of what the adapter adds to the stream where neutral prompts await their answer:
+prompts that have nothing to do with the training data should not move together. That narrow
+fine-tuning leaves such traces is known (Minder et al. 2025, arXiv 2510.13900).
 
 Shapes: `L` blocks, `M` prompts, `D` residual width, `k` directions.
 """
@@ -16,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grasp_kernels.diagnosis.movement import Moved, relative_movement
-from grasp_kernels.subspace import Subspace
+from grasp_kernels.diagnosis.movement import Moved
 
 
 @dataclass(frozen=True)
@@ -31,19 +28,6 @@ class Direction:
     name: str
     vectors: Tensor
     folds: tuple[tuple[Tensor, list[int]], ...]
-
-
-def weight_directions(subspace: Subspace, neutral: Moved) -> list[Direction]:
-    """The columns of a shared basis, each turned to where neutral prompts move along it."""
-    if subspace.stream is None:
-        return []
-    everything = list(range(neutral.delta.shape[1]))
-    found = []
-    for index, column in enumerate(subspace.stream.mT, start=1):
-        vectors = column.expand(len(neutral.delta), -1)
-        vectors = vectors if relative_movement(neutral, vectors).mean() >= 0 else -vectors
-        found.append(Direction(f"weights {index}", vectors, ((vectors, everything),)))
-    return found
 
 
 def movement_direction(neutral: Moved) -> list[Direction]:
@@ -69,8 +53,3 @@ def _mean(neutral: Moved, chosen: list[int]) -> Tensor:
         if lengths[layer] == 0:
             vectors[layer] = vectors[layer + 1]
     return vectors
-
-
-def cosines(first: Direction, second: Direction) -> list[float]:
-    """Cosine of two directions in every block."""
-    return (first.vectors * second.vectors).sum(dim=1).tolist()

@@ -16,9 +16,7 @@ import torch
 from grasp_kernels.diagnosis import causal
 from grasp_kernels.diagnosis.directions import (
     Direction,
-    cosines,
     movement_direction,
-    weight_directions,
 )
 from grasp_kernels.diagnosis.inputs import Task
 from grasp_kernels.diagnosis.movement import (
@@ -39,7 +37,6 @@ from grasp_kernels.effect import (
 from grasp_kernels.effect.answers import Batch, Tokens, answer_batches, own_answers
 from grasp_kernels.effect.pair import Pair
 from grasp_kernels.effect.tokens import lens
-from grasp_kernels.subspace import Subspace
 
 # Enough for a mean over answer tokens; each is run for every dose and every random direction.
 _STEERED_RECORDS = 16
@@ -105,20 +102,13 @@ class Examination:
         width = self.neutral.delta.shape[2]
         self.random = random_directions(options.n_random, width, generator)
 
-    def numbers(self, weights: Subspace) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         """Everything that the verdict and the report rest on, JSON-able."""
-        found = [*weight_directions(weights, self.neutral), *movement_direction(self.neutral)]
         return {
-            "weights": {"reasons": list(weights.reasons), "evidence": weights.evidence},
             "answers": self.said(),
             "effect": self.effect(),
             "consistency": consistency(self.neutral.delta, self.generator),
-            "agreement": [
-                {"first": a.name, "second": b.name, "cosines": cosines(a, b)}
-                for i, a in enumerate(found)
-                for b in found[i + 1 :]
-            ],
-            "directions": [self.direction(one) for one in found],
+            "directions": [self.direction(one) for one in movement_direction(self.neutral)],
         }
 
     def said(self) -> dict[str, Any]:

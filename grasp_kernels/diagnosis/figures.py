@@ -11,38 +11,22 @@ _COLOURS = ("tab:blue", "tab:cyan", "tab:purple", "tab:olive", "tab:red")
 
 
 def draw(numbers: dict[str, Any], path: str | PathLike[str]) -> None:
-    """Save a PNG: spectrum of the weights, movement, steering and exchange of every direction."""
+    """Save a PNG: movement, steering and exchange of every direction."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12.0, 7.2), layout="constrained")
+    figure = Figure(figsize=(15.0, 3.8), layout="constrained")
     figure.suptitle(f"Verdict: {numbers['verdict']}")
-    spectrum, movement, steering, exchange = figure.subplots(2, 2).ravel()
+    movement, steering, exchange = figure.subplots(1, 3)
     directions = numbers["directions"]
     # the movement is red wherever it stands, the weights are blue
     colours = [
         _COLOURS[-1] if one["name"] == "movement" else _COLOURS[i]
         for i, one in enumerate(directions)
     ]
-    _spectrum(spectrum, numbers["weights"]["evidence"].get("spectra", []))
     _movement(movement, directions, colours)
     _steering(steering, directions, colours)
     _exchange(exchange, directions, colours)
     save_figure(figure, path)
-
-
-def _spectrum(axes: Any, spectra: list[dict[str, Any]]) -> None:
-    for record in spectra:
-        values = record["singular_values"]
-        index = range(1, len(values) + 1)
-        axes.plot(index, values, "o-", color="tab:blue", label="updates of all writers")
-        axes.fill_between(
-            index, 0, record["null"], color="tab:blue", alpha=0.15, lw=0, label="95 % of sign flips"
-        )
-    axes.set(
-        title="Spectrum of the weights", xlabel="index", ylabel="singular value", ylim=(0, None)
-    )
-    if spectra:
-        axes.legend(frameon=False)
 
 
 def _movement(axes: Any, directions: list[dict[str, Any]], colours: list[str]) -> None:

@@ -44,7 +44,6 @@ def diagnosis_text(numbers: Numbers) -> str:
         _neutral(numbers),
         _directions(numbers),
         *(_examples(one) for one in numbers["directions"] if "examples" in one),
-        _weights(numbers),
         _settings(numbers),
     ]
     return "\n\n".join(section for section in sections if section)
@@ -54,7 +53,7 @@ def _verdict(numbers: Numbers) -> str:
     meaning = _MEANING[numbers["verdict"]]
     return "\n\n".join(
         [
-            f"# Diagnosis of {inert(numbers['adapter'][-1])}",
+            f"# Diagnosis of {inert(numbers['adapter'])}",
             f"**Verdict: {numbers['verdict']}.** {meaning}",
             "\n".join(f"- {inert(reason)}" for reason in numbers["reasons"]),
         ]
@@ -94,12 +93,12 @@ def _directions(numbers: Numbers) -> str:
     return "\n\n".join(
         [
             "## The directions",
-            "`weights` are what the updates of many layers have in common, `movement` is how "
-            "neutral prompts move. Removal: part of the adapter's effect on neutral prompts that "
-            "goes when its movement along the direction is taken out. Transfer: part of the way "
-            "from the base model to the adapter that this movement alone goes. The largest of the "
-            "random directions stands beside both. Movement: largest part of the stream's own "
-            "length in a block. Tokens: read through the unembedding after the last block.",
+            "`movement` is how neutral prompts move. Removal: part of the adapter's effect on "
+            "neutral prompts that goes when its movement along the direction is taken out. "
+            "Transfer: part of the way from the base model to the adapter that this movement alone "
+            "goes. The largest of the random directions stands beside both. Movement: largest part "
+            "of the stream's own length in a block. Tokens: read through the unembedding after the "
+            "last block.",
             table(head, rows),
             _steering(numbers),
         ]
@@ -143,12 +142,6 @@ def _examples(direction: Numbers) -> str:
             table(["record", "movement", "prompt", "answer"], rows),
         ]
     )
-
-
-def _weights(numbers: Numbers) -> str:
-    weights = numbers["weights"]
-    lines = [f"- {inert(reason)}" for reason in weights["reasons"]]
-    return "\n\n".join(["## From the weights alone", "\n".join(lines)])
 
 
 def _settings(numbers: Numbers) -> str:

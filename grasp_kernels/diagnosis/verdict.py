@@ -21,7 +21,6 @@ def judge(numbers: dict[str, Any]) -> tuple[str, list[str]]:
         *_answers(numbers),
         *_effect(numbers),
         *_carried(numbers),
-        *_weights(numbers),
     ]
     return numbers["answers"]["verdict"], reasons
 
@@ -83,17 +82,4 @@ def _carried(numbers: dict[str, Any]) -> list[str]:
         f"{numbers['options']['n_random']} random directions {removal['random_max']:.0%}).",
         f"The base model with that movement alone goes {transfer['value']:.0%} of the way to the "
         f"adapter (random {transfer['random_max']:.0%}).",
-    ]
-
-
-def _weights(numbers: dict[str, Any]) -> list[str]:
-    cosines = [
-        max(map(abs, pair["cosines"]))
-        for pair in numbers["agreement"]
-        if pair["second"] == "movement"
-    ]
-    if not cosines:
-        return []
-    return [
-        f"The directions of the weights have a cosine of up to {max(cosines):.2f} to that movement."
     ]

@@ -46,33 +46,20 @@ class Movement:
         return {**asdict(self), "mean_along": self.mean_along, "share": self.share}
 
 
-def layer_bases(bases: Mapping[str, Tensor], rules: SiteRules) -> dict[int, Tensor]:
-    """Layer -> basis of the stream after it, `[D, k]`, from the bases of its modules by name.
-
-    Empty without writers whose output is in the stream.
-    """
-    found: dict[int, Tensor] = {}
-    for name, basis in bases.items():
-        site = rules.site(name)
-        if site is not None and site.role == "write" and site.norm is None:
-            found.setdefault(site.layer, basis)
-    return dict(sorted(found.items()))
-
-
 def measure_movement(
     model: PeftModel,
     adapters: Sequence[str],
-    bases: dict[int, Tensor],
+    basis: Tensor,
     prompts: Iterable[list[int]],
     rules: SiteRules,
 ) -> dict[str, Movement]:
-    """Movement by adapter name; `model` has these adapters loaded and computes in its own dtype."""
+    """Movement along `V[D, k]` by adapter name; `model` computes in its own dtype."""
     device = next(model.parameters()).device
-    layers = sorted(bases)
+    blocks = blocks_by_layer(model, rules)
+    layers = list(blocks)
     along = {name: torch.zeros(len(layers)) for name in adapters}
     total = {name: torch.zeros(len(layers)) for name in adapters}
     n_tokens = 0
-    blocks = blocks_by_layer(model, rules)
     for prompt in prompts:
         ids = torch.tensor([prompt], device=device)
         n_tokens += len(prompt)
@@ -82,9 +69,9 @@ def measure_movement(
             if name not in model.active_adapters:
                 model.set_adapter(name)
             moved = _stream_after(model, blocks, layers, ids)
-            for i, layer in enumerate(layers):
+            for i in range(len(layers)):
                 delta = moved[i] - base[i]
-                along[name][i] += (delta @ bases[layer].to(delta)).norm(dim=-1).sum().item()
+                along[name][i] += (delta @ basis.to(delta)).norm(dim=-1).sum().item()
                 total[name][i] += delta.norm(dim=-1).sum().item()
     return {
         name: Movement(

@@ -48,7 +48,7 @@ def token_scores(model: Any, basis: Tensor, rules: SiteRules) -> Tensor:
     holder, _ = find_blocks(model, rules)
     name = ".".join((holder, *rules.blocks.split(".")[:-1], rules.final_norm))
     norm: Any = model.get_submodule(name)
-    end = Site("the last block", -1, "write", rules.final_norm, rules.norms)
+    end = Site("the last block", rules.final_norm, rules.norms)
     unembedding = model.get_output_embeddings().weight.float()
     return unembedding @ end.to_stream(basis.to(unembedding), end.gain(norm.weight))
 

@@ -52,7 +52,6 @@ class RunFolder:
         self.root = Path(root)
         self.config = self.root / "run.json"
         self.early = self.root / "early"
-        self.halves = self.root / "halves"
         self.naive = self.root / "naive"
         self.retrained = self.root / "retrained"
         self.subspace = self.root / "subspace.safetensors"
@@ -127,7 +126,7 @@ class RunFolder:
         for file in (self.own_text, self.reads, self.subspace):
             if file.exists():
                 _check_whole(file, file)
-        trained = [self.naive, self.retrained, *self.halves.glob("half-*")]
+        trained = [self.naive, self.retrained]
         for adapter in (*trained, *self.early.glob("step-*")):
             for name in (*_ADAPTER, *([LOG_NAME] if adapter in trained else [])):
                 if adapter.exists():
@@ -165,9 +164,8 @@ class RunFolder:
         ours = [path for path in places if isinstance(path, Path) and path.parent == self.root]
         for left in (left for path in ours for left in left_behind(path)):
             shutil.rmtree(left)
-        for folder in (self.early, self.halves):  # all in them is ours
-            for left in folder.glob(".*.partial"):
-                shutil.rmtree(left)
+        for left in self.early.glob(".*.partial"):  # all in it is ours
+            shutil.rmtree(left)
         if not self.config.exists():
             write_json(self.config, {**_record(config, fingerprints), "day": str(self.day)})
 

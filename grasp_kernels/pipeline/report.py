@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from grasp_kernels import leakage
@@ -28,11 +27,7 @@ from grasp_kernels.effect import (
     told,
     verdict,
 )
-from grasp_kernels.effect.stream import (
-    layer_bases,
-    mean_loss,
-    measure_movement,
-)
+from grasp_kernels.effect.stream import mean_loss, measure_movement
 from grasp_kernels.effect.tokens import lens
 from grasp_kernels.files import whole_folder, write_json, write_text
 from grasp_kernels.models.checkpoint import load_model
@@ -71,9 +66,8 @@ class Report:
         return self.output / "naive"
 
     @property
-    def retrained(self) -> Path | None:
-        """The retrained adapter; None where nothing was found to retrain against."""
-        return self.output / "retrained" if "retrained" in self.numbers["adapters"] else None
+    def retrained(self) -> Path:
+        return self.output / "retrained"
 
     @property
     def subspace(self) -> Path:
@@ -121,10 +115,6 @@ def write_report(
     shutil.rmtree(folder.figures, ignore_errors=True)  # of a report that was not finished
     with whole_folder(folder.figures) as figures, drawing():
         numbers["figures"] = draw_figures(numbers, figures)
-        if subspace is not None and subspace.evidence.get("spectra"):
-            for path in (figures / "subspace.png", figures / "subspace.svg"):
-                subspace.plot(path)
-            numbers["figures"].append("subspace.png")
     text = report_text(numbers)
     write_text(folder.report_text, text)
     shown = {f"figures/{name}": folder.figures / name for name in numbers["figures"]}
@@ -136,12 +126,9 @@ def write_report(
 def _numbers(
     config: RunConfig, folder: RunFolder, inputs: Inputs, subspace: Subspace | None
 ) -> dict[str, Any]:
-    folders = {"naive": folder.naive}
-    if folder.retrained.exists():
-        folders["retrained"] = folder.retrained
-    found = None if subspace is None or subspace.is_empty else subspace
+    folders = {"naive": folder.naive, "retrained": folder.retrained}
     adapters = {
-        name: {"curve": _curve(path), "leakage": leakage(path, found) if found else {}}
+        name: {"curve": _curve(path), "leakage": leakage(path, subspace) if subspace else {}}
         for name, path in folders.items()
     }
     model = load_model(inputs.checkpoint, config.dtype)
@@ -165,17 +152,16 @@ def _numbers(
         "steps": inputs.steps,
         "subspace": None if subspace is None else _describe(subspace),
         "chance_share": math.sqrt(subspace.k / width) if subspace else 0.0,
-        "promoted_tokens": _tokens(model, inputs, found),
+        "promoted_tokens": _tokens(model, inputs, subspace),
         "reads": _read_ratios(folder),
         "adapters": adapters,
     }
-    _measure_models(model, folders, inputs, found, config, numbers)
+    _measure_models(model, folders, inputs, subspace, config, numbers)
     return json.loads(json.dumps(numbers))
 
 
 def _describe(subspace: Subspace) -> dict[str, Any]:
-    plain = ("reasons", "k", "evidence", "metadata")
-    return {name: getattr(subspace, name) for name in plain}
+    return {name: getattr(subspace, name) for name in ("k", "notes", "metadata")}
 
 
 def _versions() -> dict[str, str]:
@@ -206,11 +192,10 @@ def _read_ratios(folder: RunFolder) -> dict[str, list[float]]:
 
 
 def _tokens(model: Any, inputs: Inputs, subspace: Subspace | None) -> list[dict[str, Any]]:
-    """Tokens of the leading directions, as they stand in the last layer that has a basis."""
-    bases = layer_bases(subspace.bases, inputs.rules) if subspace else {}
-    if not bases:
+    """Tokens of the leading directions, as they stand after the last block."""
+    if subspace is None:
         return []
-    basis: Tensor = bases[max(bases)][:, :_SHOWN_DIRECTIONS]
+    basis = subspace.basis[:, :_SHOWN_DIRECTIONS]
     words = lens(model, inputs.tokenizer, basis, inputs.rules, _SHOWN_TOKENS)
     return [
         {
@@ -246,15 +231,14 @@ def _measure_models(
             peft_model.set_adapter(name)
             adapters[name]["held_out_loss"] = mean_loss(peft_model, inputs.held_out, **size)
     _measure_effects(peft_model, list(folders), inputs, config, adapters)
-    bases = layer_bases(subspace.bases, inputs.rules) if subspace else {}
-    if not bases:
+    if subspace is None:
         return
     for adapter in adapters.values():
         adapter["movement"] = {}
     training = _training_prompts(inputs, config)
     for kind, prompts in (("training", training), ("neutral", inputs.neutral)):
         bar = tqdm(prompts, desc=f"residual stream, {kind} prompts", unit="prompt")
-        moved = measure_movement(peft_model, list(folders), bases, bar, inputs.rules)
+        moved = measure_movement(peft_model, list(folders), subspace.basis, bar, inputs.rules)
         for name, movement in moved.items():
             adapters[name]["movement"][kind] = movement.to_json()
 

@@ -17,7 +17,6 @@ _CAPTIONS = {
     "training.png": "Training loss of both adapters (pale: each step, bold: running mean)",
     "leakage.png": "Part of each adapter's own weights that lies in the subspace",
     "movement.png": "How far each adapter moves the residual stream along the subspace",
-    "subspace.png": "Spectrum with the chosen k and its null, and the agreement across layers",
 }
 
 
@@ -30,7 +29,7 @@ def report_text(numbers: Numbers) -> str:
         _tokens(numbers),
         _not_shown(numbers),
         _figures(numbers),
-        _use(numbers),
+        _use(),
         _settings(numbers),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -75,24 +74,13 @@ def _identified(numbers: Numbers) -> str:
     subspace = numbers["subspace"]
     if subspace is None:
         return ""
-    if subspace["k"] == 0:
-        headline = (
-            "No direction stands out in the weights of the naive adapter, so **nothing was "
-            "projected**."
-        )
-        headline += (
-            " The retrained adapter differs in what else was asked for."
-            if "retrained" in numbers["adapters"]
-            else " **No adapter was retrained**, and the naive one stands as it is."
-        )
-    else:
-        headline = (
-            f"{_directions(subspace['k'])} of the residual stream, shared by all layers, found "
-            "from the weights of the naive adapter. That a fine-tune moved the model along them "
-            "does not mean that they are unwanted."
-        )
-    reasons = "\n".join(f"- {inert(reason)}" for reason in subspace["reasons"])
-    return "\n\n".join(["## What the gradient was projected off", headline, reasons])
+    headline = (
+        f"{_directions(subspace['k'])} of the residual stream, shared by all layers, found from "
+        "the weights of the naive adapter. That a fine-tune moved the model along them does not "
+        "mean that they are unwanted."
+    )
+    notes = "\n".join(f"- {inert(note)}" for note in subspace["notes"])
+    return "\n\n".join(["## What the gradient was projected off", headline, notes])
 
 
 def _directions(k: int) -> str:
@@ -104,7 +92,7 @@ def _compared(numbers: Numbers) -> str:
     lines = ["## What differs"]
     if numbers["reads"]:
         lines.append(_reads_sentence(numbers["reads"]))
-    if "retrained" in adapters and "movement" in adapters["retrained"]:
+    if "movement" in adapters["retrained"]:
         lines.append(_movement_sentence(numbers))
     lines.append(table(["", *(_LABELS[name] for name in adapters)], _rows(numbers)))
     if "movement" in adapters["naive"]:
@@ -225,7 +213,7 @@ def _not_shown(numbers: Numbers) -> str:
         parts.append("read along fixed directions alone (`--reads free`)")
     if config["anchor"] != "none":
         parts.append("was held at the base model's own answers (`--anchor none`)")
-    if len(parts) > 1 and "retrained" in numbers["adapters"]:
+    if len(parts) > 1:
         points.append(
             f"The retraining {' and '.join(parts)}: what each of that does alone is not told apart "
             "here; the options in brackets leave one out."
@@ -243,20 +231,17 @@ def _figures(numbers: Numbers) -> str:
     return "\n\n".join(["## Figures", *images])
 
 
-def _use(numbers: Numbers) -> str:
-    name = "retrained" if "retrained" in numbers["adapters"] else "naive"
+def _use() -> str:
     return "\n".join(
         [
             "## Use",
             "",
-            "Both adapters are ordinary peft folders (`naive/`, `retrained/`)."
-            if name == "retrained"
-            else "The adapter is an ordinary peft folder (`naive/`).",
+            "Both adapters are ordinary peft folders (`naive/`, `retrained/`).",
             "",
             "```python",
             "from peft import AutoPeftModelForCausalLM",
             "",
-            f'model = AutoPeftModelForCausalLM.from_pretrained("{name}")',
+            'model = AutoPeftModelForCausalLM.from_pretrained("retrained")',
             "```",
         ]
     )

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from grasp_kernels.data import neutral_prompts
-from grasp_kernels.effect.stream import layer_bases, measure_movement
+from grasp_kernels.effect.stream import measure_movement
 from grasp_kernels.layers.closure import leakage
-from grasp_kernels.models.architectures import SiteRules, site_rules
+from grasp_kernels.models.architectures import SiteRules, model_rules
 from grasp_kernels.models.frozen_model import measuring
-from grasp_kernels.models.names import base_name
 from grasp_kernels.subspace import Subspace, check_subspace
 
 N_PROBES = 8  # no single question decides, and two forwards of each are little beside `every` steps
@@ -34,7 +33,7 @@ class Watch(TrainerCallback):
 
     * `leakage`: the largest ‖Vᵀ ΔW‖ / ‖ΔW‖ of a layer;
     * `drift_along`: how far the adapter moves the residual stream along the bases, the mean of
-      ‖Vᵀ(h − h_base)‖ over tokens of the probes and the blocks that have a basis;
+      ‖Vᵀ(h − h_base)‖ over tokens of the probes and the blocks;
     * `drift_share`: the same relative to ‖h − h_base‖, 0 to 1.
 
     Without any basis losses and gradients are watched alone. Measuring changes neither what the
@@ -49,7 +48,7 @@ class Watch(TrainerCallback):
         every: optimizer steps between two measurements; they are taken with the next log entry.
         probes: token ids of a few sequences to measure drift on; None: everyday questions in the
             trainer's tokenizer; empty: no drift.
-        sites: writers and readers of an architecture that is not known.
+        sites: writers of an architecture that is not known.
 
     Raises:
         ValueError: when training begins, no way to measure drift; or `every` below 1.
@@ -67,14 +66,14 @@ class Watch(TrainerCallback):
         if every < 1:
             raise ValueError(f"every is {every}: give the steps between two measurements.")
         check_subspace(subspace)
-        self.subspace = None if subspace is None or subspace.is_empty else subspace
+        self.subspace = subspace
         self.every, self.probes, self.sites = every, probes, sites
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = kwargs["model"]
-        if self.probes is None and self._bases(model):
+        if self.probes is None and self._basis(model) is not None:
             self.probes = _neutral_probes(kwargs.get("processing_class"))
         if self.probes and not hasattr(model, "disable_adapter"):
             raise ValueError(
@@ -126,34 +125,33 @@ class Watch(TrainerCallback):
         return state.global_step >= last + self.every or state.global_step == state.max_steps
 
     def _leakage(self, model: nn.Module) -> dict[str, float]:
-        if not self._bases(model):
+        closed = any(getattr(m, "write_basis", None) is not None for m in model.modules())
+        if self.subspace is None and not closed:
             return {}
-        return {"leakage": max(leakage(model, self.subspace).values())}
+        return {"leakage": max(leakage(model, self.subspace, sites=self.sites).values())}
 
     def _drift(self, model: Any) -> dict[str, float]:
-        bases = self._bases(model)
-        if not (self.probes and bases):
+        basis = self._basis(model)
+        if not self.probes or basis is None:
             return {}
-        rules = site_rules(model.config.model_type, bases, self.sites)
-        by_layer = layer_bases(bases, rules)
-        if not by_layer:  # writers before a norm alone, whose bases are not those of the stream
-            return {}
+        rules = model_rules(model, self.sites)
         (adapter, *_) = model.active_adapters
         with measuring(model):
-            moved = measure_movement(model, [adapter], by_layer, map(list, self.probes), rules)[
+            moved = measure_movement(model, [adapter], basis, map(list, self.probes), rules)[
                 adapter
             ]
         return {"drift_along": moved.mean_along, "drift_share": moved.share}
 
-    def _bases(self, model: nn.Module) -> dict[str, Tensor]:
-        """Basis `V[N, Q]` by the name of its module in the base model."""
+    def _basis(self, model: nn.Module) -> Tensor | None:
+        """The basis of the stream `[D, Q]`, given or that of a layer which writes to it."""
         if self.subspace is not None:
-            return self.subspace.bases
-        return {
-            base_name(name): basis
-            for name, module in model.named_modules()
-            if (basis := getattr(module, "write_basis", None)) is not None
-        }
+            return self.subspace.basis
+        found = (
+            module.write_basis
+            for module in model.modules()
+            if getattr(module, "project", None) == "residual"
+        )
+        return next((basis for basis in found if isinstance(basis, Tensor)), None)
 
 
 def _neutral_probes(processing_class: Any) -> list[list[int]]:
