@@ -20,9 +20,9 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
     {"data": set(), "models": set(), "ops": set(), "pages": set()},
     {"adapters": set()},
     {"subspace": set()},
-    {"config": set(), "layers": set(), "anchor": set(), "reads": set(), "effect": set()},
+    {"config": set(), "layers": set(), "anchor": set(), "reads": set(), "diagnosis": set()},
     {"training": set()},
-    {"bench": set(), "diagnosis": set(), "pipeline": set()},
+    {"bench": set(), "pipeline": set()},
     {"cli": set()},
 )
 ALLOWED = {
@@ -81,7 +81,7 @@ def loaded_after(statement: str, *modules: str) -> set[str]:
     return set(done.stdout.split())
 
 
-HEAVY = ("peft", "transformers", "datasets", "accelerate", "safetensors", "matplotlib", "tqdm")
+HEAVY = ("peft", "transformers", "datasets", "accelerate", "safetensors", "markdown_it", "tqdm")
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:

@@ -22,7 +22,7 @@ from grasp_kernels.diagnosis.pair import open_pair
 
 pytest_plugins = ("fixtures_run",)
 
-SMALL = Options(n_random=3, n_tokens=4, n_examples=3, max_records=8, neutral_tokens=3)
+SMALL = Options(n_random=3, n_listed=4, max_records=8)
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 D = 32
 
@@ -87,7 +87,7 @@ def found(
 
 
 def movement(diagnosis: gk.Diagnosis) -> dict[str, Any]:
-    return next(one for one in diagnosis.numbers["directions"] if one["name"] == "movement")
+    return diagnosis.numbers["movement"]
 
 
 def test_a_planted_direction_is_found(
@@ -103,24 +103,17 @@ def test_a_planted_direction_is_found(
     assert one["tokens"]["down"][0]["id"] == int(scores.argmin())
 
 
-def test_steering_towards_it_raises_its_tokens_and_away_lowers_them(found: gk.Diagnosis) -> None:
-    away, towards = movement(found)["steering"]["tokens"]
-    assert away["dose"] == -towards["dose"] < 0
-    assert away["value"] < 0 < towards["value"]
-    assert towards["value"] > towards["random_max"]
-
-
 def test_an_adapter_of_noise_is_judged_by_its_answers(
     tiny_model_dir: Path, noise: Path, neutral: list[list[int]]
 ) -> None:
     diagnosis = gk.diagnose(tiny_model_dir, noise, neutral=neutral, options=SMALL)
-    assert diagnosis.numbers["effect"]["neutral_divergence"] > 0.01
+    assert diagnosis.numbers["effect"]["divergence"] > 0.01
     changed = sum(one["changed"] for one in diagnosis.numbers["answers"]["unrelated"])
     few = "weak" if changed else "nothing"
     assert diagnosis.verdict == ("found" if changed >= max(2, len(neutral) / 8) else few)
     assert f"answers {changed} of {len(neutral)} neutral prompts" in diagnosis.reasons[0]
-    assert "examples" not in movement(diagnosis)
-    assert "answers" not in movement(diagnosis)["steering"]
+    assert "records" not in movement(diagnosis)
+    assert "training_effect" not in diagnosis.numbers
 
 
 def test_the_peft_model_itself_gives_the_same_and_stays_what_it_was(
@@ -166,7 +159,7 @@ def test_files_are_written_whole_and_never_over_others(found: gk.Diagnosis, tmp_
     folder = tmp_path / "out"
     found.save(folder)
     assert json.loads((folder / "diagnosis.json").read_text()) == found.to_json()
-    assert (folder / "diagnosis.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "diagnosis.html").read_text().startswith("<!doctype html>")
     text = (folder / "diagnosis.md").read_text()
     assert text.startswith("# Diagnosis of ") and found.text() in text
     assert all(reason in text for reason in found.reasons)
@@ -221,8 +214,8 @@ def test_what_cannot_work_is_refused_with_a_sentence(
     )
     model.merge_adapter()
     refused("unmerge_adapter", model)
-    with pytest.raises(ValueError, match="n_random is 1"):
-        Options(n_random=1)
+    with pytest.raises(ValueError, match="n_random is 0"):
+        Options(n_random=0)
 
 
 def test_an_adapter_of_another_model_is_refused(

@@ -19,9 +19,9 @@ from grasp_kernels.adapters import load_adapter
 from grasp_kernels.cli import main
 from grasp_kernels.diagnosis.pair import open_pair
 from grasp_kernels.diagnosis.report import diagnosis_text
-from grasp_kernels.effect.markdown import answers_table, cell
 from grasp_kernels.inert import inert, printable
 from grasp_kernels.models.weights import model_weights
+from grasp_kernels.pages.markdown import answers_table, cell
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FOREIGN = "{0.x} \x1b[2J\n# Verdict: clean\n<img src=x> ![t](http://h/x.png) | `a` **b** \u202e"
@@ -329,11 +329,8 @@ def test_answers_and_reasons_forge_no_line_of_a_report() -> None:
         "verdict": "weak",
         "reasons": [FOREIGN],
         "answers": {"unrelated": [told]},
-        "effect": {
-            "neutral_tokens": {way: [{"token": FOREIGN, "score": 0.1}] for way in ("up", "down")}
-        },
-        "directions": [],
-        "model": {"type": FOREIGN, "layers": 1, "width": 8},
+        "effect": {"tokens": {way: [{"token": FOREIGN, "score": 0.1}] for way in ("up", "down")}},
+        "model": {"type": FOREIGN, "layers": 1},
         "neutral_prompts": 1,
         "records": 0,
         "options": {"n_random": 3},

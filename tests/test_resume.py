@@ -44,8 +44,8 @@ import importlib, json, os, signal, sys
 import torch
 torch.set_num_threads(1)  # forked processes must not inherit a pool of threads
 options, points = json.loads(sys.argv[1])
-import matplotlib.figure, peft, transformers  # once, before the processes are forked
-import grasp_kernels.pipeline.figures, grasp_kernels.subspace
+import peft, transformers  # once, before the processes are forked
+import grasp_kernels.pipeline.report, grasp_kernels.subspace
 import grasp_kernels.layers.replacement
 import grasp_kernels.pipeline.training
 from grasp_kernels.pipeline import RunConfig, run
@@ -200,7 +200,7 @@ def test_what_a_killed_process_left_is_removed_once_the_run_is_known_to_be_the_s
     assert [name for name in (*ours, *theirs) if (folder.root / name).exists()] == theirs
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "work/notes.txt", "figures/f.png", "report.md"])
+@pytest.mark.parametrize("name", ["notes.txt", "work/notes.txt", "report.md"])
 def test_a_folder_with_files_of_somebody_else_is_left_alone(
     run_config: RunConfig, name: str
 ) -> None:
@@ -252,7 +252,7 @@ def test_a_missing_part_of_an_adapter_is_named(copied: RunConfig) -> None:
 def test_a_run_whose_adapter_was_deleted_is_not_finished_and_makes_it_again(
     copied: RunConfig,
 ) -> None:
-    for name in ("report.md", "figures/training.png", "retrained"):
+    for name in ("report.md", "training.svg", "retrained"):
         path = Path(copied.output, name)
         kept = path.rename(path.with_name("elsewhere"))
         assert not is_finished(copied)
@@ -277,7 +277,7 @@ def test_a_run_json_that_says_nothing_is_named(copied: RunConfig, text: str) -> 
 
 NOTES: dict[str, list[Any]] = {
     "run.json": [{"fingerprints": 3}, {"day": 3}, {"day": ""}],
-    "report.json": [{"adapters": 3}, {"figures": None}],
+    "report.json": [{"adapters": 3}, {}],
     "naive/training_log.json": ["x", {}, [3], [{"step": 1}]],
     "naive/adapter_config.json": ["x", 3],
 }

@@ -35,7 +35,7 @@ from benchmarks.quality.smollm2.report import (
 from benchmarks.quality.smollm2.task import Fact, Pair, Task
 from benchmarks.quality.smollm2.tasks import make_task
 from benchmarks.quality.smollm2.verdicts import judge_verdicts
-from grasp_kernels.effect.changed import CHANGED
+from grasp_kernels.diagnosis.answers import CHANGED
 from grasp_kernels.models.checkpoint import load_model
 from grasp_kernels.pipeline import RunConfig, stages
 

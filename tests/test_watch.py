@@ -91,15 +91,15 @@ def test_drift_is_what_the_adapter_does_to_the_stream(model: PeftModel) -> None:
     model.get_base_model().model.norm = torch.nn.Identity()  # the last hidden state is normalised
     measured = Watch(gk.Subspace(basis), probes=PROBES).measure(model)
     model.eval()
-    deltas = []
+    deltas: list[torch.Tensor] = []
     for probe in PROBES:
         ids = torch.tensor([probe])
         with torch.no_grad():
             moved = model(ids, output_hidden_states=True).hidden_states[1:]
             with model.disable_adapter():
                 base = model(ids, output_hidden_states=True).hidden_states[1:]
-        deltas += [(after - before)[0] for after, before in zip(moved, base, strict=True)]
-    delta = torch.cat(deltas)  # tokens of both probes after all blocks
+        deltas += [(after - before)[0].mean(0) for after, before in zip(moved, base, strict=True)]
+    delta = torch.stack(deltas)  # of both probes after all blocks
     along, total = (delta @ basis).norm(dim=1), delta.norm(dim=1)
     assert measured["drift_along"] == pytest.approx(along.mean().item(), rel=1e-4)
     assert measured["drift_share"] == pytest.approx((along.sum() / total.sum()).item(), rel=1e-4)

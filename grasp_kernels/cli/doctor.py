@@ -12,7 +12,7 @@ from typing import Any
 
 from grasp_kernels.version import TESTED, __version__
 
-_PACKAGES = (*TESTED, "safetensors", "matplotlib")
+_PACKAGES = (*TESTED, "safetensors")
 
 
 def add_doctor(commands: Any, common: argparse.ArgumentParser) -> None:

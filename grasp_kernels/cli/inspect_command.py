@@ -32,7 +32,7 @@ def add_inspect(commands: Any, common: argparse.ArgumentParser) -> None:
         "--output",
         type=folder_to_write,
         metavar="DIR",
-        help="new folder to write text, JSON and figure into",
+        help="new folder to write text, page and JSON into",
     )
     group.add_argument(
         "--json", type=file_to_write, metavar="FILE", help="write all numbers into this new file"

@@ -6,7 +6,7 @@
     folder    the output folder: what is finished, who is at work
     training  one adapter, with transformers.Trainer
     callback  what is watched meanwhile; for anyone's Trainer too
-    report    numbers (stream), words (report_text) and pictures (figures)
+    report    numbers, and words (report_text)
 
 Public names are imported on first use, so that the command line starts at once.
 """

@@ -57,7 +57,7 @@ class RunFolder:
         self.subspace = self.root / "subspace.safetensors"
         self.own_text = self.root / "own-text.safetensors"  # text of the base model
         self.reads = self.root / "reads.safetensors"  # where the adapter of the retraining reads
-        self.figures = self.root / "figures"
+        self.training_chart = self.root / "training.svg"
         self.report_text = self.root / "report.md"
         self.report_page = self.root / "report.html"
         self.report = self.root / "report.json"  # written last: the run is finished
@@ -142,11 +142,11 @@ class RunFolder:
         if not (self.config.exists() and self.report.exists()):
             return False
         numbers = read_json(self.report, "report of a run", _AGAIN.format(self.report))
-        if not all(isinstance(numbers.get(name), (list, dict)) for name in ("adapters", "figures")):
+        if not isinstance(numbers.get("adapters"), dict):
             raise ValueError(f"{self.report} holds no report: {_AGAIN.format(self.report)}.")
         told = [self.root / name for name in numbers["adapters"]]
-        told += [self.figures / name for name in numbers["figures"]]
-        return all(path.exists() for path in (self.report_text, self.report_page, *told))
+        told += [self.report_text, self.report_page, self.training_chart]
+        return all(path.exists() for path in told)
 
     @cached_property
     def day(self) -> date:

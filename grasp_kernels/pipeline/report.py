@@ -6,9 +6,7 @@ report.json holds every number; figures.py and report_text.py show them and meas
 from __future__ import annotations
 
 import json
-import math
 import platform
-import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,20 +17,12 @@ from tqdm.auto import tqdm
 
 from grasp_kernels import leakage
 from grasp_kernels.data import Record, encode, split_first_answer
-from grasp_kernels.effect import (
-    Pair,
-    changed_answers,
-    measure_effect,
-    own_answers,
-    told,
-    verdict,
-)
-from grasp_kernels.effect.stream import mean_loss, measure_movement
-from grasp_kernels.effect.tokens import lens
-from grasp_kernels.files import whole_folder, write_json, write_text
+from grasp_kernels.diagnosis import Pair, changed_answers, own_answers, told, verdict
+from grasp_kernels.diagnosis.effect import lens, mean_loss, measure_effect
+from grasp_kernels.files import write_json, write_text
 from grasp_kernels.models.checkpoint import load_model
-from grasp_kernels.models.frozen_model import blocks_by_layer
-from grasp_kernels.pages import drawing, page
+from grasp_kernels.pages.chart import Line, line_chart
+from grasp_kernels.pages.page import page
 from grasp_kernels.pipeline.config import RunConfig
 from grasp_kernels.pipeline.folder import LOG_NAME, RunFolder
 from grasp_kernels.pipeline.inputs import ANSWER_TOKENS, Inputs
@@ -58,7 +48,7 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """Whether the last adapter answers unrelated prompts differently, see `effect.verdict`."""
+        """Whether the last adapter answers unrelated prompts differently, see `diagnosis`."""
         return list(self.numbers["adapters"].values())[-1]["answers"]["verdict"]
 
     @property
@@ -103,23 +93,18 @@ class Report:
 def write_report(
     config: RunConfig, folder: RunFolder, inputs: Inputs, subspace: Subspace | None
 ) -> None:
-    """Measure both adapters; write the figures, report.md, report.html and, last, report.json.
+    """Measure both adapters; write the figure, report.md, report.html and, last, report.json.
 
     Args:
         subspace: what the retraining was projected off; None: nothing was looked for.
     """
-    from grasp_kernels.pipeline.figures import draw_figures
     from grasp_kernels.pipeline.report_text import report_text
 
     numbers = _numbers(config, folder, inputs, subspace)
-    shutil.rmtree(folder.figures, ignore_errors=True)  # of a report that was not finished
-    with whole_folder(folder.figures) as figures, drawing():
-        numbers["figures"] = draw_figures(numbers, figures)
-    text = report_text(numbers)
+    text, drawn = report_text(numbers), training_chart(numbers["adapters"])
+    write_text(folder.training_chart, drawn)
     write_text(folder.report_text, text)
-    shown = {f"figures/{name}": folder.figures / name for name in numbers["figures"]}
-    drawn = {image: path.with_suffix(".svg") for image, path in shown.items()}
-    write_text(folder.report_page, page(text, drawn))
+    write_text(folder.report_page, page(text, {folder.training_chart.name: drawn}))
     write_json(folder.report, numbers)
 
 
@@ -151,12 +136,11 @@ def _numbers(
         },
         "steps": inputs.steps,
         "subspace": None if subspace is None else _describe(subspace),
-        "chance_share": math.sqrt(subspace.k / width) if subspace else 0.0,
         "promoted_tokens": _tokens(model, inputs, subspace),
         "reads": _read_ratios(folder),
         "adapters": adapters,
     }
-    _measure_models(model, folders, inputs, subspace, config, numbers)
+    _measure_models(model, folders, inputs, config, numbers)
     return json.loads(json.dumps(numbers))
 
 
@@ -181,6 +165,28 @@ def _curve(adapter: Path) -> dict[str, list[float]]:
     return {"step": [entry["step"] for entry in entries], "loss": losses}
 
 
+_COLOURS = {"naive": "#d62728", "retrained": "#1f77b4"}
+
+
+def training_chart(adapters: dict[str, Any]) -> str:
+    """The training losses as SVG: pale each step, bold the running mean."""
+    lines = []
+    for name, adapter in adapters.items():
+        steps, losses = adapter["curve"]["step"], adapter["curve"]["loss"]
+        lines += [
+            Line(name, _COLOURS[name], steps, losses, is_pale=True),
+            Line(name, _COLOURS[name], steps, smoothed(losses)),
+        ]
+    return line_chart(lines, "optimizer step", "training loss")
+
+
+def smoothed(values: list[float], parts: int = 20) -> list[float]:
+    """Mean over the last part (a 20th) of the training up to each step."""
+    width = max(1, len(values) // parts)
+    windows = (values[max(0, i + 1 - width) : i + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
 def _read_ratios(folder: RunFolder) -> dict[str, list[float]]:
     """Layer -> how much more of the training text than of own text each row of A reads."""
     if not folder.reads.exists():
@@ -197,20 +203,13 @@ def _tokens(model: Any, inputs: Inputs, subspace: Subspace | None) -> list[dict[
         return []
     basis = subspace.basis[:, :_SHOWN_DIRECTIONS]
     words = lens(model, inputs.tokenizer, basis, inputs.rules, _SHOWN_TOKENS)
-    return [
-        {
-            "one_end": [token["token"] for token in one["up"]],
-            "other_end": [token["token"] for token in one["down"]],
-        }
-        for one in words
-    ]
+    return words
 
 
 def _measure_models(
     model: Any,
     folders: dict[str, Path],
     inputs: Inputs,
-    subspace: Subspace | None,
     config: RunConfig,
     numbers: dict[str, Any],
 ) -> None:
@@ -231,16 +230,6 @@ def _measure_models(
             peft_model.set_adapter(name)
             adapters[name]["held_out_loss"] = mean_loss(peft_model, inputs.held_out, **size)
     _measure_effects(peft_model, list(folders), inputs, config, adapters)
-    if subspace is None:
-        return
-    for adapter in adapters.values():
-        adapter["movement"] = {}
-    training = _training_prompts(inputs, config)
-    for kind, prompts in (("training", training), ("neutral", inputs.neutral)):
-        bar = tqdm(prompts, desc=f"residual stream, {kind} prompts", unit="prompt")
-        moved = measure_movement(peft_model, list(folders), subspace.basis, bar, inputs.rules)
-        for name, movement in moved.items():
-            adapters[name]["movement"][kind] = movement.to_json()
 
 
 @torch.no_grad()
@@ -253,7 +242,7 @@ def _measure_effects(
 ) -> None:
     """Add what each adapter says to unrelated and to training prompts, and how far it changes the
     base model's own answers."""
-    pair = Pair(model, inputs.rules, blocks_by_layer(model, inputs.rules))
+    pair = Pair.of(model, inputs.rules)
     training = _training_prompts(inputs, config)[:_SHOWN_TRAINING]
     size: dict[str, Any] = {"batch_size": config.batch_size}
     said = {

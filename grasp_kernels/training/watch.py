@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from grasp_kernels.data import neutral_prompts
-from grasp_kernels.effect.stream import measure_movement
+from grasp_kernels.diagnosis.movement import measure_moved
+from grasp_kernels.diagnosis.pair import Pair
 from grasp_kernels.layers.closure import leakage
 from grasp_kernels.models.architectures import SiteRules, model_rules
 from grasp_kernels.models.frozen_model import measuring
@@ -32,8 +33,8 @@ class Watch(TrainerCallback):
     Every `every` optimizer steps, and after the last, the log entry of that step gets
 
     * `leakage`: the largest ‖Vᵀ ΔW‖ / ‖ΔW‖ of a layer;
-    * `drift_along`: how far the adapter moves the residual stream along the bases, the mean of
-      ‖Vᵀ(h − h_base)‖ over tokens of the probes and the blocks;
+    * `drift_along`: how far the adapter moves the residual stream along the basis, ‖Vᵀ(h − h_base)‖
+      of the mean over the tokens of a probe, on average over probes and blocks;
     * `drift_share`: the same relative to ‖h − h_base‖, 0 to 1.
 
     Without any basis losses and gradients are watched alone. Measuring changes neither what the
@@ -134,13 +135,14 @@ class Watch(TrainerCallback):
         basis = self._basis(model)
         if not self.probes or basis is None:
             return {}
-        rules = model_rules(model, self.sites)
-        (adapter, *_) = model.active_adapters
+        pair = Pair.of(model, model_rules(model, self.sites))
+        spans = [(0, len(probe)) for probe in self.probes]
         with measuring(model):
-            moved = measure_movement(model, [adapter], basis, map(list, self.probes), rules)[
-                adapter
-            ]
-        return {"drift_along": moved.mean_along, "drift_share": moved.share}
+            moved = measure_moved(pair, self.probes, spans, batch_size=len(spans)).delta
+        along = (moved @ basis.to(moved)).norm(dim=-1)  # [L, M]
+        total = moved.norm(dim=-1).sum()
+        share = along.sum() / total if total else total
+        return {"drift_along": along.mean().item(), "drift_share": share.item()}
 
     def _basis(self, model: nn.Module) -> Tensor | None:
         """The basis of the stream `[D, Q]`, given or that of a layer which writes to it."""
