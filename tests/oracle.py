@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grasp_kernels.bench.errors import RATIO, budget, relative_error
-from grasp_kernels.bench.provider import orthonormal
+from benchmarks.kernels.errors import RATIO, budget, relative_error
+from benchmarks.kernels.provider import orthonormal
 from grasp_kernels.ops import dispatch
 from grasp_kernels.ops.lora_linear.api import lora_linear
 from grasp_kernels.ops.lora_linear.registry import PACKAGE
