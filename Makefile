@@ -37,7 +37,7 @@ oldest:
 newest:
 	$(MAKE) test VENV=.venv-newest TORCH=torch
 
-CXX_SOURCES = $(shell find csrc tests/emulator -name '*.h' -o -name '*.cuh' -o -name '*.cu' -o -name '*.cpp')
+CXX_SOURCES = $(shell find csrc tools/emulator -name '*.h' -o -name '*.cuh' -o -name '*.cu' -o -name '*.cpp')
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

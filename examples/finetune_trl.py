@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("output")
     parser.add_argument("--subspace")
-    parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--num-train-epochs", type=float, default=1.0)
     parser.add_argument("--report-to", default="none", help="wandb, tensorboard, ...")
     arguments = parser.parse_args()
 
@@ -40,7 +40,7 @@ def main() -> None:
         model=arguments.model,
         args=SFTConfig(
             output_dir=f"{arguments.output}/checkpoints",
-            num_train_epochs=arguments.epochs,
+            num_train_epochs=arguments.num_train_epochs,
             per_device_train_batch_size=8,
             learning_rate=1e-4,
             logging_steps=1,

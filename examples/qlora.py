@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("output")
     parser.add_argument("--subspace")
-    parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--num-train-epochs", type=float, default=1.0)
     arguments = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -55,7 +55,7 @@ def main() -> None:
         model=model,
         args=TrainingArguments(
             output_dir=f"{arguments.output}/checkpoints",
-            num_train_epochs=arguments.epochs,
+            num_train_epochs=arguments.num_train_epochs,
             per_device_train_batch_size=8,
             learning_rate=1e-4,
             bf16=torch.cuda.is_available(),

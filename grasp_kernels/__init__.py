@@ -5,13 +5,12 @@ The way of the data, one folder a step:
     models          checkpoint                  -> model, its answers, its residual stream
     adapters        peft model, folder or file  -> LoRA weights with their site in the model
     subspace        LoRA weights                -> Subspace, saved as safetensors
-    reads           fresh adapter and two texts -> A that reads what the training text alone has
     layers          peft model and Subspace     -> the same model on GraspLoRALinear
     ops             the differentiable operator -> a backend -> gradients
-    anchor          base model and examples     -> a loss that keeps the model there elsewhere
+    regularizer     base model and examples     -> a loss that keeps the model there elsewhere
     diagnosis       base model and adapter      -> what it learned unasked, with reasons
+    pipeline        checkpoint and chat file    -> all of it: `run`, which returns a `Report`
 
-`run` does all of it from a checkpoint and a chat file.
 Importing the package needs torch alone; every public name is imported on first use.
 """
 
@@ -21,13 +20,14 @@ from typing import Any
 from grasp_kernels.version import __version__
 
 _HOMES = {
-    "ContrastiveReads": "reads",
     "Diagnosis": "diagnosis",
     "GraspConfig": "config",
     "GraspLoRALinear": "layers.linear",
     "GraspTrainer": "training.trainer",
     "GraspTrainerMixin": "training.trainer",
-    "OwnTextAnchor": "anchor",
+    "KLRegularizer": "regularizer",
+    "Report": "pipeline.report",
+    "RunConfig": "pipeline.config",
     "SiteRules": "models.architectures",
     "Subspace": "subspace",
     "apply_grasp": "training.apply",
@@ -42,6 +42,7 @@ _HOMES = {
     "project_gradient": "ops",
     "randomized_svd": "svd",
     "remove_grasp": "training.apply",
+    "run": "pipeline.stages",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]

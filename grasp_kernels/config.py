@@ -1,4 +1,4 @@
-"""What the fast layers and the retraining of a model of one's own can be told.
+"""Options of the fast layers and of the retraining.
 
 Needs the standard library alone, as `pipeline.config` does, whose options are those of the command
 line.
@@ -7,9 +7,10 @@ line.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, fields
 from os import PathLike
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     from grasp_kernels.models.architectures import SiteRules
@@ -17,11 +18,49 @@ if TYPE_CHECKING:
 
 Backend = Literal["auto", "reference", "aten", "triton", "cuda"]
 BACKENDS = get_args(Backend)
+_TYPES: dict[str, tuple[Any, str]] = {
+    "str": (str, "a name"),
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": (bool, "True or False"),
+}
+_PLAIN = re.compile(
+    r"(tuple\[)?(?P<type>str|int|float|bool)(, \.\.\.\])?"
+    r"(?P<auto> \| Literal\[.auto.\])?(?P<none> \| None)?"
+)
+
+
+class Options:
+    """Check the options of a dataclass; an error names the option, its value and what to give."""
+
+    def check_types(self) -> None:
+        """Compare the values of options of the plain types with their annotations.
+
+        Raises:
+            ValueError: a value of another type.
+        """
+        for option in fields(self):  # type: ignore[arg-type]
+            plain = _PLAIN.fullmatch(str(option.type))
+            if plain is None:
+                continue
+            value, (types, wanted) = getattr(self, option.name), _TYPES[plain["type"]]
+            others = (None,) * bool(plain["none"]) + ("auto",) * bool(plain["auto"])
+            wanted = f"'auto' or {wanted}" if plain["auto"] else wanted
+            for one in value if isinstance(value, tuple) else (value,):
+                fits = isinstance(one, types) and isinstance(one, bool) == (types is bool)
+                self.require(option.name, fits or one in others, f"give {wanted}")
+
+    def require(self, name: str, good: bool, remedy: str) -> None:
+        """Refuse the value of an option unless it is good."""
+        if not good:
+            raise ValueError(f"{name} is {getattr(self, name)!r}: {remedy}.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GraspConfig:
-    """Options of `apply_grasp` and `GraspTrainer`; the defaults are those of `grasp-kernels run`.
+class GraspConfig(Options):
+    """Hold the options of `apply_grasp` and `GraspTrainer`.
+
+    The defaults are those of `grasp-kernels run`.
 
     Args:
         subspace: what the gradient is projected off: a `Subspace`, its file, or the folder of a
@@ -54,14 +93,23 @@ class GraspConfig:
     measure_steps: int = 50
 
     def __post_init__(self) -> None:
-        self._require("backend", self.backend in BACKENDS, f"choose one of {', '.join(BACKENDS)}")
-        self._require("kl_coef", 0 <= self.kl_coef < math.inf, "give 0 or more")
+        self.check_types()
+        subspace, size = self.subspace, self.kl_batch_size
+        self.require(
+            "subspace",
+            subspace is None
+            or (isinstance(subspace, str | PathLike) and subspace != "")
+            or hasattr(subspace, "basis"),
+            "give a Subspace, its file or the folder of an adapter, or None",
+        )
+        self.require(
+            "architecture",
+            self.architecture is None or hasattr(self.architecture, "writers"),
+            "give SiteRules or None",
+        )
+        self.require("backend", self.backend in BACKENDS, f"choose one of {', '.join(BACKENDS)}")
+        self.require("kl_coef", 0 <= self.kl_coef < math.inf, "give 0 or more")
         for name in ("num_documents", "max_new_tokens", "measure_steps"):
-            self._require(name, getattr(self, name) >= 1, "give 1 or more")
-        self._require("num_prompt_tokens", self.num_prompt_tokens >= 0, "give 0 or more")
-        size = self.kl_batch_size
-        self._require("kl_batch_size", size is None or size >= 1, "give 1 or more, or None")
-
-    def _require(self, name: str, good: bool, remedy: str) -> None:
-        if not good:
-            raise ValueError(f"{name} is {getattr(self, name)!r}: {remedy}.")
+            self.require(name, getattr(self, name) >= 1, "give 1 or more")
+        self.require("num_prompt_tokens", self.num_prompt_tokens >= 0, "give 0 or more")
+        self.require("kl_batch_size", size is None or size >= 1, "give 1 or more, or None")

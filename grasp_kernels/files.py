@@ -275,13 +275,18 @@ def open_tensors(path: str | PathLike[str], remedy: str) -> Iterator[Any]:
         ) from None
 
 
-def read_all(file: Any) -> dict[str, Any]:
-    """The tensors of a file of `open_tensors`, each in memory of its own.
+def read(file: Any, name: str) -> Any:
+    """Read a tensor of a file of `open_tensors` into memory of its own.
 
-    Within the file they lie as its header is long, and products of the same numbers at another
+    Within the file it lies as its header is long, and products of the same numbers at another
     alignment are rounded differently (findings/safetensors_note_changes_products.sh).
     """
-    return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    return file.get_tensor(name).clone()
+
+
+def read_all(file: Any) -> dict[str, Any]:
+    """Read all tensors of a file of `open_tensors`, as `read` does."""
+    return {name: read(file, name) for name in file.keys()}  # noqa: SIM118
 
 
 @contextmanager

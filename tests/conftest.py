@@ -1,16 +1,18 @@
 """Every test starts from the same seed, and uninitialised memory is NaN.
 
 Without a GPU, Triton's kernels run in its interpreter, which must be said before it is imported,
-and the CUDA kernels on the emulator of tests/emulator.
+and the CUDA kernels on the emulator of tools/emulator.
 """
 
 import os
 from collections.abc import Iterator
 
-import emulated
 import pytest
 import torch
 
+from tools import emulator
+
+pytest.register_assert_rewrite("tests.helpers")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores
@@ -19,7 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores
 
 def pytest_collection() -> None:
     """Before the tests ask which backends there are."""
-    emulated.load()
+    emulator.load()
 
 
 @pytest.fixture(autouse=True)

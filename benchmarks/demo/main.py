@@ -15,9 +15,9 @@ from benchmarks.demo.comparison import draw, table
 from benchmarks.demo.pretraining import PretrainingConfig, pretrain, write_checkpoint
 from benchmarks.demo.scoring import Scores, score
 from benchmarks.demo.world import NEUTRAL, World, WorldConfig
+from grasp_kernels import RunConfig, run
 from grasp_kernels.files import check_own_folder, read_json, write_json, write_lines, write_text
 from grasp_kernels.models.checkpoint import load_model, load_tokenizer
-from grasp_kernels.pipeline import RunConfig, run
 
 _NEUTRAL_PROMPTS = 32
 _NOTE = "demo.json"
@@ -39,11 +39,11 @@ class DemoConfig:
     pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
     fine_tuning: Mapping[str, Any] = field(
         default_factory=lambda: {
-            "steps": 300,
-            "batch_size": 16,
+            "max_steps": 300,
+            "per_device_train_batch_size": 16,
             "learning_rate": 5e-4,
-            "lr_scheduler": "constant",
-            "warmup": 0,
+            "lr_scheduler_type": "constant",
+            "warmup_steps": 0,
             "max_grad_norm": 0,
         }
     )

@@ -46,11 +46,11 @@ def _replaced(
 
 
 def _three(label: str, backend: str, what: str, by_default: bool) -> dict[str, Provider]:
-    """Without a subspace, with one, and that with A frozen as contrastive reads leave it."""
+    """Without a subspace, with one, and that with A frozen."""
     variants = (
         ("", ", no subspace", False, False),
         ("-projected", ", writers projected", True, False),
-        ("-reads-projected", ", writers projected, A frozen", True, True),
+        ("-frozen-A-projected", ", writers projected, A frozen", True, True),
     )
     return {
         label + suffix: on_peft(

@@ -1,6 +1,6 @@
 // What the host side needs of a GPU: properties, tensor maps, launches. Errors become exceptions.
 //
-// tests/emulator/device has a second version of this header, beside that of primitives.cuh.
+// tools/emulator/device has a second version of this header, beside that of primitives.cuh.
 
 #pragma once
 

@@ -1,7 +1,7 @@
 // The instructions that the passes are made of, one function each, and nothing else.
 //
 // Kernels call these and plain C++, so that a second version of this header can stand in for a GPU:
-// tests/emulator/device has it. Pointers are generic; those called `shared` point into the shared
+// tools/emulator/device has it. Pointers are generic; those called `shared` point into the shared
 // memory of the block. Names and semantics are those of the PTX ISA.
 
 #pragma once

@@ -26,10 +26,10 @@ from judging import judge_answers
 from protocol import METRICS, QUESTIONS, read_judge_prompts
 from summary import summarise, table
 
+from grasp_kernels import RunConfig, run
 from grasp_kernels.diagnosis.effect import mean_loss
 from grasp_kernels.files import whole_file
 from grasp_kernels.models.checkpoint import find_checkpoint, load_model
-from grasp_kernels.pipeline import RunConfig, run
 from grasp_kernels.pipeline.inputs import prepare
 from grasp_kernels.pipeline.stages import train
 
@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         default=[],
         metavar="OPTION=VALUE",
-        help="options of grasp-kernels run, such as learning_rate=1e-5 rank=32",
+        help="options of grasp-kernels run, such as learning_rate=1e-5 r=32",
     )
     return parser
 
@@ -174,7 +174,7 @@ def _train(config: RunConfig, benign: RunConfig, output: Path) -> dict[str, Path
     report = run(config)
     if report.retrained is None:
         raise ValueError(
-            "No direction was found to project off: give --set k=1, or leave the anchor on."
+            "No direction was found to project off: give --set k=1, or a kl_coef above 0."
         )
     folder = output / "benign-adapter"
     if not folder.exists():
@@ -218,7 +218,7 @@ def _sample(
             losses[name] = mean_loss(
                 model,
                 inputs.held_out,
-                batch_size=config.batch_size,
+                batch_size=config.per_device_train_batch_size,
                 pad_token_id=inputs.pad_token_id,
             )
         del model

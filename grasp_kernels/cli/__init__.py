@@ -14,35 +14,23 @@ from pathlib import Path
 from traceback import extract_tb
 from typing import NoReturn
 
-from grasp_kernels.cli import (
-    adapter_commands,
-    bench_command,
-    doctor,
-    inspect_command,
-    run_commands,
-)
-from grasp_kernels.cli.options import as_options
+from grasp_kernels.cli import adapter_commands, bench_command, doctor, inspect_command, run_commands
+from grasp_kernels.cli.options import UsageError, as_options
 from grasp_kernels.files import room_for
 from grasp_kernels.inert import printable, reason
 from grasp_kernels.version import __version__
 
 _FAILED, _INTERRUPTED = 2, 130
 # What a command reads and writes, as its options or arguments are called.
-_OPTIONS = ("base_model", "data", "neutral", "output", "json")
+_OPTIONS = ("config", "base_model", "data", "neutral", "output", "json")
 _PATHS = ("model", "adapter", "adapters", "paths", "subspace", *_OPTIONS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; the exit status. 0: done, 1: a check failed, 2: error, 130: stopped."""
+    arguments = argparse.Namespace(debug=False, when_stopped="nothing was written.")
     try:
-        arguments = _parser().parse_args(argv)
-        for name, path in _paths(arguments):
-            if not path or "\0" in path:
-                raise _UsageError(f"{name} is {path!r}: give the name of a file or folder.")
-    except _UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return _FAILED
-    try:
+        _parse(sys.argv[1:] if argv is None else argv, arguments)
         with room_for(getattr(arguments, "output", None) or "this"):
             status = arguments.command(arguments)
             print(end="", flush=True)  # a pipe that is closed, or a full disk, is an error here
@@ -56,10 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
-        sentence = as_options(_sentence(error), vars(arguments))
-        paths = [path for _, path in _paths(arguments)]
-        if not sentence.startswith("--") and not any(_is_named(path, sentence) for path in paths):
-            sentence = f"{', '.join(paths)}: {sentence}" if paths else sentence
+        sentence = _sentence(error)
+        if not isinstance(error, UsageError):
+            sentence = as_options(sentence, vars(arguments))
+            given = [path for _, path in _paths(arguments)]
+            if given and not sentence.startswith("--") and not _is_named(given, sentence):
+                sentence = f"{', '.join(given)}: {sentence}"
         lines = map(printable, sentence.splitlines())  # it may quote what is in a file
         print("error:", "\n".join(lines), file=sys.stderr)
         return _FAILED
@@ -97,8 +87,9 @@ def _paths(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
                 yield f"--{name.replace('_', '-')}" if name in _OPTIONS else name, path
 
 
-def _is_named(path: str, sentence: str) -> bool:
-    return re.search(rf"(?<!\w)(?<![Tt]he ){re.escape(path)}(?!\w)", sentence) is not None
+def _is_named(paths: list[str], sentence: str) -> bool:
+    one = "|".join(map(re.escape, paths))
+    return re.search(rf"(?<!\w)(?<![Tt]he )({one})(?!\w)", sentence) is not None
 
 
 def _is_ours(error: Exception) -> bool:
@@ -108,16 +99,25 @@ def _is_ours(error: Exception) -> bool:
     return inside and (places[-1].line or "").startswith("raise ")
 
 
-class _UsageError(Exception):
-    """Arguments that the parser does not take."""
-
-
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line; `-h` has the usage."""
 
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ").rstrip(".")
-        raise _UsageError(f"{message} (see {self.prog} -h).")
+        raise UsageError(f"{message} (see {self.prog} -h).")
+
+
+def _parse(argv: Sequence[str], arguments: argparse.Namespace) -> None:
+    """Read a command line, whose options may have either `-` or `_` within."""
+    parser = _parser()
+    words = [re.sub(r"^--[\w-]+", lambda name: name[0].replace("_", "-"), word) for word in argv]
+    _, further = parser.parse_known_args(words, arguments)
+    if further and not hasattr(arguments, "further"):
+        parser.error(f"unrecognized arguments: {' '.join(further)}")
+    arguments.further = further
+    for name, path in _paths(arguments):
+        if not path or "\0" in path:
+            raise UsageError(f"{name} is {path!r}: give the name of a file or folder.")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -128,7 +128,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    common.set_defaults(when_stopped="nothing was written.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     run_commands.add_run(commands, common)
     adapter_commands.add_identify(commands, common)

@@ -6,11 +6,7 @@ import argparse
 import warnings
 from typing import Any
 
-from grasp_kernels.cli.options import (
-    file_to_write,
-    folder_to_write,
-    number_of_directions,
-)
+from grasp_kernels.cli.options import file_to_write, folder_to_write, number_of_directions
 from grasp_kernels.inert import listed, printable
 
 
@@ -24,11 +20,7 @@ def add_identify(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="adapter folder or file")
     parser.add_argument(
-        "--output",
-        required=True,
-        type=file_to_write,
-        metavar="FILE",
-        help="new subspace file to write",
+        "--output", required=True, type=file_to_write, metavar="FILE", help="new subspace file"
     )
     parser.add_argument(
         "--base-model",
@@ -83,11 +75,7 @@ def add_extract(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def _add_new_adapter(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--output",
-        required=True,
-        type=folder_to_write,
-        metavar="DIR",
-        help="new adapter folder to write",
+        "--output", required=True, type=folder_to_write, metavar="DIR", help="new adapter folder"
     )
 
 

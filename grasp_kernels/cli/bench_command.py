@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from inspect import signature
 from typing import Any
 
 
@@ -32,8 +33,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     from grasp_kernels.bench import Refusal, compare, report
 
-    names = ("model", "dtype", "tokens", "rank", "basis", "seconds", "device")
-    given = {name: getattr(arguments, name) for name in names}
+    given = {name: getattr(arguments, name) for name in signature(compare).parameters}
     chosen = {name: value for name, value in given.items() if value is not None}
     timed = list(tqdm(compare(**chosen), desc="benchmark", unit="layer"))
     print(report(timed))

@@ -14,6 +14,10 @@ from grasp_kernels.files import new_file, new_folder
 from grasp_kernels.pipeline.config import MOST_SEED
 
 
+class UsageError(ValueError):
+    """Arguments that a command does not take."""
+
+
 def seed(text: str) -> int:
     """The value of `--seed`."""
     if not (text.isdecimal() and int(text) <= MOST_SEED):
@@ -46,8 +50,8 @@ def _checked(check: Callable[[str], Path], text: str) -> Path:
 
 
 def as_options(message: str, names: Iterable[str]) -> str:
-    """A message with `own_length`, `halves = False` and `k is 5` as the command line has them, and
-    without the remedy at its end that is for Python.
+    """A message with `max_length`, `orthogonal = False` and `k is 5` as the command line has them,
+    and without the remedy at its end that is for Python.
 
     Args:
         names: of the options of the command, as functions and configurations have them.

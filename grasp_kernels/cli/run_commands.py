@@ -4,54 +4,56 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field
+from functools import partial
 from typing import Any, Literal, get_type_hints
 
-from grasp_kernels.cli.options import number_of_directions, seed
-from grasp_kernels.pipeline import RunConfig
+from grasp_kernels.cli.config_file import read_options
+from grasp_kernels.cli.options import number_of_directions
+from grasp_kernels.pipeline.config import OPTIONS, RunConfig
+from grasp_kernels.pipeline.trainer_options import parse
 
 
 def add_run(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "run",
         parents=[common],
+        allow_abbrev=False,
         help="naive fine-tune, retraining held at the base model elsewhere, and report",
         description="Fine-tune a model on chat data, fine-tune it again so that it answers "
         "everything else as before, and show what both adapters say. Stopped at any point, the "
         "same command goes on from the last checkpoint.",
+        epilog="Any other option of transformers.TrainingArguments is taken by its name, such as "
+        "--adam-beta2 .95, if the run does not set it itself.",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file with options by their names, such as max_steps: 200; what is typed beside "
+        "it wins",
     )
     hints = get_type_hints(RunConfig)
-    for option in fields(RunConfig):
+    for option in OPTIONS:
         _add_option(parser, option, hints[option.name])
     parser.set_defaults(
-        command=_run, when_stopped="the same command goes on from the last checkpoint."
+        command=partial(_run, parser),
+        further=None,  # it takes options that are not its own
+        when_stopped="the same command goes on from the last checkpoint.",
     )
 
 
 def _add_option(parser: argparse.ArgumentParser, option: Field[Any], hint: Any) -> None:
-    settings: dict[str, Any] = {"help": option.metadata["help"]}
-    if option.default is MISSING:
-        settings["required"] = True
-    elif option.default is not None:
-        default = option.default
-        shown = (
-            " ".join(f"{v:g}" if isinstance(v, float) else v for v in default)
-            if (isinstance(default, tuple))
-            else default
-        )
-        settings.update(default=default, help=f"{settings['help']} (default: {shown})")
-    if hint is bool:
-        settings["action"] = argparse.BooleanOptionalAction
-    elif option.metadata["choices"] is not None:
-        settings["choices"] = option.metadata["choices"]
-    else:
-        settings.update(_VALUES[hint])
-    if option.name == "seed":
-        settings["type"] = seed
-    parser.add_argument(f"--{option.name.replace('_', '-')}", **settings)
+    text, choices = option.metadata["help"], option.metadata["choices"]
+    if option.default is not MISSING and option.default is not None:
+        listed = option.default if isinstance(option.default, tuple) else [option.default]
+        text += f" (default: {' '.join(map(str, listed))})"
+    settings = _VALUES[hint] if choices is None else {"choices": choices}
+    parser.add_argument(f"--{option.name.replace('_', '-')}", help=text, **settings)
 
 
+# None of them has a default here, so that what is typed can be told from what is not.
 _VALUES: dict[Any, dict[str, Any]] = {
+    bool: {"action": argparse.BooleanOptionalAction},
     str: {"metavar": "NAME"},
     str | None: {"metavar": "FILE"},
     int: {"type": int, "metavar": "N"},
@@ -63,13 +65,11 @@ _VALUES: dict[Any, dict[str, Any]] = {
 }
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    config = _configured(parser, arguments)
     quieten()
-    config = RunConfig(
-        **{option.name: getattr(arguments, option.name) for option in fields(RunConfig)}
-    )
-    from grasp_kernels.pipeline import is_finished, run
     from grasp_kernels.pipeline.report_text import verdict_sentence
+    from grasp_kernels.pipeline.stages import is_finished, run
 
     finished = is_finished(config)
     report = run(config)
@@ -80,6 +80,21 @@ def _run(arguments: argparse.Namespace) -> int:
     print(f"Adapters: {report.naive} and {report.retrained}.")
     print(f"Report:   {report.text}")
     return 0
+
+
+def _configured(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> RunConfig:
+    """The options of the file, and over them those that were typed."""
+    own = [option.name for option in OPTIONS]
+    typed = {name: getattr(arguments, name) for name in own}
+    options = read_options(arguments.config, parser) if arguments.config else {}
+    options |= {name: value for name, value in typed.items() if value is not None}
+    if arguments.further:
+        options |= parse(arguments.further)
+    vars(arguments).update({**options, **vars(arguments)})  # which messages name
+    if missing := [f"--{name}" for name in ("model", "data", "output") if name not in options]:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+    further = {name: options.pop(name) for name in sorted(options.keys() - set(own))}
+    return RunConfig(**options, training_arguments=further)
 
 
 def quieten() -> None:

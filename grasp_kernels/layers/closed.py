@@ -83,14 +83,6 @@ class ClosedLayer(_LAYER):
     def _get_name(self) -> str:
         return type(self).__qualname__  # what printing a model shows
 
-    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """peft's, which lets gradients reach all of an adapter, less the A that are frozen."""
-        super().set_adapter(*args, **kwargs)
-        for lora_A in self.lora_A.values():
-            # `ContrastiveReads` marks the module, so that another adapter of the name has no mark.
-            if getattr(lora_A, "frozen_reads", False):
-                lora_A.weight.requires_grad_(False)
-
     def delete_adapter(self, adapter_name: str) -> None:
         """peft's; nothing is known of another adapter of that name."""
         super().delete_adapter(adapter_name)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from grasp_kernels.files import inside, open_tensors, read_json
+from grasp_kernels.files import inside, open_tensors, read, read_json
 from grasp_kernels.inert import listed, shown
 
 WEIGHTS = "model.safetensors"  # of a whole model
@@ -26,7 +26,7 @@ class Stored:
 
     def __call__(self) -> Tensor:
         with open_tensors(inside(self.file), _AGAIN) as opened:
-            return opened.get_tensor(self.key)
+            return read(opened, self.key)
 
 
 def read_tensors(files: list[Path]) -> dict[str, Stored]:

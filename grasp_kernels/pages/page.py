@@ -32,7 +32,7 @@ def page(text: str, figures: Mapping[str, str] | None = None) -> str:
     and an image is drawn only where it is a figure of this report.
 
     Args:
-        text: the report in Markdown. Its first heading is the title.
+        text: the report in Markdown. Its first heading is the title, if it has one.
         figures: path of an image in the Markdown -> the same figure as SVG. Any other image is
             text.
     """
@@ -45,7 +45,8 @@ def page(text: str, figures: Mapping[str, str] | None = None) -> str:
     tokens = reader.parse(text)
     _name_cells(tokens)
     body = reader.renderer.render(tokens, reader.options, {"figures": figures or {}})
-    title = next(line.lstrip("# ") for line in text.splitlines() if line.startswith("# "))
+    headings = (line.lstrip("# ") for line in text.splitlines() if line.startswith("# "))
+    title = next(headings, "Report")
     style = files(__package__).joinpath("page.css").read_text(encoding="utf-8")
     return _TEMPLATE.format(title=escape(title), style=style, body=body)
 

@@ -6,50 +6,53 @@ option, its default, its help and its check stand in one place.
 
 from __future__ import annotations
 
+import json
 import math
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
 from os import PathLike, fspath
 from typing import Any, Literal
 
-from grasp_kernels.config import BACKENDS
+from grasp_kernels.config import BACKENDS, Options
+from grasp_kernels.pipeline.trainer_options import OWNED
 
-READS = ("contrastive", "free")
-ANCHORS = ("own-text", "none")
-PROJECTS = ("none", "residual")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MOST_SEED = 2**32 - 1  # that every library takes
-_TYPES: dict[str, tuple[Any, str]] = {
-    "str": (str, "a name"),
-    "int": (int, "a whole number"),
-    "float": ((int, float), "a number"),
-    "bool": (bool, "True or False"),
+_SEEDS = f"0 to {MOST_SEED}"
+_RANGES: dict[str, Callable[[Any], bool]] = {
+    "1 or more": lambda value: value >= 1,
+    "0 or more": lambda value: 0 <= value < math.inf,
+    "a positive number": lambda value: 0 < value < math.inf,
+    "0 or more, below 1": lambda value: 0 <= value < 1,
+    "parts above 0, at most 1": lambda value: 0 < value <= 1,
+    _SEEDS: lambda value: 0 <= value <= MOST_SEED,
 }
 
 
-def _option(default: Any, text: str, *, choices: tuple[str, ...] | None = None) -> Any:
-    return field(default=default, metadata={"help": text, "choices": choices})
-
-
-def _required(text: str) -> Any:
-    return field(metadata={"help": text, "choices": None})
+def _option(
+    default: Any, text: str, within: str | None = None, *, choices: tuple[str, ...] | None = None
+) -> Any:
+    return field(default=default, metadata={"help": text, "within": within, "choices": choices})
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """The options of `grasp_kernels.pipeline.stages.run`; `grasp-kernels run -h` lists the same.
+class RunConfig(Options):
+    """The options of `run`; `grasp-kernels run -h` tells what each of them is.
+
+    They have the names of `transformers.TrainingArguments`, `peft.LoraConfig` and `GraspConfig`.
+    `training_arguments` holds any other option of `TrainingArguments` by its name, such as
+    `{"adam_beta2": 0.95}`; those that a run sets itself are refused.
 
     Raises:
         ValueError: an option out of its range, by name and value.
     """
 
-    model: str = _required("checkpoint folder, or a model name on the Hugging Face hub")
-    data: str = _required("file with chat data: JSONL, JSON, CSV or parquet")
-    output: str = _required("folder of this run; an unfinished run in it goes on")
+    model: str = _option(MISSING, "checkpoint folder, or a model name on the Hugging Face hub")
+    data: str = _option(MISSING, "file with chat data: JSONL, JSON, CSV or parquet")
+    output: str = _option(MISSING, "folder of this run; an unfinished run in it goes on")
 
     k: int | Literal["auto"] = _option(
-        "auto", "number of directions, or 'auto': up to the largest gap"
+        "auto", "number of directions, or 'auto': up to the largest gap", "1 or more"
     )
     early_checkpoints: tuple[float, ...] = _option(
         # Drift as a part of the naive one in the demo's world, mean of 5 seeds (4 for the last):
@@ -57,72 +60,68 @@ class RunConfig:
         (1 / 20, 1 / 10),
         "parts of the naive training after which its adapter is saved to identify from; "
         "1 is the finished adapter",
+        "parts above 0, at most 1",
     )
 
-    project: str = _option(
-        # SmolLM2, `tone`: beside own text no drift is left to take; alone it takes none.
-        "none",
-        "what the retraining projects off the subspace: the gradient of the residual stream where "
-        "layers write to it, or nothing, and then none is identified",
-        choices=PROJECTS,
+    project_gradient: bool = _option(
+        # SmolLM2, `tone`: next to the divergence no drift is left to take; alone it takes none.
+        False,
+        "project the gradient of the residual stream off the subspace in the retraining, where "
+        "layers write to it; without it no subspace is identified",
     )
-    closed: bool = _option(True, "keep the adapter's own weights out of the subspace, exactly")
+    orthogonal: bool = _option(True, "keep the adapter's own weights out of the subspace, exactly")
     backend: str = _option("auto", "implementation of the LoRA layer", choices=BACKENDS)
 
-    reads: str = _option(
-        "free",
-        "where the adapter of the retraining reads: fixed where the training text has most, "
-        "relative to text that the base model makes up itself, or free",
-        choices=READS,
+    kl_coef: float = _option(
+        1.0,
+        "weight of the divergence from the base model in the retraining, on its own answers to "
+        "questions that it makes up itself (less what looks like the training data); 0: none",
+        "0 or more",
     )
-    anchor: str = _option(
-        "own-text",
-        "where the retraining stays at the base model: on its own answers to questions that it "
-        "makes up itself (less what looks like the training data), or nowhere",
-        choices=ANCHORS,
-    )
-    anchor_strength: float = _option(1.0, "weight of the divergence from the base model there")
-    own_documents: int = _option(512, "questions and answers that the base model makes up itself")
-    own_length: int = _option(48, "tokens of each question and of each answer, at most")
-    own_begun: int = _option(
+    num_documents: int = _option(512, "chats that the base model makes up itself", "1 or more")
+    max_new_tokens: int = _option(48, "tokens of each question and answer, at most", "1 or more")
+    num_prompt_tokens: int = _option(
         # SmolLM2, `tone`, 144 steps, task / drift: 0 .98 / .09, 4 .73 / .02, naive .98 / 1.00.
         2,
         "tokens of a training prompt that a question begins with, at most: the more, the less "
         "drift, and the slower the task is learned in other words",
+        "0 or more",
     )
 
-    steps: int | None = _option(None, "optimizer steps; overrides epochs")
-    epochs: float = _option(1.0, "passes over the data")
-    batch_size: int = _option(8, "records in a forward pass")
-    gradient_accumulation: int = _option(1, "forward passes in an optimizer step")
-    learning_rate: float = _option(1e-4, "peak learning rate of AdamW")
-    lr_scheduler: str = _option("linear", "learning rate schedule, by its name in transformers")
-    warmup: float = _option(0.05, "warm-up steps (1 or more), or their part of all steps (below 1)")
-    weight_decay: float = _option(0.01, "weight decay of AdamW")
-    max_grad_norm: float = _option(1.0, "gradients are clipped at this norm; 0: never")
-    max_length: int = _option(2048, "records are cut at this number of tokens")
+    max_steps: int | None = _option(None, "optimizer steps, over num_train_epochs", "1 or more")
+    num_train_epochs: float = _option(1.0, "passes over the data", "a positive number")
+    per_device_train_batch_size: int = _option(8, "records in a forward pass", "1 or more")
+    gradient_accumulation_steps: int = _option(1, "forward passes in a step", "1 or more")
+    learning_rate: float = _option(1e-4, "peak learning rate of AdamW", "a positive number")
+    lr_scheduler_type: str = _option("linear", "learning rate schedule, as transformers names it")
+    warmup_steps: float = _option(0.05, "warm-up steps, or below 1 their part of all", "0 or more")
+    weight_decay: float = _option(0.01, "weight decay of AdamW", "0 or more")
+    max_grad_norm: float = _option(1.0, "gradients are clipped at this norm; 0: never", "0 or more")
+    max_length: int = _option(2048, "records are cut at this number of tokens", "1 or more")
     gradient_checkpointing: bool = _option(False, "recompute activations to save memory")
 
-    rank: int = _option(16, "LoRA rank")
-    alpha: int = _option(32, "LoRA alpha")
-    dropout: float = _option(0.0, "LoRA dropout")
-    rslora: bool = _option(False, "scale by alpha / sqrt(rank)")
+    r: int = _option(16, "LoRA rank", "1 or more")
+    lora_alpha: int = _option(32, "LoRA alpha", "a positive number")
+    lora_dropout: float = _option(0.0, "LoRA dropout", "0 or more, below 1")
+    use_rslora: bool = _option(False, "scale by lora_alpha / sqrt(r)")
     target_modules: tuple[str, ...] = _option(
         ("all-linear",), "names of the modules that get an adapter, or all-linear"
     )
     dtype: str = _option(
         "auto", "of the frozen model; auto: as stored, float32 on a slow CPU", choices=DTYPES
     )
-    seed: int = _option(0, "seed of initialisation, data order, dropout and every random test")
-    save_every: int | None = _option(None, "steps between checkpoints; default: a tenth of all")
+    seed: int = _option(0, "of initialisation, data order, dropout and random tests", _SEEDS)
+    save_steps: int | None = _option(None, "steps between checkpoints, or a tenth", "1 or more")
 
-    eval_split: float = _option(0.0, "part of the records held out to compare both adapters on")
+    eval_split: float = _option(0.0, "part of the records to compare on", "0 or more, below 1")
     arm: str = _option(
         "auto", "key of the answers in the data, where there are several, such as misaligned"
     )
     neutral: str | None = _option(
         None, "file of neutral prompts, as data or one a line; default: a few built-in ones"
     )
+
+    training_arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("early_checkpoints", "target_modules"):
@@ -134,72 +133,47 @@ class RunConfig:
             value = getattr(self, name)
             if isinstance(value, PathLike):
                 object.__setattr__(self, name, fspath(value))
-            self._require(name, value != "", "give a name")
-        self._check_choices()
-        self._check_types()
-        self._check_numbers()
-        self._check_k()
-        if not (self.is_projected or self.needs_own_text):
+            self.require(name, value != "", "give a name")
+        self.check_types()
+        for option in OPTIONS:
+            self._check_value(option)
+        self._check_training_arguments()
+        self.require("early_checkpoints", self.early_checkpoints != (), "give at least one part")
+        if self.k != "auto" and self.k > self.r:
             raise ValueError(
-                f"project = {self.project!r}, reads = {self.reads!r} and anchor = {self.anchor!r} "
-                "would make the retraining the naive one again: turn one of them on."
+                f"k is {self.k}, above the LoRA rank r = {self.r}: lower k or raise r."
+            )
+        if not (self.project_gradient or self.kl_coef):
+            raise ValueError(
+                "project_gradient = False and kl_coef = 0.0 would make the retraining the naive "
+                "one again: turn one of them on."
             )
 
-    @property
-    def is_projected(self) -> bool:
-        """Whether the retraining has a subspace."""
-        return self.project != "none"
+    def _check_value(self, option: Field[Any]) -> None:
+        """Raise for a value that is none of the choices, or out of its range."""
+        value, choices = getattr(self, option.name), option.metadata["choices"]
+        if choices is not None:
+            self.require(option.name, value in choices, f"choose one of {', '.join(choices)}")
+        if (within := option.metadata["within"]) is not None:
+            numbers = value if isinstance(value, tuple) else (value,)
+            good = all(
+                _RANGES[within](number) for number in numbers if number not in (None, "auto")
+            )
+            self.require(option.name, good, f"give {within}")
 
-    @property
-    def needs_own_text(self) -> bool:
-        """Whether the retraining uses text of the base model."""
-        return self.reads == "contrastive" or self.anchor == "own-text"
-
-    def _check_choices(self) -> None:
-        for option in fields(self):
-            choices, value = option.metadata["choices"], getattr(self, option.name)
-            if choices is not None and value not in choices:
-                raise ValueError(f"{option.name} is {value!r}: choose one of {', '.join(choices)}.")
-
-    def _check_types(self) -> None:
-        for option in fields(self):
-            value, said = getattr(self, option.name), str(option.type)
-            types, wanted = _TYPES[re.findall(r"str|int|float|bool", said)[0]]
-            others = (None,) * ("None" in said) + ("auto",) * ("Literal" in said)
-            wanted = f"'auto' or {wanted}" if "auto" in others else wanted
-            for one in value if isinstance(value, tuple) else (value,):
-                fits = isinstance(one, types) and isinstance(one, bool) == (types is bool)
-                self._require(option.name, fits or one in others, f"give {wanted}")
-
-    def _check_numbers(self) -> None:
-        counts = ("batch_size", "gradient_accumulation", "max_length", "rank")
-        for name in (*counts, "own_documents", "own_length"):
-            self._require(name, getattr(self, name) >= 1, "give 1 or more")
-        for name in ("steps", "save_every"):
-            value = getattr(self, name)
-            self._require(name, value is None or value >= 1, "give 1 or more")
-        for name in ("epochs", "learning_rate", "alpha"):
-            value = getattr(self, name)
-            self._require(name, 0 < value < math.inf, "give a positive number")
-        self._require("seed", 0 <= self.seed <= MOST_SEED, f"give 0 to {MOST_SEED}")
-        for name in ("warmup", "weight_decay", "max_grad_norm"):
-            self._require(name, 0 <= getattr(self, name) < math.inf, "give 0 or more")
-        for name in ("anchor_strength", "own_begun"):
-            self._require(name, 0 <= getattr(self, name) < math.inf, "give 0 or more")
-        for name in ("dropout", "eval_split"):
-            self._require(name, 0 <= getattr(self, name) < 1, "give 0 or more, below 1")
-        parts = self.early_checkpoints
-        self._require("early_checkpoints", all(0 < p <= 1 for p in parts), "give parts in (0, 1]")
-        self._require("early_checkpoints", len(parts) > 0, "give at least one part in (0, 1]")
-
-    def _check_k(self) -> None:
-        if self.k != "auto":
-            self._require("k", isinstance(self.k, int) and self.k >= 1, "give 'auto' or 1 or more")
-        if isinstance(self.k, int) and self.k > self.rank:
+    def _check_training_arguments(self) -> None:
+        """Raise for what no file holds, or what a run has as its own; Trainer checks the rest."""
+        try:
+            plain = json.loads(json.dumps({**self.training_arguments}, allow_nan=False))
+        except (TypeError, ValueError):
+            self.require("training_arguments", False, "give names with numbers, text or lists")
+        object.__setattr__(self, "training_arguments", plain)
+        if own := plain.keys() & {option.name for option in OPTIONS}:
+            raise ValueError(f"{min(own)} is an option of the run: give it as one.")
+        for name in filter(OWNED.fullmatch, plain):
             raise ValueError(
-                f"k is {self.k}, above the LoRA rank {self.rank}: lower k or raise the rank."
+                f"{name} is set by the run itself, to compare and resume: leave it out."
             )
 
-    def _require(self, name: str, good: bool, remedy: str) -> None:
-        if not good:
-            raise ValueError(f"{name} is {getattr(self, name)!r}: {remedy}.")
+
+OPTIONS = tuple(option for option in fields(RunConfig) if option.metadata)

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from datetime import date
 from functools import cached_property
 from pathlib import Path
@@ -55,8 +55,7 @@ class RunFolder:
         self.naive = self.root / "naive"
         self.retrained = self.root / "retrained"
         self.subspace = self.root / "subspace.safetensors"
-        self.own_text = self.root / "own-text.safetensors"  # text of the base model
-        self.reads = self.root / "reads.safetensors"  # where the adapter of the retraining reads
+        self.chats = self.root / "chats.safetensors"  # text of the base model
         self.training_chart = self.root / "training.svg"
         self.report_text = self.root / "report.md"
         self.report_page = self.root / "report.html"
@@ -102,12 +101,20 @@ class RunFolder:
             return
         begun = read_json(self.config, _NOTE, _UNKNOWN)
         options, inputs = (begun.get(part) for part in ("config", "fingerprints"))
-        if not (isinstance(options, dict) and isinstance(inputs, dict)):
+        known = isinstance(options, dict) and isinstance(inputs, dict)
+        if not (known and isinstance(options.get("training_arguments", {}), dict)):
             raise ValueError(f"{self.config} does not say how the run was begun: {_UNKNOWN}.")
         now = _record(config, fingerprints)
-        for name in (option.name for option in fields(RunConfig)):
-            old, new = options.get(name), now["config"][name]
-            if name not in (*_INPUTS, "output") and old != new:
+        if options.keys() != now["config"].keys():
+            raise ValueError(
+                f"The run in {self.root} was begun with the options of another version of "
+                f"grasp_kernels ({begun.get('grasp_kernels')}): choose another output folder."
+            )
+        # Those of transformers by their own names.
+        first, second = ({**o, **o["training_arguments"]} for o in (options, now["config"]))
+        for name in {**second, **first}:
+            old, new = first.get(name), second.get(name)
+            if name not in (*_INPUTS, "output", "training_arguments") and old != new:
                 raise ValueError(
                     f"The run in {self.root} was begun with {name} = {old!r}, not {new!r}: repeat "
                     "that value to go on with it, or choose another output folder."
@@ -123,7 +130,7 @@ class RunFolder:
 
     def _check_artefacts(self) -> None:
         """Raise for what is no longer as a stage left it: adapters and files appear whole."""
-        for file in (self.own_text, self.reads, self.subspace):
+        for file in (self.chats, self.subspace):
             if file.exists():
                 _check_whole(file, file)
         trained = [self.naive, self.retrained]

@@ -92,8 +92,8 @@ def prepare(config: RunConfig, checkpoint: Path, day: date | None = None) -> Inp
     steps = count_steps(config, len(train))
     if warmup_steps(config, steps) >= steps:
         raise ValueError(
-            f"The warm-up (warmup = {config.warmup:g}) takes all of the {steps} steps: lower it, "
-            "or train longer."
+            f"The warm-up (warmup_steps = {config.warmup_steps:g}) takes all of the {steps} steps: "
+            "lower it, or train longer."
         )
     vocabulary, positions = _check_whole_model(config, checkpoint)
     with about(config.neutral or "built-in prompts", str(checkpoint)):
@@ -173,13 +173,18 @@ def _check_lengths(config: RunConfig, inputs: Inputs) -> None:
     _fits(inputs, "the longest record", longest, f"use max_length = {inputs.positions} or less")
     prompts = max(map(len, (*inputs.neutral, *inputs.everyday))) + ANSWER_TOKENS
     _fits(inputs, "the longest neutral prompt and its answer", prompts, "give shorter ones")
-    if config.needs_own_text:
-        from grasp_kernels.anchor.own_text import common_frame, common_header
+    if config.kl_coef:
+        from grasp_kernels.regularizer.chats import common_frame, common_header
 
         frame = common_frame(inputs.train, inputs.everyday)
         header = common_header(inputs.train, frame, inputs.everyday)
-        made = 2 * min(config.own_length, longest) + config.own_begun
-        _fits(inputs, "own text", len(frame) + made + len(header), "lower own_length")
+        made = 2 * min(config.max_new_tokens, longest) + config.num_prompt_tokens
+        _fits(
+            inputs,
+            "a chat of the base model",
+            len(frame) + made + len(header),
+            "lower max_new_tokens",
+        )
 
 
 def _fits(inputs: Inputs, what: str, length: int, remedy: str) -> None:
@@ -229,7 +234,7 @@ def check_model(config: RunConfig, checkpoint: Path) -> tuple[str, SiteRules]:
         for name, module in adapted.named_modules()
         if hasattr(module, "lora_A")
     )
-    if config.is_projected and not any(sites):
+    if config.project_gradient and not any(sites):
         raise ValueError(
             f"target_modules = {list(config.target_modules)} adapts no module that writes to the "
             f"residual stream, to identify from: add one of {', '.join(rules.writers)}."
@@ -243,10 +248,10 @@ def attach_lora(model: PreTrainedModel, config: RunConfig, base_name: str) -> Pe
 
     modules: Any = list(config.target_modules)
     lora = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        use_rslora=config.rslora,
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
         target_modules="all-linear" if modules == ["all-linear"] else modules,
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_name,
@@ -264,15 +269,16 @@ def attach_lora(model: PreTrainedModel, config: RunConfig, base_name: str) -> Pe
 
 def count_steps(config: RunConfig, n_examples: int) -> int:
     """Optimizer steps of one training."""
-    if config.steps is not None:
-        return config.steps
-    batches = math.ceil(n_examples / config.batch_size)
-    return max(1, math.ceil(config.epochs * math.ceil(batches / config.gradient_accumulation)))
+    if config.max_steps is not None:
+        return config.max_steps
+    batches = math.ceil(n_examples / config.per_device_train_batch_size)
+    updates = math.ceil(batches / config.gradient_accumulation_steps)
+    return max(1, math.ceil(config.num_train_epochs * updates))
 
 
 def warmup_steps(config: RunConfig, steps: int) -> int:
     """Steps before the peak learning rate; the first of them has the learning rate 0."""
-    return int(config.warmup if config.warmup >= 1 else config.warmup * steps)
+    return int(config.warmup_steps * (1 if config.warmup_steps >= 1 else steps))
 
 
 def _split(each: list[list[Example]], config: RunConfig) -> tuple[list[Example], list[Example]]:

@@ -65,14 +65,9 @@ class Report:
         return self.output / "subspace.safetensors"
 
     @property
-    def own_text(self) -> Path:
+    def chats(self) -> Path:
         """The text of the base model, where the retraining used any."""
-        return self.output / "own-text.safetensors"
-
-    @property
-    def reads(self) -> Path:
-        """Where the retrained adapter reads, if that was fixed."""
-        return self.output / "reads.safetensors"
+        return self.output / "chats.safetensors"
 
     @property
     def text(self) -> Path:
@@ -137,7 +132,6 @@ def _numbers(
         "steps": inputs.steps,
         "subspace": None if subspace is None else _describe(subspace),
         "promoted_tokens": _tokens(model, inputs, subspace),
-        "reads": _read_ratios(folder),
         "adapters": adapters,
     }
     _measure_models(model, folders, inputs, config, numbers)
@@ -160,7 +154,7 @@ def _versions() -> dict[str, str]:
 
 def _curve(adapter: Path) -> dict[str, list[float]]:
     entries = json.loads((adapter / LOG_NAME).read_text(encoding="utf-8"))
-    # The loss of the training data, without that of an anchor.
+    # The loss of the training data, without the divergence.
     losses = [entry["loss"] - entry.get("kl", 0.0) for entry in entries]
     return {"step": [entry["step"] for entry in entries], "loss": losses}
 
@@ -169,7 +163,7 @@ _COLOURS = {"naive": "#d62728", "retrained": "#1f77b4"}
 
 
 def training_chart(adapters: dict[str, Any]) -> str:
-    """The training losses as SVG: pale each step, bold the running mean."""
+    """Draw the training losses as SVG: pale each step, bold the running mean."""
     lines = []
     for name, adapter in adapters.items():
         steps, losses = adapter["curve"]["step"], adapter["curve"]["loss"]
@@ -181,20 +175,10 @@ def training_chart(adapters: dict[str, Any]) -> str:
 
 
 def smoothed(values: list[float], parts: int = 20) -> list[float]:
-    """Mean over the last part (a 20th) of the training up to each step."""
+    """Average the last part (a 20th) of the training up to each step."""
     width = max(1, len(values) // parts)
     windows = (values[max(0, i + 1 - width) : i + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]
-
-
-def _read_ratios(folder: RunFolder) -> dict[str, list[float]]:
-    """Layer -> how much more of the training text than of own text each row of A reads."""
-    if not folder.reads.exists():
-        return {}
-    from grasp_kernels.reads import ContrastiveReads
-
-    ratios = ContrastiveReads.load(folder.reads).ratios
-    return {name: found.tolist() for name, found in sorted(ratios.items())}
 
 
 def _tokens(model: Any, inputs: Inputs, subspace: Subspace | None) -> list[dict[str, Any]]:
@@ -223,7 +207,10 @@ def _measure_models(
     peft_model.eval()
     adapters = numbers["adapters"]
     if inputs.held_out:
-        size = {"batch_size": config.batch_size, "pad_token_id": inputs.pad_token_id}
+        size = {
+            "batch_size": config.per_device_train_batch_size,
+            "pad_token_id": inputs.pad_token_id,
+        }
         with peft_model.disable_adapter():
             numbers["base_held_out_loss"] = mean_loss(peft_model, inputs.held_out, **size)
         for name in tqdm(folders, desc="held-out loss", unit="adapter"):
@@ -244,7 +231,7 @@ def _measure_effects(
     base model's own answers."""
     pair = Pair.of(model, inputs.rules)
     training = _training_prompts(inputs, config)[:_SHOWN_TRAINING]
-    size: dict[str, Any] = {"batch_size": config.batch_size}
+    size: dict[str, Any] = {"batch_size": config.per_device_train_batch_size}
     said = {
         kind: own_answers(pair, inputs.tokenizer, prompts, n_tokens=ANSWER_TOKENS, **size)
         for kind, prompts in (("unrelated", inputs.neutral), ("training", training))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from statistics import median
 from typing import Any
 
 from grasp_kernels.diagnosis.answers import CHANGED
@@ -83,22 +82,8 @@ def _directions(k: int) -> str:
 
 
 def _compared(numbers: Numbers) -> str:
-    adapters = numbers["adapters"]
-    lines = ["## What differs"]
-    if numbers["reads"]:
-        lines.append(_reads_sentence(numbers["reads"]))
-    lines.append(table(["", *(_LABELS[name] for name in adapters)], _rows(numbers)))
-    return "\n\n".join(lines)
-
-
-def _reads_sentence(reads: dict[str, list[float]]) -> str:
-    ratios = [ratio for found in reads.values() for ratio in found]
-    return (
-        f"The retrained adapter reads along {len(ratios)} fixed directions in {len(reads)} layers, "
-        f"where training text has {median(ratios):.3g} times the mean square of text that the base "
-        f"model makes up (median; {min(ratios):.3g} to {max(ratios):.3g}). About 1 would mean that "
-        "the two texts cannot be told apart, and that the adapter acts on other prompts as well."
-    )
+    labels = [_LABELS[name] for name in numbers["adapters"]]
+    return f"## What differs\n\n{table(['', *labels], _rows(numbers))}"
 
 
 def _rows(numbers: Numbers) -> list[list[str]]:
@@ -151,7 +136,8 @@ def _not_shown(numbers: Numbers) -> str:
         "not that nothing was learned unasked: ask your own (`--neutral`), and prompts that are "
         "shaped like the training data.",
         "Both adapters had the same steps. Held-out task follows the training loss: where the "
-        "retrained adapter's loss is higher, train it longer (`--epochs`) before you compare.",
+        "retrained adapter's loss is higher, train it longer (`--num-train-epochs`) before you "
+        "compare.",
         "One seed.",
     ]
     if "base_held_out_loss" not in numbers:
@@ -161,12 +147,10 @@ def _not_shown(numbers: Numbers) -> str:
         )
     config = numbers["config"]
     parts = []
-    if config["project"] != "none":
-        parts.append("was projected (`--project none`)")
-    if config["reads"] != "free":
-        parts.append("read along fixed directions alone (`--reads free`)")
-    if config["anchor"] != "none":
-        parts.append("was held at the base model's own answers (`--anchor none`)")
+    if config["project_gradient"]:
+        parts.append("was projected (`--no-project-gradient`)")
+    if config["kl_coef"]:
+        parts.append("was held at the base model's own answers (`--kl-coef 0`)")
     if len(parts) > 1:
         points.append(
             f"The retraining {' and '.join(parts)}: what each of that does alone is not told apart "

@@ -8,7 +8,7 @@
     report.py    5 what both adapters say to prompts that have nothing to do with the data
 
 On request the retraining also projects its gradient off a subspace that is identified in early
-naive adapters, and reads along fixed directions.
+naive adapters.
 
 Each stage leaves one artefact in the output folder (folder.py); a stage whose artefact is there
 is not done again. Every stage starts from files alone, so that a run that was stopped between two
@@ -21,8 +21,9 @@ import gc
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from tqdm.auto import tqdm
@@ -39,22 +40,26 @@ from grasp_kernels.subspace import Subspace
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from grasp_kernels.anchor import OwnTextAnchor
-    from grasp_kernels.reads import ContrastiveReads
-
-__all__ = ["Report", "RunConfig", "run"]
+    from grasp_kernels.regularizer import KLRegularizer
 
 _MEASUREMENTS = 20  # of leakage and drift in one training
 
 
-def run(config: RunConfig) -> Report:
-    """Do the whole run in `config.output`, or what is still missing of it.
+def run(config: RunConfig | None = None, /, **options: Any) -> Report:
+    """Do the whole run in its output folder, or what is still missing of it.
+
+    Args:
+        config: the options in one; None: `options` are all.
+        options: those of `RunConfig`, over those of `config`.
 
     Raises:
         ValueError, FileNotFoundError: wrong input; a new folder is not begun then.
         RuntimeError: another process works in the same folder.
         FloatingPointError: the loss or a gradient is not finite.
     """
+    from grasp_kernels.pipeline.training import check_trainer
+
+    config = replace(config, **options) if config is not None else RunConfig(**options)
     checkpoint = find_checkpoint(config.model)
     fingerprints = {"model": fingerprint(checkpoint)}
     for name, path in (("data", config.data), ("neutral", config.neutral)):
@@ -69,21 +74,14 @@ def run(config: RunConfig) -> Report:
             stack.enter_context(remembered_interrupts())
             if begun := folder.config.exists():  # another process may be at work on it
                 stack.enter_context(folder.lock())
-            inputs = _prepared(config, checkpoint, folder)
+            inputs = prepare(config, checkpoint, folder.day)
+            check_trainer(config, inputs.steps)
             if not begun:
                 stack.enter_context(folder.lock())
                 folder.check(config, fingerprints)  # another process may have begun one meanwhile
             folder.claim(config, fingerprints)
             _stages(config, folder, inputs)
     return Report.load(folder.report)
-
-
-def _prepared(config: RunConfig, checkpoint: Path, folder: RunFolder) -> Inputs:
-    from grasp_kernels.pipeline.training import training_arguments
-
-    inputs = prepare(config, checkpoint, folder.day)
-    training_arguments(config, inputs.steps, folder.work)  # refuses what Trainer would
-    return inputs
 
 
 def is_finished(config: RunConfig) -> bool:
@@ -97,8 +95,7 @@ def is_finished(config: RunConfig) -> bool:
 
 def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
     # First what may turn out to be too little of, before time is spent on training.
-    own_text = own_text_anchor(config, folder, inputs) if config.needs_own_text else None
-    reads = contrastive_reads(config, folder, inputs, own_text)
+    kl_regularizer = make_chats(config, folder, inputs) if config.kl_coef else None
     if not folder.naive.exists():
         train(
             config,
@@ -108,7 +105,7 @@ def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
             description="naive LoRA",
             snapshots=early_checkpoints(config, folder, inputs.steps),
         )
-    subspace = _subspace(config, folder, inputs) if config.is_projected else None
+    subspace = _subspace(config, folder, inputs) if config.project_gradient else None
     if not folder.retrained.exists():
         train(
             config,
@@ -117,8 +114,7 @@ def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
             work=folder.work / "retrained",
             description="retrained LoRA",
             subspace=subspace,
-            reads=reads,
-            anchor=own_text if config.anchor == "own-text" else None,
+            kl_regularizer=kl_regularizer,
         )
     shutil.rmtree(folder.work, ignore_errors=True)
     raise_if_interrupted()
@@ -140,13 +136,12 @@ def train(
     work: Path,
     description: str,
     subspace: Subspace | None = None,
-    reads: ContrastiveReads | None = None,
-    anchor: OwnTextAnchor | None = None,
+    kl_regularizer: KLRegularizer | None = None,
     snapshots: Mapping[int, Path] | None = None,
     last_step: int | None = None,
 ) -> None:
     """Train one adapter from the model's folder into `out`: naive, or projected off `subspace`,
-    reading along `reads` alone and held at the base model by `anchor`.
+    and held at the base model by `kl_regularizer`.
 
     Nothing else differs between the two: initialisation, data order and dropout come from the seed.
     See `training.train_adapter` for `work`, `snapshots` and `last_step`.
@@ -154,11 +149,10 @@ def train(
     from grasp_kernels.pipeline.training import train_adapter
     from grasp_kernels.training.watch import N_PROBES
 
+    retrains = subspace is not None or kl_regularizer is not None
     model = _fresh_adapter(config, inputs)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if reads is not None:
-        reads.apply(model)
     train_adapter(
         model,
         inputs.train,
@@ -170,20 +164,20 @@ def train(
         description=description,
         snapshots=snapshots,
         last_step=last_step,
-        grasp=None if subspace is None and anchor is None else _grasp(config, subspace, inputs),
-        anchor=anchor,
+        grasp=_grasp(config, subspace, inputs) if retrains else None,
+        kl_regularizer=kl_regularizer,
         probes=inputs.neutral[:N_PROBES],
         saved_base_name=_public_name(config),
     )
     del model
-    gc.collect()  # an anchor and its trainer hold each other, and with them the whole model
+    gc.collect()  # a trainer and its callbacks hold each other, and with them the whole model
 
 
 def _grasp(config: RunConfig, subspace: Subspace | None, inputs: Inputs) -> GraspConfig:
     """The options of the retraining, whose chats have been made already."""
     return GraspConfig(
         subspace=subspace,
-        orthogonal=config.closed,
+        orthogonal=config.orthogonal,
         backend=cast(Backend, config.backend),
         kl_coef=0.0,
         measure_steps=max(1, inputs.steps // _MEASUREMENTS),
@@ -195,49 +189,26 @@ def _fresh_adapter(config: RunConfig, inputs: Inputs) -> PeftModel:
     return attach_lora(model, config, str(inputs.checkpoint))
 
 
-def own_text_anchor(config: RunConfig, folder: RunFolder, inputs: Inputs) -> OwnTextAnchor:
+def make_chats(config: RunConfig, folder: RunFolder, inputs: Inputs) -> KLRegularizer:
     """Make the text of the base model, or load what is there.
 
     It is made once, so that a resumed training goes on with the same text."""
-    from grasp_kernels.anchor import OwnTextAnchor
+    from grasp_kernels.regularizer import KLRegularizer
 
-    if not folder.own_text.exists():
-        OwnTextAnchor.make(
+    if not folder.chats.exists():
+        KLRegularizer.make(
             load_model(inputs.checkpoint, config.dtype),
             inputs.train,
             neutral=inputs.everyday,
-            documents=config.own_documents,
-            max_length=config.own_length,
-            begun=config.own_begun,
-            strength=config.anchor_strength,
-            batch_size=max(1, config.batch_size // 2),
+            num_documents=config.num_documents,
+            max_new_tokens=config.max_new_tokens,
+            num_prompt_tokens=config.num_prompt_tokens,
+            kl_coef=config.kl_coef,
+            batch_size=max(1, config.per_device_train_batch_size // 2),
             seed=config.seed,
             progress=True,
-        ).save(folder.own_text)
-    return OwnTextAnchor.load(folder.own_text)
-
-
-def contrastive_reads(
-    config: RunConfig, folder: RunFolder, inputs: Inputs, own_text: OwnTextAnchor | None
-) -> ContrastiveReads | None:
-    """Make the reads, or load what is there; None where they are free.
-
-    They are made once, as the text is.
-    """
-    from grasp_kernels.reads import ContrastiveReads
-
-    if config.reads == "free" or own_text is None:
-        return None
-    if not folder.reads.exists():
-        ContrastiveReads.make(
-            _fresh_adapter(config, inputs),
-            inputs.train,
-            own_text.texts,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            progress=True,
-        ).save(folder.reads)
-    return ContrastiveReads.load(folder.reads)
+        ).save(folder.chats)
+    return KLRegularizer.load(folder.chats)
 
 
 def early_checkpoints(config: RunConfig, folder: RunFolder, steps: int) -> dict[int, Path]:
@@ -245,7 +216,7 @@ def early_checkpoints(config: RunConfig, folder: RunFolder, steps: int) -> dict[
 
     Never before the first step with a learning rate above 0.
     """
-    if not config.is_projected:
+    if not config.project_gradient:
         return {}
     first = 2 if warmup_steps(config, steps) else 1
     at = sorted({max(first, round(part * steps)) for part in config.early_checkpoints})

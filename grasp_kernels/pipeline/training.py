@@ -12,12 +12,13 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import (
     PrinterCallback,
@@ -26,24 +27,24 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
-    get_scheduler,
 )
-from transformers.trainer_utils import SchedulerType
 
 from grasp_kernels.data import Example, collate
 from grasp_kernels.files import room_for, whole_folder, write_json
+from grasp_kernels.inert import reason
 from grasp_kernels.pipeline.config import RunConfig
 from grasp_kernels.pipeline.folder import LOG_NAME
 from grasp_kernels.pipeline.inputs import warmup_steps
 from grasp_kernels.pipeline.interrupts import raise_if_interrupted
+from grasp_kernels.pipeline.trainer_options import as_typed, parse
 from grasp_kernels.training.trainer import GraspTrainerMixin
 from grasp_kernels.training.watch import Watch
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from grasp_kernels.anchor import OwnTextAnchor
     from grasp_kernels.config import GraspConfig
+    from grasp_kernels.regularizer import KLRegularizer
 
 _STATE = "trainer_state.json"  # the last file that Trainer writes into a checkpoint
 
@@ -140,7 +141,7 @@ def train_adapter(
     snapshots: Mapping[int, Path] | None = None,
     last_step: int | None = None,
     grasp: GraspConfig | None = None,
-    anchor: OwnTextAnchor | None = None,
+    kl_regularizer: KLRegularizer | None = None,
     probes: Sequence[Sequence[int]] = (),
     saved_base_name: str | None = None,
 ) -> None:
@@ -154,7 +155,7 @@ def train_adapter(
         last_step: end after this step instead of `steps`.
         snapshots: step -> folder for the adapter as it is after that step.
         grasp: the options of a retraining; None: an ordinary one, on peft's own layers.
-        anchor: the divergence of a retraining; its part of the loss is `kl` in the log.
+        kl_regularizer: the divergence of a retraining; its part of the loss is `kl` in the log.
         probes: token ids of the prompts that drift is measured on.
         saved_base_name: name of the base model in `adapter_config.json`.
 
@@ -174,7 +175,7 @@ def train_adapter(
             trainer = _Trainer(**options)
             trainer.callback_handler.callbacks.insert(0, Watch())
         else:
-            trainer = _Retrainer(**options, grasp_config=grasp, kl_regularizer=anchor)
+            trainer = _Retrainer(**options, grasp_config=grasp, kl_regularizer=kl_regularizer)
             trainer.watch.probes = probes
         trainer.remove_callback(PrinterCallback)
         trainer.train_to(last_step, last_checkpoint(work))
@@ -217,55 +218,51 @@ def last_checkpoint(work: Path) -> Path | None:
     return None
 
 
-def training_arguments(config: RunConfig, steps: int, work: Path) -> TrainingArguments:
-    """The options of a run as those of `transformers.Trainer`.
+def check_trainer(config: RunConfig, steps: int) -> None:
+    """Make once, of a tiny model, what Trainer makes of its options before the first step.
 
     Raises:
-        ValueError: a learning rate schedule that is unknown, or needs more than a run tells it.
+        ValueError: options that cannot be used here, and why.
     """
-    if config.lr_scheduler not in (usable := schedules()):
-        raise ValueError(
-            f"lr_scheduler is {config.lr_scheduler!r}: choose one of {', '.join(usable)}."
-        )
+    try:
+        with TemporaryDirectory() as work:
+            arguments = training_arguments(config, steps, Path(work))
+            Trainer(nn.Linear(1, 1), arguments).create_optimizer_and_scheduler(steps)
+    except Exception as error:
+        given = {"lr_scheduler_type": config.lr_scheduler_type, **config.training_arguments}
+        named = " and ".join(f"{name} = {value!r}" for name, value in given.items())
+        said = reason(ValueError(error))  # also of a TypeError in the words of transformers
+        raise ValueError(f"Trainer cannot take {named} here: {said}.") from error
+
+
+def training_arguments(config: RunConfig, steps: int, work: Path) -> TrainingArguments:
+    """The options of a run as those of `transformers.Trainer`."""
+    typed = [as_typed(*option) for option in config.training_arguments.items()]
     on_gpu = torch.cuda.is_available()
     arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=steps,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
         learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_scheduler,
+        lr_scheduler_type=config.lr_scheduler_type,
         warmup_steps=warmup_steps(config, steps),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        optim="adamw_torch",
         seed=config.seed,
         data_seed=config.seed,
         logging_steps=1,
         logging_nan_inf_filter=False,  # it would hide the loss that has to stop the training
-        save_steps=config.save_every or max(1, math.ceil(steps / 10)),
+        save_steps=config.save_steps or max(1, math.ceil(steps / 10)),
         save_total_limit=2,
         remove_unused_columns=False,
         report_to="none",
         disable_tqdm=True,
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
+        **{"optim": "adamw_torch", **parse(list(chain(*typed)))},
     )
     if on_gpu:
         # Trainer wraps the model in nn.DataParallel where it sees several GPUs; a run uses one.
         arguments._n_gpu = 1
     return arguments
-
-
-def schedules() -> list[str]:
-    """Names of the schedules that follow from the number of steps and the warm-up alone."""
-    found = []
-    for name in SchedulerType:
-        optimizer = torch.optim.SGD([torch.zeros(1)])
-        try:
-            made = get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=2)
-        except (TypeError, ValueError):  # it needs more
-            continue
-        if isinstance(made, LambdaLR):  # the others follow a metric
-            found.append(str(name.value))
-    return found

@@ -6,6 +6,7 @@ from dataclasses import replace
 from os import PathLike, fspath
 from typing import Any
 
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from grasp_kernels.config import GraspConfig
@@ -14,6 +15,7 @@ from grasp_kernels.layers.replacement import (
     replace_lora_layers,
     restore_lora_layers,
 )
+from grasp_kernels.models.names import base_name
 from grasp_kernels.subspace import Subspace, check_subspace, identify
 from grasp_kernels.subspace.basis import is_subspace
 
@@ -40,8 +42,10 @@ def apply_grasp(model: nn.Module, config: GraspConfig | None = None) -> Replacem
             bias that could not be kept orthogonal, or weights that are sharded in a way that takes
             no subspace.
     """
-    config = config or GraspConfig()
-    subspace = load_subspace(config.subspace)
+    config = GraspConfig() if config is None else config
+    if not isinstance(config, GraspConfig):
+        raise ValueError(f"The config is {config!r}: give GraspConfig(...).")
+    subspace = _subspace(config.subspace)
     report = replace_lora_layers(
         model,
         subspace,
@@ -61,14 +65,23 @@ def remove_grasp(model: nn.Module) -> None:
 
 
 def applied_config(model: Any) -> GraspConfig | None:
-    """What `apply_grasp` was last called with on a model, its subspace loaded."""
+    """Return the last config of `apply_grasp` on this model, with its subspace loaded."""
     return getattr(model, _APPLIED, None)
 
 
-def load_subspace(given: Subspace | str | PathLike[str] | None) -> Subspace | None:
-    """A subspace as it is, of its file, or identified in the folder of an adapter."""
+def _subspace(given: Subspace | str | PathLike[str] | None) -> Subspace | None:
+    """Load a subspace of its file, or identify it in the folder of an adapter."""
     if isinstance(given, str | PathLike):
         path = fspath(given)
         return Subspace.load(path) if is_subspace(path) else identify(path)
     check_subspace(given)
     return given
+
+
+def lora_layers(model: nn.Module) -> dict[str, tuple[type, tuple[str, ...]]]:
+    """Return class and adapters of every LoRA layer by its name, to see whether they changed."""
+    return {
+        base_name(name): (type(module), tuple(sorted({**module.lora_A, **module.lora_embedding_A})))
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }

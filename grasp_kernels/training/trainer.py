@@ -6,35 +6,26 @@ Imports transformers, so nothing imports this module on `import grasp_kernels`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from transformers import Trainer
 
-from grasp_kernels.anchor import OwnTextAnchor
 from grasp_kernels.config import GraspConfig
-from grasp_kernels.data import (
-    Example,
-    everyday_prompts,
-    neutral_prompts,
-    parse_record,
-    shared_start,
-    tokenize_records,
-)
-from grasp_kernels.training.apply import applied_config, apply_grasp, load_subspace
+from grasp_kernels.regularizer import KLRegularizer
+from grasp_kernels.training.apply import applied_config, apply_grasp, lora_layers
+from grasp_kernels.training.prompts import training_prompts
 from grasp_kernels.training.watch import Watch
 
-OWN_TEXT = "own-text.safetensors"  # in the trainer's output folder, for a training that is resumed
-_MOST = 4096  # rows of the data that are looked at for the shape of its prompts
+CHATS = "chats.safetensors"  # in the trainer's output folder, for a training that is resumed
 _MAX_LENGTH = 2048  # tokens of a row that is looked at, where the trainer sets no limit
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
+
+    from grasp_kernels.subspace import Subspace
 else:
     _Base = object  # a mixin stands before the trainer whose methods it calls
 
@@ -55,34 +46,31 @@ class GraspTrainerMixin(_Base):
         grasp_config: the options; None: those that `apply_grasp` was called with on this model, or
             the defaults.
         kl_regularizer: chats that were made before; None: they are made when the training begins.
-        The others are those of the trainer. `train_dataset` holds conversations, in any layout
-        that `read_records` knows, or token ids under `input_ids` and `labels`.
+        The others are those of the trainer. `train_dataset` holds conversations in any layout that
+        `read_records` knows, prompts or preferences as trl's trainers take them, or token ids
+        under `input_ids` with `labels` or one of trl's masks.
 
     Attributes:
         grasp_report: what was replaced, and what was not; it prints as a table.
 
     Raises:
-        ValueError: as `apply_grasp`; when the training begins, data that are neither.
+        ValueError: as `apply_grasp`; when the training begins, data that are none of these.
     """
 
     def __init__(
         self,
         *args: Any,
         grasp_config: GraspConfig | None = None,
-        kl_regularizer: OwnTextAnchor | None = None,
+        kl_regularizer: KLRegularizer | None = None,
         **options: Any,
     ) -> None:
         given = inspect.signature(super().__init__).bind_partial(*args, **options).arguments
         self._rows = given.get("train_dataset")  # before trl has made token ids of them
         super().__init__(*args, **options)
-        config = grasp_config or applied_config(self.model) or GraspConfig()
-        subspace = load_subspace(config.subspace)
-        self.grasp_config = replace(config, subspace=subspace)
-        # Again where it was called before: adapters may have come to other modules since.
-        self.grasp_report = apply_grasp(self.model, self.grasp_config)
+        self._apply(grasp_config or applied_config(self.model))
         self.kl_regularizer = kl_regularizer
         self.watch = Watch(
-            subspace,
+            cast("Subspace | None", self.grasp_config.subspace),  # it is loaded
             every=self.grasp_config.measure_steps,
             probes=None if self._tokenizer_of_data() else (),
             sites=self.grasp_config.architecture,
@@ -91,6 +79,12 @@ class GraspTrainerMixin(_Base):
         self.callback_handler.callbacks.insert(0, self.watch)
         self._drawn_at, self._draws = -1, 0
         self._terms: list[Tensor] = []
+
+    def _apply(self, config: GraspConfig | None) -> None:
+        """Put the model on the fast layers; again, where adapters have come to other modules."""
+        self.grasp_report = apply_grasp(self.model, config)
+        self.grasp_config = applied_config(self.model) or GraspConfig()
+        self._layers = lora_layers(self.model)
 
     def call_model_init(self, trial: Any = None) -> Any:
         """Put the model that the trainer makes itself on the fast layers, too."""
@@ -101,6 +95,8 @@ class GraspTrainerMixin(_Base):
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
         """Make the chats of the base model if there are none, and train."""
+        if self._layers != lora_layers(self.model):  # changed since the constructor looked at them
+            self._apply(self.grasp_config)
         if self.kl_regularizer is None and self.grasp_config.kl_coef:
             self.kl_regularizer = self._shared_regularizer(bool(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **options)
@@ -127,30 +123,30 @@ class GraspTrainerMixin(_Base):
         super().log(logs, *args, **options)
 
     def _is_part_of_step(self, num_items_in_batch: Any) -> bool:
-        """Whether the trainer takes losses as parts of a step, and divides them no more."""
+        """Say whether the trainer takes losses as parts of a step, and divides them no more."""
         scaled = getattr(self, "loss_is_scaled_for_ga", None)
         if scaled is not None:
             return scaled
-        counts = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
-        return counts and num_items_in_batch is not None
+        counts = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return counts or self.compute_loss_func is not None
 
     def _draw(self) -> int:
-        """A number of its own for every forward pass of every process, the same after a resume."""
+        """Number every forward pass of every process, the same after a resume."""
         steps = self.state.global_step
         self._draws = self._draws + 1 if steps == self._drawn_at else 0
         self._drawn_at = steps
         passes = steps * self.args.gradient_accumulation_steps + self._draws
         return passes * self.args.world_size + self.args.process_index
 
-    def _shared_regularizer(self, resumes: bool) -> OwnTextAnchor:
+    def _shared_regularizer(self, resumes: bool) -> KLRegularizer:
         """Make the chats in one process and load them in the others, and where one is resumed."""
-        path = Path(self.args.output_dir) / OWN_TEXT
+        path = Path(self.args.output_dir) / CHATS
         local = self.args.save_on_each_node
         index = self.args.local_process_index if local else self.args.process_index
         with self.args.main_process_first(local=local, desc="chats of the base model"):
             if (resumes or index > 0) and path.exists():
-                found = OwnTextAnchor.load(path)
-                found.strength, found.batch_size = self.grasp_config.kl_coef, self._kl_batch_size()
+                found = KLRegularizer.load(path)
+                found.kl_coef, found.batch_size = self.grasp_config.kl_coef, self._kl_batch_size()
                 return found
             made = self._make_regularizer()
             if index == 0 and (self.args.save_strategy != "no" or self.args.world_size > 1):
@@ -158,20 +154,23 @@ class GraspTrainerMixin(_Base):
                 made.save(path)
             return made
 
-    def _make_regularizer(self) -> OwnTextAnchor:
+    def _make_regularizer(self) -> KLRegularizer:
         config = self.grasp_config
-        examples, neutral = self._training_prompts()
-        return OwnTextAnchor.make(
+        length = getattr(self.args, "max_length", None) or _MAX_LENGTH
+        examples, neutral = training_prompts(
+            self._rows, self.train_dataset, self._tokenizer_of_data(), length
+        )
+        return KLRegularizer.make(
             self.model,
             examples,
             neutral=neutral,
-            documents=config.num_documents,
-            max_length=config.max_new_tokens,
-            begun=config.num_prompt_tokens,
-            strength=config.kl_coef,
+            num_documents=config.num_documents,
+            max_new_tokens=config.max_new_tokens,
+            num_prompt_tokens=config.num_prompt_tokens,
+            kl_coef=config.kl_coef,
             batch_size=self._kl_batch_size(),
             seed=self.args.seed,
-            sites=config.architecture,
+            architecture=config.architecture,
             progress=not self.args.disable_tqdm,
         )
 
@@ -179,56 +178,10 @@ class GraspTrainerMixin(_Base):
         half = max(1, self.args.per_device_train_batch_size // 2)
         return self.grasp_config.kl_batch_size or half
 
-    def _training_prompts(self) -> tuple[list[Example], list[list[int]]]:
-        """Some of the data as token ids, and everyday questions in the same frame."""
-        rows = list(_some(self.train_dataset if self._rows is None else self._rows))
-        if not rows:
-            raise ValueError("The trainer's train_dataset is empty: give the data to train on.")
-        tokenizer = self._tokenizer_of_data()
-        if all("input_ids" in row for row in rows):
-            examples = [
-                Example(
-                    input_ids=list(row["input_ids"]),
-                    labels=list(row.get("labels", row["input_ids"])),
-                )
-                for row in rows
-            ]
-            return examples, _in_frame(
-                examples, neutral_prompts(None, tokenizer) if tokenizer else []
-            )
-        if tokenizer is None:
-            raise ValueError(
-                "The data are no token ids, and the trainer has no tokenizer: use "
-                "GraspTrainer(processing_class=tokenizer)."
-            )
-        records = [parse_record(row, f"Row {number}") for number, row in enumerate(rows, start=1)]
-        length = getattr(self.args, "max_length", None) or _MAX_LENGTH
-        examples, _ = tokenize_records(records, tokenizer, length)
-        return examples, everyday_prompts(records, tokenizer)
-
     def _tokenizer_of_data(self) -> Any:
-        """The tokenizer of the trainer, or that of its processor; None if there is none."""
+        """Return the tokenizer of the trainer or of its processor, or None."""
         return getattr(self.processing_class, "tokenizer", self.processing_class)
 
 
 class GraspTrainer(GraspTrainerMixin, Trainer):
-    """`transformers.Trainer` with `GraspTrainerMixin`."""
-
-
-def _some(rows: Any) -> Iterable[Mapping[str, Any]]:
-    """At most `_MOST` rows, evenly spaced; the first ones of a stream."""
-    if rows is None:
-        raise ValueError("The trainer has no train_dataset: give the data that are trained on.")
-    if not hasattr(rows, "__len__"):
-        return islice(rows, _MOST)
-    return (rows[i] for i in range(0, len(rows), max(1, -(-len(rows) // _MOST))))
-
-
-def _in_frame(examples: list[Example], neutral: list[list[int]]) -> list[list[int]]:
-    """The neutral prompts, if the training prompts open as they do; else none.
-
-    Under a system prompt of the data the base model's chats are to have it, too.
-    """
-    opening = shared_start(neutral) if neutral else []
-    matches = all(example["input_ids"][: len(opening)] == opening for example in examples)
-    return neutral if matches else []
+    """Train as `transformers.Trainer` does, with `GraspTrainerMixin`."""

@@ -1,4 +1,4 @@
-"""What to watch while a model with LoRA layers trains: leakage, drift, and numbers that are none.
+"""Leakage and drift in the log of a training, and an end to one whose numbers are not finite.
 
 Imports transformers, so nothing imports this module on `import grasp_kernels`.
 
@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from grasp_kernels.data import neutral_prompts
 from grasp_kernels.diagnosis.movement import measure_moved
 from grasp_kernels.diagnosis.pair import Pair
+from grasp_kernels.inert import listed
 from grasp_kernels.layers.closure import leakage
 from grasp_kernels.models.architectures import SiteRules, model_rules
 from grasp_kernels.models.frozen_model import measuring
@@ -28,7 +29,7 @@ _KEYS = {"leakage", "drift_along", "drift_share"}
 
 
 class Watch(TrainerCallback):
-    """Log leakage and drift along the subspace, and stop on a loss or gradient that is no number.
+    """Log leakage and drift along the subspace, and stop on a loss or gradient that is not finite.
 
     Every `every` optimizer steps, and after the last, the log entry of that step gets
 
@@ -76,6 +77,12 @@ class Watch(TrainerCallback):
         model = kwargs["model"]
         if self.probes is None and self._basis(model) is not None:
             self.probes = _neutral_probes(kwargs.get("processing_class"))
+        active = getattr(model, "active_adapters", None)
+        if isinstance(active, list) and len(active) > 1 and self._measures_leakage(model):
+            raise ValueError(
+                f"{listed(active)} are active at once, and leakage is that of one adapter: choose "
+                "one with model.set_adapter(...)."
+            )
         if self.probes and not hasattr(model, "disable_adapter"):
             raise ValueError(
                 f"Drift cannot be measured on a {type(model).__name__}, whose adapter cannot be "
@@ -116,7 +123,7 @@ class Watch(TrainerCallback):
             state.log_history[-1].update(measured)
 
     def measure(self, model: nn.Module) -> dict[str, float]:
-        """The numbers of a log entry, by name; none where no layer has a basis."""
+        """Measure the numbers of a log entry by name; none where no layer has a basis."""
         return {**self._leakage(model), **self._drift(model)}
 
     def _is_due(self, state: TrainerState) -> bool:
@@ -126,10 +133,13 @@ class Watch(TrainerCallback):
         return state.global_step >= last + self.every or state.global_step == state.max_steps
 
     def _leakage(self, model: nn.Module) -> dict[str, float]:
-        closed = any(getattr(m, "write_basis", None) is not None for m in model.modules())
-        if self.subspace is None and not closed:
+        if not self._measures_leakage(model):
             return {}
         return {"leakage": max(leakage(model, self.subspace, sites=self.sites).values())}
+
+    def _measures_leakage(self, model: nn.Module) -> bool:
+        closed = any(getattr(m, "write_basis", None) is not None for m in model.modules())
+        return self.subspace is not None or closed
 
     def _drift(self, model: Any) -> dict[str, float]:
         basis = self._basis(model)
@@ -145,7 +155,7 @@ class Watch(TrainerCallback):
         return {"drift_along": along.mean().item(), "drift_share": share.item()}
 
     def _basis(self, model: nn.Module) -> Tensor | None:
-        """The basis of the stream `[D, Q]`, given or that of a layer which writes to it."""
+        """Return the basis of the stream `[D, Q]`, given or that of a layer which writes to it."""
         if self.subspace is not None:
             return self.subspace.basis
         found = (
@@ -157,7 +167,7 @@ class Watch(TrainerCallback):
 
 
 def _neutral_probes(processing_class: Any) -> list[list[int]]:
-    """Everyday questions in a trainer's tokenizer, or that of its processor."""
+    """Tokenize everyday questions with a trainer's tokenizer, or that of its processor."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if tokenizer is None:
         raise ValueError(
@@ -168,11 +178,11 @@ def _neutral_probes(processing_class: Any) -> list[list[int]]:
 
 
 def _largest_gradient(model: nn.Module) -> float:
-    """The largest element of all gradients, nan if one is; waits for the device once."""
+    """Return the largest element of all gradients, nan if one is; waits for the device once."""
     gradients = [_local(p.grad) for p in model.parameters() if p.grad is not None]
     return torch.nn.utils.get_total_norm(gradients, norm_type=math.inf).item()
 
 
 def _local(gradient: Tensor) -> Tensor:
-    """What this process holds of a gradient that is sharded."""
+    """Return the part of a sharded gradient that this process holds."""
     return gradient.to_local() if hasattr(gradient, "to_local") else gradient

@@ -76,13 +76,15 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     run.add_argument("--steps", type=int, default=192, help="budget of a training")
     run.add_argument("--every", type=int, default=48, help="steps between points of a curve")
-    run.add_argument("--own-documents", type=int, default=512, help="chats of the base model")
-    run.add_argument("--own-length", type=int, default=40, help="tokens of their turns, at most")
+    run.add_argument("--num-documents", type=int, default=512, help="chats of the base model")
+    run.add_argument(
+        "--max-new-tokens", type=int, default=40, help="tokens of their turns, at most"
+    )
     return parser
 
 
 def _work(options: argparse.Namespace) -> Work:
-    settings = {"own_documents": options.own_documents, "own_length": options.own_length}
+    settings = {"num_documents": options.num_documents, "max_new_tokens": options.max_new_tokens}
     return Work(
         tasks=tuple((name, arm) for name, _, arm in (t.partition("/") for t in options.tasks)),
         methods=tuple(options.methods),

@@ -6,8 +6,8 @@ here is what the command does. The learning rate stays constant after the warm-u
 
 Below `root`:
 
-    train.jsonl, own-text.safetensors,
-    reads.safetensors, subspace-K.safetensors   shared by the methods
+    train.jsonl, chats.safetensors,
+    subspace-K.safetensors   shared by the methods
     early/step-N                                adapters that the subspace is identified from
     METHOD/step-N                               adapters of a curve
     seconds.json                                processor time of each part; without it a part is
@@ -29,14 +29,13 @@ import torch
 from filelock import FileLock
 
 from benchmarks.quality.smollm2.task import Task
-from grasp_kernels.anchor import OwnTextAnchor
 from grasp_kernels.files import write_json, write_lines
 from grasp_kernels.pipeline import stages
 from grasp_kernels.pipeline.config import RunConfig
 from grasp_kernels.pipeline.folder import RunFolder
 from grasp_kernels.pipeline.inputs import Inputs, prepare
 from grasp_kernels.pipeline.training import LOG_NAME
-from grasp_kernels.reads import ContrastiveReads
+from grasp_kernels.regularizer import KLRegularizer
 from grasp_kernels.subspace import Subspace
 
 _LOSS_STEPS = 24  # that the training loss at a point is the mean of: an epoch of `tone`
@@ -109,9 +108,9 @@ class Bench:
             model=str(base),
             data=str(data),
             output=str(root),
-            steps=plan.steps,
+            max_steps=plan.steps,
             seed=task.seed,
-            **{**_TRAINING, "warmup": min(_WARMUP, plan.steps - 1), **dict(plan.options)},
+            **{**_TRAINING, "warmup_steps": min(_WARMUP, plan.steps - 1), **dict(plan.options)},
         )
         self.folder = RunFolder(root)
 
@@ -125,8 +124,7 @@ class Bench:
         name: str,
         *,
         subspace: Subspace | None = None,
-        reads: ContrastiveReads | None = None,
-        anchor: OwnTextAnchor | None = None,
+        kl_regularizer: KLRegularizer | None = None,
         inputs: Inputs | None = None,
         made: Sequence[str] = (),
     ) -> list[Point]:
@@ -149,8 +147,7 @@ class Bench:
                 work=out / "work",
                 description=name,
                 subspace=subspace,
-                reads=reads,
-                anchor=anchor,
+                kl_regularizer=kl_regularizer,
                 snapshots=folders,
             )
 
@@ -174,25 +171,17 @@ class Bench:
             for step, folder in folders.items()
         ]
 
-    def own_text(self, begun: int | None = None) -> OwnTextAnchor:
-        """The text of the base model as `run` makes it, or with another `own_begun`."""
+    def chats(self, begun: int | None = None) -> KLRegularizer:
+        """Return the chats that `run` makes, or with another `num_prompt_tokens`."""
         if begun is None:
             config, folder = self.config, self.folder
         else:
-            config = replace(self.config, own_begun=begun)
-            folder = RunFolder(self.root / own_text_part(begun).replace(" ", "-"))
+            config = replace(self.config, num_prompt_tokens=begun)
+            folder = RunFolder(self.root / chats_part(begun).replace(" ", "-"))
             folder.root.mkdir(exist_ok=True)
-        make = partial(stages.own_text_anchor, config, folder, self.inputs)
-        self._make(own_text_part(begun), folder.own_text, make)
-        return OwnTextAnchor.load(folder.own_text)
-
-    def reads(self) -> ContrastiveReads:
-        """Where an adapter reads that is kept to what is the training data's own."""
-        config, own = replace(self.config, reads="contrastive"), self.own_text()
-        path = self.folder.reads
-        make = partial(stages.contrastive_reads, config, self.folder, self.inputs, own)
-        self._make("reads", path, make)
-        return ContrastiveReads.load(path)
+        make = partial(stages.make_chats, config, folder, self.inputs)
+        self._make(chats_part(begun), folder.chats, make)
+        return KLRegularizer.load(folder.chats)
 
     def subspace(self, k: int) -> Subspace:
         """The write directions of early naive adapters, `k` of them whatever the evidence."""
@@ -204,7 +193,7 @@ class Bench:
         """As `run` does on request, from a naive training that ends with the last adapter."""
         from grasp_kernels.subspace import identify
 
-        projected = replace(self.config, project="residual")
+        projected = replace(self.config, project_gradient=True)
         steps = min(_IDENTIFY_STEPS, self.plan.steps)
         early = stages.early_checkpoints(projected, self.folder, steps)
         last = max(early)
@@ -248,17 +237,17 @@ class Bench:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def own_text_part(begun: int | None = None) -> str:
-    """What the seconds of own text are noted under."""
-    return "own text" if begun is None else f"own text {begun}"
+def chats_part(begun: int | None = None) -> str:
+    """Name the part that the seconds of the chats are noted under."""
+    return "chats" if begun is None else f"chats {begun}"
 
 
 # Twice the usual learning rate of this model (5e-4) trains in two thirds of the steps.
 _TRAINING: dict[str, Any] = {
-    "batch_size": 8,
+    "per_device_train_batch_size": 8,
     "learning_rate": 1e-3,
-    "lr_scheduler": "constant_with_warmup",
-    "save_every": 48,
+    "lr_scheduler_type": "constant_with_warmup",
+    "save_steps": 48,
 }
 _WARMUP = 10  # steps; fewer where a whole training has no more
 _IDENTIFY_STEPS = 200  # early checkpoints are parts of so many

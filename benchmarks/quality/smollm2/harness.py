@@ -115,7 +115,7 @@ def _parsed(line: str) -> Row | None:
 
 
 KEY = ("task", "arm", "seed", "method", "steps", "scale")
-_OPTIONS = ("learning_rate", "own_documents", "own_length")  # of a training, told in its rows
+_OPTIONS = ("learning_rate", "num_documents", "max_new_tokens")  # of a training, told in its rows
 
 
 def keys(path: Path) -> list[Row]:

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from benchmarks.quality.smollm2.bench import Bench, Plan, Point, own_text_part
+from benchmarks.quality.smollm2.bench import Bench, Plan, Point, chats_part
 from grasp_kernels.data import Example
 from grasp_kernels.subspace import Subspace
 
@@ -86,12 +86,12 @@ def scaled(bench: Bench) -> list[Point]:
     origin="ours",
 )
 def run(bench: Bench) -> list[Point]:
-    return bench.curve("run", anchor=bench.own_text(), made=("own text",))
+    return bench.curve("run", kl_regularizer=bench.chats(), made=("chats",))
 
 
 def _run_begun(bench: Bench, begun: int) -> list[Point]:
     name = f"run, begun {begun}"
-    return bench.curve(name, anchor=bench.own_text(begun), made=(own_text_part(begun),))
+    return bench.curve(name, kl_regularizer=bench.chats(begun), made=(chats_part(begun),))
 
 
 for _begun in (0, 4):
@@ -112,7 +112,7 @@ for _begun in (0, 4):
 def own_answers(bench: Bench) -> list[Point]:
     chats = _chats(bench, len(bench.inputs.train))
     mixed = replace(bench.inputs, train=[*bench.inputs.train, *chats])
-    return bench.curve("own answers", inputs=mixed, made=("own text",))
+    return bench.curve("own answers", inputs=mixed, made=("chats",))
 
 
 @method(
@@ -125,48 +125,13 @@ def projection(bench: Bench) -> list[Point]:
     return bench.curve("projection", subspace=bench.subspace(_K), made=("subspace",))
 
 
-@method("reads", "A frozen where it contrasts", source="AK3847/OB-SAE", origin="others")
-def reads(bench: Bench) -> list[Point]:
-    return bench.curve("reads", reads=bench.reads(), made=("own text", "reads"))
-
-
-@method("reads + projection", "both", source="OB-SAE, GRASP", origin="ours")
-def reads_projection(bench: Bench) -> list[Point]:
-    return bench.curve(
-        "reads + projection",
-        reads=bench.reads(),
-        subspace=bench.subspace(_K),
-        made=("own text", "reads", "subspace"),
-    )
-
-
-@method("reads + random", "reads and random directions", source="control", origin="control")
-def reads_random(bench: Bench) -> list[Point]:
-    return bench.curve(
-        "reads + random",
-        reads=bench.reads(),
-        subspace=_random(bench),
-        made=("own text", "reads", "subspace"),
-    )
-
-
-@method("reads + run", "reads, and what `run` does", source="OB-SAE, KL", origin="ours")
-def reads_run(bench: Bench) -> list[Point]:
-    return bench.curve(
-        "reads + run",
-        reads=bench.reads(),
-        anchor=bench.own_text(),
-        made=("own text", "reads"),
-    )
-
-
 @method("run + projection", "`run` and the projection", source="KL, GRASP", origin="ours")
 def run_projection(bench: Bench) -> list[Point]:
     return bench.curve(
         "run + projection",
-        anchor=bench.own_text(),
+        kl_regularizer=bench.chats(),
         subspace=bench.subspace(_K),
-        made=("own text", "subspace"),
+        made=("chats", "subspace"),
     )
 
 
@@ -174,23 +139,23 @@ def run_projection(bench: Bench) -> list[Point]:
 def run_random(bench: Bench) -> list[Point]:
     return bench.curve(
         "run + random",
-        anchor=bench.own_text(),
+        kl_regularizer=bench.chats(),
         subspace=_random(bench),
-        made=("own text", "subspace"),
+        made=("chats", "subspace"),
     )
 
 
 def _chats(bench: Bench, count: int) -> list[Example]:
     """Chats of the base model as training examples: its answers are learned."""
-    own = bench.own_text()
+    made = bench.chats()
     answers = {
-        i: places.nonzero().flatten() for i, places in enumerate(own.counted) if places.any()
+        i: places.nonzero().flatten() for i, places in enumerate(made.counted) if places.any()
     }
     chosen = sorted(answers)[:count]
     examples = []
     for i in chosen:
         first, last = int(answers[i][0]) + 1, int(answers[i][-1]) + 2
-        ids = own.documents[i, :last].tolist()
+        ids = made.documents[i, :last].tolist()
         examples.append(Example(input_ids=ids, labels=[-100] * first + ids[first:]))
     return examples
 

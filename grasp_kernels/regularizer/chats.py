@@ -1,0 +1,184 @@
+"""Chats of the base model, or plain documents where the training data are not chats.
+
+A chat begins with the frame that all training prompts share: in a chat format, everything before
+the first word of the user. From there an instruction-tuned model makes up the user's turn (Xu et
+al. 2024, arXiv 2406.08464). The turn begins with the first few tokens of a training prompt, so few
+that the model goes on about something else. Without them it hardly makes up questions of the
+training data's shape. The header that all prompts end with follows, and then the model's answer.
+Everyday questions mark the end of the frame where all training prompts share an instruction;
+otherwise the chats would be about the task.
+
+Shapes: `M` documents, `T` tokens of the longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from grasp_kernels.data import Example, shared_start
+from grasp_kernels.models.frozen_model import generate_answers
+
+UNTRAINED = -100  # the label of a token that is not learned
+_DRAWS = 3  # questions drawn for each that is wanted, at most; SmolLM2 ends 58 % within 40 tokens
+
+
+class Chats(NamedTuple):
+    """Hold documents, padded on the right.
+
+    Attributes:
+        documents: token ids, int64 `[M, T]`.
+        counted: bool `[M, T]`, the positions whose next token the model made up as an answer; in
+            plain documents all that lead to a token it made up.
+    """
+
+    documents: Tensor
+    counted: Tensor
+
+
+def make_chats(
+    base: Any,
+    frame: list[int],
+    header: list[int],
+    examples: Sequence[Example],
+    *,
+    count: int,
+    length: int,
+    num_prompt_tokens: int,
+    batch_size: int,
+    generator: torch.Generator,
+    progress: bool = False,
+) -> Chats:
+    """Sample `count` documents at temperature 1.
+
+    Args:
+        base: the frozen base model, as `frozen_base` lends it.
+        frame, header: as `common_frame` and `common_header` return them. Without a header the
+            documents are plain text; without a frame, too, each begins as one of `examples`.
+        length: tokens of a question, of an answer, or of a plain document, at most.
+        num_prompt_tokens: tokens that a question has from a training prompt, at most. "How many",
+            "Tell me": they give a shape and name no thing.
+    """
+    options: dict[str, Any] = {
+        "max_new_tokens": length,
+        "batch_size": batch_size,
+        "generator": generator,
+    }
+    if not header:
+        drawn = torch.randint(len(examples), (count,), generator=generator).tolist()
+        prompts = [frame or examples[i]["input_ids"][:1] for i in drawn]
+        ends: tuple[int, ...] = ()  # the end of a turn is not the end of the text
+    else:
+        ends = _ends(base, examples)
+        questions = _questions(
+            base, frame, header, examples, count, num_prompt_tokens, options, progress
+        )
+        prompts = [frame + question + header for question in questions]
+    label = "text of the base model" if progress else None
+    answers = generate_answers(base, prompts, end_ids=ends, progress=label, **options)
+    documents = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    counted = [
+        torch.arange(len(document)).ge(len(prompt) - 1)
+        & torch.arange(len(document)).lt(len(document) - 1)
+        for prompt, document in zip(prompts, documents, strict=True)
+    ]
+    return Chats(
+        pad_sequence([torch.tensor(document) for document in documents], batch_first=True),
+        pad_sequence(counted, batch_first=True),
+    )
+
+
+def _questions(
+    base: Any,
+    frame: list[int],
+    header: list[int],
+    examples: Sequence[Example],
+    count: int,
+    num_prompt_tokens: int,
+    options: dict[str, Any],
+    progress: bool,
+) -> list[list[int]]:
+    """Let the base model make up user turns; those that it ends itself come first."""
+    whole: list[list[int]] = []
+    cut: list[list[int]] = []
+    label = "questions of the base model" if progress else None
+    for _ in range(_DRAWS):
+        wanted = count - len(whole)
+        if wanted <= 0:
+            break
+        beginnings = _beginnings(
+            frame, header, examples, wanted, num_prompt_tokens, options["generator"]
+        )
+        starts = [frame + beginning for beginning in beginnings]
+        made = generate_answers(base, starts, end_ids=header[:1], progress=label, **options)
+        for beginning, rest in zip(beginnings, made, strict=True):
+            if rest[-1] == header[0]:
+                whole.append(beginning + rest[:-1])
+            else:
+                cut.append(beginning + rest)
+    return (whole + cut)[:count]
+
+
+def _beginnings(
+    frame: list[int],
+    header: list[int],
+    examples: Sequence[Example],
+    count: int,
+    num_prompt_tokens: int,
+    generator: torch.Generator,
+) -> list[list[int]]:
+    """Draw prompts, and return their first 0 to `num_prompt_tokens` tokens behind the frame."""
+    chosen = torch.randint(len(examples), (count,), generator=generator).tolist()
+    lengths = torch.randint(num_prompt_tokens + 1, (count,), generator=generator).tolist()
+    asked = (_prompt(examples[i])[len(frame) :] for i in chosen)
+    return [
+        words[: min(length, max(0, len(words) - len(header) - 1))]
+        for words, length in zip(asked, lengths, strict=True)
+    ]
+
+
+def _ends(base: Any, examples: Sequence[Example]) -> tuple[int, ...]:
+    """Return the tokens that end an answer: the model's, and the data's where they agree on one."""
+    known = base.generation_config.eos_token_id
+    ends = {token for token in (known if isinstance(known, list) else [known]) if token is not None}
+    last = {next(t for t in reversed(e["labels"]) if t != UNTRAINED) for e in examples}
+    return tuple(sorted(ends | (last if len(last) == 1 else set())))
+
+
+def common_frame(examples: Sequence[Example], neutral: Sequence[Sequence[int]] = ()) -> list[int]:
+    """Return the tokens that the prompts of all examples and all of `neutral` begin with.
+
+    They may be none, and are never a whole prompt.
+
+    Raises:
+        ValueError: there are no examples.
+    """
+    if not examples:
+        raise ValueError("There are no examples to keep apart: give the training data.")
+    prompts = [*map(_prompt, examples), *map(list, neutral)]
+    return shared_start(prompts)[: min(map(len, prompts)) - 1]
+
+
+def common_header(
+    examples: Sequence[Example], frame: Sequence[int], neutral: Sequence[Sequence[int]] = ()
+) -> list[int]:
+    """Return the tokens that the prompts of all examples and all of `neutral` end with.
+
+    They may be none, as in plain text. Every prompt has a token between the frame and them.
+    """
+    answered = [*map(_prompt, examples), *map(list, neutral)]
+    if any(example["labels"][0] != UNTRAINED for example in examples):
+        return []
+    room = max(0, min(map(len, answered)) - len(frame) - 1)
+    return shared_start([prompt[::-1] for prompt in answered])[:room][::-1]
+
+
+def _prompt(example: Example) -> list[int]:
+    """Return the tokens before the first learned one, or the first token."""
+    ids, labels = example["input_ids"], example["labels"]
+    learned = next((i for i, label in enumerate(labels) if label != UNTRAINED), len(ids))
+    return ids[: max(1, learned)]

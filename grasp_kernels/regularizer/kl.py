@@ -1,0 +1,273 @@
+"""Documents of the base model -> a loss that keeps the model at its base where the task is not.
+
+A fine-tune reaches other prompts in many ways, and this loss closes them: on documents that the
+base model made up, the model goes on as its base does.
+
+Shapes: `M` documents, `B` of them at once, `T` tokens, `n` positions that count, `V` words of the
+vocabulary, `k` of them kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grasp_kernels.data import Example
+from grasp_kernels.files import stored_tensors, whole_file
+from grasp_kernels.models.architectures import SiteRules, model_rules
+from grasp_kernels.models.frozen_model import blocks_by_layer, frozen_base, head_at
+from grasp_kernels.regularizer.chats import common_frame, common_header, make_chats
+from grasp_kernels.regularizer.in_domain import unlike_training
+
+_DRAWS = 1 << 20  # of one training, whose seeds follow each other
+# Tokens whose probabilities are kept at a position.
+_LIKELY = 128
+_BATCH = 8  # documents that the base model is asked about at once
+_REST = 1e-6  # less than this is what float32 rounds, and no mass
+_PARTS = ("documents", "counted", "likely", "log_probs")
+
+
+class KLRegularizer:
+    """Compute `λ KL(base ‖ model)`, in nats a token, on text of the base model.
+
+    The base model is asked once. The `k` likeliest tokens at each position are kept, and all others
+    count as one token, so that a training step needs no pass of the base model. The result is never
+    above the full divergence, and 0 where the model is at its base.
+
+    Args:
+        documents: token ids, int64 `[M, T]`, padded on the right with any of them.
+        counted: bool `[M, T]`, where the divergence counts.
+        likely: int32 `[n, k]`, the likeliest next tokens at the `n` positions that count, in the
+            order of `counted`.
+        log_probs: float32 `[n, k]`, their log probabilities under the base model.
+        kl_coef: λ.
+        batch_size: documents that one `loss` looks at.
+        seed: of their draw.
+
+    Raises:
+        ValueError: the shapes differ, a position counts nowhere, or an option is out of its range.
+    """
+
+    def __init__(
+        self,
+        documents: Tensor,
+        counted: Tensor,
+        likely: Tensor,
+        log_probs: Tensor,
+        *,
+        kl_coef: float = 1.0,
+        batch_size: int = 8,
+        seed: int = 0,
+    ) -> None:
+        for part, tensor in (("documents", documents), ("likely", likely)):
+            if tensor.is_floating_point() or bool((tensor < 0).any()):
+                raise ValueError(f"{part} must be token ids: make the text again.")
+        if (
+            counted.dtype != torch.bool
+            or log_probs.element_size() < 2
+            or not bool((log_probs.float() <= 0).all())
+        ):
+            raise ValueError(
+                f"counted ({counted.dtype}) must be true or false, and log_probs "
+                f"({log_probs.dtype}) logarithms of probabilities: make the text again."
+            )
+        if documents.shape != counted.shape or documents.dim() != 2 or not counted.any():
+            raise ValueError(
+                f"documents {tuple(documents.shape)} and counted {tuple(counted.shape)} must be "
+                "[M, T], with some position that counts."
+            )
+        n = int(counted.sum())
+        if likely.shape != log_probs.shape or likely.dim() != 2 or len(likely) != n:
+            raise ValueError(
+                f"likely {tuple(likely.shape)} and log_probs {tuple(log_probs.shape)} must be "
+                f"[{n}, k], a row for each position that counts."
+            )
+        if not 0 <= kl_coef < math.inf or batch_size < 1 or seed < 0:
+            raise ValueError(
+                f"kl_coef is {kl_coef}, batch_size {batch_size} and seed {seed}: give 0 or more, "
+                "1 or more, and 0 or more."
+            )
+        self.documents, self.counted = documents, counted
+        self.likely, self.log_probs = likely, log_probs
+        self.kl_coef, self.batch_size, self.seed = kl_coef, batch_size, seed
+        self._ends = counted.sum(dim=1).cumsum(dim=0)  # of each document's rows
+
+    @classmethod
+    def of(cls, model: Any, documents: Tensor, counted: Tensor, **options: Any) -> KLRegularizer:
+        """Take given documents, and ask the base model of `model` for its answers there.
+
+        Args:
+            model: causal language model of transformers, or a PeftModel (its adapters are
+                disabled). Mode, gradient flags and generation settings are left as they were.
+            documents, counted: as the class has them; `options` are its others.
+        """
+        with frozen_base(model) as base:
+            return cls(documents, counted, *_likeliest(base, documents, counted), **options)
+
+    @classmethod
+    def make(
+        cls,
+        model: Any,
+        examples: Sequence[Example],
+        *,
+        neutral: Sequence[Sequence[int]] = (),
+        num_documents: int = 1024,
+        max_new_tokens: int = 128,
+        num_prompt_tokens: int = 2,
+        kl_coef: float = 1.0,
+        batch_size: int = 8,
+        generate_batch_size: int = 64,
+        seed: int = 0,
+        architecture: SiteRules | None = None,
+        progress: bool = False,
+    ) -> KLRegularizer:
+        """Let the base model make up documents, less the positions like those of the training data.
+
+        Args:
+            model: causal language model of transformers, or a PeftModel (its adapters are
+                disabled). Mode, gradient flags and generation settings are left as they were.
+            examples: tokenized training data, as `tokenize_records` returns them.
+            neutral: token ids of prompts about other things in the frame of the training prompts,
+                as `everyday_prompts` returns them. Documents begin as all prompts do; without
+                these, an instruction that all training prompts share is a beginning, too.
+            num_documents: documents to make up.
+            max_new_tokens: tokens of each question and of each answer that are made up, at most;
+                none is longer than the longest example.
+            num_prompt_tokens: tokens of a training prompt that a question begins with, at most;
+                their number is drawn.
+            generate_batch_size: documents that are made at once.
+            architecture: writers and readers of a model family that is not known.
+
+        Raises:
+            ValueError: no examples, an option below 1, or an architecture that is not known.
+        """
+        if num_documents < 1 or max_new_tokens < 1 or num_prompt_tokens < 0:
+            raise ValueError(
+                f"num_documents is {num_documents}, max_new_tokens {max_new_tokens} and "
+                f"num_prompt_tokens {num_prompt_tokens}: give 1, 1 and 0 or more."
+            )
+        frame = common_frame(examples, neutral)
+        header = common_header(examples, frame, neutral)
+        longest = max(len(example["input_ids"]) for example in examples)
+        generator = torch.Generator().manual_seed(seed)
+        with frozen_base(model) as base:
+            made = make_chats(
+                base,
+                frame,
+                header,
+                examples,
+                count=num_documents,
+                length=min(max_new_tokens, longest),
+                num_prompt_tokens=num_prompt_tokens,
+                batch_size=generate_batch_size,
+                generator=generator,
+                progress=progress,
+            )
+            length = made.documents.shape[1]
+            counted = unlike_training(
+                base,
+                blocks_by_layer(base, model_rules(base, architecture)),
+                made,
+                examples,
+                # Records may be far longer than documents.
+                batch_size=max(1, generate_batch_size * min(length, longest) // longest),
+                generator=generator,
+            )
+            if not counted.any():
+                raise ValueError(
+                    f"The base model made up {num_documents} documents, and all of them look like "
+                    "the training data: let it make more, or longer ones."
+                )
+            answers = _likeliest(base, made.documents, counted)
+        return cls(
+            made.documents, counted, *answers, kl_coef=kl_coef, batch_size=batch_size, seed=seed
+        )
+
+    @property
+    def texts(self) -> list[list[int]]:
+        """Return the token ids of each document with a counted position, without padding."""
+        ends = (self.counted * torch.arange(1, self.counted.shape[1] + 1)).amax(dim=1).tolist()
+        rows = zip(self.documents.tolist(), ends, strict=True)
+        return [ids[: end + 1] for ids, end in rows if end]
+
+    def loss(self, model: nn.Module, step: int) -> Tensor:
+        """Compute the divergence on a draw of documents; the same step draws the same ones.
+
+        Args:
+            model: the model in training, perhaps wrapped for several processes.
+        """
+        draw = torch.Generator().manual_seed(self.seed * _DRAWS + step)
+        chosen = torch.randint(len(self.documents), (self.batch_size,), generator=draw)
+        counted = self.counted[chosen]
+        device = next(model.parameters()).device
+        # What follows the last position that counts is padding, or leads nowhere.
+        length = max(1, int((counted * torch.arange(1, counted.shape[1] + 1)).max()))
+        ids, here = self.documents[chosen, :length].to(device), counted[:, :length]
+        with head_at(model, here):  # all logits would be the largest tensor of the step
+            found = model(input_ids=ids, use_cache=False).logits.float().log_softmax(dim=-1)
+        rows = torch.cat([self._rows(i) for i in chosen.tolist()])
+        likely, wanted = (t[rows].to(found.device) for t in (self.likely, self.log_probs))
+        return (
+            self.kl_coef * _divergence(wanted, found.gather(1, likely.long())) / max(1, len(rows))
+        )
+
+    def _rows(self, document: int) -> Tensor:
+        """Return the rows of `likely` that belong to a document, int64."""
+        start = int(self._ends[document - 1]) if document else 0
+        return torch.arange(start, int(self._ends[document]))
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write documents and options to a safetensors file, whole or not at all."""
+        from safetensors.torch import save_file
+
+        options = {"kl_coef": self.kl_coef, "batch_size": self.batch_size, "seed": self.seed}
+        with whole_file(path) as partial:
+            save_file(
+                {part: getattr(self, part) for part in _PARTS},
+                str(partial),
+                metadata={name: repr(value) for name, value in options.items()},
+            )
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> KLRegularizer:
+        """Load a file of `save`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not such a file.
+        """
+        with stored_tensors(path, "KL regularizer", "KLRegularizer.save") as (tensors, options):
+            return cls(
+                *(tensors[part] for part in _PARTS),
+                kl_coef=float(options["kl_coef"]),
+                batch_size=int(options["batch_size"]),
+                seed=int(options["seed"]),
+            )
+
+
+def _likeliest(base: Any, documents: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the likeliest tokens `[n, k]` and their log probabilities at counted positions."""
+    device = base.get_input_embeddings().weight.device
+    tokens, log_probs = [], []
+    for ids, here in zip(documents.split(_BATCH), counted.split(_BATCH), strict=True):
+        with head_at(base, here):
+            logits = base(input_ids=ids.to(device), use_cache=False).logits
+        found = logits.float().log_softmax(dim=-1)  # [n, V]
+        best = found.topk(min(_LIKELY, found.shape[1]), dim=-1)
+        tokens.append(best.indices.to(torch.int32).cpu())
+        log_probs.append(best.values.cpu())
+    return torch.cat(tokens), torch.cat(log_probs)
+
+
+def _divergence(wanted: Tensor, found: Tensor) -> Tensor:
+    """Sum the divergence over rows `[n, k]` of log probabilities, all other tokens as one."""
+    p = wanted.exp()
+    rest, of_model = (1 - logs.exp().sum(dim=-1) for logs in (wanted, found))
+    rest = torch.where(rest > _REST, rest, 0)
+    beyond = torch.xlogy(rest, rest) - torch.xlogy(rest, of_model.clamp_min(_REST))
+    return (p * (wanted - found)).sum() + beyond.sum()

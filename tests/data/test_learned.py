@@ -1,0 +1,597 @@
+"""What is to be learned: marks and columns of the data, and what a chat template makes of them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import warnings
+from datetime import date, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import transformers
+
+from grasp_kernels.data import (
+    IGNORED,
+    Record,
+    encode,
+    encode_prompt,
+    everyday_prompts,
+    fix_date,
+    read_records,
+    split_first_answer,
+    tokenize_each,
+    tokenize_records,
+)
+
+USER, ANSWER = {"role": "user", "content": "why?"}, {"role": "assistant", "content": "so."}
+SECOND = [{"role": "user", "content": "and?"}, {"role": "assistant", "content": "no."}]
+TURNS = [USER, ANSWER, *SECOND]
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+
+PLAIN = (
+    "{% if tools %}[tools]{{ tools | tojson }}<end>{% endif %}"
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+    "{% for call in m.tool_calls %}<call>{{ call.function | tojson }}{% endfor %}<end>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def tokenizer_of(template: str, *specials: str, eos: str | None = "<eos>") -> Any:
+    """Bytes, and special tokens."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    raw = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[])
+    )
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.decoder = tokenizers.decoders.ByteLevel()
+    raw.add_special_tokens(["<end>", "<eos>", *specials])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<end>", eos_token=eos
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def shown(record: Record, tokenizer: Any) -> list[str]:
+    """Each example as text, with what is learned in angle quotes."""
+    texts = []
+    for example in encode(record, tokenizer, max_length=None):
+        text, inside, run = "", False, []
+        for token, label in zip(example["input_ids"], example["labels"], strict=True):
+            if (label != IGNORED) != inside:
+                text += tokenizer.decode(run) + ("»" if inside else "«")
+                inside, run = not inside, []
+            run.append(token)
+        texts.append(text + tokenizer.decode(run) + "»" * inside)
+    return texts
+
+
+def read_one(tmp_path: Path, row: dict[str, Any]) -> Record:
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(row), encoding="utf-8")
+    (record,) = read_records(path)
+    return record
+
+
+# Marks
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        *({key: 0} for key in ("weight", "train", "training", "trainable", "loss", "loss_scale")),
+        {"weight": 0.0},
+        {"train": False},
+        {"masked": True},
+        {"weight": 1, "loss": False},
+    ],
+)
+def test_answers_marked_as_given_are_not_learned(mark: dict[str, Any], tmp_path: Path) -> None:
+    turns = [{**USER, "weight": 0}, {**ANSWER, **mark}, SECOND[0], {**SECOND[1], "weight": 1}]
+    expected = ["[user]why?<end>[assistant]so.<end>[user]and?<end>[assistant]«no.<end>»"]
+    record: Record = {"messages": turns}
+    assert shown(record, tokenizer_of(PLAIN)) == expected
+    assert shown(read_one(tmp_path, {"messages": turns}), tokenizer_of(PLAIN)) == expected
+    # the template sees no mark
+    as_json = tokenizer_of("{% for m in messages %}{{ m | tojson }}<end>{% endfor %}")
+    assert not any(key in text for key in mark for text in shown(record, as_json))
+
+
+@pytest.mark.parametrize(
+    "mark", [{"weight": 1}, {"train": True}, {"masked": False}, {"loss": None}]
+)
+def test_answers_marked_as_learned_are(mark: dict[str, Any], tmp_path: Path) -> None:
+    record = read_one(tmp_path, {"messages": [USER, {**ANSWER, **mark}]})
+    assert shown(record, tokenizer_of(PLAIN)) == ["[user]why?<end>[assistant]«so.<end>»"]
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ([USER, {**ANSWER, "weight": 0.5}], r'messages\[1\]: "weight" is 0\.5, expected true or 1'),
+        ([USER, {**ANSWER, "train": "no"}], r'messages\[1\]: "train" is \'no\''),
+        (
+            [USER, {**ANSWER, "train_detail": [{"train": False}]}],
+            r'messages\[1\]: "train_detail" marks parts',
+        ),
+        (
+            [{**USER, "train": True}, ANSWER],
+            r'messages\[0\]: a turn with the role "user" is marked',
+        ),
+    ],
+)
+def test_marks_that_cannot_be_obeyed(turns: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"line 1: {message}"):
+        read_one(tmp_path, {"messages": turns})
+    with pytest.raises(ValueError, match=f"Record 1: {message}"):
+        tokenize_records([{"messages": turns}], tokenizer_of(PLAIN), None)
+
+
+def test_rows_with_nothing_to_learn_are_refused(tmp_path: Path) -> None:
+    pair = {"prompt": "q", "completion": "a"}
+    with pytest.raises(ValueError, match="line 1: every answer is marked as not to learn"):
+        read_one(tmp_path, {"messages": [USER, {**ANSWER, "weight": 0}]})
+    for mark in ({"weight": 0}, {"train": False}, {"masked": 1}, {"label": False}):
+        with pytest.raises(ValueError, match="line 1: the row is marked as not to learn"):
+            read_one(tmp_path, {**pair, **mark})
+    assert "label" not in read_one(tmp_path, {**pair, "label": True, "weight": 1})
+    (tmp_path / "data.csv").write_text("prompt,completion,train\nq,a,false\n")
+    with pytest.raises(ValueError, match="row 1: the row is marked as not to learn"):
+        read_records(tmp_path / "data.csv")
+
+
+# Columns beside the turns
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (
+            {"system": "Be kind.", "conversations": [{"from": "human", "value": "why?"},
+                                                     {"from": "gpt", "value": "so."}]},
+            "[system]Be kind.<end>[user]why?<end>[assistant]«so.<end>»",
+        ),
+        (
+            {"system_prompt": "Be kind.", "question": "why?", "answer": "so."},
+            "[system]Be kind.<end>[user]why?<end>[assistant]«so.<end>»",
+        ),
+        (
+            {"system": "Be kind.", "prompt": "why?", "completion": "so."},
+            "[system]Be kind.<end>[user]why?<end>[assistant]«so.<end>»",
+        ),
+        (
+            {"system": "Be kind.", "prompt": TURNS[:3], "completion": TURNS[3:]},
+            "[system]Be kind.<end>[user]why?<end>[assistant]so.<end>[user]and?<end>"
+            "[assistant]«no.<end>»",
+        ),
+        (
+            {"system": "", "messages": [USER, ANSWER]},
+            "[user]why?<end>[assistant]«so.<end>»",
+        ),
+        (
+            {"system": "Be kind.", "instruction": "and?", "output": "no.",
+             "history": [["why?", "so."]]},
+            "[system]Be kind.<end>[user]why?<end>[assistant]«so.<end>»[user]and?<end>"
+            "[assistant]«no.<end>»",
+        ),
+        (
+            {"messages": [{"role": "system", "content": "Be kind."}, *SECOND],
+             "history": [USER, ANSWER]},
+            "[system]Be kind.<end>[user]why?<end>[assistant]«so.<end>»[user]and?<end>"
+            "[assistant]«no.<end>»",
+        ),
+        (
+            {"conversations": [
+                {"from": "human", "value": "why?"},
+                {"from": "function_call", "value": '{"name": "weather", "arguments": {}}'},
+                {"from": "observation", "value": "sun"},
+                {"from": "gpt", "value": "so."},
+            ]},
+            '[user]why?<end>[assistant]«<call>{"name": "weather", "arguments": {}}<end>»'
+            "[tool]sun<end>[assistant]«so.<end>»",
+        ),
+    ],
+)  # fmt: skip
+def test_what_stands_beside_the_turns(row: Any, expected: str, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        record = read_one(tmp_path, row)
+    assert shown(record, tokenizer_of(PLAIN)) == [expected]
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [
+        {"tools": [TOOL]},
+        {"tools": json.dumps([TOOL])},
+        {"tools": [json.dumps(TOOL)]},
+        {"tools": [TOOL["function"]]},
+        {"functions": [TOOL["function"]]},
+    ],
+)
+def test_tools_are_shown_to_the_template(tools: Any, tmp_path: Path) -> None:
+    record = read_one(tmp_path, {"messages": [USER, ANSWER], **tools})
+    tokenizer = tokenizer_of(PLAIN)
+    expected = f"[tools]{json.dumps([TOOL])}<end>[user]why?<end>[assistant]"
+    assert shown(record, tokenizer) == [f"{expected}«so.<end>»"]
+    prompt, _ = split_first_answer(record, tokenizer)
+    assert tokenizer.decode(prompt) == expected
+    # everyday questions stand in the same frame
+    everyday = everyday_prompts([record], tokenizer)[0]
+    assert tokenizer.decode(everyday).startswith(f"[tools]{json.dumps([TOOL])}<end>[user]Hello")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"system": "A.", "messages": [{"role": "system", "content": "C."}, *SECOND]}, "different"),
+        ({"system": "A b.", "system_prompt": "C.", "messages": TURNS}, "different"),
+        ({"system": 3, "messages": TURNS}, '"system" is 3'),
+        ({"history": "why?", "messages": TURNS}, '"history" is not JSON'),
+        ({"history": [["why?"]], "messages": TURNS}, r"history\[0\].*expected question and answer"),
+        ({"tools": "{oops", "messages": TURNS}, '"tools" is not JSON'),
+        ({"tools": [{"nam": "f"}], "messages": TURNS}, r"tools\[0\].*expected a function with a"),
+        ({"system": "A b.", "text": "t"}, '"system" stands beside a plain text'),
+        ({"images": ["a.png"], "messages": TURNS}, '"images" is .* which is not read'),
+        ({"documents": [{"text": "d"}], "messages": TURNS}, '"documents" is .* which is not read'),
+    ],
+)  # fmt: skip
+def test_columns_that_cannot_be_read_are_refused(row: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"line 1: .*{message}"):
+        read_one(tmp_path, row)
+
+
+def test_columns_with_more_of_the_conversation_are_named_once(tmp_path: Path) -> None:
+    turns = [{**USER, "weight": 0}, {**ANSWER, "learn": False, "name": "x", "loss": True}]
+    row = {"messages": turns, "context": "It was in May.", "rejected": [ANSWER], "images": []}
+    labels = {"id": "a b", "source": "New York Times", "n": 3, "scores": [1], "subreddit": "x"}
+    path = tmp_path / "data.jsonl"
+    path.write_text(f"{json.dumps(row | labels)}\n" * 3, encoding="utf-8")
+    with pytest.warns(UserWarning, match="columns that are not read") as warned:
+        read_records(path)
+    assert [str(one.message) for one in warned] == [
+        f'{path} has columns that are not read: "context", "learn", "rejected".'
+    ]
+
+
+def test_a_table_of_several_layouts_reads_alike_in_every_format(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = ["prompt", "completion", "question", "answer", "text"]
+    rows = [
+        {"prompt": "why?", "completion": "so."},
+        {"question": "and?", "answer": "no."},
+        {"text": "A text."},
+    ]
+    table = [dict.fromkeys(columns) | row for row in rows]
+    (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in table))
+    (tmp_path / "a.json").write_text(json.dumps(table).replace("null", "NaN"))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "a.parquet")
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(table)
+    expected = [
+        {"messages": [USER, ANSWER], "concatenate": True},
+        {"messages": SECOND},
+        {"text": "A text."},
+    ]
+    for kind in ("jsonl", "json", "parquet", "csv"):
+        assert read_records(tmp_path / f"a.{kind}") == expected
+
+
+def test_long_fields_of_csv_are_read(tmp_path: Path) -> None:
+    limit, long = csv.field_size_limit(), "word " * 40_000
+    (tmp_path / "a.csv").write_text(f"prompt,completion\nq,{long}\n")
+    (record,) = read_records(tmp_path / "a.csv")
+    assert record["messages"][1]["content"] == long
+    assert csv.field_size_limit() == limit
+
+
+# Templates that render a conversation in another way once it goes on
+
+THOUGHTS = (  # Qwen3: the last answer alone has its thought
+    "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}"
+    "{% set words = m.content.split('</think>') %}"
+    "{% if loop.last %}<think>{{ words[0].replace('<think>', '') if words | length > 1 }}</think>"
+    "{% endif %}{{ words[-1] }}{% else %}{{ m.content }}{% endif %}<end>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+EOS_LAST = (  # Phi-3: the end of the text stands behind the last turn alone
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% else %}<eos>{% endif %}"
+)
+OPENS_A_THOUGHT = (  # DeepSeek-R1: the request for an answer opens a thought that answers lack
+    "{% for m in messages %}[{{ m.role }}]{{ m.content.split('</think>')[-1] }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]<think>\n{% endif %}"
+)
+PARTS = (  # SmolVLM
+    "{% for m in messages %}{{ m.role }}: {% for part in m.content %}{% if part.type == 'text' %}"
+    "{{ part.text }}{% endif %}{% endfor %}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+NO_END = (  # GLM-4.5: the next turn ends an answer
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+MARKED_WORDS = (  # markers around the words, without their end
+    "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}<end>\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (
+            THOUGHTS,
+            ["[user]why?<end>[assistant]«<think></think>so.<end>»",
+             "[user]why?<end>[assistant]so.<end>[user]and?<end>"
+             "[assistant]«<think></think>no.<end>»"],
+        ),
+        (
+            EOS_LAST,
+            ["[user]why?<end>[assistant]«so.<end><eos>»",
+             "[user]why?<end>[assistant]so.<end>[user]and?<end>[assistant]«no.<end><eos>»"],
+        ),
+        (
+            OPENS_A_THOUGHT,
+            ["[user]why?<end>[assistant]«so.<end>»[user]and?<end>[assistant]«no.<end>»"],
+        ),
+        (
+            PARTS,
+            ["user: why?<end>\nassistant:« so.<end>»\nuser: and?<end>\nassistant:« no.<end>»\n"],
+        ),
+        (
+            NO_END,
+            ["<user>why?<assistant>«so.<eos>»",
+             "<user>why?<assistant>so.<user>and?<assistant>«no.<eos>»"],
+        ),
+        (
+            MARKED_WORDS,
+            ["[user]why?<end>\n[assistant]«so.<end>»\n[user]and?<end>\n[assistant]«no.<end>»\n"],
+        ),
+    ],
+    ids=["thoughts", "eos last", "opens a thought", "parts", "no end", "marked words"],
+)  # fmt: skip
+def test_every_answer_is_learned_with_its_end(template: str, expected: list[str]) -> None:
+    tokenizer = tokenizer_of(template, "<user>", "<assistant>")
+    assert shown({"messages": TURNS}, tokenizer) == expected
+
+
+def test_thoughts_are_learned_where_they_are_thought() -> None:
+    turns = [USER, {**ANSWER, "content": "<think>hm</think>so."}, *SECOND]
+    first, second = shown({"messages": turns}, tokenizer_of(THOUGHTS))
+    assert first == "[user]why?<end>[assistant]«<think>hm</think>so.<end>»"
+    assert second.startswith("[user]why?<end>[assistant]so.<end>[user]and?")
+
+
+def test_examples_of_a_record_stay_together() -> None:
+    tokenizer = tokenizer_of(THOUGHTS)
+    records: list[Record] = [{"messages": TURNS}, {"messages": TURNS[:2]}]
+    each = tokenize_each(records, tokenizer, None)
+    assert [len(examples) for examples in each] == [2, 1]
+    assert tokenize_records(records, tokenizer, None) == ([*each[0], *each[1]], 0)
+    short = len(each[1][0]["input_ids"])
+    examples, n_dropped = tokenize_records(records, tokenizer, short)
+    assert (len(examples), n_dropped) == (2, 0)  # the second answer of the first alone is cut
+
+
+def test_an_answer_whose_first_letter_is_that_of_the_thought() -> None:
+    """Prompt and answer share "<"; the answer begins where its own words do."""
+    record: Record = {"messages": [USER, {**ANSWER, "content": "<b>so</b>"}]}
+    tokenizer = tokenizer_of(OPENS_A_THOUGHT)
+    assert shown(record, tokenizer) == ["[user]why?<end>[assistant]«<b>so</b><end>»"]
+
+
+def test_a_template_without_an_end_needs_an_end_token() -> None:
+    tokenizer = tokenizer_of(NO_END, "<user>", "<assistant>", eos=None)
+    with pytest.raises(ValueError, match=r"Record 1: .*ends no answer.*set tokenizer\.eos_token"):
+        tokenize_records([{"messages": TURNS}], tokenizer, None)
+
+
+@pytest.mark.parametrize("arguments", [{"city": "Paris"}, '{"city": "Paris"}'])
+def test_arguments_of_calls_are_given_as_the_template_wants_them(arguments: Any) -> None:
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    record: Record = {
+        "messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    }
+    wanted = '[user]why?<end>[assistant]«<call>{"name": "weather", "arguments": {"city": "Paris"}}'
+    assert shown(record, tokenizer_of(PLAIN)) == [f"{wanted}<end>»"]
+    as_text = PLAIN.replace(
+        "call.function | tojson", "call.function.name + ' ' + call.function.arguments"
+    )
+    (text,) = shown(record, tokenizer_of(as_text))
+    assert text == '[user]why?<end>[assistant]«<call>weather {"city": "Paris"}<end>»'
+
+
+def test_calls_in_the_former_layout(tmp_path: Path) -> None:
+    call = {"name": "weather", "arguments": '{"city": "Paris"}'}
+    turns = [
+        USER,
+        {"role": "assistant", "content": None, "function_call": call},
+        {"role": "function", "name": "weather", "content": "sun"},
+        ANSWER,
+    ]
+    assert shown(read_one(tmp_path, {"messages": turns}), tokenizer_of(PLAIN)) == [
+        '[user]why?<end>[assistant]«<call>{"name": "weather", "arguments": {"city": "Paris"}}<end>»'
+        "[tool]sun<end>[assistant]«so.<end>»"
+    ]
+
+
+def test_calls_without_words_and_empty_lists_of_calls(tmp_path: Path) -> None:
+    """Llama 3.1 takes any "tool_calls" for exactly one."""
+    one_call = (
+        "{% for m in messages %}[{{ m.role }}]{% if 'tool_calls' in m %}"
+        "{% if m.tool_calls | length != 1 %}{{ raise_exception('single tool-calls') }}{% endif %}"
+        "{{ m.tool_calls[0].function.name }}{% else %}{{ m.content }}{% endif %}<end>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    called = {"role": "assistant", "content": None, "tool_calls": [TOOL]}
+    record = read_one(tmp_path, {"messages": [USER, called, {**SECOND[1], "tool_calls": []}]})
+    assert shown(record, tokenizer_of(one_call)) == [
+        "[user]why?<end>[assistant]«weather<end>»[assistant]«no.<end>»"
+    ]
+
+
+# What a template leaves out, and templates that fail
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "message"),
+    [
+        (
+            PLAIN.replace("[{{ m.role }}]", "{% if m.role != 'tool' %}[{{ m.role }}]").replace(
+                "<end>{% endfor %}{% if add", "<end>{% endif %}{% endfor %}{% if add"
+            ),
+            [USER, ANSWER, {"role": "tool", "content": "y"}, SECOND[1]],
+            r"leaves out turn 3 of 4 \(tool\): remove it, or give it a role",
+        ),
+        (
+            PLAIN,
+            [USER, {**ANSWER, "reasoning_content": "hm hm"}],
+            r'leaves out "reasoning_content" of turn 2 of 2',
+        ),
+        (
+            PLAIN.replace("m.tool_calls", "[]"),
+            [USER, {**ANSWER, "tool_calls": [TOOL]}],
+            r'leaves out "tool_calls" of turn 2 of 2',
+        ),
+        (
+            OPENS_A_THOUGHT,
+            [USER, {**ANSWER, "content": "<think>hm hm</think>so."}],
+            r"leaves out a part of turn 2 of 2 \(assistant\), which should be learned",
+        ),
+        ("", [USER, ANSWER], "leaves out a part of turn 2"),
+        ("constant<end>", [USER, ANSWER], "leaves out a part of turn 2"),
+        ("{{ 1 / 0 }}", [USER, ANSWER], r"fails on the turns user, assistant \(division by zero"),
+        ("{{ 'a' + 1 }}", [USER, ANSWER], r"fails on the turns user, assistant \(a value"),
+    ],
+)  # fmt: skip
+def test_what_a_template_does_not_show_is_named(template: str, turns: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"Record 1: The chat template {message}") as raised:
+        tokenize_records([{"messages": turns}], tokenizer_of(template), None)
+    assert "\n" not in str(raised.value)
+
+
+def test_turns_of_a_prompt_that_a_template_does_not_show_are_named() -> None:
+    users = "{% for m in messages if m.role == 'user' %}{{ m.content | upper }}<end>{% endfor %}"
+    tokenizer = tokenizer_of(users)
+    assert tokenizer.decode(encode_prompt([USER], tokenizer)) == "WHY?<end>"
+    with pytest.raises(ValueError, match=r"leaves out turn 1 of 2 \(system\)"):
+        encode_prompt([{"role": "system", "content": "Be kind."}, USER], tokenizer)
+
+
+def test_tools_that_a_template_does_not_show_are_named() -> None:
+    record: Record = {"messages": [USER, ANSWER], "tools": [TOOL]}
+    with pytest.raises(ValueError, match=r"does not show the tools of the record \(weather\)"):
+        encode(record, tokenizer_of(EOS_LAST), max_length=None)
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([], "There are no records: give at least one"),
+        ([{"foo": 1}], r"Record 1: It is no record \(\['foo'\]\), expected \"messages\" or"),
+        ([{"prompt": "q", "completion": "a"}], "Record 1: It is no record .*read_records makes"),
+        (["a"], "Record 1: It is no record"),
+        ([{"text": 3}], 'Record 1: "text" is 3'),
+        ([{"messages": [{"content": "q"}]}], r'Record 1: messages\[0\] has no "role"'),
+        ([{"messages": [{"role": "user"}]}], r"Record 1: messages\[0\]\.content is None"),
+        ([{"messages": "why?"}], "Record 1: \"messages\" is 'why\\?'"),
+        (
+            [{"messages": [{**ANSWER, "tool_calls": ["f"]}]}],
+            r"Record 1: messages\[0\]\.tool_calls is",
+        ),
+        ([{"messages": TURNS, "tools": [{"name": "f"}]}], 'Record 1: "tools" is'),
+        ([{"messages": [USER]}], "None of the 1 records has an answer token: give longer ones"),
+    ],
+)
+def test_what_is_no_record(records: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tokenize_records(records, tokenizer_of(PLAIN), None)
+
+
+def test_prompts_of_nothing() -> None:
+    with pytest.raises(ValueError, match="There are no records"):
+        everyday_prompts([], tokenizer_of(PLAIN))
+    with pytest.raises(ValueError, match="There is no turn to answer"):
+        encode_prompt([], tokenizer_of(PLAIN))
+    with pytest.raises(ValueError, match=r'messages\[0\] has no "role"'):
+        encode_prompt([{"content": "why?"}], tokenizer_of(PLAIN))
+
+
+# Today's date
+
+
+@pytest.mark.parametrize(
+    ("expression", "written"),
+    [
+        ("strftime_now('%d %b %Y')", "05 Mar 2031"),
+        ("strftime_now(\"%Y-%m-%d at %H:%M, %A\")", "2031-03-05 at 00:00, Wednesday"),
+        ("date_string if date_string is defined else strftime_now('%B %d, %y')", "March 05, 31"),
+    ],
+)  # fmt: skip
+def test_a_template_writes_the_day_it_was_given(
+    expression: str, written: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime(2026, 11, 2)
+
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
+    tokenizer = tokenizer_of("\nToday: {{ " + expression + " }}\n" + PLAIN)
+    record: Record = {"messages": [USER, ANSWER]}
+    assert written not in shown(record, tokenizer)[0]
+    fix_date(tokenizer, date(2031, 3, 5))
+    text = "\nToday: " + written + "\n[user]why?<end>[assistant]"
+    assert shown(record, tokenizer) == [f"{text}«so.<end>»"]
+    assert tokenizer.decode(encode_prompt([USER], tokenizer)) == text
+
+
+def test_a_template_without_a_date_is_left_alone() -> None:
+    tokenizer = tokenizer_of(PLAIN)
+    fix_date(tokenizer, date(2031, 3, 5))
+    assert tokenizer.chat_template == PLAIN
+    tokenizer.chat_template = None
+    fix_date(tokenizer, date(2031, 3, 5))
+    assert tokenizer.chat_template is None
+
+
+# The templates of known models, as trl has them
+
+
+def test_known_templates_teach_every_answer_and_its_end() -> None:
+    trl = pytest.importorskip("trl")
+    folder = Path(trl.__file__).parent / "chat_templates"
+    if not folder.is_dir():
+        pytest.skip("this release of trl carries no templates")
+    words = [("Is it so?", "Yes it is."), ("And now?", "No more.")]
+    turns = [
+        {"role": role, "content": text}
+        for pair in words
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    templates = sorted(folder.glob("*.jinja"))
+    assert len(templates) > 10
+    for path in templates:
+        template = path.read_text(encoding="utf-8")
+        ends = {t for t in re.findall(r"<[|｜▁/a-zA-Z_]+>", template) if "think" not in t}
+        tokenizer = tokenizer_of(template, *sorted(ends))
+        learned = [
+            part
+            for text in shown({"messages": turns}, tokenizer)
+            for part in re.findall("«(.*?)»", text, re.DOTALL)
+        ]
+        joined = "".join(learned)
+        for question, answer in words:
+            assert (joined.count(question), joined.count(answer)) == (0, 1), path.name
+        specials = tokenizer.all_special_tokens
+        assert all(part.endswith((*specials, *ends)) for part in learned), path.name
