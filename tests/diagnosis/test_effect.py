@@ -18,7 +18,6 @@ from grasp_kernels.models.checkpoint import load_model
 pytest_plugins = ("tests.helpers.runs",)
 
 
-
 @pytest.fixture
 def model(tiny_model_dir: Path) -> Any:
     return load_model(tiny_model_dir, "auto")
