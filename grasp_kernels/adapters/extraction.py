@@ -32,7 +32,7 @@ from grasp_kernels.models.weights import (
     model_type_of,
     model_weights,
 )
-from grasp_kernels.svd import randomized_svd
+from grasp_kernels.svd import leading_triples
 
 # peft takes what ends like this for parts of the fused experts, and would not load it.
 _MISREAD: dict[str, tuple[str, ...]] = {"qwen3_moe": (".gate_proj", ".up_proj", ".down_proj")}
@@ -73,7 +73,7 @@ def extract_adapter(
 ) -> Extraction:
     """Write what a merged or fully fine-tuned model changed as a peft adapter of its base.
 
-    One weight of each model is in memory at a time, and is decomposed with `randomized_svd`.
+    One weight of each model is in memory at a time, and is decomposed with `torch.svd_lowrank`.
 
     Args:
         model: the changed model, or its checkpoint folder (safetensors). Where a folder does not
@@ -247,7 +247,7 @@ def _delta(
 
 def _factored(delta: Tensor, rank: int) -> tuple[tuple[Tensor, Tensor], tuple[float, float]]:
     """`A[R, K]`, `B[N, R]` on the host, and `‖B A‖²` with `‖ΔW‖²`."""
-    U, S, Vh = randomized_svd(delta, min(rank, *delta.shape))
+    U, S, Vh = leading_triples(delta, min(rank, *delta.shape))
     root = S.sqrt()
     A, B = (root[:, None] * Vh).contiguous(), (U * root).contiguous()
     whole = float(torch.linalg.vector_norm(delta)) ** 2

@@ -196,8 +196,8 @@ def site_rules(
     raise ValueError(
         f"The writers of model type {model_type!r} with modules {endings[:8]} in "
         f"blocks {blocks} are not known; give one of a known type ({', '.join(sorted(RULES))}); "
-        'in Python, declare them with sites=SiteRules(writers=("attn.out",), blocks="layers"): '
-        "who adds to the residual stream."
+        'in Python, declare them with sites=SiteRules(writers=("attn.out",), blocks="layers") of '
+        "grasp_kernels.models.architectures: who adds to the residual stream."
     )
 
 

@@ -25,7 +25,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from tqdm.auto import tqdm
 
 from grasp_kernels.config import Backend, GraspConfig
@@ -238,7 +237,6 @@ def find_subspace(config: RunConfig, folder: RunFolder, inputs: Inputs) -> Subsp
         subspace = identify(
             adapters,
             k=config.k,
-            generator=torch.Generator().manual_seed(config.seed),
             base_model=str(inputs.checkpoint),
         )
         bar.update()

@@ -19,7 +19,7 @@ from grasp_kernels.adapters import Adapter, LoRAWeights, load_adapter
 from grasp_kernels.models.architectures import SiteRules
 from grasp_kernels.subspace.basis import Subspace, orthonormal
 from grasp_kernels.subspace.stack import stack_blocks
-from grasp_kernels.svd import randomized_svd
+from grasp_kernels.svd import leading_triples
 from grasp_kernels.version import __version__
 
 _MAX_K = 4  # k="auto" never takes more; a factor is assumed to be simple
@@ -31,7 +31,6 @@ def identify(
     adapter: Any,
     *,
     k: int | str = "auto",
-    generator: torch.Generator | None = None,
     base_model: nn.Module | str | PathLike[str] | None = None,
     sites: SiteRules | None = None,
     adapter_name: str | None = None,
@@ -44,7 +43,6 @@ def identify(
             better than converged ones.
         k: number of directions, or "auto": the leading singular values up to their largest gap, at
             most 4.
-        generator: of the randomized SVD, by default a new one with seed 0.
         base_model: module or checkpoint folder, for the gains of norms after layers that write,
             where the adapter does not lead to it.
         sites: writers of an architecture that is not known.
@@ -60,8 +58,6 @@ def identify(
     """
     if k != "auto" and (isinstance(k, (bool, str)) or not isinstance(k, int) or k < 1):
         raise ValueError(f'k is {k!r}; it must be "auto" or a whole number of at least 1.')
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
-    seed = generator.initial_seed()
     given = list(adapter) if isinstance(adapter, (list, tuple)) else [adapter]
     if not given:
         raise ValueError("identify got no adapter; give at least one.")
@@ -73,7 +69,7 @@ def identify(
         raise ValueError("Every block of the adapter is zero; train longer.")
     most = _MAX_K if isinstance(k, str) else k
     size = min(max(most + 1, _SHOWN), *rows.shape)
-    U, S, _ = randomized_svd(rows.mT, size, generator=generator)
+    U, S, _ = leading_triples(rows.mT, size)
     values = [value for value in S.tolist() if value > _ZERO * float(S[0])]
     if isinstance(k, int) and k > len(values):
         raise ValueError(
@@ -95,7 +91,6 @@ def identify(
         "k": k,
         "singular_values": values,
         "n_blocks": n_blocks,
-        "seed": seed,
         "versions": {"grasp_kernels": __version__, "torch": torch.__version__},
     }
     return Subspace(orthonormal("the stack", U[:, :chosen]), gains, tuple(notes), metadata)

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, Qwen2Config
 
 import grasp_kernels as gk
+from grasp_kernels.adapters import load_adapter
 from grasp_kernels.adapters.files import CONFIG, WEIGHTS
 from grasp_kernels.cli import main
+from grasp_kernels.models.architectures import SiteRules
 from grasp_kernels.models.names import base_name
 from grasp_kernels.models.weights import model_weights
 from tests.helpers.models import tiny_model, tiny_peft_model, tokens
@@ -85,7 +87,7 @@ def test_its_directions_are_those_of_the_adapter(tmp_path: Path) -> None:
     # Davis and Kahan (1970): the perturbation of the stack, whose blocks have norm 1, over the gap
     # between its first two singular values, which is 1.450 - 1.332.
     rounded = model_weights(merged)
-    writers = [one for one in gk.load_adapter(tmp_path / "original").layers if one.site]
+    writers = [one for one in load_adapter(tmp_path / "original").layers if one.site]
     perturbed = sum(
         float(rounded[one.name]().float().norm() / spectral_norm(one)) ** 2 for one in writers
     )
@@ -120,7 +122,7 @@ def test_a_layer_that_is_narrower_than_the_rank_comes_back_whole(tmp_path: Path)
     found = gk.extract_adapter(changed, tiny_model(Qwen2Config), tmp_path / "adapter", rank=20)
     for name, share in found.shares.items():
         assert (share > 1 - 1e-6) == name.endswith(("k_proj", "v_proj")), name
-    stored = gk.load_adapter(tmp_path / "adapter").layers
+    stored = load_adapter(tmp_path / "adapter").layers
     assert {one.lora_A.shape[0] for one in stored} == {16, 20}
     assert {one.scaling for one in stored} == {1.0}
     PeftModel.from_pretrained(tiny_model(Qwen2Config), str(tmp_path / "adapter"))
@@ -262,7 +264,7 @@ def test_an_unknown_architecture_needs_sites(merged: Any, tmp_path: Path) -> Non
     base.config, merged.config = Odd(), Odd()
     with pytest.raises(ValueError, match=r"are not known; .*declare them with sites"):
         gk.extract_adapter(merged, base, tmp_path / "adapter")
-    sites = gk.SiteRules(writers=("mlp.down_proj",), blocks="model.layers")
+    sites = SiteRules(writers=("mlp.down_proj",), blocks="model.layers")
     found = gk.extract_adapter(merged, base, tmp_path / "adapter", rank=RANK, sites=sites)
     assert {name.rpartition(".")[2] for name in found.shares} >= {"down_proj", "v_proj"}
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import MistralConfig, OPTConfig, Qwen2Config, Qwen3Config
 
 import grasp_kernels as gk
+from grasp_kernels.models.architectures import SiteRules
 from tests.helpers.comparisons import (
     assert_same_gradients,
     assert_same_logits,
@@ -390,7 +391,7 @@ def test_an_unknown_architecture_says_how_to_declare_it() -> None:
         ValueError, match=r"'opt' with modules \['fc1', 'fc2', .*'layers'.*sites=SiteRules\("
     ):
         gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
-    rules = gk.SiteRules(writers=("self_attn.out_proj", "fc2"), norms="layer")
+    rules = SiteRules(writers=("self_attn.out_proj", "fc2"), norms="layer")
     assert (
         gk.apply_grasp(model, gk.GraspConfig(subspace=subspace, architecture=rules)).projected
         == names

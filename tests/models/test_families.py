@@ -20,6 +20,7 @@ import grasp_kernels as gk
 from grasp_kernels.layers.experts import GraspLoRAExperts
 from grasp_kernels.models.architectures import RULES, model_gains, model_sites
 from grasp_kernels.models.names import base_name
+from grasp_kernels.ops import backends
 from grasp_kernels.ops.lora_linear.registry import computes
 from grasp_kernels.training.watch import Watch
 from tests.helpers.comparisons import assert_same_logits, logits, loss_and_gradients
@@ -218,7 +219,7 @@ def test_autocast_leaves_the_adapters_of_experts_as_they_are() -> None:
             assert torch.equal(parameter, before[name]), name
 
 
-@pytest.mark.parametrize("backend", [name for name, why in gk.backends().items() if why is None])
+@pytest.mark.parametrize("backend", [name for name, why in backends().items() if why is None])
 def test_transposed_weights_on_every_backend(backend: str) -> None:
     model = adapted("gpt2").to(torch.float32 if computes(backend, torch.float32) else torch.half)
     subspace = a_subspace(model)

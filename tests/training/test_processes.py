@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import grasp_kernels as gk
+from grasp_kernels.adapters import load_adapter
 from grasp_kernels.adapters.files import INDEX, WEIGHTS
 from grasp_kernels.models.names import base_name
 from tests.helpers.models import bases_of, tiny_model, tiny_peft_model
@@ -279,10 +280,10 @@ def test_missing_shards_and_broken_indices_are_named(shards: Path) -> None:
     with pytest.raises(
         FileNotFoundError, match=r"00002-of-00002\.safetensors, which is not beside"
     ):
-        gk.load_adapter(shards)
+        load_adapter(shards)
     (shards / INDEX).write_text("[]")
     with pytest.raises(ValueError, match="is no index of shards"):
-        gk.load_adapter(shards)
+        load_adapter(shards)
 
 
 def test_a_distributed_checkpoint_is_read_once_it_is_merged(spread: Path, tmp_path: Path) -> None:
@@ -293,7 +294,7 @@ def test_a_distributed_checkpoint_is_read_once_it_is_merged(spread: Path, tmp_pa
     shutil.copytree(saved / "pytorch_model_fsdp_0", checkpoint / "pytorch_model_fsdp_0")
     for source in (checkpoint, checkpoint / "pytorch_model_fsdp_0"):
         with pytest.raises(ValueError, match=r"index is a pickle.*run `accelerate merge-weights"):
-            gk.load_adapter(source)
+            load_adapter(source)
     merge_fsdp_weights(str(checkpoint / "pytorch_model_fsdp_0"), str(tmp_path / "merged"))
     shutil.copy(saved / "adapter_config.json", tmp_path / "merged")
     merged = gk.identify(tmp_path / "merged" / "model.safetensors", k=1)
