@@ -67,7 +67,7 @@ class GraspConfig(Options):
             naive adapter that it is identified in. None projects nothing.
         orthogonal: also keep `lora_B` orthogonal to the subspace, exactly.
         backend: implementation of the layers.
-        architecture: writers and readers of a model family that is not known.
+        architecture: writers of a model family that is not known.
         kl_coef: weight of `KL(base ‖ model)`, in nats a token, on chats that the base model makes
             up itself. 0 leaves it out.
         num_documents: chats that the base model makes up.
@@ -99,7 +99,7 @@ class GraspConfig(Options):
             "subspace",
             subspace is None
             or (isinstance(subspace, str | PathLike) and subspace != "")
-            or hasattr(subspace, "bases"),
+            or hasattr(subspace, "basis"),
             "give a Subspace, its file or the folder of an adapter, or None",
         )
         self.require(

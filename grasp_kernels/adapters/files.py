@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ from torch import Tensor
 
 from grasp_kernels.files import inside, read_json
 from grasp_kernels.inert import listed, printable, shown
-from grasp_kernels.models.base_model import MOST_LAYERS
 from grasp_kernels.models.names import base_name
 from grasp_kernels.models.tensors import Stored, indexed, read_tensors
 
@@ -31,7 +29,7 @@ _LORA_KEY = re.compile(
     re.DOTALL,  # a name may hold anything
 )
 _LARGEST_ALPHA = 1e9  # more overflows somewhere
-_SECONDS = 5.0  # that all patterns of a configuration may take
+_PATTERN = re.compile(r"\^?[\w.]+")  # a module name, whole or the end of one
 
 
 @dataclass(frozen=True)
@@ -169,17 +167,6 @@ def _patterns_to(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(fits(one) for one in value.values())
 
 
-def _are_spans(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and all(
-            isinstance(span, list) and len(span) == 2 and all(isinstance(end, int) for end in span)
-            for span in value
-        )
-        and sum(max(end - first, 1) for first, end in value) <= MOST_LAYERS
-    )
-
-
 # Of what is read here: how a value must look, None aside.
 _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_rank, "a rank of at least 1, a whole number"),
@@ -194,11 +181,11 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "base_model_name_or_path": (_is_text, "a name"),
     "auto_mapping": (_patterns_to(lambda one: one is None or _is_text(one)), "an object of names"),
     "init_lora_weights": (lambda value: _is_flag(value) or _is_text(value), "a name or true"),
-    "layer_replication": (_are_spans, f"a list of pairs of layers, up to {MOST_LAYERS} in all"),
 }
 
 
-# Whatever of these is set, a layer computes something else than base and product of two factors.
+# Whatever of these is set, a layer computes something else than base and product of two factors, or
+# the model has other layers than its base.
 _VARIANTS = (
     "use_qalora",
     "use_bdlora",
@@ -206,6 +193,7 @@ _VARIANTS = (
     "kasa_config",
     "monteclora_config",
     "alora_invocation_tokens",
+    "layer_replication",
 )
 
 
@@ -362,46 +350,24 @@ def _scaling_from_config(
 def _by_pattern(patterns: Mapping[str, Any], names: Iterable[str], default: Any) -> dict[str, Any]:
     """Each module's value: that of the first pattern that is its whole name or the end of it.
 
-    A pattern that is no plain name is a regular expression of somebody else: all of them together
-    have a limited time.
+    A pattern that is more than a name is refused: a regular expression of somebody else may take
+    any time.
     """
-    limit = time.monotonic() + _SECONDS
-    try:
-        known = [(_matcher(pattern, limit), value) for pattern, value in patterns.items()]
-        return {
-            name: next((value for fits, value in known if fits(name)), default) for name in names
-        }
-    except _Unusable as error:
-        raise ValueError(
-            f"{CONFIG} has the pattern {shown(error.args[0])}, which {error.args[1]}; write module "
-            "names into rank_pattern and alpha_pattern."
-        ) from None
+    for pattern in patterns:
+        if not _PATTERN.fullmatch(pattern):
+            raise ValueError(
+                f"{CONFIG} has the pattern {shown(pattern)}, which is no name of a module; write "
+                "module names into rank_pattern and alpha_pattern."
+            )
 
+    def fits(pattern: str, name: str) -> bool:
+        whole = pattern.removeprefix("^")
+        return name == whole or (whole == pattern and name.endswith(f".{pattern}"))
 
-class _Unusable(Exception):
-    """A pattern, and what is wrong with it."""
-
-
-def _matcher(pattern: str, limit: float) -> Callable[[str], bool]:
-    if re.fullmatch(r"[\w.]+", pattern):
-        return lambda name: name == pattern or name.endswith(f".{pattern}")
-    import regex  # whose matches can be given a time
-
-    try:
-        compiled = regex.compile(rf"(.*\.)?({pattern})$")
-    except (regex.error, RecursionError, MemoryError, OverflowError) as error:
-        raise _Unusable(pattern, f"is no regular expression ({printable(str(error))})") from None
-
-    def fits(name: str) -> bool:
-        left = limit - time.monotonic()
-        try:
-            if left > 0:
-                return compiled.match(name, timeout=left) is not None
-        except TimeoutError:
-            pass
-        raise _Unusable(pattern, f"takes longer than {_SECONDS:g} seconds")
-
-    return fits
+    return {
+        name: next((value for pattern, value in patterns.items() if fits(pattern, name)), default)
+        for name in names
+    }
 
 
 def config_model_type(config: Mapping[str, Any]) -> str | None:

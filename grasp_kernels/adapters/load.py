@@ -1,4 +1,4 @@
-"""A peft adapter (model, folder or file) -> the LoRA weights of each site of the residual stream.
+"""A peft adapter (model, folder or file) -> the LoRA weights of its layers, with their sites.
 
 Shapes: `R` LoRA rank, `K` inputs and `N` outputs of a linear layer. The change of a weight is
 `ΔW[N,K] = scaling · lora_B[N,R] · lora_A[R,K]`.
@@ -26,10 +26,10 @@ from grasp_kernels.adapters.files import (
 )
 from grasp_kernels.inert import inert, listed, shown
 from grasp_kernels.models.architectures import Site, SiteRules, site_rules
-from grasp_kernels.models.base_model import BaseModel, read_base_model
 from grasp_kernels.models.names import adapted_name, base_name
 from grasp_kernels.models.sharding import gathered, refuse_away, whole
 from grasp_kernels.models.tensors import refuse_nonfinite
+from grasp_kernels.models.weights import BaseModel, read_base_model
 
 # these start from a base whose weights were changed, so B·A alone is not the change of the weights
 MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -37,13 +37,14 @@ MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 @dataclass(frozen=True)
 class LoRAWeights:
-    """The two factors of one adapted site, in the dtype they are stored in.
+    """The two factors of one adapted layer, in the dtype they are stored in.
 
-    `gain[D]` is that of the norm between the site and the stream, None where there is none or it is
-    not known.
+    `site` is where it writes to the stream, None where it does not. `gain[D]` is that of the norm
+    between the site and the stream, None where there is none or it is not known.
     """
 
-    site: Site
+    name: str
+    site: Site | None
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
@@ -52,7 +53,7 @@ class LoRAWeights:
 
 @dataclass(frozen=True)
 class Adapter:
-    """All adapted sites of an adapter, and what was left out (`notes`, one sentence each).
+    """All layers of an adapter, and what was taken for granted (`notes`, one sentence each).
 
     Of a mixture of experts each expert may be adapted by itself: several layers are of one site.
     """
@@ -61,7 +62,6 @@ class Adapter:
     source: str
     base_model: str | None
     model_type: str | None
-    n_layers: int | None
     rules: SiteRules
     notes: tuple[str, ...]
 
@@ -80,7 +80,7 @@ def load_adapter(
             `adapter_model.safetensors` file with its `adapter_config.json` beside it.
         adapter_name: which adapter, where there are several: of a model the active one by default,
             of a folder the one in the folder itself.
-        base_model: module or checkpoint folder for type, depth and norm gains; by default the peft
+        base_model: module or checkpoint folder for type and norm gains; by default the peft
             model itself, or the folder that `adapter_config.json` names if it exists here.
         sites: rules for architectures that are not known.
 
@@ -96,12 +96,8 @@ def load_adapter(
     if base_model is None and stored_base and _is_checkpoint(stored_base):
         base_model = stored_base
     base = read_base_model(base_model)
-    spans = parts.config.get("layer_replication")
-    repeated = [layer for first, end in spans for layer in range(first, end)] if spans else None
-    if isinstance(base_model, nn.Module) and repeated and base.n_layers == len(repeated):
-        repeated = None  # the blocks of the module are repeated already
     model_type = base.model_type or config_model_type(parts.config)
-    return _assemble(parts, stored_base, base, model_type, sites, repeated)
+    return _assemble(parts, stored_base, base, model_type, sites)
 
 
 def _is_checkpoint(name: str) -> bool:
@@ -146,23 +142,14 @@ def _assemble(
     base: BaseModel,
     model_type: str | None,
     sites: SiteRules | None,
-    repeated: list[int] | None = None,
 ) -> Adapter:
-    """Attach to every weight its site, and the gain of the norm that is between.
-
-    Args:
-        repeated: which block of the base each block of the adapted model is, where they differ.
-    """
+    """Attach to every weight its site, and the gain of the norm that is between."""
     rules = site_rules(model_type, (entry.name for entry in parts.factors), sites)
     layers: list[LoRAWeights] = []
-    outside: list[str] = []
     gains: dict[str, Tensor | None] = {}
     for entry in parts.factors:
-        site = rules.site(entry.name)
-        if site is None:
-            outside.append(entry.name)
-            continue
-        if not base.has(_block_of_base(entry.name, rules, repeated)) and not base.has(site.name):
+        site, width = rules.site(entry.name), entry.lora_B.shape[0]
+        if rules.split(entry.name) and not base.has(entry.name):
             raise ValueError(
                 f"The base model {shown(base.source)} has no {shown(entry.name)}, which is "
                 "adapted; give the base model on which the adapter was trained."
@@ -173,50 +160,29 @@ def _assemble(
                 "linear layers is supported, so train without convolution and expert-parameter "
                 "targets."
             )
-        if site.role == "write" and base.width not in (None, entry.lora_B.shape[0]):
+        if site is not None and base.width not in (None, width):
             raise ValueError(
                 f"The base model {shown(base.source)} has width {shown(base.width)}, but the "
-                f"adapter writes {entry.lora_B.shape[0]} at {shown(entry.name)}; give the base "
-                "model on which the adapter was trained."
+                f"adapter writes {width} at {shown(entry.name)}; give the base model on which the "
+                "adapter was trained."
             )
-        if site.norm and site.norm not in gains:
-            norm = _block_of_base(site.norm, rules, repeated)
-            weight = base.norm_weight(norm, entry.lora_B.shape[0])
+        if site is not None and site.norm and site.norm not in gains:
+            weight = base.norm_weight(site.norm, width)
             gains[site.norm] = None if weight is None else site.gain(weight)
-        gain = gains[site.norm] if site.norm else None
-        layers.append(LoRAWeights(site, entry.lora_A, entry.lora_B, entry.scaling, gain))
-    if not layers:
-        raise ValueError(
-            f"The adapter {parts.source!r} has no LoRA weights on a writer or a reader of the "
-            f"residual stream (it adapts {listed(outside)}); train with others; in Python, "
-            "sites=SiteRules(...) names them."
-        )
+        gain = gains[site.norm] if site is not None and site.norm else None
+        factors = (entry.lora_A, entry.lora_B, entry.scaling)
+        layers.append(LoRAWeights(entry.name, site, *factors, gain))
     if not any(bool(layer.lora_B.any()) for layer in layers):
         raise ValueError(
             f"The adapter {parts.source!r} is untrained (every lora_B is zero); give one that was "
             "trained for at least one step."
         )
-    layers.sort(key=lambda layer: (layer.site.layer, layer.site.name))
-    notes = tuple(_notes(parts, outside, known=model_type is not None or sites is not None))
-    depth = base.n_layers if repeated is None else len(repeated)
-    return Adapter(tuple(layers), parts.source, base_model, model_type, depth, rules, notes)
+    layers.sort(key=lambda layer: ((rules.split(layer.name) or ("", -1))[1], layer.name))
+    notes = tuple(_notes(parts, known=model_type is not None or sites is not None))
+    return Adapter(tuple(layers), parts.source, base_model, model_type, rules, notes)
 
 
-def _block_of_base(name: str, rules: SiteRules, repeated: list[int] | None) -> str:
-    """What a module of the adapted model is called in the base, whose blocks peft may repeat."""
-    parts = rules.split(name)
-    if repeated is None or parts is None:
-        return name
-    stem, layer, rest = parts
-    if layer >= len(repeated):
-        raise ValueError(
-            f"{shown(name)} is in block {layer}, but layer_replication makes {len(repeated)}; give "
-            "the configuration that belongs to these weights."
-        )
-    return f"{stem}.{repeated[layer]}.{rest}"
-
-
-def _notes(parts: Parts, outside: list[str], known: bool) -> Iterator[str]:
+def _notes(parts: Parts, known: bool) -> Iterator[str]:
     """What was left out or taken for granted, one sentence each."""
     if parts.others:
         yield f"It also holds weights that are not LoRA factors: {listed(parts.others)}."
@@ -225,8 +191,6 @@ def _notes(parts: Parts, outside: list[str], known: bool) -> Iterator[str]:
             "The model type is not known and the modules are called as in Llama, so that is what "
             "it counts as; give base_model if it is another one (Gemma, OLMo)."
         )
-    if outside:
-        yield f"LoRA weights outside of the sites are not used: {listed(outside)}."
     biased = [entry.name for entry in parts.factors if entry.bias is not None]
     if biased:
         yield f"The biases of lora_B are not used: {listed(biased)}."

@@ -22,7 +22,7 @@ from grasp_kernels.version import __version__
 
 _FAILED, _INTERRUPTED = 2, 130
 # What a command reads and writes, as its options or arguments are called.
-_OPTIONS = ("config", "base_model", "halves", "data", "neutral", "output", "plot", "json")
+_OPTIONS = ("config", "base_model", "data", "neutral", "output", "json")
 _PATHS = ("model", "adapter", "adapters", "paths", "subspace", *_OPTIONS)
 
 

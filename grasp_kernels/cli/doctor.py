@@ -12,7 +12,7 @@ from typing import Any
 
 from grasp_kernels.version import TESTED, __version__
 
-_PACKAGES = (*TESTED, "safetensors", "matplotlib")
+_PACKAGES = (*TESTED, "safetensors")
 
 
 def add_doctor(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -38,7 +38,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     rows["compiled extension"] = _extension(host)
     rows["CUDA kernels"] = _kernels(host)
 
-    from grasp_kernels import backends
+    from grasp_kernels.ops import backends
 
     for name, reason in backends().items():
         rows[f"backend {name}"] = _backend(name) if reason is None else f"does not run: {reason}"

@@ -50,8 +50,8 @@ def _checked(check: Callable[[str], Path], text: str) -> Path:
 
 
 def as_options(message: str, names: Iterable[str]) -> str:
-    """A message with `max_length`, `halves = False` and `k is 5` as the command line has them, and
-    without the remedy at its end that is for Python.
+    """A message with `max_length`, `orthogonal = False` and `k is 5` as the command line has them,
+    and without the remedy at its end that is for Python.
 
     Args:
         names: of the options of the command, as functions and configurations have them.

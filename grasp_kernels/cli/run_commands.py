@@ -77,10 +77,7 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
         print("This run was finished before; nothing was done.")
     for name, adapter in report.numbers["adapters"].items():
         print(verdict_sentence(name, adapter))
-    if report.retrained is None:
-        print(f"Nothing to retrain against; the naive adapter is in {report.naive}.")
-    else:
-        print(f"Adapters: {report.naive} and {report.retrained}.")
+    print(f"Adapters: {report.naive} and {report.retrained}.")
     print(f"Report:   {report.text}")
     return 0
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,15 +26,13 @@ from grasp_kernels.models.architectures import (
     Site,
     SiteRules,
     model_gains,
-    model_rules,
     model_sites,
     written_width,
 )
-from grasp_kernels.models.names import adapted_name, base_name, model_names
+from grasp_kernels.models.names import adapted_name, base_name
 from grasp_kernels.models.sharding import by_fsdp2, refuse_away, refuse_tensor_parallel
 from grasp_kernels.ops import backends, project_gradient
 from grasp_kernels.subspace import Subspace, check_subspace
-from grasp_kernels.subspace.basis import basis_at
 
 
 @dataclass
@@ -44,7 +43,6 @@ class Replacement:
     libraries: dict[str, str] = field(default_factory=dict)  # name -> who has its quantised weight
     projected: list[str] = field(default_factory=list)  # with a basis of the subspace
     hooked_writers: list[str] = field(default_factory=list)  # no operator: only dY is projected
-    bare_writers: list[str] = field(default_factory=list)  # the subspace has no basis for them
     fallbacks: dict[str, str] = field(default_factory=dict)  # name -> why it stays with peft
 
     def __str__(self) -> str:
@@ -56,7 +54,6 @@ class Replacement:
             ),
             ("  with a basis", len(self.projected)),
             ("other places where the gradient is projected", len(self.hooked_writers)),
-            ("writers that the subspace does not cover", len(self.bare_writers)),
             ("layers that stay with peft", len(self.fallbacks)),
         ]
         width = max(len(title) for title, _ in rows)
@@ -74,8 +71,8 @@ def replace_lora_layers(
 ) -> Replacement:
     """Swap the LoRA layers of a peft model in place; parameters and their names stay.
 
-    Without a subspace the layers compute what they did, leaner. With one, every writer that it
-    covers gets its basis. The gradient of a writer without an adapter of its own is projected too,
+    Without a subspace the layers compute what they did, leaner. With one, every writer gets its
+    basis. The gradient of a writer without an adapter of its own is projected too,
     so that nothing upstream learns through it. Over weights that bitsandbytes or torchao have
     quantised, the base product stays theirs, and the adapter and the projection are computed here.
     A layer that stays with peft is warned of and reported with the reason; it is projected like a
@@ -97,12 +94,12 @@ def replace_lora_layers(
 
     Args:
         model: a `PeftModel`, or any module with peft's LoRA layers in it.
-        subspace: from `identify` or a file; None or empty projects nothing.
+        subspace: from `identify` or a file; None projects nothing.
         closed, backend: see `lora_linear`.
-        sites: writers and readers of an architecture that is not known.
+        sites: writers of an architecture that is not known.
 
     Raises:
-        ValueError: no LoRA layers, a subspace of another model (the site or the shape is named), an
+        ValueError: no LoRA layers, a subspace of another model (the width is named), an
             unknown option, an architecture whose writers are not known, adapters to close that hold
             a part of the pretrained weights (PiSSA and the like), a writer whose own bias is
             trained beside adapters that are to be closed, or a subspace for weights that tensor
@@ -122,14 +119,13 @@ def replace_lora_layers(
     report = Replacement()
     bases: dict[str, Tensor] = {}
     before_norm: set[str] = set()
-    if subspace is not None and not subspace.is_empty:
-        writers = [site for site in model_sites(model, sites) if site.role == "write"]
+    if subspace is not None:
+        writers = model_sites(model, sites)
         before_norm = {site.name for site in writers if site.norm is not None}
-        bases = _bases(model, subspace, writers, model_rules(model, sites))
+        bases = bases_in(model, subspace, writers)
         if closed:
             _check_starts(model)
             _check_biases(model, bases)
-        report.bare_writers = [site.name for site in writers if bases and site.name not in bases]
     sharded = by_fsdp2(model)
     for name, layer in layers.items():
         if name in bases:
@@ -241,42 +237,26 @@ def _why_kept(layer: LoraLayer, sharded: bool) -> str | None:
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def _bases(
-    model: nn.Module, subspace: Subspace, writers: list[Site], rules: SiteRules
-) -> dict[str, Tensor]:
-    """The bases by module name, checked against the model."""
-    present = set(model_names(model))
-    blocks = {parts[:2] for name in present if (parts := rules.split(name))}
+def bases_in(model: nn.Module, subspace: Subspace, writers: Iterable[Site]) -> dict[str, Tensor]:
+    """The basis `[N, Q]` of each writer of a model by its name, with the gains of this model.
 
-    def absent(name: str) -> bool:
-        """Whether a block that is there has no such site: dense and sparse ones have others."""
-        parts = rules.split(name)
-        known = parts is not None and parts[:2] in blocks and rules.site(name) is not None
-        return known and name not in present
-
-    bases = {name: basis for name, basis in subspace.bases.items() if not absent(name)}
-    if subspace.stream is not None:
-        for site in writers:
-            if site.norm is None:
-                bases.setdefault(site.name, subspace.stream)
+    Raises:
+        ValueError: a writer has another width.
+    """
     modules = {base_name(name): module for name, module in model.named_modules()}
-    for name, basis in bases.items():
-        if name not in present:
-            raise ValueError(
-                f"the subspace has a basis for {name!r}, which the model does not have; "
-                "identify the subspace on an adapter of this model."
-            )
-        width = written_width(modules[name]) if name in modules else None
-        if width not in (None, basis.shape[0]):
-            raise ValueError(
-                f"the basis for {name!r} has {basis.shape[0]} rows but the layer has "
-                f"{width} features; identify the subspace on an adapter of this model."
-            )
+    writers = list(writers)
     gains = model_gains(model, writers)
+    made: dict[str | None, Tensor] = {}  # one for all sites before one norm, and without a norm
     for site in writers:
-        if site.norm in bases:  # with the gain of this model, whatever the subspace knew of it
-            bases[site.name] = basis_at(site, bases[site.norm], gains.get(site.norm))
-    return bases
+        width = written_width(modules[site.name]) if site.name in modules else None
+        if width not in (None, len(subspace.basis)):
+            raise ValueError(
+                f"the subspace has width {len(subspace.basis)} but {site.name!r} writes {width} "
+                "features; identify the subspace on an adapter of this model."
+            )
+        if site.norm not in made:
+            made[site.norm] = subspace.at(site, gains.get(site.norm or ""))
+    return {site.name: made[site.norm] for site in writers}
 
 
 def _hook_writers(model: nn.Module, bases: dict[str, Tensor], replaced: set[str]) -> list[str]:

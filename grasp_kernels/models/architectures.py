@@ -1,9 +1,8 @@
 """Where a module touches the residual stream of a decoder.
 
-A *writer* adds its output to the stream (`o_proj`, `down_proj`); a *reader* takes the stream as its
-input (`q_proj k_proj v_proj gate_proj up_proj`). A norm may stand between a writer and the stream,
-as in Gemma and OLMo. Everything else (embeddings, `lm_head`) is neither. Names are those of the
-base model: "model.layers.0.self_attn.o_proj".
+A *writer* adds its output to the stream (`o_proj`, `down_proj`). A norm may stand between a writer
+and the stream, as in Gemma and OLMo. Names are those of the base model:
+"model.layers.0.self_attn.o_proj".
 
 A norm divides by a scale of each token, and apart from that it is linear: `M = diag(γ)` for an RMS
 norm, `M = diag(γ) (I − 1 1ᵀ / D)` for a LayerNorm, which takes the mean out first. So what a writer
@@ -16,7 +15,7 @@ Shapes: `D` width of the stream, `k` directions.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
@@ -30,15 +29,13 @@ NORMS = ("rms", "rms1p", "layer")
 
 @dataclass(frozen=True)
 class Site:
-    """One module (or parameter of fused experts) that writes to the stream or reads from it.
+    """One module (or parameter of fused experts) that writes to the stream.
 
     `norm` is the module name of the norm after a writer. It is None where none stands there: what
     such a writer puts out is in the stream, and there its gradient is projected.
     """
 
     name: str
-    layer: int
-    role: str
     norm: str | None
     norm_kind: str = "rms"
 
@@ -67,14 +64,13 @@ class Site:
 
 @dataclass(frozen=True)
 class SiteRules:
-    """How the writers and readers of one architecture are called inside a decoder block.
+    """What the writers of one architecture are called inside a decoder block.
 
     Not every block needs to have all of them: dense and sparse blocks may alternate.
 
     Args:
         writers: names below a block, such as ("self_attn.o_proj", "mlp.down_proj"), or a mapping
             from each name to that of the norm after it, or None.
-        readers: names below a block, such as ("self_attn.q_proj", "mlp.up_proj").
         blocks: name of the ModuleList of decoder blocks; a module is
             "<anything>.<blocks>.<i>.<rest>".
         outputs: modules below a block that are no writers of their own but whose output is added to
@@ -88,37 +84,26 @@ class SiteRules:
     """
 
     writers: Mapping[str, str | None] | tuple[str, ...]
-    readers: tuple[str, ...] = ()
     blocks: str = "layers"
     outputs: tuple[str, ...] = ()
     norms: str = "rms"
     final_norm: str = "norm"
-    _roles: dict[str, tuple[str, str | None]] = field(init=False, repr=False, compare=False)
+    _norms: dict[str, str | None] = field(init=False, repr=False, compare=False)  # of each site
 
     def __post_init__(self) -> None:
-        names = (self.readers, self.outputs)
-        if isinstance(self.writers, str) or any(isinstance(one, (str, Mapping)) for one in names):
+        if isinstance(self.writers, str) or isinstance(self.outputs, (str, Mapping)):
             raise TypeError(
-                f"SiteRules got writers={self.writers!r}, readers={self.readers!r} and outputs="
-                f"{self.outputs!r}; give each as a tuple of names (a norm after a writer: as a "
-                "dictionary from the writer's name to that of its norm)."
+                f"SiteRules got writers={self.writers!r} and outputs={self.outputs!r}; give each "
+                "as a tuple of names (a norm after a writer: as a dictionary from the writer's "
+                "name to that of its norm)."
             )
         if self.norms not in NORMS:
             raise ValueError(f"SiteRules got norms={self.norms!r}; use one of {NORMS}.")
         writers = self.writers if isinstance(self.writers, Mapping) else dict.fromkeys(self.writers)
         object.__setattr__(self, "writers", dict(writers))
-        object.__setattr__(self, "readers", tuple(self.readers))
         object.__setattr__(self, "outputs", tuple(self.outputs))
-        both = sorted(set(self.writers) & set(self.readers))
-        if both:
-            raise ValueError(
-                f"SiteRules names {both} as writers and as readers; a module is one or the other."
-            )
-        roles = {name: ("write", norm) for name, norm in writers.items()}
-        roles |= dict.fromkeys(self.readers, ("read", None))
-        for name in (*self.outputs, *filter(None, writers.values())):
-            roles[name] = ("write", None)
-        object.__setattr__(self, "_roles", roles)
+        bare = (*self.outputs, *filter(None, writers.values()))
+        object.__setattr__(self, "_norms", {**writers, **dict.fromkeys(bare)})
 
     def split(self, name: str) -> tuple[str, int, str] | None:
         """Stem, layer and rest, ("model.layers", 3, "mlp.up_proj"); None outside of the blocks."""
@@ -126,74 +111,52 @@ class SiteRules:
         return (match[1], int(match[2]), match[3]) if match else None
 
     def site(self, name: str) -> Site | None:
-        """The site called `name` in the base model, or None if it neither writes nor reads.
+        """The site called `name` in the base model, or None if it does not write to the stream.
 
         A module of one expert is part of the site of all experts.
         """
         parts = self.split(name)
-        part = expert_part(name) if parts and parts[2] not in self._roles else None
+        part = expert_part(name) if parts and parts[2] not in self._norms else None
         if part is not None:
             name, parts = part.whole, self.split(part.whole)
-        if parts is None or parts[2] not in self._roles:
+        if parts is None or parts[2] not in self._norms:
             return None
         stem, layer, rest = parts
-        role, norm = self._roles[rest]
-        return Site(name, layer, role, f"{stem}.{layer}.{norm}" if norm else None, self.norms)
-
-    def sites(self, stem: str, layers: Iterable[int]) -> Iterator[Site]:
-        """Every site that the given blocks below `stem` ("model.layers") may have."""
-        for layer in layers:
-            for rest in self._roles:
-                site = self.site(f"{stem}.{layer}.{rest}")
-                if site is not None:
-                    yield site
+        norm = self._norms[rest]
+        return Site(name, f"{stem}.{layer}.{norm}" if norm else None, self.norms)
 
 
-_LLAMA = SiteRules(
-    writers=("self_attn.o_proj", "mlp.down_proj"),
-    readers=(
-        *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        *("mlp.gate_proj", "mlp.up_proj"),
-    ),
-)
+_LLAMA = SiteRules(writers=("self_attn.o_proj", "mlp.down_proj"))
+_LINEARS_OF_LLAMA = {
+    *(f"self_attn.{letter}_proj" for letter in "qkvo"),
+    *(f"mlp.{part}_proj" for part in ("gate", "up", "down")),
+}
 _WRITERS_BEFORE_NORMS = {
     "self_attn.o_proj": "post_attention_layernorm",
     "mlp.down_proj": "post_feedforward_layernorm",
 }
-_OLMO2 = replace(_LLAMA, writers=_WRITERS_BEFORE_NORMS)
+_OLMO2 = SiteRules(writers=_WRITERS_BEFORE_NORMS)
 _GEMMA2 = replace(_OLMO2, norms="rms1p")
-_PHI3 = replace(_LLAMA, readers=("self_attn.qkv_proj", "mlp.gate_up_proj"))
 _GPT2 = SiteRules(
-    writers=("attn.c_proj", "mlp.c_proj"),
-    readers=("attn.c_attn", "mlp.c_fc"),
-    blocks="h",
-    norms="layer",
-    final_norm="ln_f",
+    writers=("attn.c_proj", "mlp.c_proj"), blocks="h", norms="layer", final_norm="ln_f"
 )
 _GPT_NEOX = SiteRules(
-    writers=("attention.dense", "mlp.dense_4h_to_h"),
-    readers=("attention.query_key_value", "mlp.dense_h_to_4h"),
-    norms="layer",
-    final_norm="final_layer_norm",
+    writers=("attention.dense", "mlp.dense_4h_to_h"), norms="layer", final_norm="final_layer_norm"
 )
-# The weights of all experts are one parameter, and so are those of the router. A block may be dense
-# instead, as in Llama; the shared expert is Qwen2's.
-_ROUTED = ("mlp.gate.weight", "mlp.experts.gate_up_proj")
-_SHARED = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert_gate")
+# The weights of all experts are one parameter. A block may be dense instead, as in Llama; the
+# shared expert is Qwen2's.
 _MIXTURE = SiteRules(
     writers=(*_LLAMA.writers, "mlp.experts.down_proj", "mlp.shared_expert.down_proj"),
-    readers=(*_LLAMA.readers, *_ROUTED, *_SHARED),
     outputs=("mlp",),
 )
 
 RULES: dict[str, SiteRules] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3"), _LLAMA),
     "gemma": replace(_LLAMA, norms="rms1p"),
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA2,
     "gemma3": replace(_GEMMA2, blocks="language_model.layers"),  # beside a tower for images
     **dict.fromkeys(("olmo2", "olmo3"), _OLMO2),
-    "phi3": _PHI3,
     "gpt2": _GPT2,
     "gpt_neox": _GPT_NEOX,
     **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), _MIXTURE),
@@ -225,16 +188,16 @@ def site_rules(
         fitting = (rules for rules in both if any(rules.split(name) for name in seen))
         return next(fitting, RULES[model_type])
     inside = [match for name in seen if (match := re.match(r"(.*?)\.\d+\.(.+)", name))]
-    if model_type is None and inside and all(_LLAMA.site(match[0]) for match in inside):
+    parts = [_LLAMA.split(match[0]) for match in inside]
+    if model_type is None and parts and all(p and p[2] in _LINEARS_OF_LLAMA for p in parts):
         return _LLAMA
     endings = sorted({match[2] for match in inside} or set(seen))
     blocks = sorted({match[1].rpartition(".")[2] for match in inside})
     raise ValueError(
-        f"The writers and readers of model type {model_type!r} with modules {endings[:8]} in "
+        f"The writers of model type {model_type!r} with modules {endings[:8]} in "
         f"blocks {blocks} are not known; give one of a known type ({', '.join(sorted(RULES))}); "
-        'in Python, declare them with sites=SiteRules(writers=("attn.out",), '
-        'readers=("attn.query",), blocks="layers"): who adds to the residual stream, and who '
-        "reads it."
+        'in Python, declare them with sites=SiteRules(writers=("attn.out",), blocks="layers") of '
+        "grasp_kernels.models.architectures: who adds to the residual stream."
     )
 
 
@@ -246,7 +209,7 @@ def model_rules(model: nn.Module, sites: SiteRules | None = None) -> SiteRules:
 
 
 def model_sites(model: nn.Module, sites: SiteRules | None = None) -> tuple[Site, ...]:
-    """Every writer and reader of a model, plain or wrapped by peft, in the order of its modules."""
+    """Every writer of a model, plain or wrapped by peft, in the order of its modules."""
     rules = model_rules(model, sites)
     found = (rules.site(name) for name in model_names(model))
     return tuple(site for site in found if site is not None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 _TEMPLATE = """<!doctype html>
@@ -26,7 +25,7 @@ _TEMPLATE = """<!doctype html>
 """
 
 
-def page(text: str, figures: Mapping[str, Path]) -> str:
+def page(text: str, figures: Mapping[str, str] | None = None) -> str:
     """Render a report as a page.
 
     Text of files and models is inert in the Markdown already; here HTML and links are text as well,
@@ -34,8 +33,8 @@ def page(text: str, figures: Mapping[str, Path]) -> str:
 
     Args:
         text: the report in Markdown. Its first heading is the title, if it has one.
-        figures: path of an image in the Markdown -> the file of the same figure as SVG. Any other
-            image is text.
+        figures: path of an image in the Markdown -> the same figure as SVG. Any other image is
+            text.
     """
     from markdown_it import MarkdownIt
 
@@ -45,7 +44,7 @@ def page(text: str, figures: Mapping[str, Path]) -> str:
     reader.add_render_rule("td_open", _cell)
     tokens = reader.parse(text)
     _name_cells(tokens)
-    body = reader.renderer.render(tokens, reader.options, {"figures": figures})
+    body = reader.renderer.render(tokens, reader.options, {"figures": figures or {}})
     headings = (line.lstrip("# ") for line in text.splitlines() if line.startswith("# "))
     title = next(headings, "Report")
     style = files(__package__).joinpath("page.css").read_text(encoding="utf-8")
@@ -78,5 +77,4 @@ def _cell(renderer: Any, tokens: Sequence[Any], i: int, options: Any, env: Any) 
 
 def _figure(renderer: Any, tokens: Sequence[Any], i: int, options: Any, env: Any) -> str:
     """The figure itself in place of a path to it."""
-    file = env["figures"].get(tokens[i].attrs["src"])
-    return escape(tokens[i].content) if file is None else file.read_text(encoding="utf-8")
+    return env["figures"].get(tokens[i].attrs["src"], escape(tokens[i].content))

@@ -6,5 +6,5 @@ inputs           everything that can be wrong is found before the first training
 stages           the stages in their order: `run`
 folder           the output folder: what is finished, who is at work
 training         one adapter, with transformers.Trainer
-report           numbers, words (report_text) and pictures (figures): `Report`
+report           numbers, and words (report_text): `Report`
 """

@@ -51,7 +51,9 @@ class RunConfig(Options):
     data: str = _option(MISSING, "file with chat data: JSONL, JSON, CSV or parquet")
     output: str = _option(MISSING, "folder of this run; an unfinished run in it goes on")
 
-    k: int | Literal["auto"] = _option("auto", "number of directions, or 'auto'", "1 or more")
+    k: int | Literal["auto"] = _option(
+        "auto", "number of directions, or 'auto': up to the largest gap", "1 or more"
+    )
     early_checkpoints: tuple[float, ...] = _option(
         # Drift as a part of the naive one in the demo's world, mean of 5 seeds (4 for the last):
         # identified after 1/20 of the steps .62, after 1/8 .68, from 1/16, 1/8 and 1/4 .68.
@@ -59,11 +61,6 @@ class RunConfig(Options):
         "parts of the naive training after which its adapter is saved to identify from; "
         "1 is the finished adapter",
         "parts above 0, at most 1",
-    )
-    halves: bool = _option(
-        True,
-        "also train two short adapters on halves of the data, and see whether both show the same "
-        "directions; they last up to the latest early checkpoint",
     )
 
     project_gradient: bool = _option(

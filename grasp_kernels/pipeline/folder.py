@@ -52,12 +52,11 @@ class RunFolder:
         self.root = Path(root)
         self.config = self.root / "run.json"
         self.early = self.root / "early"
-        self.halves = self.root / "halves"
         self.naive = self.root / "naive"
         self.retrained = self.root / "retrained"
         self.subspace = self.root / "subspace.safetensors"
         self.chats = self.root / "chats.safetensors"  # text of the base model
-        self.figures = self.root / "figures"
+        self.training_chart = self.root / "training.svg"
         self.report_text = self.root / "report.md"
         self.report_page = self.root / "report.html"
         self.report = self.root / "report.json"  # written last: the run is finished
@@ -134,7 +133,7 @@ class RunFolder:
         for file in (self.chats, self.subspace):
             if file.exists():
                 _check_whole(file, file)
-        trained = [self.naive, self.retrained, *self.halves.glob("half-*")]
+        trained = [self.naive, self.retrained]
         for adapter in (*trained, *self.early.glob("step-*")):
             for name in (*_ADAPTER, *([LOG_NAME] if adapter in trained else [])):
                 if adapter.exists():
@@ -150,11 +149,11 @@ class RunFolder:
         if not (self.config.exists() and self.report.exists()):
             return False
         numbers = read_json(self.report, "report of a run", _AGAIN.format(self.report))
-        if not all(isinstance(numbers.get(name), (list, dict)) for name in ("adapters", "figures")):
+        if not isinstance(numbers.get("adapters"), dict):
             raise ValueError(f"{self.report} holds no report: {_AGAIN.format(self.report)}.")
         told = [self.root / name for name in numbers["adapters"]]
-        told += [self.figures / name for name in numbers["figures"]]
-        return all(path.exists() for path in (self.report_text, self.report_page, *told))
+        told += [self.report_text, self.report_page, self.training_chart]
+        return all(path.exists() for path in told)
 
     @cached_property
     def day(self) -> date:
@@ -172,9 +171,8 @@ class RunFolder:
         ours = [path for path in places if isinstance(path, Path) and path.parent == self.root]
         for left in (left for path in ours for left in left_behind(path)):
             shutil.rmtree(left)
-        for folder in (self.early, self.halves):  # all in them is ours
-            for left in folder.glob(".*.partial"):
-                shutil.rmtree(left)
+        for left in self.early.glob(".*.partial"):  # all in it is ours
+            shutil.rmtree(left)
         if not self.config.exists():
             write_json(self.config, {**_record(config, fingerprints), "day": str(self.day)})
 

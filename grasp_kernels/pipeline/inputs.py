@@ -89,11 +89,6 @@ def prepare(config: RunConfig, checkpoint: Path, day: date | None = None) -> Inp
     with about(config.data, str(checkpoint)):
         each = tokenize_each(records, tokenizer, config.max_length, progress=True)
     train, held_out = _split(each, config)
-    if config.halves and config.project_gradient and len(train) < 2:
-        raise ValueError(
-            f"{config.data} has one record to train on, which has no halves: give more data, or "
-            "use halves = False."
-        )
     steps = count_steps(config, len(train))
     if warmup_steps(config, steps) >= steps:
         raise ValueError(
@@ -239,7 +234,7 @@ def check_model(config: RunConfig, checkpoint: Path) -> tuple[str, SiteRules]:
         for name, module in adapted.named_modules()
         if hasattr(module, "lora_A")
     )
-    if config.project_gradient and not any(site and site.role == "write" for site in sites):
+    if config.project_gradient and not any(sites):
         raise ValueError(
             f"target_modules = {list(config.target_modules)} adapts no module that writes to the "
             f"residual stream, to identify from: add one of {', '.join(rules.writers)}."

@@ -6,38 +6,23 @@ report.json holds every number; figures.py and report_text.py show them and meas
 from __future__ import annotations
 
 import json
-import math
 import platform
-import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from grasp_kernels import leakage
 from grasp_kernels.data import Record, encode, split_first_answer
-from grasp_kernels.effect import (
-    Pair,
-    changed_answers,
-    measure_effect,
-    own_answers,
-    told,
-    verdict,
-)
-from grasp_kernels.effect.stream import (
-    layer_bases,
-    mean_loss,
-    measure_movement,
-)
-from grasp_kernels.effect.tokens import lens
-from grasp_kernels.files import whole_folder, write_json, write_text
+from grasp_kernels.diagnosis import Pair, changed_answers, own_answers, told, verdict
+from grasp_kernels.diagnosis.effect import lens, mean_loss, measure_effect
+from grasp_kernels.files import write_json, write_text
 from grasp_kernels.models.checkpoint import load_model
-from grasp_kernels.models.frozen_model import blocks_by_layer
-from grasp_kernels.pages import drawing, page
+from grasp_kernels.pages.chart import Line, line_chart
+from grasp_kernels.pages.page import page
 from grasp_kernels.pipeline.config import RunConfig
 from grasp_kernels.pipeline.folder import LOG_NAME, RunFolder
 from grasp_kernels.pipeline.inputs import ANSWER_TOKENS, Inputs
@@ -63,7 +48,7 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """Whether the last adapter answers unrelated prompts differently, see `effect.verdict`."""
+        """Whether the last adapter answers unrelated prompts differently, see `diagnosis`."""
         return list(self.numbers["adapters"].values())[-1]["answers"]["verdict"]
 
     @property
@@ -71,9 +56,8 @@ class Report:
         return self.output / "naive"
 
     @property
-    def retrained(self) -> Path | None:
-        """The retrained adapter; None where nothing was found to retrain against."""
-        return self.output / "retrained" if "retrained" in self.numbers["adapters"] else None
+    def retrained(self) -> Path:
+        return self.output / "retrained"
 
     @property
     def subspace(self) -> Path:
@@ -104,39 +88,27 @@ class Report:
 def write_report(
     config: RunConfig, folder: RunFolder, inputs: Inputs, subspace: Subspace | None
 ) -> None:
-    """Measure both adapters; write the figures, report.md, report.html and, last, report.json.
+    """Measure both adapters; write the figure, report.md, report.html and, last, report.json.
 
     Args:
         subspace: what the retraining was projected off; None: nothing was looked for.
     """
-    from grasp_kernels.pipeline.figures import draw_figures
     from grasp_kernels.pipeline.report_text import report_text
 
     numbers = _numbers(config, folder, inputs, subspace)
-    shutil.rmtree(folder.figures, ignore_errors=True)  # of a report that was not finished
-    with whole_folder(folder.figures) as figures, drawing():
-        numbers["figures"] = draw_figures(numbers, figures)
-        if subspace is not None and subspace.evidence.get("spectra"):
-            for path in (figures / "subspace.png", figures / "subspace.svg"):
-                subspace.plot(path)
-            numbers["figures"].append("subspace.png")
-    text = report_text(numbers)
+    text, drawn = report_text(numbers), training_chart(numbers["adapters"])
+    write_text(folder.training_chart, drawn)
     write_text(folder.report_text, text)
-    shown = {f"figures/{name}": folder.figures / name for name in numbers["figures"]}
-    drawn = {image: path.with_suffix(".svg") for image, path in shown.items()}
-    write_text(folder.report_page, page(text, drawn))
+    write_text(folder.report_page, page(text, {folder.training_chart.name: drawn}))
     write_json(folder.report, numbers)
 
 
 def _numbers(
     config: RunConfig, folder: RunFolder, inputs: Inputs, subspace: Subspace | None
 ) -> dict[str, Any]:
-    folders = {"naive": folder.naive}
-    if folder.retrained.exists():
-        folders["retrained"] = folder.retrained
-    found = None if subspace is None or subspace.is_empty else subspace
+    folders = {"naive": folder.naive, "retrained": folder.retrained}
     adapters = {
-        name: {"curve": _curve(path), "leakage": leakage(path, found) if found else {}}
+        name: {"curve": _curve(path), "leakage": leakage(path, subspace) if subspace else {}}
         for name, path in folders.items()
     }
     model = load_model(inputs.checkpoint, config.dtype)
@@ -159,17 +131,15 @@ def _numbers(
         },
         "steps": inputs.steps,
         "subspace": None if subspace is None else _describe(subspace),
-        "chance_share": math.sqrt(subspace.k / width) if subspace else 0.0,
-        "promoted_tokens": _tokens(model, inputs, found),
+        "promoted_tokens": _tokens(model, inputs, subspace),
         "adapters": adapters,
     }
-    _measure_models(model, folders, inputs, found, config, numbers)
+    _measure_models(model, folders, inputs, config, numbers)
     return json.loads(json.dumps(numbers))
 
 
 def _describe(subspace: Subspace) -> dict[str, Any]:
-    plain = ("reasons", "k", "evidence", "metadata")
-    return {name: getattr(subspace, name) for name in plain}
+    return {name: getattr(subspace, name) for name in ("k", "notes", "metadata")}
 
 
 def _versions() -> dict[str, str]:
@@ -189,27 +159,41 @@ def _curve(adapter: Path) -> dict[str, list[float]]:
     return {"step": [entry["step"] for entry in entries], "loss": losses}
 
 
+_COLOURS = {"naive": "#d62728", "retrained": "#1f77b4"}
+
+
+def training_chart(adapters: dict[str, Any]) -> str:
+    """Draw the training losses as SVG: pale each step, bold the running mean."""
+    lines = []
+    for name, adapter in adapters.items():
+        steps, losses = adapter["curve"]["step"], adapter["curve"]["loss"]
+        lines += [
+            Line(name, _COLOURS[name], steps, losses, is_pale=True),
+            Line(name, _COLOURS[name], steps, smoothed(losses)),
+        ]
+    return line_chart(lines, "optimizer step", "training loss")
+
+
+def smoothed(values: list[float], parts: int = 20) -> list[float]:
+    """Average the last part (a 20th) of the training up to each step."""
+    width = max(1, len(values) // parts)
+    windows = (values[max(0, i + 1 - width) : i + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
 def _tokens(model: Any, inputs: Inputs, subspace: Subspace | None) -> list[dict[str, Any]]:
-    """Tokens of the leading directions, as they stand in the last layer that has a basis."""
-    bases = layer_bases(subspace.bases, inputs.rules) if subspace else {}
-    if not bases:
+    """Tokens of the leading directions, as they stand after the last block."""
+    if subspace is None:
         return []
-    basis: Tensor = bases[max(bases)][:, :_SHOWN_DIRECTIONS]
+    basis = subspace.basis[:, :_SHOWN_DIRECTIONS]
     words = lens(model, inputs.tokenizer, basis, inputs.rules, _SHOWN_TOKENS)
-    return [
-        {
-            "one_end": [token["token"] for token in one["up"]],
-            "other_end": [token["token"] for token in one["down"]],
-        }
-        for one in words
-    ]
+    return words
 
 
 def _measure_models(
     model: Any,
     folders: dict[str, Path],
     inputs: Inputs,
-    subspace: Subspace | None,
     config: RunConfig,
     numbers: dict[str, Any],
 ) -> None:
@@ -233,17 +217,6 @@ def _measure_models(
             peft_model.set_adapter(name)
             adapters[name]["held_out_loss"] = mean_loss(peft_model, inputs.held_out, **size)
     _measure_effects(peft_model, list(folders), inputs, config, adapters)
-    bases = layer_bases(subspace.bases, inputs.rules) if subspace else {}
-    if not bases:
-        return
-    for adapter in adapters.values():
-        adapter["movement"] = {}
-    training = _training_prompts(inputs, config)
-    for kind, prompts in (("training", training), ("neutral", inputs.neutral)):
-        bar = tqdm(prompts, desc=f"residual stream, {kind} prompts", unit="prompt")
-        moved = measure_movement(peft_model, list(folders), bases, bar, inputs.rules)
-        for name, movement in moved.items():
-            adapters[name]["movement"][kind] = movement.to_json()
 
 
 @torch.no_grad()
@@ -256,7 +229,7 @@ def _measure_effects(
 ) -> None:
     """Add what each adapter says to unrelated and to training prompts, and how far it changes the
     base model's own answers."""
-    pair = Pair(model, inputs.rules, blocks_by_layer(model, inputs.rules))
+    pair = Pair.of(model, inputs.rules)
     training = _training_prompts(inputs, config)[:_SHOWN_TRAINING]
     size: dict[str, Any] = {"batch_size": config.per_device_train_batch_size}
     said = {

@@ -25,12 +25,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from tqdm.auto import tqdm
 
 from grasp_kernels.config import Backend, GraspConfig
 from grasp_kernels.models.checkpoint import find_checkpoint, load_model
-from grasp_kernels.pipeline.config import MOST_SEED, RunConfig
+from grasp_kernels.pipeline.config import RunConfig
 from grasp_kernels.pipeline.folder import RunFolder, fingerprint
 from grasp_kernels.pipeline.inputs import Inputs, attach_lora, prepare, warmup_steps
 from grasp_kernels.pipeline.interrupts import raise_if_interrupted, remembered_interrupts
@@ -106,9 +105,7 @@ def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
             snapshots=early_checkpoints(config, folder, inputs.steps),
         )
     subspace = _subspace(config, folder, inputs) if config.project_gradient else None
-    # The divergence needs no direction.
-    differs = config.kl_coef > 0 or not (subspace is None or subspace.is_empty)
-    if differs and not folder.retrained.exists():
+    if not folder.retrained.exists():
         train(
             config,
             inputs,
@@ -126,7 +123,6 @@ def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
 def _subspace(config: RunConfig, folder: RunFolder, inputs: Inputs) -> Subspace:
     """Identify the subspace, or load what is there."""
     if not folder.subspace.exists():
-        train_halves(config, folder, inputs)
         find_subspace(config, folder, inputs).save(folder.subspace)
     return Subspace.load(folder.subspace)
 
@@ -143,8 +139,8 @@ def train(
     snapshots: Mapping[int, Path] | None = None,
     last_step: int | None = None,
 ) -> None:
-    """Train one adapter from the model's folder into `out`: naive, or projected off `subspace`
-    (which may be empty), and held at the base model by `kl_regularizer`.
+    """Train one adapter from the model's folder into `out`: naive, or projected off `subspace`,
+    and held at the base model by `kl_regularizer`.
 
     Nothing else differs between the two: initialisation, data order and dropout come from the seed.
     See `training.train_adapter` for `work`, `snapshots` and `last_step`.
@@ -214,26 +210,6 @@ def make_chats(config: RunConfig, folder: RunFolder, inputs: Inputs) -> KLRegula
     return KLRegularizer.load(folder.chats)
 
 
-def train_halves(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
-    """Two short adapters on disjoint data, each from a seed of its own, where they are wanted."""
-    last_step = max(early_checkpoints(config, folder, inputs.steps))
-    for i, out in enumerate(_halves(config, folder)):
-        if not out.exists():
-            train(
-                replace(config, seed=(config.seed + i + 1) % (MOST_SEED + 1)),
-                replace(inputs, train=inputs.train[i::2]),
-                out=out,
-                work=folder.work / out.name,
-                description=f"LoRA on half {i + 1}",
-                last_step=last_step,
-            )
-
-
-def _halves(config: RunConfig, folder: RunFolder) -> list[Path]:
-    """Adapter folders of both halves; none where none are wanted."""
-    return [folder.halves / f"half-{i}" for i in (1, 2)] if config.halves else []
-
-
 def early_checkpoints(config: RunConfig, folder: RunFolder, steps: int) -> dict[int, Path]:
     """Step -> folder of the adapters that are identified from, if any are.
 
@@ -253,7 +229,7 @@ def _public_name(config: RunConfig) -> str:
 
 
 def find_subspace(config: RunConfig, folder: RunFolder, inputs: Inputs) -> Subspace:
-    """Identify the subspace from the early adapters, beside those of the halves."""
+    """Identify the subspace from the early adapters."""
     from grasp_kernels.subspace import identify
 
     adapters = [str(p) for p in early_checkpoints(config, folder, inputs.steps).values()]
@@ -261,9 +237,7 @@ def find_subspace(config: RunConfig, folder: RunFolder, inputs: Inputs) -> Subsp
         subspace = identify(
             adapters,
             k=config.k,
-            generator=torch.Generator().manual_seed(config.seed),
             base_model=str(inputs.checkpoint),
-            halves=[str(path) for path in _halves(config, folder)],
         )
         bar.update()
     return subspace

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.kernels import Suite, levels, run_suite, table
+from benchmarks.kernels import Suite, levels, ours, provider, run_suite, table
 from benchmarks.kernels.__main__ import main
+from benchmarks.kernels.gate import Gate
+from benchmarks.kernels.peft_providers import on_peft
+from benchmarks.kernels.provider import Refusal, Weights, make_weights
 from benchmarks.kernels.providers import PROVIDERS, at_level, choose
-from grasp_kernels.bench import ours, provider
-from grasp_kernels.bench.gate import Gate
-from grasp_kernels.bench.peft_providers import on_peft
-from grasp_kernels.bench.provider import Refusal, Weights, make_weights
-from grasp_kernels.bench.shapes import MODELS, Linear
+from benchmarks.kernels.shapes import MODELS, Linear
 
 CPU = torch.device("cpu")
 TINY = Suite(

@@ -25,7 +25,7 @@ from benchmarks.quality.smollm2.report import task_table, write_report
 from benchmarks.quality.smollm2.tasks import make_task
 from benchmarks.quality.smollm2.verdicts import judge_verdicts
 from grasp_kernels import RunConfig
-from grasp_kernels.effect.changed import CHANGED
+from grasp_kernels.diagnosis.answers import CHANGED
 from grasp_kernels.pipeline import stages
 from tests.helpers.smollm2 import BASE, NAIVE, few, row_of
 

@@ -5,16 +5,15 @@ Shapes: T tokens, K in, N out.
 
 from __future__ import annotations
 
+import importlib
 from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from grasp_kernels.ops import dispatch
 from grasp_kernels.ops.lora_linear.operands import Operands
 
-PACKAGE = __package__  # where the backends are
 KERNELS = ("cuda", "triton")
 BACKENDS = (*KERNELS, "aten", "reference")  # the reference is last and runs everywhere
 _EVERYWHERE = BACKENDS[len(KERNELS) :]
@@ -34,23 +33,60 @@ LEAST_TOKENS = 4096
 _LEAST_WORK = 1 << 36
 
 
+@cache
+def load(name: str) -> ModuleType | str:
+    """The module of a backend, or the reason why it cannot be imported."""
+    place = f"{name}.backend" if name in KERNELS else name
+    try:
+        return importlib.import_module(f"{__package__}.{place}")
+    except ModuleNotFoundError as error:
+        return f"{str(error.name).split('.')[0]} is not installed"
+    except ImportError as error:  # an old release of a package that is there
+        return f"{error.name} is too old for it ({error.msg})"
+
+
+def why_not(name: str, where: torch.device) -> str | None:
+    """None when the backend can run on that device, else the reason."""
+    module = load(name)
+    return module if isinstance(module, str) else module.unsupported(where)
+
+
 def backends(where: torch.device | str | None = None) -> dict[str, str | None]:
     """Every backend with None if it can run on the device, else the reason why it cannot."""
     if where is None:
         where = "cuda" if torch.cuda.is_available() else "cpu"
-    return {name: dispatch.why_not(PACKAGE, name, torch.device(where)) for name in BACKENDS}
+    return {name: why_not(name, torch.device(where)) for name in BACKENDS}
 
 
 def computes(backend: str, dtype: torch.dtype) -> bool:
     """Whether a backend, if it is here, computes with activations of a dtype."""
-    module = dispatch.load(PACKAGE, backend)
+    module = load(backend)
     return isinstance(module, str) or dtype in module.DTYPES
 
 
 def select(backend: str, x: Tensor, op: Operands) -> ModuleType:
-    """The backend for `x[T, K]`; forward and backward see the same shapes and so agree."""
-    order = BACKENDS if backend != "auto" or prefers_kernels(x, op) else _EVERYWHERE
-    return dispatch.select(PACKAGE, order, backend, x.device, x, op)
+    """The backend for `x[T, K]`; forward and backward see the same shapes and so agree.
+
+    An explicit request never falls back: it runs, or raises with the reason.
+    """
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend {backend!r} is unknown; use 'auto' or one of {BACKENDS}.")
+    order: tuple[str, ...] = (backend,)
+    if backend == "auto":
+        order = BACKENDS if prefers_kernels(x, op) else _EVERYWHERE
+    reason: str | None = None
+    for name in order:
+        module = load(name)
+        if isinstance(module, str):
+            reason = module
+            continue
+        reason = module.unsupported(x.device) or module.refuses(x, op)
+        if reason is None:
+            return module
+    raise ValueError(
+        f"backend {backend!r} cannot run on {x.device}: {reason}; "
+        "use backend='auto' for one that can."
+    )
 
 
 def prefers_kernels(x: Tensor, op: Operands) -> bool:

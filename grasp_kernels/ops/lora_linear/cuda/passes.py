@@ -43,7 +43,7 @@ def sums(
     return None if factor is None else skinny
 
 
-def one_read(z: Tensor, R: int, Q: int, E: int) -> bool:
+def one_read(z: Tensor, R: int, E: int) -> bool:
     return _one_read(capability(z.device), z.shape[1], R, E)
 
 

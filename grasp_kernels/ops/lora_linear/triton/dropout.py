@@ -62,8 +62,9 @@ def _keep_mask_kernel(mask, seed, T, K, threshold, BLOCK_T: tl.constexpr, BLOCK_
     tl.store(mask + t[:, None] * K + k[None, :], keep, mask=inside)
 
 
-def keep_mask(x: Tensor, dropout: Dropout) -> Tensor:
+def keep_mask(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """The mask that the kernels regenerate, whole: bool `[T, K]` for `x[T, K]`."""
+    dropout = Dropout(seed, p)
     T, K = x.shape
     mask = x.new_empty(T, K, dtype=torch.bool)
     launch(

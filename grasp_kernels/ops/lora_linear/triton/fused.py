@@ -67,13 +67,13 @@ class Passes(Protocol):
         """
         ...
 
-    def one_read(self, z: Tensor, R: int, Q: int, E: int) -> bool:
+    def one_read(self, z: Tensor, R: int, E: int) -> bool:
         """Whether `sums` with a factor costs less than `sums` and `down`, two reads of `z`."""
         ...
 
 
 def forward(
-    x: Tensor, op: Operands, passes: Passes, base: Tensor | None = None
+    passes: Passes, x: Tensor, op: Operands, base: Tensor | None = None
 ) -> tuple[Tensor, Saved]:
     """`Y[T, N]` from `X[T, K]`; without a weight also from `base[T, N]`."""
     A, B, b = closed_factors(op, x.dtype)
@@ -85,7 +85,7 @@ def forward(
 
 
 def backward(
-    dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs, passes: Passes
+    passes: Passes, dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs
 ) -> Gradients:
     """The gradients that are needed, from `dY[T, N]`."""
     R = saved.A.shape[0]
@@ -117,10 +117,9 @@ def _gradient_pass(
         B = project_columns(B, V).to(B.dtype)
     projected = op.projects(needs)
     through = needs.x or needs.lora_A or projected
-    Q = 0 if V is None else V.shape[1]
-    E = R + (Q if projected else 0)
+    E = R + (V.shape[1] if projected and V is not None else 0)
     skinny = dB = None
-    together = through and needs.lora_B and passes.one_read(dy, R, Q, E)
+    together = through and needs.lora_B and passes.one_read(dy, R, E)
     if through and not together:
         factors = [B.mT] if not projected or V is None else [B.mT, V.mT.to(B.dtype)]
         rows = torch.cat(factors)

@@ -10,8 +10,9 @@ from torch import Tensor
 from grasp_kernels.ops.lora_linear.triton.down import down as down_pass
 from grasp_kernels.ops.lora_linear.triton.dropout import Dropout
 from grasp_kernels.ops.lora_linear.triton.reduce import finish_factor, finish_skinny, total
-from grasp_kernels.ops.lora_linear.triton.tokens import one_read as costs_less
-from grasp_kernels.ops.lora_linear.triton.tokens import token_pass
+from grasp_kernels.ops.lora_linear.triton.tokens import one_read, token_pass
+
+__all__ = ["down", "one_read", "sums"]
 
 
 def down(
@@ -44,7 +45,3 @@ def sums(
     share = None if partial.shares is None else total(partial.shares)
     finish_factor(partial.sums, share, basis, scaling * keep, out)
     return skinny
-
-
-def one_read(z: Tensor, R: int, Q: int, E: int) -> bool:
-    return costs_less(z, R, E)

@@ -18,13 +18,18 @@ def cell(token: str) -> str:
     return inert(printable(token)) or "␣"
 
 
+def words(tokens: list[dict[str, Any]]) -> str:
+    """Tokens as `diagnosis.tokens` lists them, one after the other."""
+    return " ".join(f"`{cell(token['token'])}`" for token in tokens)
+
+
 def answers_table(adapters: dict[str, list[dict[str, Any]]]) -> str:
     """Prompts with the answers of the base model and of adapters side by side.
 
     Bold is what the base model would hardly say (below 1 %); `≠` marks an answer that has changed.
 
     Args:
-        adapters: name -> answers as `effect.told` returns them, to the same prompts.
+        adapters: name -> answers as `diagnosis.told` returns them, to the same prompts.
     """
     rows = []
     for told in zip(*adapters.values(), strict=True):
