@@ -8,25 +8,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from grasp_kernels.layers.closed import ClosedLayer
 from grasp_kernels.models.sharding import is_slice
 from grasp_kernels.ops import lora_linear, project_gradient
-from grasp_kernels.ops.projection import is_transforming, project_columns
+from grasp_kernels.ops.projection import is_transforming
 
 # Reasons for peft's forward when there is no adapter to compute: no factor is read, nobody is told.
 _META = "the input has no data"
 _IDLE = ("adapters are disabled", "the adapter is merged", "0 active adapters", _META)
-# Reasons for operations of torch that it can transform and differentiate in every way: see
-# `_in_torch`.
 _TRANSFORM = "torch.func, forward-mode differentiation, an export or a trace sees the call"
 _MODE = "a mode of torch counts, keeps or fakes every operation"
 _SUBCLASS = "the input is of a class of its own"
 _SCALING = "the scaling is a tensor"
-_IN_TORCH = (_TRANSFORM, _MODE, _SUBCLASS, _SCALING)
 
 
 class ProjectedLoRA(ClosedLayer):
@@ -111,36 +107,10 @@ class ProjectedLoRA(ClosedLayer):
         if self.new_adapters and not (torch.compiler.is_compiling() or is_transforming()):
             self.look_at_new()
         reason = self.why_stock(x, *args, **kwargs)
-        if reason is not None and reason not in _IN_TORCH:
+        if reason is not None:
             return self._stock_forward(reason, x, *args, **kwargs)
         self.move_basis(x.device)
-        if reason is None:
-            return self._accelerated(x, self._active()[0])
-        self._tell_stock(reason)
-        return self._in_torch(x)
-
-    def _in_torch(self, x: Tensor) -> Tensor:
-        """peft's forward on `B°`, whose gradient torch takes through the projection.
-
-        Nothing is written, so this also serves where weights cannot be: under transforms.
-        """
-        V = self.write_basis
-        if V is None:
-            return super().forward(x)
-        y = base = self.base_layer(x)
-        for name in self._active():
-            lora_B = self.lora_B[name]
-            A, B, b = self.lora_A[name].weight, lora_B.weight, lora_B.bias
-            if name in self.closed_adapters:
-                B = project_columns(B, V).to(B.dtype)
-                b = b if b is None else project_columns(b, V).to(b.dtype)
-            else:
-                B = project_gradient(B.mT, V).mT
-                b = b if b is None else project_gradient(b, V)
-            S = F.linear(self.lora_dropout[name](self._cast_input_dtype(x, A.dtype)), A)
-            y = y + F.linear(S, B, b) * self.scaling[name]
-        y = y.to(base.dtype)
-        return project_gradient(y, V) if self.project == "residual" else y
+        return self._accelerated(x, self._active()[0])
 
     def _operator(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, adapter: str, **options: Any
