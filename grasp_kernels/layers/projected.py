@@ -19,10 +19,6 @@ from grasp_kernels.ops.projection import is_transforming
 # Reasons for peft's forward when there is no adapter to compute: no factor is read, nobody is told.
 _META = "the input has no data"
 _IDLE = ("adapters are disabled", "the adapter is merged", "0 active adapters", _META)
-_TRANSFORM = "torch.func, forward-mode differentiation, an export or a trace sees the call"
-_MODE = "a mode of torch counts, keeps or fakes every operation"
-_SUBCLASS = "the input is of a class of its own"
-_SCALING = "the scaling is a tensor"
 
 
 class ProjectedLoRA(ClosedLayer):
@@ -77,22 +73,17 @@ class ProjectedLoRA(ClosedLayer):
         if x.is_meta and self.get_base_layer().weight.is_meta:
             return _META
         active = self._active()
-        reason = self._why_in_torch(x, active) if active else None
-        if reason is None and len(active) != 1:
-            reason = f"{len(active)} active adapters"
-        return reason or self._why_not(x, active[0])
-
-    def _why_in_torch(self, x: Tensor, active: list[str]) -> str | None:
-        if any(adapter in self.lora_variant for adapter in active):
-            return None  # a formula of its own
+        if len(active) != 1:
+            return f"{len(active)} active adapters"
         if is_transforming():
-            return _TRANSFORM
+            return "torch.func, forward-mode differentiation, an export or a trace sees the call"
         if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0:
-            return _MODE
+            return "a mode of torch counts, keeps or fakes every operation"
         if type(x) not in (Tensor, nn.Parameter):
-            return _SUBCLASS
-        scalings = (self.scaling[adapter] for adapter in active)
-        return _SCALING if any(isinstance(scaling, Tensor) for scaling in scalings) else None
+            return "the input is of a class of its own"
+        if isinstance(self.scaling[active[0]], Tensor):
+            return "the scaling is a tensor"
+        return self._why_not(x, active[0])
 
     def _why_not(self, x: Tensor, adapter: str) -> str | None:
         """What `why_stock` asks of the one active adapter, and of the base layer."""
