@@ -81,6 +81,7 @@ class Words:
         return " ".join(f"w{i}" for i in ids)
 
 
+@pytest.mark.slow
 @families
 def test_the_whole_diagnosis_of_every_family(family: str) -> None:
     model = adapted(family, experts=False)

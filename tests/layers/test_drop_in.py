@@ -314,6 +314,7 @@ def test_compiled_transforms(project: bool) -> None:
     assert_close(run(inputs()), gradients(inputs()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("project", [False, True])
 def test_exports_are_operations_of_torch(strict: bool, project: bool) -> None:

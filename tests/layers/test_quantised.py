@@ -215,6 +215,7 @@ def dequantised(model: PeftModel) -> PeftModel:
     return oracle.train()
 
 
+@pytest.mark.slow
 @every_kind
 @pytest.mark.parametrize(
     ("dtype", "autocast"),

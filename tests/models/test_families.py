@@ -174,6 +174,7 @@ def test_folders_are_identified_like_models(family: str, tmp_path: Path) -> None
         assert torch.equal(other.gains[norm], gain), norm
 
 
+@pytest.mark.slow
 @families
 def test_merged_models_come_back_as_adapters(family: str, tmp_path: Path) -> None:
     """Of models and of folders; stock peft computes what was merged."""

@@ -64,6 +64,7 @@ gk.lora_linear(x, torch.ones(3, 4), None, torch.ones(1, 4), torch.ones(3, 1), 1.
     assert in_a_fresh_process(missing + works) == str(expected)
 
 
+@pytest.mark.slow
 def test_auto_is_the_library_where_nothing_was_measured() -> None:
     code = "import sys, grasp_kernels as gk, torch\n" + CALL.replace('"triton"', '"auto"')
     assert in_a_fresh_process(code + "print('triton' in sys.modules)") == "False"

@@ -100,6 +100,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return waits
 
 
+@pytest.mark.slow
 def test_an_unsteady_judge_loses_nothing(
     tiny_model_dir: Path,
     chat_jsonl: Path,

@@ -125,6 +125,7 @@ def test_an_evaluation_is_without_it(tmp_path: Path) -> None:
     assert made.evaluate(data)["eval_loss"] == expected
 
 
+@pytest.mark.slow
 def test_training_with_it_stays_nearer(tmp_path: Path) -> None:
     found = {}
     for strength in (0.0, 3.0):
@@ -206,6 +207,7 @@ def test_trl_trains_on_our_layers_and_chats(
     assert torch.equal(found.log_probs, expected.log_probs)
 
 
+@pytest.mark.slow
 def test_a_resumed_training_has_the_chats_that_it_had(
     tiny_model_dir: Path,
     chat_jsonl: Path,

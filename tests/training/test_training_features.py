@@ -29,6 +29,7 @@ from tests.helpers.parity import (
     two_adapters,
 )
 
+pytestmark = pytest.mark.slow
 ADAPTERS: dict[str, dict[str, Any]] = {
     "plain": {},
     "dropout": {"lora_dropout": 0.2},
