@@ -26,7 +26,7 @@ _TYPES: dict[str, tuple[Any, str]] = {
 }
 _PLAIN = re.compile(
     r"(tuple\[)?(?P<type>str|int|float|bool)(, \.\.\.\])?"
-    r"(?P<auto> \| Literal\[.auto.\])?(?P<none> \| None)?"
+    r"(?P<auto> \| Literal\['auto'\])?(?P<none> \| None)?"
 )
 
 

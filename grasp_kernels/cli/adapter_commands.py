@@ -125,12 +125,15 @@ def add_check(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "check",
         parents=[common],
-        help="measure how much of an adapter lies in a subspace",
+        help="measure how much of an adapter or merged model lies in a subspace",
         description="Leakage of every layer; exit status 1 if any is above the tolerance, or if "
         "there is something that the subspace has no basis to measure along.",
     )
-    parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder")
+    parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder, or a merged model's")
     parser.add_argument("subspace", metavar="SUBSPACE", help="subspace file")
+    parser.add_argument(
+        "--base-model", metavar="DIR", help="checkpoint that a merged model was made from"
+    )
     parser.add_argument(
         "--tolerance",
         type=_tolerance,
@@ -148,11 +151,11 @@ def _check(arguments: argparse.Namespace) -> int:
     subspace = Subspace.load(arguments.subspace)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that something was not measured stands below
-        measured = leakage(arguments.adapter, subspace)
+        measured = leakage(arguments.adapter, subspace, base=arguments.base_model)
     if not (measured.changed or measured.unseen):
         raise ValueError(
             f"Nothing in {arguments.adapter} that writes to the stream is trained: give a trained "
-            "adapter."
+            "adapter, or a model that differs from its base."
         )
     names = [printable(name) for name in measured]
     width = max(map(len, names))

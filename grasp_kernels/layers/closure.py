@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path
@@ -30,9 +30,10 @@ from grasp_kernels.adapters.load import adapter_parts
 from grasp_kernels.files import inside, whole_folder
 from grasp_kernels.inert import listed, shown
 from grasp_kernels.models.architectures import SiteRules, model_gains, site_rules
+from grasp_kernels.models.difference import compared, whole_model
 from grasp_kernels.models.names import adapted_name
 from grasp_kernels.models.sharding import gathered
-from grasp_kernels.models.weights import model_type_of
+from grasp_kernels.models.weights import Source, model_type_of
 from grasp_kernels.ops.projection import project_columns
 from grasp_kernels.subspace import Subspace, check_subspace
 
@@ -59,32 +60,41 @@ class Leakages(dict[str, float]):
 
 
 def leakage(
-    source: nn.Module | str | PathLike[str],
+    source: Source,
     subspace: Subspace | None = None,
     *,
+    base: Source | None = None,
     adapter_name: str | None = None,
     sites: SiteRules | None = None,
 ) -> Leakages:
-    """The leakage of every LoRA layer that writes to the stream, by module name in the base model.
+    """Measure the leakage of every layer that writes to the stream, by its name in the base model.
+
+    With `base` that of a model whose weights were changed: merged, or fully fine-tuned. `ΔW` is
+    then the difference of the weights, and what their dtype rounded is in it: a closed adapter that
+    is merged into bfloat16 leaks up to `2⁻⁹ ‖W‖ / ‖ΔW‖`.
 
     What a bias adds to the stream counts by itself: the leakage of a layer is the larger of that of
     its weight and that of its bias. Nothing is left out in silence: see `Leakages.unseen`, of which
-    a warning tells too. Of a merged model `extract_adapter` makes an adapter first.
+    a warning tells too.
 
     Args:
-        source: a model with LoRA layers, or an adapter folder. Of a model that is sharded over
-            processes, all of them must ask.
+        source: a model with LoRA layers, or an adapter folder; with `base` a model, or its
+            checkpoint folder. Of a model that is sharded over processes, all of them must ask.
         subspace: what to measure along; by default the bases of the model's GraspLoRALinear layers.
+        base: the model that `source` was made from, or its checkpoint folder.
         adapter_name: which adapter, where there are several: of a model the active one by default.
         sites: writers of an architecture that is not known.
 
     Raises:
         FileNotFoundError: a folder without safetensors.
-        ValueError: no layer to measure, a subspace of another model, values that are not finite, or
-            two active adapters.
+        ValueError: no layer to measure, a subspace of another model, values that are not finite,
+            two active adapters, or with `base` an adapter that is not merged or a quantised weight.
     """
     check_subspace(subspace)
-    found = _leakage(source, subspace, adapter_name, sites)
+    if base is None:
+        found = _leakage(source, subspace, adapter_name, sites)
+    else:
+        found = _of_models(source, base, subspace, sites)
     if found.unseen:
         warnings.warn(
             f"The leakage of {listed(found.unseen)} was not measured; see Leakages.unseen.",
@@ -94,7 +104,7 @@ def leakage(
 
 
 def _leakage(
-    source: nn.Module | str | PathLike[str],
+    source: Source,
     subspace: Subspace | None,
     adapter_name: str | None = None,
     sites: SiteRules | None = None,
@@ -105,24 +115,32 @@ def _leakage(
         parts = adapter_parts(source, adapter_name)
         refuse_other_forms(parts.source, parts.config)
         if subspace is not None:
-            bases = _bases_along(subspace, parts, source, sites)
+            bases = _bases_of_adapter(subspace, parts, source, sites)
         else:
             assert isinstance(source, nn.Module)
             bases = _bases_of_layers(source)
     return _measured(parts, bases)
 
 
-def _bases_along(
-    subspace: Subspace,
-    parts: Parts,
-    source: nn.Module | str | PathLike[str],
-    sites: SiteRules | None,
+def _bases_of_adapter(
+    subspace: Subspace, parts: Parts, source: Source, sites: SiteRules | None
 ) -> _Bases:
-    """Those of a subspace at the writers of a model, with its own gains if it is here."""
-    model_type, gains = config_model_type(parts.config), dict(subspace.gains)
+    model_type = config_model_type(parts.config)
     if isinstance(source, nn.Module):
         model_type = model_type_of(source) or model_type
     names = [entry.name for entry in parts.factors]
+    return _bases_along(subspace, model_type, names, source, sites)
+
+
+def _bases_along(
+    subspace: Subspace,
+    model_type: str | None,
+    names: Iterable[str],
+    source: Source,
+    sites: SiteRules | None,
+) -> _Bases:
+    """Return those of a subspace at the writers of a model, with its own gains if it is here."""
+    gains, names = dict(subspace.gains), list(names)
     rules = site_rules(model_type or subspace.metadata.get("model_type"), names, sites)
     found = {name: rules.site(name) for name in names}
     if isinstance(source, nn.Module):
@@ -160,21 +178,40 @@ class _Measured:
         self.total = self.along = self.bias = 0.0
 
     def add_product(self, A: Tensor, B: Tensor, scaling: float) -> None:
-        """`s B A`, or a stack of those."""
+        """Add `s B A`, or a stack of those."""
         A, B = A.double(), B.double() * scaling
-        if self.basis.shape[0] != B.shape[-2]:
+        self._check_width(B.shape[-2])
+        self._add(_product_norm(B, A), _product_norm(self.basis.to(B).mT @ B, A))
+
+    def add_delta(self, changed: Tensor, original: Tensor) -> None:
+        """Add `ΔW[N, K]`, or a stack of those."""
+        if changed.shape != original.shape:
             raise ValueError(
-                f"the basis for {shown(self.name)} has {self.basis.shape[0]} rows but the layer "
-                f"has {B.shape[-2]} features; the subspace belongs to another model."
+                f"the weights of {shown(self.name)} are {changed.dtype} {tuple(changed.shape)} and "
+                f"{original.dtype} {tuple(original.shape)}; compare weights of one shape that are "
+                "not quantised."
             )
-        total = _product_norm(B, A)
+        delta = changed.float() - original.float()
+        self._check_width(delta.shape[-2])
+        if size := float(delta.abs().max()):
+            delta /= size  # whose squares float32 holds
+            along = self.basis.to(delta).mT @ delta
+            self._add(size * float(delta.norm()), size * float(along.norm()))
+
+    def _add(self, total: float, along: float) -> None:
         if not math.isfinite(total):
             raise ValueError(
                 f"the change of {shown(self.name)} is larger than numbers can be; give an earlier "
                 "checkpoint, before training diverged."
             )
-        self.total = math.hypot(self.total, total)
-        self.along = math.hypot(self.along, _product_norm(self.basis.to(B).mT @ B, A))
+        self.total, self.along = math.hypot(self.total, total), math.hypot(self.along, along)
+
+    def _check_width(self, N: int) -> None:
+        if self.basis.shape[0] != N:
+            raise ValueError(
+                f"the basis for {shown(self.name)} has {self.basis.shape[0]} rows but the layer "
+                f"has {N} features; the subspace belongs to another model."
+            )
 
     def add_bias(self, bias: Tensor) -> None:
         """`Δb[N]`, which the layer adds whatever it reads."""
@@ -204,6 +241,45 @@ def _measured(parts: Parts, bases: _Bases) -> Leakages:
             "no LoRA layer writes to the stream with a basis to measure along; pass a subspace of "
             "this model, with the gains of its norms where it has some after its writers."
         )
+    return _leakages(measured, unseen)
+
+
+@torch.no_grad()
+def _of_models(
+    source: Source, base: Source, subspace: Subspace | None, sites: SiteRules | None
+) -> Leakages:
+    """Measure the difference of two models, of which every tensor is looked at."""
+    if subspace is None:
+        raise ValueError("weights have no basis of their own; pass the subspace to measure along.")
+    changed, original = whole_model(source, merged=True), whole_model(base, merged=False)
+    modules = {name: name.removesuffix(".bias") for name in (*original, *changed)}
+    bases = _bases_along(subspace, model_type_of(base), set(modules.values()), base, sites)
+    measured: dict[str, _Measured] = {}
+    unseen: list[str] = []
+    for name, one, other in compared(changed, original):
+        place, basis = bases(modules[name])
+        if basis is not None and (one is None or other is None):
+            raise ValueError(
+                f"the {'model' if one is None else 'base'} has no weight of {shown(name)}, which "
+                "writes to the stream; give models of one architecture."
+            )
+        if basis is not None and one is not None and other is not None and one.ndim > 1:
+            measured.setdefault(place, _Measured(place, basis)).add_delta(one, other)
+        elif one is other:
+            continue
+        elif basis is not None and name != modules[name] and one is not None and other is not None:
+            measured.setdefault(place, _Measured(place, basis)).add_bias(one - other)
+        elif basis is not None or not place:
+            unseen.append(name)
+    if not measured:
+        raise ValueError(
+            "neither model has weights that write to the stream along the subspace; give a "
+            "subspace of these models."
+        )
+    return _leakages(measured, unseen)
+
+
+def _leakages(measured: dict[str, _Measured], unseen: Iterable[str]) -> Leakages:
     found = Leakages({name: site.leakage() for name, site in measured.items()})
     found.unseen = tuple(dict.fromkeys(unseen))
     found.changed = any(site.total or site.bias for site in measured.values())
@@ -249,7 +325,7 @@ def project_adapter(
         for file in sorted(weights.parent.iterdir())
         if file.suffix in _COPIED and file.is_file() and file.name != INDEX
     ]
-    bases = _bases_along(subspace, adapter_parts(source), source, sites)
+    bases = _bases_of_adapter(subspace, adapter_parts(source), source, sites)
     tensors = open_weights(weights)
     projected = {key: read() for key, read in tensors.items()}
     for name, keys in sort_keys(weights, tensors, None)[0].items():

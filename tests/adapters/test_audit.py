@@ -3,9 +3,10 @@
 `D` width of the stream, `E` experts, `K` inputs and `N` outputs of a layer.
 """
 
-from pathlib import Path
+from pathlib import copy
 from typing import Any
 
+import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
@@ -385,3 +386,54 @@ def test_what_has_no_basis_is_named_and_is_no_clean_bill(
 def test_a_tolerance_is_a_share(tolerance: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "adapter", "subspace", f"--tolerance={tolerance}"]) == 2
     assert tolerance in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["model.layers.2.mlp.down_proj.weight", "model.norm.weight"])
+def test_a_merged_model_that_is_not_finite_is_refused(
+    value: float, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tiny_model()
+    base.save_pretrained(tmp_path / "base")
+    base.get_parameter(name).data.flatten()[3] = value
+    base.save_pretrained(tmp_path / "changed")
+    along(base).save(tmp_path / "s")
+    arguments = (tmp_path / "changed", tmp_path / "s", "--base-model", tmp_path / "base")
+    status, said = checked(capsys, *arguments)
+    assert status == 2 and name.removesuffix(".weight") in said and "non-finite" in said
+
+
+@pytest.mark.parametrize("size", [1e30, 1e-30])
+def test_the_size_of_a_change_does_not_hide_where_it_goes(size: float) -> None:
+    base, changed = tiny_model(), tiny_model()
+    with torch.no_grad():
+        for model, part in ((base, 0.0), (changed, size)):
+            weight = model.model.layers[1].mlp.down_proj.weight
+            weight.copy_(part * torch.outer(direction(), torch.ones(weight.shape[1])))
+    leaks = gk.leakage(changed, along(base), base=base)
+    assert leaks["model.layers.1.mlp.down_proj"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_merged_experts_are_measured_in_folders_as_in_models(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tiny(family)
+    merged, subspace = copy.deepcopy(base), along(base)
+    with torch.no_grad():
+        for name, p in merged.named_parameters():
+            if name.endswith("1.mlp.experts.down_proj"):
+                p += torch.einsum("n,ek->enk", direction(), torch.randn(p.shape[0], p.shape[2]))
+            elif name.endswith(("1.mlp.experts.gate_up_proj", "1.mlp.gate.weight")):
+                p += torch.randn(p.shape)
+    for name, model in (("base", base), ("merged", merged)):
+        model.save_pretrained(tmp_path / name)
+    subspace.save(tmp_path / "s")
+    expected = gk.leakage(merged, subspace, base=base)
+    found = gk.leakage(tmp_path / "merged", subspace, base=tmp_path / "base")
+    assert found == expected and not found.unseen
+    assert found["model.layers.1.mlp.experts.down_proj"] == pytest.approx(1.0)
+    status, said = checked(
+        capsys, tmp_path / "merged", tmp_path / "s", "--base-model", tmp_path / "base"
+    )
+    assert status == 1 and "experts.down_proj" in said

@@ -10,6 +10,7 @@ import torch
 from tests.helpers.scripts import BENCHMARKS, load_script
 
 
+@pytest.mark.slow
 def test_identification_is_timed_from_file_to_subspace() -> None:
     found = list(load_script("identification").rows(["tiny"], R=4, rounds=2))
     assert [row["k"] for row in found] == [1]

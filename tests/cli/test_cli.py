@@ -89,6 +89,7 @@ def test_run_takes_its_options_and_defaults_from_the_configuration(
     )
 
 
+@pytest.mark.slow
 def test_run_prints_where_its_results_are(
     tiny_model_dir: Path,
     chat_jsonl: Path,

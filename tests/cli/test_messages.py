@@ -160,7 +160,7 @@ def test_a_file_that_may_not_be_read_is_named(
     before = contents(here)
     monkeypatch.setattr(io, "open", refusing)
     monkeypatch.setattr(builtins, "open", refusing)
-    monkeypatch.setattr(f"{__name__}.content", lambda folder: before)
+    monkeypatch.setattr(f"{__name__}.contents", lambda folder: before)
     for command in FILES[file]:
         assert "ermission denied" in refused(command, here, capsys, Path(file).name, "tokenizer of")
 
@@ -436,11 +436,12 @@ def test_a_path_is_no_subspace(here: Path) -> None:
     for call in (
         lambda: gk.leakage("adapter", "s.safetensors"),
         lambda: gk.project_adapter("adapter", Path("s.safetensors"), "o"),
-        lambda: gk.apply_grasp(torch.nn.Linear(2, 2), gk.GraspConfig(subspace=torch.eye(2))),
         lambda: Watch("s.safetensors"),
     ):
         with pytest.raises(TypeError, match=r"subspace is a \w+; give a Subspace"):
             call()
+    with pytest.raises(ValueError, match=r"subspace is 3: give a Subspace, its file or "):
+        gk.GraspConfig(subspace=3)
     assert not Path("o").exists()
 
 

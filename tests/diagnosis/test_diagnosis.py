@@ -167,6 +167,7 @@ def test_files_are_written_whole_and_never_over_others(found: gk.Diagnosis, tmp_
         found.save(folder)
 
 
+@pytest.mark.slow
 def test_inspect_beside_a_base_model(
     tiny_model_dir: Path,
     contaminated: Path,

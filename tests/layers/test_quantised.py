@@ -298,6 +298,7 @@ def test_training_as_for_qlora(kind: str, folder: Path, tmp_path: Path) -> None:
         assert relative_error(stock(input_ids=tokens()).logits, expected) <= rounding
 
 
+@pytest.mark.slow
 def test_kernels_beside_a_library(folder: Path) -> None:
     model = on_peft(base_model("stand-in", folder))
     subspace = a_subspace(model)
@@ -443,6 +444,7 @@ def test_a_copy_is_one_of_its_own(folder: Path) -> None:
     assert {type(layer) for layer in layers(model)} == {quantised.quantised(StandIn)}
 
 
+@pytest.mark.slow
 def test_the_example(tiny_model_dir: Path, chat_jsonl: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     gk.Subspace(torch.eye(32)[:, :1]).save(tmp_path / "one.safetensors")

@@ -318,6 +318,7 @@ def test_from_linear_trains_without_a_peft_model() -> None:
     assert (V.mT @ delta).norm() <= 1e-6 * delta.norm()
 
 
+@pytest.mark.slow
 def test_whole_model_compiles_into_one_graph() -> None:
     model = tiny_peft_model(("q_proj", "down_proj"))
     gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model)))

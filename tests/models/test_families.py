@@ -111,6 +111,9 @@ def test_no_leakage_after_training_and_stock_peft_loads_it(family: str, tmp_path
     assert_same_logits(logits(model), expected, model)
     if not experts:  # what an adapter folder holds is measured in the same way
         assert max(gk.leakage(tmp_path, subspace).values()) <= 1e-6
+    merged = gk.leakage(model.merge_and_unload(), subspace, base=tiny(family))
+    assert merged.keys() >= leaks.keys()
+    assert max(merged.values()) <= 1e-5  # merging rounds
 
 
 @families
@@ -244,6 +247,18 @@ def test_transposed_weights_on_every_backend(backend: str) -> None:
         for one in found
     ]
     assert worst[0] <= 1.5 * worst[1]
+
+
+def test_merged_transposed_weights_are_measured_in_folders_too(tmp_path: Path) -> None:
+    model = adapted("gpt2")
+    subspace = a_subspace(model)
+    expected = gk.leakage(model, subspace)
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    tiny("gpt2").save_pretrained(tmp_path / "base")
+    found = gk.leakage(tmp_path / "merged", subspace, base=tmp_path / "base")
+    assert found.keys() == expected.keys()
+    for name, leak in found.items():
+        assert leak == pytest.approx(expected[name], rel=1e-4)
 
 
 @pytest.mark.parametrize("given", [False, True])

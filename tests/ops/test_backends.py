@@ -35,6 +35,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_without_a_gpu_the_kernels_say_so() -> None:
     code = "from grasp_kernels.ops import backends; print(backends('cpu')['triton'])"
     assert in_a_fresh_process(code).startswith("it needs a GPU")
@@ -44,6 +45,7 @@ def test_without_a_gpu_the_kernels_say_so() -> None:
     )
 
 
+@pytest.mark.slow
 def test_without_triton_everything_else_works() -> None:
     missing = "import sys; sys.modules['triton'] = None\n"
     assert in_a_fresh_process(missing + CALL) == (

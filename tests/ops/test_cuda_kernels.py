@@ -36,7 +36,7 @@ SHAPES = [  # T, C, R, Q
     (33, 2304, 20, 1),  # nine slabs, which no cluster but the smallest divides
     (130, 4096, 16, 4),  # two clusters of eight
 ]
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned")]
 
 
 @pytest.fixture(params=["a GPU"] if ON_GPU else list(emulator.PARTS))

@@ -19,7 +19,7 @@ from tests.helpers.kernels import DEVICE, assert_exact, normal, seeded
 from tests.helpers.oracle import orthonormal, relative_error
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned")]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -125,6 +125,7 @@ def test_a_base_product_elsewhere_compiles_with_it(Q: int) -> None:
         assert torch.equal(eager, found)
 
 
+@pytest.mark.slow
 def test_inductor_uses_one_mask_in_forward_and_backward() -> None:
     """y is linear in x, so ⟨dy, y⟩ = ⟨dx, x⟩ holds for the very mask that the forward drew."""
     case = Case(dropout_p=0.5, dtype=torch.float64)

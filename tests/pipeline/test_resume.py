@@ -27,6 +27,7 @@ from grasp_kernels.regularizer import KLRegularizer
 from grasp_kernels.subspace import Subspace
 
 pytest_plugins = ("tests.helpers.runs",)
+pytestmark = pytest.mark.slow
 
 ADAPTER_FILES = (
     "early/step-2/adapter_model.safetensors",

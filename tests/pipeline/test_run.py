@@ -18,6 +18,7 @@ from grasp_kernels.pipeline.inputs import count_steps
 from grasp_kernels.pipeline.stages import early_checkpoints, is_finished
 
 pytest_plugins = ("tests.helpers.runs",)
+pytestmark = pytest.mark.slow
 
 
 # --- a whole run

@@ -84,6 +84,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     assert loaded_after("import grasp_kernels.cli", "torch", *HEAVY) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["lora_linear", "identify", "Subspace", "leakage", "project_adapter"]
 )

@@ -13,6 +13,7 @@ import grasp_kernels as gk
 from tests.helpers.scripts import run_example
 
 pytest_plugins = ("tests.helpers.runs",)
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

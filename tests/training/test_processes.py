@@ -34,6 +34,7 @@ from tests.helpers.two_processes import (
 )
 
 pytest_plugins = ("tests.helpers.runs",)
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 
