@@ -1,4 +1,4 @@
-"""The three passes on Triton kernels, as `fused.Passes` asks for them.
+"""The three passes of `fused.Passes` on Triton kernels.
 
 Shapes: T tokens, C columns of what a pass reads, R LoRA rank, Q basis size, E skinny rows.
 """
