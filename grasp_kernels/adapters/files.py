@@ -329,7 +329,8 @@ def _scaling_from_config(
 ) -> Callable[[str, Tensor], float]:
     """Return `alpha / r`, for rsLoRA `alpha / √r`, as a function of name and A.
 
-    Patterns may give each module its own r and alpha."""
+    Patterns may give each module its own r and alpha.
+    """
     known = list(names)
     ranks = _by_pattern(config.get("rank_pattern") or {}, known, config["r"])
     alphas = _by_pattern(config.get("alpha_pattern") or {}, known, config["lora_alpha"])

@@ -315,7 +315,8 @@ def _model_parts(model: nn.Module, adapter_name: str | None) -> Parts:
 def _model_factors(model: nn.Module, adapter: str) -> Iterator[Factors]:
     """Yield the factors of each layer; `A[E, R, K]`, `B[E, N, R]` for E experts.
 
-    peft stores the factors of experts flat."""
+    peft stores the factors of experts flat.
+    """
     for name, layer in _lora_layers(model):
         if adapter not in layer.lora_A:
             continue

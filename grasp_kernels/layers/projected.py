@@ -187,6 +187,7 @@ def has_hooks(module: nn.Module) -> bool:
 def _is_placed(module: nn.Module) -> bool:
     """Say whether accelerate's hook for a model spread over devices is the only wrapper.
 
-    It moves the input to the device of the weight, where the hook of the block has moved it."""
+    It moves the input to the device of the weight, where the hook of the block has moved it.
+    """
     hook: Any = module.__dict__.get("_hf_hook")
     return type(hook).__name__ == "AlignDevicesHook" and not (hook.offload or hook.io_same_device)

@@ -136,7 +136,8 @@ def kept_outputs(
 ) -> Iterator[dict[int, Tensor]]:
     """Yield the stream `[B, T, D]` after each block by layer, passed through `reduce`.
 
-    The dictionary is filled inside the context, from the last forward pass."""
+    The dictionary is filled inside the context, from the last forward pass.
+    """
     kept: dict[int, Tensor] = {}
 
     def keeper(layer: int) -> Edit:

@@ -20,7 +20,8 @@ def base_name(name: str) -> str:
     """Return the name without the parts of wrappers.
 
     Wrappers are DDP, FSDP, checkpointing, compilation, and peft ("base_model.model." in front and
-    ".base_layer" inside)."""
+    ".base_layer" inside).
+    """
     name = _WRAPPERS.sub("", f"{name}.")[:-1]
     while name.startswith(_OUTSIDE):
         for wrapper in _OUTSIDE:

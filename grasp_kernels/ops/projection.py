@@ -17,7 +17,8 @@ from grasp_kernels.ops.autocast import without_autocast
 def project_columns(matrix: Tensor, basis: Tensor | None) -> Tensor:
     """Return `(I − V Vᵀ) M` for `M[N, ...]` and `V[N, Q]`; `M` without a basis.
 
-    Products are in float32 at least, under autocast too."""
+    Products are in float32 at least, under autocast too.
+    """
     return matrix if basis is None else without_autocast(_columns, *_wide(matrix, basis))
 
 
@@ -62,7 +63,8 @@ class _ProjectGradient(torch.autograd.Function):
 def is_transforming() -> bool:
     """Say whether torch.func, forward-mode differentiation, an export or a trace is active.
 
-    All of them need operations of torch."""
+    All of them need operations of torch.
+    """
     return (
         forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()

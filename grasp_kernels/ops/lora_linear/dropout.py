@@ -24,7 +24,8 @@ BLOCK_ELEMENTS = 1 << 20
 def host_seed(like: Tensor) -> Tensor:
     """Draw a seed, int64 [1], on the host for library calls.
 
-    Reading a seed from a GPU would wait for all work queued there."""
+    Reading a seed from a GPU would wait for all work queued there.
+    """
     return _drawn(torch.device("cpu"))
 
 
