@@ -343,7 +343,7 @@ def _style(template: str, special_tokens: str) -> _Style:
                 chat_template=template,
                 **json.loads(special_tokens),
             )[0][0]
-        except Exception:  # a template is a program, and `render` says what fails
+        except Exception:  # a template is a program, and `render` names the failure
             return ""
 
     def called(arguments: Any) -> str:

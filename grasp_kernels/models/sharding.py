@@ -36,7 +36,7 @@ def refuse_away(name: str, matrix: Tensor) -> None:
     """Raise for a matrix away from this process.
 
     Raises:
-        ValueError: it is not; the sentence says what to do.
+        ValueError: the matrix is away; the sentence names the remedy.
     """
     if not is_away(matrix):
         return
@@ -89,7 +89,7 @@ def refuse_tensor_parallel(name: str, weight: Tensor) -> None:
     """Raise for a DTensor outside of FSDP2: its forward works on shards of the features.
 
     Raises:
-        ValueError: it is one; the sentence says what to do.
+        ValueError: the weight is such a DTensor; the sentence names the remedy.
     """
     if is_sharded(weight):
         raise ValueError(

@@ -87,7 +87,7 @@ def project_gradient(y: Tensor, basis: Tensor | None) -> Tensor:
             f"the basis has shape {tuple(basis.shape)} but y has {y.shape[-1]} features; "
             f"pass orthonormal columns of shape [{y.shape[-1]}, Q]."
         )
-    if is_transforming():  # torch.func takes no autograd function of ours; both modes are projected
+    if is_transforming():  # our function cannot be transformed; both modes are projected
         basis = basis.to(y)
         along = (y @ basis) @ basis.mT
         return y - (along - along.detach())

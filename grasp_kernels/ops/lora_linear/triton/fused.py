@@ -10,7 +10,7 @@ Where another library computes the base product, its result comes in, `Y = base 
 gradient goes out, `dbase = dY − D Vᵀ`, and the last product is `dX = mask ⊙ (dS A)`.
 
 Each backend has its own passes; the products are shared (`base_product`).
-Shapes: T tokens, K in, N out, C columns of what a pass reads (K or N), R LoRA rank, Q basis size,
+Shapes: T tokens, K in, N out, C columns read by a pass (K or N), R LoRA rank, Q basis size,
 E rows of a skinny result.
 """
 
