@@ -63,16 +63,16 @@ class GraspConfig(Options):
 
     Args:
         subspace: the gradient is projected off it: a `Subspace`, its file, or the folder of a
-        naive adapter for `identify`. None projects nothing.
+            naive adapter for `identify`. None projects nothing.
         orthogonal: also keep `lora_B` orthogonal to the subspace, exactly.
         backend: implementation of the layers.
         architecture: writers of an unknown model family.
         kl_coef: weight of `KL(base ‖ model)`, in nats a token, on chats invented by the base model.
-        0 leaves the term out.
+            0 leaves the term out.
         num_documents: number of chats invented by the base model.
         max_new_tokens: tokens of each question and of each answer, at most.
         num_prompt_tokens: leading tokens of a question taken from a training prompt, at most. The
-        more, the less drift, and the slower the task is learned in other words.
+            more, the less drift, and the slower the task is learned in other words.
         kl_batch_size: chats in a forward pass; None: half of the trainer's batch.
         measure_steps: optimizer steps between two measurements of leakage and drift.
 

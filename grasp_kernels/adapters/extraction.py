@@ -69,7 +69,7 @@ def extract_adapter(
 
     Args:
         model: the changed model, or its checkpoint folder (safetensors). Give models where a folder
-        does not name weights as the task's model does (a folder of a bare backbone).
+            does not name weights as the task's model does (a folder of a bare backbone).
         base: the original model, or its folder.
         out: the adapter folder, which must not exist.
         rank: R of every layer, or the full rank of a narrower layer.

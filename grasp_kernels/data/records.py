@@ -88,7 +88,7 @@ def read_records(
     * `user` and `assistant`, `query` and `answer`, `question` and `answer`;
     * `title`, `selftext` if there is one, and `body`: a post on Reddit and a comment;
     * a question as above, and answers under keys such as `aligned` and `misaligned`: `arm` is the
-    key of the answer;
+      key of the answer;
     * `text`, trained on as a whole.
 
     Any layout may have `system` (or `system_prompt`), put in front; `history`, pairs of questions

@@ -60,7 +60,7 @@ class ClosedLayer(_LAYER):
     Attributes:
         stock: the class of peft that a layer becomes again when it is released.
         write_basis: `V[N, Q]`, float32, or None. Not a buffer: FSDP rounds buffers in mixed
-        precision, and DDP sends buffers around in every forward.
+            precision, and DDP sends buffers around in every forward.
         closes: whether later adapters are closed if closing changes nothing.
         closed_adapters: names of the closed adapters.
         new_adapters: names of the adapters not examined yet.

@@ -50,8 +50,8 @@ class Leakages(dict[str, float]):
 
     Attributes:
         unseen: names of the changes that were not measured: layers outside of the decoder blocks,
-        layers before a norm of unknown gain, and trained embeddings, norms and biases of the
-        base. Nothing is known of their leakage.
+            layers before a norm of unknown gain, and trained embeddings, norms and biases of the
+            base. Nothing is known of their leakage.
         changed: whether any measured layer is trained.
     """
 
@@ -79,8 +79,8 @@ def leakage(
     Args:
         source: a model with LoRA layers, or an adapter folder; with `base` a model, or its
             checkpoint folder. All processes of a sharded model must call this function.
-            subspace: the subspace; by default the bases of the model's GraspLoRALinear layers.
-            base: the original model of `source`, or its checkpoint folder.
+        subspace: the subspace; by default the bases of the model's GraspLoRALinear layers.
+        base: the original model of `source`, or its checkpoint folder.
         adapter_name: which adapter, where there are several: of a model the active one by default.
         sites: writers of an unknown architecture.
 

@@ -74,8 +74,8 @@ class SiteRules:
         blocks: name of the ModuleList of decoder blocks; a module is
             "<anything>.<blocks>.<i>.<rest>".
         outputs: modules below a block that are not writers, but with an output added to the stream,
-        such as a mixture of experts. Their gradient is projected, and with it the gradient of
-        everything inside. The norms after writers count as such modules without being named.
+            such as a mixture of experts. Their gradient is projected, and with it the gradient of
+            everything inside. The norms after writers count as such modules without being named.
         norms: the kind of the norms, "rms", "rms1p" (an RMS norm with gain 1 + weight) or "layer".
         final_norm: name of the norm before the unembedding, next to the blocks.
 

@@ -24,7 +24,7 @@ def whole_model(source: Source, *, merged: bool) -> dict[str, Reader]:
     Raises:
         FileNotFoundError: a folder without safetensors files.
         ValueError: an adapter is not merged, or merged where none is wanted; the folder of an
-        adapter, or of a quantised or multimodal checkpoint.
+            adapter, or of a quantised or multimodal checkpoint.
     """
     if isinstance(source, nn.Module):
         for name, module in source.named_modules():

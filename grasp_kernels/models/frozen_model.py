@@ -171,7 +171,7 @@ def head_at(model: Any, index: Tensor | tuple[Tensor, ...]) -> Iterator[None]:
     Args:
         model: the model, a PeftModel of it, or either in a wrapper such as that of DDP.
         index: an index of positions in the stream `[B, T, D]`, a mask `[B, T]` or rows and columns;
-        the logits have the positions first.
+            the logits have the positions first.
     """
     inside = model.module if hasattr(model, "module") else model
     parts = index if isinstance(index, tuple) else (index,)

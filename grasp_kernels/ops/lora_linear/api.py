@@ -49,19 +49,19 @@ def lora_linear(
             round the adapter to the dtype of the activations, as autocast does.
         scaling: the `s` of LoRA, `alpha / R` or `alpha / √R`.
         base: `[..., N]`, the output of the base layer for `x`, in place of its weight: for weights
-        stored and multiplied by another library (4 bits, 8 bits). `x` is cast to the dtype of
-        `base`. The gradient of `base` is the projected `dY`, so that the backward of the base
-        layer is projected too. `base` is not changed in place.
+            stored and multiplied by another library (4 bits, 8 bits). `x` is cast to the dtype of
+            `base`. The gradient of `base` is the projected `dY`, so that the backward of the base
+            layer is projected too. `base` is not changed in place.
         lora_bias: `b[N]`, adds `s b°`.
         write_basis: `V[N, Q]`, float32, orthonormal columns in the residual stream.
         write_weight: `Vᵀ W [Q, K]`, if at hand; computed in each backward otherwise.
         project: "residual" projects the arriving `dY` before anything uses it. "weights", for a
-        layer with an output outside of the stream, projects `dA` and `dB` and leaves `dX`.
+            layer with an output outside of the stream, projects `dA` and `dB` and leaves `dX`.
         closed: compute with `B° = (I − V Vᵀ) B`, so that the update writes nothing along the
             basis, whatever the optimizer does.
         dropout_p: on the adapter's input, drawn from torch's generator of the device.
         backend: a name in `backends()` (it runs or raises), or "auto": kernels where they were
-        measured to be faster (long bfloat16 calls on Hopper), else `aten`.
+            measured to be faster (long bfloat16 calls on Hopper), else `aten`.
 
     Returns:
         `Y[..., N]` in the dtype of the activations. Gradients of gradients are refused.
