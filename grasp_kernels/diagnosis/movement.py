@@ -34,7 +34,7 @@ class Moved:
     base: Tensor  # [L, M], length of the base model's stream
 
     def relative(self, vectors: Tensor) -> Tensor:
-        """Return the movement `[L, M]` along unit vectors `[L, D]`, signed, over the stream length."""
+        """Return the signed movement `[L, M]` along unit vectors `[L, D]` per stream length."""
         along = torch.einsum("lmd,ld->lm", self.delta, vectors)
         tiny = torch.finfo(self.base.dtype).tiny
         return along / self.base.mean(dim=1, keepdim=True).clamp_min(tiny)
