@@ -17,8 +17,8 @@ _ITERATIONS = 4
 def leading_triples(matrix: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Return the leading `rank` triples of a real matrix `[M, N]`, by `torch.svd_lowrank`.
 
-    bf16 and fp16 are computed, and returned, in float32. `svd_lowrank` draws from torch's own
-    generators; their states are restored.
+    bf16 and fp16 are computed, and returned, in float32. The function draws from the generators
+    of torch; they are left as they were.
 
     Args:
         rank: number of triples, 1 to min(M, N).

@@ -4,7 +4,7 @@ Adding rank-R columns to a finished result reads and writes it once more, whatev
 the extended kernel saves that pass, and multiplies more slowly than the library. On an H100, with
 T = 8192, R = 16, in µs (library product alone, with addmm, extended): 4096→1024 93, 104, 102;
 4096→4096 345, 404, 364; 4096→14336 1198, 1437, 1252; 14336→4096 1172, 1230, 1191; 8192→28672 4702,
-5199, 4747; 28672→8192 4836, 4958, 4726. So a Hopper takes the extended kernel.
+5199, 4747; 28672→8192 4836, 4958, 4726. So such a GPU takes the extended kernel.
 Shapes: T tokens, I inner and J outer width of the product, R LoRA rank, Q basis size.
 """
 
