@@ -2,7 +2,7 @@
 PYTHON ?= python3
 
 # What the package is run with. Every other choice stands in an environment of its own, beside .venv:
-#   make test TORCH=torch==2.10.0 PEFT=peft==0.18.0
+#   make test TORCH=torch==2.10.0 PEFT=peft==0.20.0
 #   make oldest                  all the lowest versions of pyproject.toml
 #   make newest                  what pip installs today
 # torch is one release by default, as a range would fetch gigabytes of CUDA packages on a machine

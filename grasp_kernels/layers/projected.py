@@ -8,17 +8,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from grasp_kernels.layers.closed import ClosedLayer
 from grasp_kernels.models.sharding import is_slice
 from grasp_kernels.ops import lora_linear, project_gradient
-from grasp_kernels.ops.projection import is_transforming
+from grasp_kernels.ops.projection import is_transforming, project_columns
 
 # Reasons for peft's forward without an adapter to compute: no factor is read, no warning given.
 _META = "the input has no data"
 _IDLE = ("adapters are disabled", "the adapter is merged", "0 active adapters", _META)
+# Reasons for operations of torch, which torch transforms in every way: see `_in_torch`.
+_TRANSFORM = "torch.func, forward-mode differentiation, an export or a trace sees the call"
+_MODE = "a mode of torch counts, keeps or fakes every operation"
+_SUBCLASS = "the input is of a class of its own"
+_SCALING = "the scaling is a tensor"
+_IN_TORCH = (_TRANSFORM, _MODE, _SUBCLASS, _SCALING)
 
 
 class ProjectedLoRA(ClosedLayer):
@@ -73,17 +80,22 @@ class ProjectedLoRA(ClosedLayer):
         if x.is_meta and self.get_base_layer().weight.is_meta:
             return _META
         active = self._active()
-        if len(active) != 1:
-            return f"{len(active)} active adapters"
+        reason = self._why_in_torch(x, active) if active else None
+        if reason is None and len(active) != 1:
+            reason = f"{len(active)} active adapters"
+        return reason or self._why_not(x, active[0])
+
+    def _why_in_torch(self, x: Tensor, active: list[str]) -> str | None:
+        if any(adapter in self.lora_variant for adapter in active):
+            return None  # a formula of its own
         if is_transforming():
-            return "torch.func, forward-mode differentiation, an export or a trace sees the call"
+            return _TRANSFORM
         if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0:
-            return "a mode of torch counts, keeps or fakes every operation"
+            return _MODE
         if type(x) not in (Tensor, nn.Parameter):
-            return "the input is of a class of its own"
-        if isinstance(self.scaling[active[0]], Tensor):
-            return "the scaling is a tensor"
-        return self._why_not(x, active[0])
+            return _SUBCLASS
+        scalings = (self.scaling[adapter] for adapter in active)
+        return _SCALING if any(isinstance(scaling, Tensor) for scaling in scalings) else None
 
     def _why_not(self, x: Tensor, adapter: str) -> str | None:
         """Say why the one active adapter or the base layer needs peft's forward, or None."""
@@ -98,10 +110,36 @@ class ProjectedLoRA(ClosedLayer):
         if self.new_adapters and not (torch.compiler.is_compiling() or is_transforming()):
             self.look_at_new()
         reason = self.why_stock(x, *args, **kwargs)
-        if reason is not None:
+        if reason is not None and reason not in _IN_TORCH:
             return self._stock_forward(reason, x, *args, **kwargs)
         self.move_basis(x.device)
-        return self._accelerated(x, self._active()[0])
+        if reason is None:
+            return self._accelerated(x, self._active()[0])
+        self._tell_stock(reason)
+        return self._in_torch(x)
+
+    def _in_torch(self, x: Tensor) -> Tensor:
+        """Compute peft's forward on `B°`; torch takes its gradient through the projection.
+
+        Nothing is written, so this also serves where weights cannot be written: under transforms.
+        """
+        V = self.write_basis
+        if V is None:
+            return super().forward(x)
+        y = base = self.base_layer(x)
+        for name in self._active():
+            lora_B = self.lora_B[name]
+            A, B, b = self.lora_A[name].weight, lora_B.weight, lora_B.bias
+            if name in self.closed_adapters:
+                B = project_columns(B, V).to(B.dtype)
+                b = b if b is None else project_columns(b, V).to(b.dtype)
+            else:
+                B = project_gradient(B.mT, V).mT
+                b = b if b is None else project_gradient(b, V)
+            S = F.linear(self.lora_dropout[name](self._cast_input_dtype(x, A.dtype)), A)
+            y = y + F.linear(S, B, b) * self.scaling[name]
+        y = y.to(base.dtype)
+        return project_gradient(y, V) if self.project == "residual" else y
 
     def _operator(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, adapter: str, **options: Any

@@ -205,7 +205,7 @@ def _check_starts(model: nn.Module) -> None:
             raise ValueError(
                 f"the adapter {name!r} was initialised with {start!r}, which moves pretrained "
                 "weights into it, and closing would remove them along the subspace; pass "
-                "closed=False, or initialise with init_lora_weights=True."
+                "orthogonal=False, or initialise with init_lora_weights=True."
             )
 
 
@@ -217,7 +217,7 @@ def _check_biases(model: nn.Module, bases: dict[str, Tensor]) -> None:
             raise ValueError(
                 f"the bias of {base_name(name)!r} is trained too, and nothing keeps its change out "
                 'of the subspace; train with bias="none" (lora_bias=True is kept out), or pass '
-                "closed=False."
+                "orthogonal=False."
             )
 
 

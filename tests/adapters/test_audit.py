@@ -3,10 +3,10 @@
 `D` width of the stream, `E` experts, `K` inputs and `N` outputs of a layer.
 """
 
-from pathlib import copy
+import copy
+from pathlib import Path
 from typing import Any
 
-import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model

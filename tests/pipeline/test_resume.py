@@ -85,7 +85,6 @@ KILL_POINTS = (
     ("grasp_kernels.training.watch:Watch.on_log", 5),  # in the naive training
     ("transformers:TrainerState.save_to_json", 2),  # a checkpoint without its last file
     ("grasp_kernels.pipeline.training:write_json", 2),  # the finished adapter without its log
-    ("grasp_kernels.training.watch:Watch.on_log", 3),  # on the second half of the data
     ("grasp_kernels.subspace.basis:Subspace.save", 1),
     ("grasp_kernels.training.watch:Watch.on_log", 4),  # in the retraining
     ("transformers:TrainerState.save_to_json", 3),
@@ -108,6 +107,8 @@ def test_killed_in_every_stage_a_run_ends_the_same(finished: RunConfig, tmp_path
         expected = (Path(finished.output) / name).read_bytes()
         assert (tmp_path / "killed" / name).read_bytes() == expected, name
     one, other = (Subspace.load(Path(f) / "subspace.safetensors") for f in folders)
+    for found in (one, other):
+        found.metadata.pop("adapters")  # folders of the two runs
     assert (one.notes, one.metadata) == (other.notes, other.metadata)
     assert torch.equal(one.basis, other.basis)
     assert not list((tmp_path / "killed").rglob("*.partial"))

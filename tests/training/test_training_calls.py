@@ -356,7 +356,9 @@ def test_an_adapter_loaded_over_another_one(tmp_path: Path) -> None:
 
 def test_part_of_the_pretrained_weights_in_the_adapter_is_not_closed_away() -> None:
     model = lora_model(init_lora_weights="pissa")
-    with pytest.raises(ValueError, match=r"'default' was initialised with 'pissa'.*closed=False"):
+    with pytest.raises(
+        ValueError, match=r"'default' was initialised with 'pissa'.*orthogonal=False"
+    ):
         gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model)))
     expected = logits(model)
     gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model), orthogonal=False))
