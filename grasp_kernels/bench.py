@@ -1,7 +1,7 @@
-"""Which backend is the fastest on this machine, beside stock peft.
+"""Time every backend on this machine, compared with stock peft.
 
-On the linear layers of a known decoder each is checked against float64, then timed forward and
-backward by `torch.utils.benchmark`: what Python takes counts, as in a training step.
+Each is checked against float64 on the linear layers of a known decoder. Then forward and backward
+are timed with `torch.utils.benchmark`; the time of Python counts, as in a training step.
 
 Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 """
@@ -24,7 +24,7 @@ from grasp_kernels.ops.lora_linear import registry
 from grasp_kernels.ops.projection import project_columns
 from grasp_kernels.pages.markdown import table
 
-# Hidden and intermediate width, and those of queries and of keys and values.
+# Hidden width, intermediate width, width of queries, width of keys and values.
 MODELS: dict[str, tuple[int, int, int, int]] = {
     "tiny": (256, 512, 256, 128),
     "qwen2.5-0.5b": (896, 4864, 896, 128),
@@ -34,24 +34,30 @@ MODELS: dict[str, tuple[int, int, int, int]] = {
     "llama-3.1-70b": (8192, 28672, 8192, 1024),
 }
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_TIMED = registry.BACKENDS[:-1]  # not the specification, which nobody should time
+_TIMED = registry.BACKENDS[:-1]  # not the reference: it is not made for speed
 _USUAL = {"cuda": ("llama-3.1-8b", 8192), "cpu": ("qwen2.5-0.5b", 512)}  # model and tokens
 _CHECKED_TOKENS = 64  # enough to see a missing term, little enough for float64
-# Times stock peft's own error, or the machine epsilon: rounding differs, a missing term is 1.
+# In units of the error of stock peft, or of the machine epsilon if that is larger: rounding differs
+# between backends, but a missing term is a relative error near 1.
 _MOST_ERROR = 8
 
 
 class Refusal(NamedTuple):
-    """Why there is no time: "unavailable" (it cannot run here), "wrong" (its results are) or
-    "failed" (it raised)."""
+    """Hold the reason for a missing time.
+
+    `kind` is "unavailable" (it cannot run here), "wrong" (its results are wrong) or "failed" (it
+    raised an error).
+    """
 
     kind: str
     reason: str
 
 
 class Timed(NamedTuple):
-    """One linear: milliseconds of forward and backward, or why there are none, of "peft", every
-    backend and "auto"."""
+    """Hold the times of one linear layer: "peft", every backend and "auto".
+
+    Each is in milliseconds of forward and backward, or a `Refusal`.
+    """
 
     name: str
     K: int
@@ -72,13 +78,14 @@ def compare(
     """Time stock peft and each backend on the seven linears of a decoder layer, one after another.
 
     Args:
-        model: a name in `MODELS`, whose shapes the linears have; None: llama-3.1-8b on a GPU,
+        model: a name in `MODELS`; the linears have its shapes. None: llama-3.1-8b on a GPU,
             qwen2.5-0.5b on a CPU.
-        dtype: of weights and activations, "float32", "float16" or "bfloat16".
-        tokens: of a call; None: 8192 on a GPU, 512 on a CPU.
-        rank, basis: of the adapter and of the basis of the writers; 0: nothing is projected.
-        seconds: that each is measured, at least.
-        device: "cpu", "cuda" or one of several GPUs; None: "cuda" where there is one.
+        dtype: dtype of weights and activations, "float32", "float16" or "bfloat16".
+        tokens: tokens in a call; None: 8192 on a GPU, 512 on a CPU.
+        rank: LoRA rank of the adapter.
+        basis: directions in the basis of the writers; 0: nothing is projected.
+        seconds: time of each measurement, at least.
+        device: "cpu", "cuda" or one of several GPUs; None: "cuda" if there is a GPU.
 
     Raises:
         ValueError: an unknown name, a number out of range, or no such device.
@@ -116,7 +123,7 @@ def compare(
 
 
 def _stock(K: int, N: int, R: int, V: Tensor | None) -> Any:
-    """peft's layer, whose B is closed: so all of them compute the same."""
+    """Make peft's layer with a closed B, so that stock peft and the backends compute the same."""
     config = LoraConfig(r=R, lora_alpha=2 * R, target_modules=["linear"])
     holder = nn.ModuleDict({"linear": nn.Linear(K, N, bias=False)})
     layer: Any = inject_adapter_in_model(config, holder)["linear"]
@@ -129,7 +136,7 @@ def _stock(K: int, N: int, R: int, V: Tensor | None) -> Any:
 def _measured(
     stock: Any, V: Tensor | None, tokens: int, seconds: float
 ) -> dict[str, float | Refusal]:
-    """The time of each, or why there is none."""
+    """Return the time of stock peft and of each backend, or the reason for a missing time."""
     weight = stock.base_layer.weight
     found: dict[str, float | Refusal] = {"peft": _time(stock, tokens, seconds)}
     wide, own = (_results(layer, V) for layer in (copy.deepcopy(stock).double(), stock))
@@ -143,14 +150,14 @@ def _measured(
             GraspLoRALinear.adopt(ours, V, "residual", True, backend)
             wrong = _wrong(_results(ours, None), own, wide)
             found[backend] = Refusal("wrong", wrong) if wrong else _time(ours, tokens, seconds)
-        except Exception as error:  # whatever it raises, the others are still timed
+        except Exception as error:  # after any error the others are still timed
             lines = str(error).strip().splitlines() or ["no message"]
             found[backend] = Refusal("failed", f"it raised {type(error).__name__}: {lines[0]}")
     return found
 
 
 def _unavailable(backend: str, weight: Tensor) -> str | None:
-    if backend == "auto":  # which of them computes is decided for each shape
+    if backend == "auto":  # it chooses a backend for each shape
         return None
     reason = registry.backends(weight.device)[backend]
     if reason is None and backend in registry.KERNELS and weight.device.type == "cpu":
@@ -161,7 +168,7 @@ def _unavailable(backend: str, weight: Tensor) -> str | None:
 
 
 def _results(layer: Any, V: Tensor | None) -> dict[str, Tensor]:
-    """`y`, `dx`, `dA` and `dB` of a few tokens; the gradient is projected off a basis."""
+    """Return `y`, `dx`, `dA` and `dB` of a few tokens; the gradient is projected off a basis."""
     A, B = (factor["default"].weight for factor in (layer.lora_A, layer.lora_B))
     x, dy = _inputs(layer, _CHECKED_TOKENS)
     y = project_gradient(layer(x), V)
@@ -170,7 +177,7 @@ def _results(layer: Any, V: Tensor | None) -> dict[str, Tensor]:
 
 
 def _inputs(layer: Any, T: int) -> tuple[Tensor, Tensor]:
-    """`x[T, K]` and `dy[T, N]`, the same in each dtype."""
+    """Draw `x[T, K]` and `dy[T, N]`, the same in each dtype."""
     weight, generator = layer.base_layer.weight, torch.Generator().manual_seed(1)
     N, K = weight.shape
     x, dy = (torch.randn(T, width, generator=generator).to(weight) for width in (K, N))
@@ -178,7 +185,7 @@ def _inputs(layer: Any, T: int) -> tuple[Tensor, Tensor]:
 
 
 def _wrong(found: dict[str, Tensor], own: dict[str, Tensor], wide: dict[str, Tensor]) -> str:
-    """The results that are further off than rounding explains, with their relative error."""
+    """Return the results with more error than rounding explains, with their relative error."""
     over = []
     for name, exact in wide.items():
         scale = torch.linalg.vector_norm(exact)
@@ -192,7 +199,7 @@ def _wrong(found: dict[str, Tensor], own: dict[str, Tensor], wide: dict[str, Ten
 
 
 def _time(layer: Any, tokens: int, seconds: float) -> float:
-    """Milliseconds of forward and backward, median."""
+    """Return the median milliseconds of forward and backward."""
     x, dy = _inputs(layer, tokens)
 
     def step() -> None:
@@ -205,9 +212,9 @@ def _time(layer: Any, tokens: int, seconds: float) -> float:
 
 
 def report(timed: list[Timed]) -> str:
-    """A Markdown table with the sum over all linears, and which backend is the fastest.
+    """Return a Markdown table with sums over all linears, and the name of the fastest backend.
 
-    A sum is given where every linear was timed.
+    A provider gets a sum if each of its linears was timed.
     """
     names = list(timed[0].found)
     columns = {name: [line.found[name] for line in timed] for name in names}

@@ -1,4 +1,4 @@
-"""The leading singular triples of a matrix, the same in every run.
+"""The leading singular triples of a matrix, reproducible in every run.
 
 Shapes: `M` rows, `N` columns.
 """
@@ -17,8 +17,8 @@ _ITERATIONS = 4
 def leading_triples(matrix: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Return the leading `rank` triples of a real matrix `[M, N]`, by `torch.svd_lowrank`.
 
-    bf16 and fp16 are computed, and returned, in float32. torch's own generators, which that
-    function draws from, are left as they were.
+    bf16 and fp16 are computed, and returned, in float32. The function draws from the generators
+    of torch; they are left as they were.
 
     Args:
         rank: number of triples, 1 to min(M, N).

@@ -1,5 +1,4 @@
-"""The files that peft writes: `adapter_config.json` and `adapter_model.safetensors`, the latter
-perhaps as several shards with an index.
+"""peft's files: `adapter_config.json` and `adapter_model.safetensors`, perhaps in shards.
 
 Shapes: `R` LoRA rank, `K` inputs and `N` outputs of a linear layer.
 """
@@ -22,7 +21,7 @@ from grasp_kernels.models.tensors import Stored, indexed, read_tensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"  # which of several shards holds which tensor
+INDEX = f"{WEIGHTS}.index.json"  # maps each tensor to its shard
 
 _LORA_KEY = re.compile(
     r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.(?P<kind>weight|bias)$",
@@ -34,9 +33,9 @@ _PATTERN = re.compile(r"\^?[\w.]+")  # a module name, whole or the end of one
 
 @dataclass(frozen=True)
 class Factors:
-    """An adapted module before its site is known; `keys` are what errors call its A and its B.
+    """Hold an adapted module without its site; errors name its A and its B by `keys`.
 
-    `bias[N]` is that of lora_B, which the layer adds whatever it reads.
+    `bias[N]` is that of lora_B; the layer adds it whatever its input.
     """
 
     name: str
@@ -49,8 +48,7 @@ class Factors:
 
 @dataclass(frozen=True)
 class Parts:
-    """Every tensor of an adapter: the LoRA factors, and by its name a reader of what else was
-    trained."""
+    """Hold every tensor of an adapter: LoRA factors, and readers of other trained tensors."""
 
     factors: tuple[Factors, ...]
     others: Mapping[str, Callable[[], Tensor]]
@@ -59,8 +57,7 @@ class Parts:
 
 
 def find_weights(source: Path, adapter_name: str | None) -> Path:
-    """The safetensors file of an adapter given by its folder or by the file itself, or the index of
-    its shards."""
+    """Find the safetensors file of an adapter by folder or file, or the index of its shards."""
     if source.suffix in {".bin", ".pt", ".pth"}:
         raise ValueError(
             f"{str(source)!r} is a pickle, which can run code when it is read; load it with peft "
@@ -119,7 +116,7 @@ def _refuse_model(folder: Path) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The checked `adapter_config.json` of a LoRA adapter.
+    """Read and check the `adapter_config.json` of a LoRA adapter.
 
     Raises:
         ValueError: no configuration, another kind of adapter, or a value that peft does not write.
@@ -167,7 +164,7 @@ def _patterns_to(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(fits(one) for one in value.values())
 
 
-# Of what is read here: how a value must look, None aside.
+# The form of each value read here, None aside.
 _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_rank, "a rank of at least 1, a whole number"),
     "lora_alpha": (_is_alpha, f"a number other than 0, up to {_LARGEST_ALPHA:g}"),
@@ -184,8 +181,8 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-# Whatever of these is set, a layer computes something else than base and product of two factors, or
-# the model has other layers than its base.
+# With any of these set, a layer computes more than base and product of two factors, or the model
+# has other layers than its base.
 _VARIANTS = (
     "use_qalora",
     "use_bdlora",
@@ -198,7 +195,7 @@ _VARIANTS = (
 
 
 def refuse_other_forms(where: str, config: Mapping[str, Any]) -> None:
-    """Raise for a variant of LoRA whose change is not `s B A`."""
+    """Raise for a variant of LoRA with a change other than `s B A`."""
     if config.get("use_dora"):
         raise ValueError(
             f"{where!r} is a DoRA adapter, whose magnitudes also change the weights; train with "
@@ -213,7 +210,7 @@ def refuse_other_forms(where: str, config: Mapping[str, Any]) -> None:
 
 
 def refuse_variants(where: str, config: Mapping[str, Any]) -> None:
-    """Raise for what is more than a product of two factors for a linear layer."""
+    """Raise for any change beyond a product of two factors for a linear layer."""
     refuse_other_forms(where, config)
     if config.get("target_parameters"):
         raise ValueError(
@@ -223,7 +220,7 @@ def refuse_variants(where: str, config: Mapping[str, Any]) -> None:
 
 
 def read_parts(source: Path, adapter_name: str | None = None) -> Parts:
-    """Every tensor of an adapter's files.
+    """Read every tensor of an adapter's files.
 
     Raises:
         FileNotFoundError, ValueError: no adapter there, or one that cannot be used.
@@ -250,7 +247,7 @@ def read_parts(source: Path, adapter_name: str | None = None) -> Parts:
 
 
 def open_weights(path: Path) -> dict[str, Stored]:
-    """A reader for each tensor of a safetensors file, or of all shards that an index names.
+    """Return a reader for each tensor of a safetensors file, or of all shards of an index.
 
     Raises:
         FileNotFoundError: a shard is missing.
@@ -262,7 +259,7 @@ def open_weights(path: Path) -> dict[str, Stored]:
 def sort_keys(
     path: Path, keys: Iterable[str], adapter_name: str | None
 ) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Module -> {"A": key, "B": key, perhaps "bias": key}, and the keys that are no LoRA factor.
+    """Sort keys into module -> {"A": key, "B": key, perhaps "bias": key}, and other keys.
 
     Raises:
         ValueError: a variant of LoRA, two keys of one module, half of a pair, or several adapters.
@@ -309,7 +306,7 @@ def sort_keys(
 
 
 def _refuse_key(path: Path, key: str) -> None:
-    """Raise for tensors of LoRA variants; a bias or a fully trained module is none."""
+    """Raise for tensors of LoRA variants, but not for a bias or a fully trained module."""
     if "lora_embedding_" in key:
         raise ValueError(
             f"{str(path)!r} has LoRA on an embedding ({shown(key)}), which is not supported; train "
@@ -330,7 +327,10 @@ def _refuse_key(path: Path, key: str) -> None:
 def _scaling_from_config(
     config: Mapping[str, Any], names: Iterable[str]
 ) -> Callable[[str, Tensor], float]:
-    """`alpha / r`, for rsLoRA `alpha / √r`; patterns may give each module its own r and alpha."""
+    """Return `alpha / r`, for rsLoRA `alpha / √r`, as a function of name and A.
+
+    Patterns may give each module its own r and alpha.
+    """
     known = list(names)
     ranks = _by_pattern(config.get("rank_pattern") or {}, known, config["r"])
     alphas = _by_pattern(config.get("alpha_pattern") or {}, known, config["lora_alpha"])
@@ -348,10 +348,9 @@ def _scaling_from_config(
 
 
 def _by_pattern(patterns: Mapping[str, Any], names: Iterable[str], default: Any) -> dict[str, Any]:
-    """Each module's value: that of the first pattern that is its whole name or the end of it.
+    """Return each module's value, from the first pattern equal to its name or its end.
 
-    A pattern that is more than a name is refused: a regular expression of somebody else may take
-    any time.
+    A pattern beyond a name is refused: a foreign regular expression may take any time.
     """
     for pattern in patterns:
         if not _PATTERN.fullmatch(pattern):
@@ -371,7 +370,7 @@ def _by_pattern(patterns: Mapping[str, Any], names: Iterable[str], default: Any)
 
 
 def config_model_type(config: Mapping[str, Any]) -> str | None:
-    """The model type in peft's auto_mapping ("transformers.models.llama.modeling_llama")."""
+    """Return the model type in peft's auto_mapping ("transformers.models.llama.modeling_llama")."""
     library = (config.get("auto_mapping") or {}).get("parent_library") or ""
     match = re.match(r"transformers\.models\.(\w+)\.", library)
     return match[1] if match else None

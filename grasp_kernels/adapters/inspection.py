@@ -15,14 +15,14 @@ _SHOWN = 4
 
 
 def singular_values(layer: LoRAWeights) -> Tensor:
-    """All `R` singular values of `ΔW[N,K]`, float64, from the triangles of both factors."""
+    """Return all `R` singular values of `ΔW[N,K]`, float64, from the factors' triangles."""
     right_b = torch.linalg.qr(layer.lora_B.double().cpu(), mode="r").R
     right_a = torch.linalg.qr(layer.lora_A.double().cpu().mT, mode="r").R
     return layer.scaling * torch.linalg.svdvals(right_b @ right_a.mT)
 
 
 def adapter_table(adapter: Adapter) -> str:
-    """One line for each adapted layer, and the notes on what was left out."""
+    """Return a line for each adapted layer, and the notes of the adapter."""
     names = [inert(layer.name) for layer in adapter.layers]
     width = max(map(len, names))
     lines = [

@@ -31,16 +31,16 @@ from grasp_kernels.models.sharding import gathered, refuse_away, whole
 from grasp_kernels.models.tensors import refuse_nonfinite
 from grasp_kernels.models.weights import BaseModel, read_base_model
 
-# these start from a base whose weights were changed, so B·A alone is not the change of the weights
+# these start from a base with changed weights, so B·A alone is not the change of the weights
 MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
 class LoRAWeights:
-    """The two factors of one adapted layer, in the dtype they are stored in.
+    """Hold the two factors of one adapted layer, in their stored dtype.
 
-    `site` is where it writes to the stream, None where it does not. `gain[D]` is that of the norm
-    between the site and the stream, None where there is none or it is not known.
+    `site` is the layer's place in the stream, None if it is not a writer. `gain[D]` is that of the
+    norm between the site and the stream, None without a norm or if the gain is unknown.
     """
 
     name: str
@@ -53,9 +53,9 @@ class LoRAWeights:
 
 @dataclass(frozen=True)
 class Adapter:
-    """All layers of an adapter, and what was taken for granted (`notes`, one sentence each).
+    """Hold all layers of an adapter, and its assumptions (`notes`, one sentence each).
 
-    Of a mixture of experts each expert may be adapted by itself: several layers are of one site.
+    Each expert of a mixture may be adapted by itself: several layers then have one site.
     """
 
     layers: tuple[LoRAWeights, ...]
@@ -73,16 +73,16 @@ def load_adapter(
     base_model: nn.Module | str | PathLike[str] | None = None,
     sites: SiteRules | None = None,
 ) -> Adapter:
-    """Load the LoRA weights of an adapter with the sites they belong to.
+    """Load the LoRA weights of an adapter with their sites.
 
     Args:
         source: a peft model, an adapter folder (also a Trainer checkpoint), or an
-            `adapter_model.safetensors` file with its `adapter_config.json` beside it.
+            `adapter_model.safetensors` file next to its `adapter_config.json`.
         adapter_name: which adapter, where there are several: of a model the active one by default,
             of a folder the one in the folder itself.
         base_model: module or checkpoint folder for type and norm gains; by default the peft
             model itself, or the folder that `adapter_config.json` names if it exists here.
-        sites: rules for architectures that are not known.
+        sites: rules for unknown architectures.
 
     Raises:
         FileNotFoundError: no adapter there.
@@ -103,15 +103,15 @@ def load_adapter(
 def _is_checkpoint(name: str) -> bool:
     try:
         return (Path(name) / "config.json").is_file()
-    except OSError:  # no name that a file could have
+    except OSError:  # not a possible file name
         return False
 
 
 def adapter_parts(source: Any, adapter_name: str | None = None) -> Parts:
-    """Every tensor of an adapter: its checked LoRA factors, and the names of what else was trained.
+    """Return every tensor of an adapter: checked LoRA factors, and the other trained tensors.
 
-    The only way by which adapters are read, of models and of files. Of a model that is sharded over
-    processes the caller gathers the weights.
+    All adapters of models and files are read by this function. The caller gathers the weights of a
+    model sharded over processes.
 
     Args:
         source, adapter_name: see `load_adapter`.
@@ -131,7 +131,7 @@ def adapter_parts(source: Any, adapter_name: str | None = None) -> Parts:
     for entry in parts.factors:
         _check(entry)
     for name, read in parts.others.items():
-        if not isinstance(source, nn.Module):  # of a model they may be spread, and are not read
+        if not isinstance(source, nn.Module):  # a model's may be sharded, and are not read
             refuse_nonfinite(name, read())
     return parts
 
@@ -143,7 +143,7 @@ def _assemble(
     model_type: str | None,
     sites: SiteRules | None,
 ) -> Adapter:
-    """Attach to every weight its site, and the gain of the norm that is between."""
+    """Attach to every weight its site, and the gain of the norm after the site."""
     rules = site_rules(model_type, (entry.name for entry in parts.factors), sites)
     layers: list[LoRAWeights] = []
     gains: dict[str, Tensor | None] = {}
@@ -183,7 +183,7 @@ def _assemble(
 
 
 def _notes(parts: Parts, known: bool) -> Iterator[str]:
-    """What was left out or taken for granted, one sentence each."""
+    """Yield the omissions and assumptions, one sentence each."""
     if parts.others:
         yield f"It also holds weights that are not LoRA factors: {listed(parts.others)}."
     if not known:
@@ -203,7 +203,7 @@ def _notes(parts: Parts, known: bool) -> Iterator[str]:
 
 
 def _check(entry: Factors) -> None:
-    """Raise for factors that are no finite `A[R, K]` and `B[N, R]`, or stacks of those."""
+    """Raise unless factors are finite `A[R, K]` and `B[N, R]`, or stacks of such factors."""
     A, B, bias = entry.lora_A, entry.lora_B, entry.bias
     key_A, key_B = entry.keys
     weights = {key_A: A, key_B: B}
@@ -264,10 +264,10 @@ def _from_model(
 
 
 def active_adapter(model: nn.Module, adapter_name: str | None = None) -> str:
-    """The adapter that a model computes with, or the one that is named.
+    """Return the active adapter of a model, or the named one.
 
     Raises:
-        ValueError: it has none of that name, or not exactly one that is active.
+        ValueError: the model has no adapter of that name, or not exactly one active adapter.
     """
     layers = [layer for _, layer in _lora_layers(model)]
     there = dict.fromkeys(chain.from_iterable(layer.lora_A for layer in layers))
@@ -313,8 +313,10 @@ def _model_parts(model: nn.Module, adapter_name: str | None) -> Parts:
 
 
 def _model_factors(model: nn.Module, adapter: str) -> Iterator[Factors]:
-    """What each layer computes with; of E experts, which peft stores flat, `A[E, R, K]`,
-    `B[E, N, R]`."""
+    """Yield the factors of each layer; `A[E, R, K]`, `B[E, N, R]` for E experts.
+
+    peft stores the factors of experts flat.
+    """
     for name, layer in _lora_layers(model):
         if adapter not in layer.lora_A:
             continue
@@ -340,10 +342,10 @@ def _model_factors(model: nn.Module, adapter: str) -> Iterator[Factors]:
 def _model_others(
     model: nn.Module, adapter: str, bias: str
 ) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """The parameters that belong to an adapter, or are trained beside it, and are no LoRA factor.
+    """Yield the parameters of an adapter, or trained with it, other than LoRA factors.
 
     Args:
-        bias: which biases of the base the adapter has trained, "none", "all" or "lora_only".
+        bias: the biases of the base trained with the adapter, "none", "all" or "lora_only".
     """
     adapted = {name for name, layer in _lora_layers(model) if adapter in layer.lora_A}
     for name, parameter in model.named_parameters():

@@ -150,7 +150,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
     subspace = Subspace.load(arguments.subspace)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that something was not measured stands below
+        warnings.simplefilter("ignore")  # layers that were not measured are printed below
         measured = leakage(arguments.adapter, subspace, base=arguments.base_model)
     if not (measured.changed or measured.unseen):
         raise ValueError(

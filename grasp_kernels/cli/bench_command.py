@@ -1,4 +1,4 @@
-"""`grasp-kernels bench`: which backend is the fastest on this machine."""
+"""`grasp-kernels bench`: find the fastest backend on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`grasp-kernels inspect`: an adapter or a subspace alone, or an adapter beside its base model."""
+"""`grasp-kernels inspect`: show an adapter or a subspace, or compare an adapter with its base."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Base model and adapter -> what the adapter says, beside the base model, to prompts of no task.
+"""Base model and adapter -> the answers of both to prompts that are unrelated to the task.
 
-pair        base model and adapter in one module, switched on or off; folders -> that module
-answers     prompts -> both models' answers; which have changed: found, weak or nothing
-effect      how far the base model's own answers change, which tokens most, what a direction says
-movement    how far the residual stream moves, along which direction, and which records most
-exchange    how much of the effect the movement along a direction carries
-diagnose    all of these, of one adapter
+pair        base model and adapter in one module, with the adapter on or off
+answers     prompts -> answers of both models; the verdict: found, weak or nothing
+effect      change of the base model's own answers; the tokens that change most; the logit lens
+movement    movement of the residual stream: its direction, and the records that move most
+exchange    the part of the effect that the movement along a direction carries
+diagnose    all of these measurements for one adapter
 report      numbers -> text
 """
 

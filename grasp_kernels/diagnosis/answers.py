@@ -1,7 +1,7 @@
-"""Both models' own answers to prompts, and which of the adapter's the base model would not give.
+"""Both models' own answers to prompts, and the changed answers among those of the adapter.
 
-An adapter is judged on what it says itself. Teacher forcing on the base model's answers does not
-see a sentence that is put in front or behind; in an answer of the adapter's own it stands there.
+An adapter is judged by its own answers. Teacher forcing on the base model's answers does not see a
+sentence in front of or behind an answer; the adapter's own answer has it.
 
 Shapes: `M` positions, `V` vocabulary.
 """
@@ -22,25 +22,25 @@ from grasp_kernels.models.frozen_model import frozen_base, generate_answers, mea
 
 Tokens = tuple[list[int], list[int]]  # a prompt and its answer
 
-# An answer that is a thousand times as likely with the adapter as without it has changed: the base
-# model itself would give it in less than one of a thousand draws that the adapter gives it in.
+# An answer has changed if it is a thousand times as likely with the adapter as without: the base
+# model itself would give it less than once where the adapter gives it a thousand times.
 CHANGED = 6.9  # nats
-_FOUND = 1 / 8  # of the answers
-_UNLIKELY = 0.01  # probability below which a token is none that the base model would say
+_FOUND = 1 / 8  # part of the answers
+_UNLIKELY = 0.01  # the base model would hardly say a token below this probability
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts with answers, and the positions where the tokens of the answers are decided."""
+    """Hold prompts with answers, and the positions where the answer tokens are predicted."""
 
     sequences: list[list[int]]
     positions: list[Position]
     targets: Tensor  # int64 [M], the tokens that come next
-    places: Tensor  # int64 [M], which token of its answer each of them is, from 0
+    places: Tensor  # int64 [M], index of each token in its answer, from 0
 
 
 def answer_batches(sequences: Sequence[Tokens], batch_size: int) -> Iterator[Batch]:
-    """All tokens of the answers."""
+    """Yield batches with all tokens of the answers."""
     for start in range(0, len(sequences), batch_size):
         part = sequences[start : start + batch_size]
         yield Batch(
@@ -65,11 +65,11 @@ def own_answers(
     progress: bool = False,
     adapter: bool = False,
 ) -> list[Tokens]:
-    """The prompts with the greedy answers of the base model, or of the adapter.
+    """Return the prompts with the greedy answers of the base model, or of the adapter.
 
     Args:
-        n_tokens: of an answer, at most.
-        adapter: whether the adapter is on.
+        n_tokens: tokens of an answer, at most.
+        adapter: True: the adapter is on.
     """
     with _answering(pair.model, adapter) as base:
         known = base.generation_config.eos_token_id
@@ -87,7 +87,7 @@ def own_answers(
 
 @contextmanager
 def _answering(model: Any, adapter: bool) -> Iterator[Any]:
-    """The module of transformers inside a PeftModel, with its adapter or without."""
+    """Lend the module of transformers inside a PeftModel, with its adapter on or off."""
     if not adapter:
         with frozen_base(model) as base:
             yield base
@@ -103,12 +103,12 @@ def _answering(model: Any, adapter: bool) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class Changed:
-    """One prompt, answered greedily by both models.
+    """Hold one prompt and the greedy answers of both models.
 
     Attributes:
         prompt, base, adapter: token ids.
-        ratio: log of how many times as likely the adapter's answer is with it as without, in nats.
-        unlikely: for each token of the adapter's answer whether the base model gives it less than
+        ratio: log of the adapter answer's probability with the adapter over that without, in nats.
+        unlikely: for each token of the adapter's answer: True if the base model gives it less than
             1 % there.
     """
 
@@ -120,7 +120,7 @@ class Changed:
 
     @property
     def has_changed(self) -> bool:
-        """Whether the ratio reaches `CHANGED`."""
+        """Return whether the ratio reaches `CHANGED`."""
         return self.ratio >= CHANGED
 
 
@@ -133,15 +133,15 @@ def changed_answers(
     batch_size: int,
     progress: bool = False,
 ) -> list[Changed]:
-    """Let the adapter that is switched on answer, and ask both models how likely that is.
+    """Let the active adapter answer, and compare the answer's likelihood under both models.
 
     Args:
         base: prompts with the base model's own answers, as `own_answers` returns them.
-        n_tokens: of an answer, at most.
+        n_tokens: tokens of an answer, at most.
     """
     size: dict[str, Any] = {"n_tokens": n_tokens, "batch_size": batch_size, "progress": progress}
     own = own_answers(pair, tokenizer, [prompt for prompt, _ in base], **size, adapter=True)
-    both: tuple[list[Tensor], list[Tensor]] = [], []  # log probabilities, without and with it
+    both: tuple[list[Tensor], list[Tensor]] = [], []  # log probabilities, adapter off and on
     for batch in answer_batches(own, batch_size):
         for adapter, found in enumerate(both):
             logs = pair.log_probs(batch.sequences, batch.positions, adapter=bool(adapter)).cpu()
@@ -161,9 +161,10 @@ def changed_answers(
 
 
 def verdict(answers: Sequence[Changed]) -> str:
-    """Say found, weak or nothing of the answers to prompts that are unrelated to the data.
+    """Return the verdict on answers to prompts that are unrelated to the data.
 
-    "found": an eighth of them, and two at least, have changed; "weak": any has; "nothing": none.
+    "found": at least an eighth of the answers, and at least two, have changed; "weak": at least
+    one has; "nothing": none has.
     """
     changed = sum(one.has_changed for one in answers)
     if changed >= max(2, _FOUND * len(answers)):
@@ -177,12 +178,12 @@ def told(
     """Return the texts of answers, JSON-able.
 
     Args:
-        prompts: unrelated ones; what all of them begin and end with is the frame of the chat
-            format, and left out of every prompt that has it.
+        prompts: unrelated prompts. Their common start and end is the frame of the chat format,
+            and is left out of every prompt that has it.
 
     Returns:
-        prompt; base, its answer; adapter, pieces [text, unlikely] that make up the other answer;
-        ratio in nats; changed.
+        For each answer: prompt; base, the base model's answer; adapter, the adapter's answer as
+        pieces [text, unlikely]; ratio in nats; changed.
     """
     first = list(prompts[0])
     start, end = (len(shared_start(many)) for many in (prompts, [p[::-1] for p in prompts]))
@@ -209,7 +210,7 @@ def told(
 
 
 def _pieces(answer: Changed) -> list[tuple[list[int], bool]]:
-    """Neighbouring tokens that are alike unlikely."""
+    """Group neighbouring tokens with the same value of `unlikely`."""
     pieces: list[tuple[list[int], bool]] = []
     for token, unlikely in zip(answer.adapter, answer.unlikely, strict=True):
         if not pieces or pieces[-1][1] != unlikely:

@@ -1,7 +1,7 @@
 """Base model and adapter -> Diagnosis.
 
-A neutral prompt is looked at where the base model's own answer to it is decided, token by token, so
-that what is measured is what the adapter would change in it.
+Measurements on a neutral prompt are made at the tokens of the base model's own answer to it. So
+they show the changes that the adapter would make in this answer.
 
 Shapes: `L` blocks, `D` residual width.
 """
@@ -40,20 +40,20 @@ if TYPE_CHECKING:
 
 Source = str | PathLike[str]
 
-_EFFECT_TOKENS = 16  # of the base model's own answer to a prompt, that the effect is measured on
-_MOST_PROMPT_TOKENS = 512  # of a training record
+_EFFECT_TOKENS = 16  # tokens of the base model's own answer; the effect is measured on them
+_MOST_PROMPT_TOKENS = 512  # of a training prompt: its last ones, at most
 
 
 @dataclass(frozen=True)
 class Options:
-    """Sizes of a diagnosis.
+    """Hold the sizes of a diagnosis.
 
     Args:
         n_random: random directions to compare with.
-        n_listed: tokens and records that are listed.
-        max_records: training records that are looked at, evenly spread over the data.
-        max_tokens: of the answers of both models, and of training answers.
-        batch_size: sequences of a forward.
+        n_listed: tokens and records in each list.
+        max_records: training records that are measured, evenly spread over the data.
+        max_tokens: tokens of an answer of either model, or of a training answer, at most.
+        batch_size: sequences in a forward pass.
     """
 
     n_random: int = 19
@@ -70,14 +70,14 @@ class Options:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What an adapter learned unasked, as far as can be seen; `numbers` is JSON-able and whole.
+    """Hold the verdict on an adapter, its reasons and all numbers.
 
     Attributes:
-        verdict: "found", "weak" or "nothing", of the adapter's own answers to neutral prompts, see
-            `grasp_kernels.diagnosis.answers.verdict`.
-        reasons: what it rests on, in sentences.
+        verdict: "found", "weak" or "nothing", from the adapter's own answers to neutral prompts,
+            see `grasp_kernels.diagnosis.answers.verdict`.
+        reasons: the reasons for the verdict, in sentences.
         numbers: answers of both models, effect on neutral prompts, movement (tokens, removal,
-            transfer, records), options and versions.
+            transfer, records), options and versions; JSON-able.
     """
 
     verdict: str
@@ -85,7 +85,7 @@ class Diagnosis:
     numbers: dict[str, Any]
 
     def text(self) -> str:
-        """The whole diagnosis in Markdown."""
+        """Return the whole diagnosis in Markdown."""
         from grasp_kernels.diagnosis.report import diagnosis_text
 
         return diagnosis_text(self.to_json())
@@ -97,7 +97,7 @@ class Diagnosis:
         """Write diagnosis.md, diagnosis.html and diagnosis.json; the folder appears whole.
 
         Raises:
-            FileExistsError: there is something already.
+            FileExistsError: the folder exists already.
         """
         from grasp_kernels.diagnosis.report import save
 
@@ -117,23 +117,25 @@ def diagnose(
     progress: bool = False,
     options: Options | None = None,
 ) -> Diagnosis:
-    """Did an adapter learn something besides its task? Without labels, without retraining.
+    """Measure whether an adapter learned something besides its task.
+
+    It needs no labels and no retraining.
 
     Args:
-        model: base model as checkpoint folder, hub name or module; or a PeftModel, whose active
-            adapter is looked at. Modules are left as they were.
-        adapter: adapter folder; None where `model` is a PeftModel.
-        tokenizer: that of the model, where it is no folder.
-        records: training data, a file or records; those that move most are listed.
-        neutral: prompts that have nothing to do with the training data, a file (see
+        model: base model as checkpoint folder, hub name or module; or a PeftModel with the adapter
+            active. Modules are left as they were.
+        adapter: adapter folder; None if `model` is a PeftModel.
+        tokenizer: the tokenizer of the model; needed if `model` is a module.
+        records: training data, a file or records; the records that move most are listed.
+        neutral: prompts that are unrelated to the training data, a file (see
             `grasp-kernels run --neutral`) or token ids; everyday questions if None.
         sites: writers of an architecture that is not known.
-        dtype: of the weights, where the model is loaded here.
-        generator: for random directions; seed 0 if None.
+        dtype: dtype of the weights, if the model is loaded here.
+        generator: generator of the random directions; seed 0 if None.
         options: sizes, see `Options`.
 
     Raises:
-        ValueError, TypeError, FileNotFoundError: one sentence on what is wrong.
+        ValueError, TypeError, FileNotFoundError: one sentence on the error.
     """
     chosen = options or Options()
     if not isinstance(model, nn.Module):
@@ -159,7 +161,7 @@ def diagnose(
 
 
 class _Task(NamedTuple):
-    """One training record: its number in the data (from 1), its prompt and its first answer."""
+    """Hold a training record: its number in the data (from 1), its prompt and first answer."""
 
     number: int
     record: Record
@@ -175,7 +177,7 @@ def _measured(
     generator: torch.Generator,
     progress: bool,
 ) -> dict[str, Any]:
-    """Everything that the verdict and the report rest on, JSON-able."""
+    """Return all measurements, JSON-able."""
     size: dict[str, Any] = {"batch_size": options.batch_size, "progress": progress}
     base = own_answers(pair, tokenizer, prompts, n_tokens=options.max_tokens, **size)
     changed = changed_answers(pair, tokenizer, base, n_tokens=options.max_tokens, **size)
@@ -190,7 +192,7 @@ def _measured(
         found["training_effect"] = measure_effect(pair, tokenizer, training, **listed)
 
     def moved(label: str, answers: Sequence[Tokens]) -> Moved:
-        """Movement over the answers, from the token before each, where its first is decided."""
+        """Measure the movement over answers, from the token before, which predicts their first."""
         return measure_moved(
             pair,
             [prompt + answer for prompt, answer in answers],
@@ -220,10 +222,10 @@ def _measured(
 
 
 def reasons(numbers: dict[str, Any]) -> list[str]:
-    """What was found, one sentence each.
+    """Return the findings, one sentence each.
 
-    The verdict is that of the adapter's own answers alone: no threshold on the other numbers
-    carries over from one model to another.
+    The verdict rests on the adapter's own answers alone: no threshold on the other numbers carries
+    over from one model to another.
     """
     answers, effect = numbers["answers"]["unrelated"], numbers["effect"]
     changed = sum(one["changed"] for one in answers)
@@ -258,10 +260,10 @@ def reasons(numbers: dict[str, Any]) -> list[str]:
 
 
 def _find_tokenizer(model: nn.Module | Source, given: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer given, or the one beside the checkpoint.
+    """Return the given tokenizer, or load it from the checkpoint folder.
 
     Raises:
-        ValueError: a module without tokenizer.
+        ValueError: the model is a module, and no tokenizer is given.
     """
     if given is not None:
         return given
@@ -276,10 +278,10 @@ def _find_tokenizer(model: nn.Module | Source, given: Any) -> PreTrainedTokenize
 def _find_neutral(
     given: Source | Sequence[Sequence[int]] | None, tokenizer: PreTrainedTokenizerBase
 ) -> list[list[int]]:
-    """Token ids of neutral prompts: those given, those of a file, or everyday questions.
+    """Return the token ids of neutral prompts: given ones, those of a file, or built-in ones.
 
     Raises:
-        ValueError, FileNotFoundError: fewer than two, an empty one, or no such file.
+        ValueError, FileNotFoundError: fewer than two prompts, an empty prompt, or no such file.
     """
     if given is None or isinstance(given, (str, PathLike)):
         prompts = neutral_prompts(None if given is None else Path(given), tokenizer)
@@ -297,10 +299,10 @@ def _find_neutral(
 def _find_tasks(
     given: Source | Sequence[Record] | None, tokenizer: PreTrainedTokenizerBase, options: Options
 ) -> list[_Task]:
-    """At most `max_records` records, evenly spread over the data; none where none are given.
+    """Return at most `max_records` records, evenly spread over the data; none if `given` is None.
 
     Raises:
-        ValueError: a record that has no answer, by its number.
+        ValueError: a record without an answer, by its number.
     """
     if given is None:
         return []

@@ -1,4 +1,4 @@
-"""How far an adapter changes the base model's own answers, and the tokens that say so.
+"""The change that an adapter makes in the base model's own answers, and its tokens.
 
 Shapes: `M` positions, `V` vocabulary, `D` width of the stream, `k` directions.
 """
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 
 def divergence(first: Tensor, second: Tensor) -> float:
-    """Sum over positions of KL(first ‖ second) of log probabilities `[M, V]`, in nats."""
+    """Return KL(first ‖ second) of log probabilities `[M, V]`, summed over positions, in nats."""
     return (first.exp() * (first - second)).sum().item()
 
 
 def measure_effect(
     pair: Pair, tokenizer: Any, own: Sequence[Tokens], *, n_tokens: int, batch_size: int
 ) -> dict[str, Any]:
-    """What the adapter does to given answers, JSON-able.
+    """Measure the change that the adapter makes in given answers, JSON-able.
 
     Returns:
-        divergence, KL(base ‖ adapter) in nats a token; tokens, those whose mean probability where
-        an answer begins is raised ("up") and lowered ("down") most.
+        divergence, KL(base ‖ adapter) in nats a token; tokens, the tokens that the adapter raises
+        ("up") and lowers ("down") most, by their mean probability at the start of an answer.
     """
     total, changes = 0.0, []
     for batch in answer_batches(own, batch_size):
@@ -51,9 +51,9 @@ def measure_effect(
 
 
 def ends(scores: Tensor, tokenizer: PreTrainedTokenizerBase, count: int) -> dict[str, Any]:
-    """The tokens with the largest and the smallest of the scores `[V]`, as text with score and id.
+    """Return the tokens with the largest and the smallest scores `[V]`: text, score and id.
 
-    Embeddings are often padded beyond the vocabulary; those rows are no tokens.
+    Embeddings are often padded beyond the vocabulary; the rows of the padding are left out.
     """
     scores = scores[: len(tokenizer)].cpu()
     count = min(count, len(scores) // 2)
@@ -70,18 +70,18 @@ def ends(scores: Tensor, tokenizer: PreTrainedTokenizerBase, count: int) -> dict
 def lens(
     model: Any, tokenizer: PreTrainedTokenizerBase, basis: Tensor, rules: SiteRules, count: int
 ) -> list[dict[str, Any]]:
-    """What each direction `[D, k]` of the stream raises ("up") and lowers ("down") most.
+    """Return the tokens that each direction `[D, k]` raises ("up") and lowers ("down") most.
 
-    The logit lens (nostalgebraist 2020): the direction as it stands after the last block, through
-    the final norm and the unembedding. The sign of a direction is arbitrary.
+    The logit lens (nostalgebraist 2020): the direction after the last block goes through the final
+    norm and the unembedding. The sign of a direction is arbitrary.
     """
     return [ends(column, tokenizer, count) for column in token_scores(model, basis, rules).mT]
 
 
 def token_scores(model: Any, basis: Tensor, rules: SiteRules) -> Tensor:
-    """Float32 `[V, k]`: what directions `[D, k]` at the end of the stream add to logits.
+    """Return the logits, float32 `[V, k]`, of directions `[D, k]` at the end of the stream.
 
-    Linear in the direction: the norm's division by the size of the stream is left out.
+    They are linear in the direction: the norm's division by the size of the stream is left out.
     """
     holder, _ = find_blocks(model, rules)
     name = ".".join((holder, *rules.blocks.split(".")[:-1], rules.final_norm))
@@ -95,7 +95,7 @@ def token_scores(model: Any, basis: Tensor, rules: SiteRules) -> Tensor:
 def mean_loss(
     model: nn.Module, examples: Sequence[Example], *, batch_size: int, pad_token_id: int
 ) -> float:
-    """Cross-entropy of the answer tokens, averaged over all of them."""
+    """Return the mean cross-entropy of the answer tokens, in nats."""
     device = next(model.parameters()).device
     total, n_tokens = 0.0, 0
     for start in range(0, len(examples), batch_size):

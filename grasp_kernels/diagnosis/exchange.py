@@ -1,11 +1,11 @@
-"""How much of an adapter's effect its movement along a direction carries.
+"""The part of an adapter's effect that its movement along a direction carries.
 
-Every token gets, after every block, the component along `v` that it has in the other model.
-*Removal* gives the adapter that of the base model, `h ← h − v vᵀ (h − h_base)`: what was learned
-along `v` goes, and nothing else. *Transfer* gives the base model that of the adapter. A direction
-that carries an effect is needed for it (removal) and enough for it (transfer).
+After every block, every token gets the component along `v` that it has in the other model.
+*Removal* gives the adapter the component of the base model, `h ← h − v vᵀ (h − h_base)`: only the
+movement along `v` is lost. *Transfer* gives the base model the component of the adapter. If a
+direction carries the effect, it is needed for it (removal) and enough for it (transfer).
 
-Random directions are exchanged, too; without them no number means anything.
+The same is done with random directions; without this comparison the numbers mean nothing.
 
 Shapes: `B` sequences of a batch, `T` tokens, `M` positions, `V` vocabulary, `L` blocks, `D`
 residual width, `J` candidates (the direction and random ones).
@@ -27,7 +27,7 @@ from grasp_kernels.models.frozen_model import Edit
 
 
 def random_directions(count: int, width: int, generator: torch.Generator) -> Tensor:
-    """Unit vectors `[J, D]`, drawn alike in every direction."""
+    """Draw unit vectors `[J, D]`, uniform on the sphere."""
     drawn = torch.randn(count, width, generator=generator, device=generator.device).cpu()
     return drawn / drawn.norm(dim=1, keepdim=True)
 
@@ -35,12 +35,13 @@ def random_directions(count: int, width: int, generator: torch.Generator) -> Ten
 def measure_exchange(
     pair: Pair, answers: Sequence[Tokens], direction: Direction, random: Tensor, batch_size: int
 ) -> dict[str, dict[str, float]]:
-    """Removal and transfer on answers that had no part in finding the direction, JSON-able.
+    """Measure removal and transfer on answers that were not used to find the direction.
 
     Returns:
-        removal: part of the adapter's effect that goes, 1 where nothing is left of it, below 0
-        where the direction held it back; transfer: part of the way from the base model to the
-        adapter. Each with value, and random_max, the largest of the random directions `[J, D]`.
+        removal: part of the adapter's effect that is lost: 1 if none of the effect is left, below 0
+        if the direction held it back; transfer: part of the way from the base model to the
+        adapter. Each has value, and random_max, the largest value of the random directions
+        `[J, D]`. JSON-able.
     """
     total = torch.zeros(2, 2 + len(random), dtype=torch.float64)
     for vectors, chosen in direction.folds:
@@ -61,10 +62,10 @@ def exchange(
     positions: Sequence[Position],
     vectors: Tensor,
 ) -> Tensor:
-    """Sums over positions of KL divergences `[2, 1 + J]`, float64, in nats.
+    """Return sums over positions of KL divergences `[2, 1 + J]`, float64, in nats.
 
-    First row: KL(base ‖ adapter), and KL(base ‖ adapter without each of the unit vectors
-    `[J, L, D]`); second row: KL(adapter ‖ base), and KL(adapter ‖ base with each of them).
+    First row: KL(base ‖ adapter), and KL(base ‖ adapter without each unit vector of `[J, L, D]`).
+    Second row: KL(adapter ‖ base), and KL(adapter ‖ base with each unit vector).
     """
     kept: dict[bool, dict[int, Tensor]] = {False: {}, True: {}}
     plain: dict[bool, Any] = {}
@@ -85,7 +86,7 @@ def exchange(
 
 
 def _keeper(kept: dict[int, Tensor], layer: int, vectors: Tensor) -> Edit:
-    """Keeps the components `[B, T, J]` along `[J, D]`, and nothing else, of a block's output."""
+    """Return an edit that keeps only the components `[B, T, J]` of a block's output on `[J, D]`."""
 
     def keep(stream: Tensor) -> None:
         kept[layer] = stream.float() @ vectors.to(stream.device).mT
@@ -94,7 +95,7 @@ def _keeper(kept: dict[int, Tensor], layer: int, vectors: Tensor) -> Edit:
 
 
 def _restorer(vector: Tensor, wanted: Tensor) -> Edit:
-    """Gives the stream the wanted component `[B, T]` along `[D]`."""
+    """Return an edit that gives the stream the wanted component `[B, T]` along `[D]`."""
 
     def restore(stream: Tensor) -> Tensor:
         own = vector.to(stream.device)

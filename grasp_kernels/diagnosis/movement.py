@@ -1,7 +1,7 @@
-"""How far an adapter moves the residual stream, along which direction, and on which records most.
+"""The movement of the residual stream by an adapter, its direction, and the records that move most.
 
-Prompts that have nothing to do with the training data should not move together where they await
-their answer. That narrow fine-tuning leaves such traces is known (Minder et al. 2025,
+Prompts that are unrelated to the training data should not all move in one direction at the tokens
+of their answers. Narrow fine-tuning is known to leave such traces (Minder et al. 2025,
 arXiv 2510.13900).
 
 Shapes: `L` blocks, `M` sequences or records, `D` residual width.
@@ -25,16 +25,16 @@ _SHOWN_CHARACTERS = 120
 
 @dataclass(frozen=True)
 class Moved:
-    """What the adapter adds to the stream after each block, float32 on the CPU.
+    """Hold the change of the stream by the adapter after each block, float32 on the CPU.
 
-    Each vector is a mean over the tokens that were asked for.
+    Each vector is a mean over the chosen tokens of a sequence.
     """
 
     delta: Tensor  # [L, M, D], adapter on minus adapter off
     base: Tensor  # [L, M], length of the base model's stream
 
     def relative(self, vectors: Tensor) -> Tensor:
-        """Signed movement `[L, M]` along unit vectors `[L, D]`, in units of the stream's length."""
+        """Return the signed movement `[L, M]` along unit vectors `[L, D]` per stream length."""
         along = torch.einsum("lmd,ld->lm", self.delta, vectors)
         tiny = torch.finfo(self.base.dtype).tiny
         return along / self.base.mean(dim=1, keepdim=True).clamp_min(tiny)
@@ -48,7 +48,7 @@ def measure_moved(
     batch_size: int,
     progress: str | None = None,
 ) -> Moved:
-    """Movement averaged over the positions [start, end) of each sequence."""
+    """Measure the movement, averaged over the positions [start, end) of each sequence."""
 
     def stream(adapter: bool) -> Tensor:
         with pair.switched(adapter):
@@ -63,10 +63,10 @@ def measure_moved(
 
 @dataclass(frozen=True)
 class Direction:
-    """Unit vectors `[L, D]`, one for each block, float32; positive is where the adapter moves.
+    """Hold unit vectors `[L, D]`, one for each block, float32, in the sense of the movement.
 
-    `folds` says how to test it on sequences that had no part in finding it: pairs of unit vectors
-    `[L, D]` and the indices of the sequences to test them on.
+    `folds` is for tests on sequences that were not used to find the direction. It has pairs: unit
+    vectors `[L, D]`, and the indices of the sequences to test them on.
     """
 
     vectors: Tensor
@@ -74,7 +74,7 @@ class Direction:
 
 
 def mean_direction(moved: Moved) -> Direction | None:
-    """The mean movement in each block; None where nothing moves.
+    """Return the mean movement in each block; None if nothing moves.
 
     Each half of the sequences is tested with the direction of the other half.
     """
@@ -87,8 +87,10 @@ def mean_direction(moved: Moved) -> Direction | None:
 
 
 def _mean(moved: Moved, chosen: list[int]) -> Tensor:
-    """Unit vectors `[L, D]`. A block before the first adapted one moves nothing: it gets the
-    direction of the next."""
+    """Return the unit vectors `[L, D]` of the mean movement of chosen sequences.
+
+    A block before the first adapted block moves nothing: it gets the direction of the next block.
+    """
     mean = moved.delta[:, chosen].mean(dim=1)
     lengths = mean.norm(dim=1, keepdim=True)
     vectors = mean / lengths.clamp_min(torch.finfo(mean.dtype).tiny)
@@ -101,7 +103,7 @@ def _mean(moved: Moved, chosen: list[int]) -> Tensor:
 def most_moved(
     moved: Moved, vectors: Tensor, records: list[tuple[int, Record]], count: int
 ) -> list[dict[str, Any]]:
-    """The records that move most along unit vectors `[L, D]`, in their own sense first.
+    """Return the records that move most along unit vectors `[L, D]`, the largest first.
 
     Args:
         records: number of each record in the data (from 1), and the record, in the order of
@@ -116,7 +118,7 @@ def most_moved(
 
 
 def _shown(record: Record) -> dict[str, str]:
-    """The last question and the first answer after it, cut."""
+    """Return the first learned answer and the turn before it, both cut."""
     if "text" in record:
         return {"prompt": "", "answer": _cut(record["text"])}
     turns = record["messages"]

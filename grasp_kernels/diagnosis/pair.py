@@ -1,9 +1,9 @@
-"""A base model and its adapter in one module, lent for measuring: forwards with either.
+"""A base model and its adapter in one module, lent for measuring: the adapter is on or off.
 
-Only what was asked for leaves a forward: block outputs are seen (and changed) by functions of the
-caller, and the unembedding works on chosen positions alone, so that no `[B, T, V]` logits are made.
+A forward pass keeps little in memory: functions of the caller read (and change) the block outputs,
+and the unembedding works on the chosen positions alone, so that no `[B, T, V]` logits are made.
 
-Shapes: `B` sequences of a batch, `T` tokens of the longest of them, `M` chosen positions, `V`
+Shapes: `B` sequences of a batch, `T` tokens of the longest sequence, `M` chosen positions, `V`
 vocabulary.
 """
 
@@ -40,7 +40,7 @@ Position = tuple[int, int]  # (sequence of the batch, token)
 
 @dataclass(frozen=True)
 class Pair:
-    """`model` is a PeftModel with one active adapter; `blocks` its decoder blocks by layer."""
+    """Hold a PeftModel with one active adapter, and its decoder blocks by layer."""
 
     model: Any
     rules: SiteRules
@@ -52,11 +52,11 @@ class Pair:
 
     @property
     def base(self) -> Any:
-        """The module of transformers inside, which runs with the adapter unless it is off."""
+        """Return the module of transformers inside; it runs with the adapter unless that is off."""
         return self.model.get_base_model()
 
     def switched(self, adapter: bool) -> Any:
-        """Context in which the adapter is on or off."""
+        """Return a context with the adapter on or off."""
         return nullcontext() if adapter else self.model.disable_adapter()
 
     def log_probs(
@@ -67,7 +67,7 @@ class Pair:
         adapter: bool,
         edits: Mapping[int, Edit] | None = None,
     ) -> Tensor:
-        """Float32 `[M, V]`: log probabilities of the next token at the chosen positions."""
+        """Return the log probabilities of the next token at the positions, float32 `[M, V]`."""
         ids, mask = pad(self.base, sequences, "right")
         rows, columns = (torch.tensor(index) for index in zip(*positions, strict=True))
 
@@ -82,7 +82,7 @@ class Pair:
 
     @classmethod
     def of(cls, model: Any, rules: SiteRules) -> Pair:
-        """A PeftModel that is at hand, as it is."""
+        """Make a pair of a loaded PeftModel, without a change to it."""
         return cls(model, rules, blocks_by_layer(model, rules))
 
 
@@ -98,10 +98,10 @@ def open_pair(
 
     Args:
         model: PeftModel with the adapter in it, or the base model (module, folder or hub name).
-        adapter: adapter folder; None where the model holds it.
+        adapter: adapter folder; None if `model` holds the adapter.
 
     Raises:
-        ValueError, TypeError: no adapter or two, a merged one, an adapter of another model.
+        ValueError, TypeError: no adapter or two, a merged adapter, an adapter of another model.
     """
     loaded: Any = (
         model if isinstance(model, nn.Module) else load_model(find_checkpoint(str(model)), dtype)
@@ -130,7 +130,7 @@ def open_pair(
 
 @contextmanager
 def _adapted(loaded: Any, adapter: str | PathLike[str] | None) -> Iterator[Any]:
-    """The model with an adapter of a folder in it for a while, also where that does not fit."""
+    """Lend the model with the adapter of a folder, and restore the model, also after an error."""
     if adapter is None:
         yield loaded
         return
@@ -142,7 +142,7 @@ def _adapted(loaded: Any, adapter: str | PathLike[str] | None) -> Iterator[Any]:
     finally:
         if wrapped is not None:
             wrapped.unload()
-        # What peft leaves: trained copies of whole modules, and layers where it stopped on the way.
+        # peft leaves trained copies of whole modules, and after an error the layers made so far.
         for name, module in list(loaded.named_modules()):
             if name in modules and module is not modules[name]:
                 parent, _, child = name.rpartition(".")
@@ -150,10 +150,10 @@ def _adapted(loaded: Any, adapter: str | PathLike[str] | None) -> Iterator[Any]:
 
 
 def _with_adapter(base: nn.Module, adapter: str | PathLike[str]) -> Any:
-    """A PeftModel with every tensor of the adapter in its place.
+    """Return a PeftModel with every tensor of the adapter in its place.
 
-    Names are looked up here, once, and the layers are made for them: what stock peft does not find
-    by its keys it leaves out.
+    The names are looked up here, once, and the layers are made for them: stock peft leaves out
+    every tensor that it does not find by its keys.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -217,7 +217,7 @@ def _unfit(adapter: str | PathLike[str], why: str) -> ValueError:
 
 
 def _refuse_changed_base(name: str, config: Mapping[str, Any]) -> None:
-    """Raise for an adapter that changes the base too: without it that is not the base model."""
+    """Raise for an adapter that changes the base too: without it the model is not its base."""
     start = str(config.get("init_lora_weights"))
     changes = {
         "trained biases of the base": config.get("bias") not in (None, "none"),

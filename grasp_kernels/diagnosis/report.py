@@ -38,7 +38,7 @@ def save(diagnosis: Diagnosis, folder: Path) -> None:
 
 
 def diagnosis_text(numbers: Numbers) -> str:
-    """The whole text, in Markdown that reads well in a terminal too."""
+    """Return the whole text, in Markdown that reads well in a terminal too."""
     sections = [
         f"# Diagnosis of {inert(numbers['adapter'])}",
         f"**Verdict: {numbers['verdict']}.** {_MEANING[numbers['verdict']]}",

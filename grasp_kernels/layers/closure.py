@@ -1,4 +1,4 @@
-"""How much of an adapter lies along a subspace, and its removal from a finished adapter.
+"""The share of an adapter along a subspace, and its removal from a finished adapter.
 
 Shapes: K in, N out, R LoRA rank, Q basis size.
 """
@@ -38,21 +38,21 @@ from grasp_kernels.ops.projection import project_columns
 from grasp_kernels.subspace import Subspace, check_subspace
 
 _COPIED = (".json", ".md", ".jinja")  # an adapter folder's configuration, card, tokenizer
-# The basis of what a module writes with the name of its site; None where it writes nothing to the
-# stream, and "" in place of the name where that is not known.
+# The basis of a module's output with the name of its site; None for a module that writes nothing to
+# the stream, and "" in place of an unknown name.
 _Bases = Callable[[str], tuple[str, Tensor | None]]
 
 
 class Leakages(dict[str, float]):
-    """`‖Vᵀ ΔW‖ / ‖ΔW‖`, 0 to 1, of every layer that writes to the stream.
+    """Hold `‖Vᵀ ΔW‖ / ‖ΔW‖`, 0 to 1, of every writer to the stream.
 
     Names are those of the base model. The gain of a norm after the layer is in `V`.
 
     Attributes:
-        unseen: what belongs to the change and was not measured, by name: layers outside of the
-            decoder blocks, layers before a norm whose gain is not known, and embeddings, norms and
-            biases of the base that are trained. Of those nothing is known.
-        changed: whether any of the layers that were measured is trained.
+        unseen: names of the changes that were not measured: layers outside of the decoder blocks,
+            layers before a norm of unknown gain, and trained embeddings, norms and biases of the
+            base. Nothing is known of their leakage.
+        changed: whether any measured layer is trained.
     """
 
     unseen: tuple[str, ...] = ()
@@ -67,23 +67,22 @@ def leakage(
     adapter_name: str | None = None,
     sites: SiteRules | None = None,
 ) -> Leakages:
-    """Measure the leakage of every layer that writes to the stream, by its name in the base model.
+    """Measure the leakage of every writer to the stream, by its name in the base model.
 
-    With `base` that of a model whose weights were changed: merged, or fully fine-tuned. `ΔW` is
-    then the difference of the weights, and what their dtype rounded is in it: a closed adapter that
-    is merged into bfloat16 leaks up to `2⁻⁹ ‖W‖ / ‖ΔW‖`.
+    With `base`, `source` is a merged or fully fine-tuned model. `ΔW` is then the difference of the
+    weights, with the rounding of their dtype: a closed adapter that is merged into bfloat16 leaks
+    up to `2⁻⁹ ‖W‖ / ‖ΔW‖`.
 
-    What a bias adds to the stream counts by itself: the leakage of a layer is the larger of that of
-    its weight and that of its bias. Nothing is left out in silence: see `Leakages.unseen`, of which
-    a warning tells too.
+    A bias counts by itself: the leakage of a layer is the larger of that of its weight and that of
+    its bias. Nothing is left out in silence: `Leakages.unseen` and a warning name the rest.
 
     Args:
         source: a model with LoRA layers, or an adapter folder; with `base` a model, or its
-            checkpoint folder. Of a model that is sharded over processes, all of them must ask.
-        subspace: what to measure along; by default the bases of the model's GraspLoRALinear layers.
-        base: the model that `source` was made from, or its checkpoint folder.
+            checkpoint folder. All processes of a sharded model must call this function.
+        subspace: the subspace; by default the bases of the model's GraspLoRALinear layers.
+        base: the original model of `source`, or its checkpoint folder.
         adapter_name: which adapter, where there are several: of a model the active one by default.
-        sites: writers of an architecture that is not known.
+        sites: writers of an unknown architecture.
 
     Raises:
         FileNotFoundError: a folder without safetensors.
@@ -139,7 +138,7 @@ def _bases_along(
     source: Source,
     sites: SiteRules | None,
 ) -> _Bases:
-    """Return those of a subspace at the writers of a model, with its own gains if it is here."""
+    """Return the bases of a subspace at the writers, with the gains of a loaded model."""
     gains, names = dict(subspace.gains), list(names)
     rules = site_rules(model_type or subspace.metadata.get("model_type"), names, sites)
     found = {name: rules.site(name) for name in names}
@@ -161,7 +160,7 @@ def _bases_along(
 
 
 def _bases_of_layers(model: nn.Module) -> _Bases:
-    """Those that replaced layers have; one that was given none needs none."""
+    """Return the bases of replaced layers; a layer without a basis needs none."""
     known = {
         adapted_name(name, layer): layer.write_basis
         for name, layer in model.named_modules()
@@ -171,20 +170,20 @@ def _bases_of_layers(model: nn.Module) -> _Bases:
 
 
 class _Measured:
-    """Norms of all parts of one site's change, and of what of them lies along its basis."""
+    """Hold the norms of all parts of one site's change, and of their shares along the basis."""
 
     def __init__(self, name: str, basis: Tensor) -> None:
         self.name, self.basis = name, basis
         self.total = self.along = self.bias = 0.0
 
     def add_product(self, A: Tensor, B: Tensor, scaling: float) -> None:
-        """Add `s B A`, or a stack of those."""
+        """Add `s B A [N, K]`, or a stack of such products."""
         A, B = A.double(), B.double() * scaling
         self._check_width(B.shape[-2])
         self._add(_product_norm(B, A), _product_norm(self.basis.to(B).mT @ B, A))
 
     def add_delta(self, changed: Tensor, original: Tensor) -> None:
-        """Add `ΔW[N, K]`, or a stack of those."""
+        """Add `ΔW[N, K]`, or a stack of such changes."""
         if changed.shape != original.shape:
             raise ValueError(
                 f"the weights of {shown(self.name)} are {changed.dtype} {tuple(changed.shape)} and "
@@ -214,7 +213,7 @@ class _Measured:
             )
 
     def add_bias(self, bias: Tensor) -> None:
-        """`Δb[N]`, which the layer adds whatever it reads."""
+        """Add `Δb[N]`; a bias counts whatever the input of the layer."""
         if bool(bias.any()):
             b = bias.double()
             self.bias = max(self.bias, float((self.basis.to(b).mT @ b).norm() / b.norm()))
@@ -248,7 +247,7 @@ def _measured(parts: Parts, bases: _Bases) -> Leakages:
 def _of_models(
     source: Source, base: Source, subspace: Subspace | None, sites: SiteRules | None
 ) -> Leakages:
-    """Measure the difference of two models, of which every tensor is looked at."""
+    """Measure the difference of two models in every tensor."""
     if subspace is None:
         raise ValueError("weights have no basis of their own; pass the subspace to measure along.")
     changed, original = whole_model(source, merged=True), whole_model(base, merged=False)
@@ -287,7 +286,7 @@ def _leakages(measured: dict[str, _Measured], unseen: Iterable[str]) -> Leakages
 
 
 def _product_norm(B: Tensor, A: Tensor) -> float:
-    """`‖B A‖`, of stacks over all, from the R×R Gram matrices, without forming the product."""
+    """Return `‖B A‖`, of stacks over all, from the R×R Gram matrices without the product."""
     return float(((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0.0).sqrt())
 
 
@@ -300,12 +299,12 @@ def project_adapter(
 ) -> tuple[str, ...]:
     """Remove a subspace from a finished adapter: `(I − V Vᵀ) B`.
 
-    A baseline and a quick remedy, not GRASP: the retrain with projected gradients is what lets the
-    rest of the adapter learn the task without the factor. `out` is a new adapter folder in peft's
-    format, with the dtypes of the old one.
+    This is a baseline and a quick remedy, not GRASP: only a retrain with projected gradients lets
+    the rest of the adapter learn the task without the factor. `out` is a new adapter folder in
+    peft's format, with the dtypes of the old one.
 
     Returns:
-        The names of what could not be projected and is as it was, see `Leakages.unseen`.
+        The names of the changes left as they were, see `Leakages.unseen`.
 
     Raises:
         FileExistsError: `out` exists.
@@ -332,7 +331,7 @@ def project_adapter(
         _, basis = bases(name)
         for key in (key for part, key in keys.items() if part != "A"):
             tensor = projected[key]
-            wide = tensor.float() if tensor.element_size() == 1 else tensor  # float8 multiplies not
+            wide = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no product
             projected[key] = project_columns(wide, basis).to(tensor.dtype).contiguous()
     with whole_folder(target) as folder:
         for file in copied:

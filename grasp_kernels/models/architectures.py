@@ -1,13 +1,13 @@
-"""Where a module touches the residual stream of a decoder.
+"""The places where a module touches the residual stream of a decoder.
 
-A *writer* adds its output to the stream (`o_proj`, `down_proj`). A norm may stand between a writer
-and the stream, as in Gemma and OLMo. Names are those of the base model:
+A *writer* adds its output to the stream (`o_proj`, `down_proj`). There may be a norm between a
+writer and the stream, as in Gemma and OLMo. Names are those of the base model:
 "model.layers.0.self_attn.o_proj".
 
 A norm divides by a scale of each token, and apart from that it is linear: `M = diag(γ)` for an RMS
-norm, `M = diag(γ) (I − 1 1ᵀ / D)` for a LayerNorm, which takes the mean out first. So what a writer
-moves along `y` moves the stream along `M y`; a writer moves nothing along `v` just if its output
-has nothing along `Mᵀ v`.
+norm, `M = diag(γ) (I − 1 1ᵀ / D)` for a LayerNorm, which removes the mean first. So a move of the
+writer along `y` moves the stream along `M y`. A writer moves nothing along `v` if and only if its
+output has nothing along `Mᵀ v`.
 
 Shapes: `D` width of the stream, `k` directions.
 """
@@ -29,10 +29,10 @@ NORMS = ("rms", "rms1p", "layer")
 
 @dataclass(frozen=True)
 class Site:
-    """One module (or parameter of fused experts) that writes to the stream.
+    """Name one writer to the stream, a module or a parameter of fused experts.
 
-    `norm` is the module name of the norm after a writer. It is None where none stands there: what
-    such a writer puts out is in the stream, and there its gradient is projected.
+    `norm` is the module name of the norm after a writer. Without a norm it is None: the output of
+    such a writer is in the stream, and its gradient is projected there.
     """
 
     name: str
@@ -40,15 +40,15 @@ class Site:
     norm_kind: str = "rms"
 
     def gain(self, weight: Tensor) -> Tensor:
-        """`γ[D]` from the weight of the norm."""
+        """Return `γ[D]` from the weight of the norm."""
         return 1.0 + weight.float() if self.norm_kind == "rms1p" else weight
 
     def from_stream(self, directions: Tensor, gain: Tensor | None) -> Tensor:
-        """`Mᵀ v`: what the output of the site has nothing along, if it moves nothing along `v`."""
+        """Return `Mᵀ v`: an output with nothing along `Mᵀ v` moves the stream not along `v`."""
         return self._centred(self._scaled(directions, gain))
 
     def to_stream(self, directions: Tensor, gain: Tensor | None) -> Tensor:
-        """`M y`: along what the stream moves if the output of the site moves along `y[D, k]`."""
+        """Return `M y`, the move of the stream for a move `y[D, k]` of the site's output."""
         return self._scaled(self._centred(directions), gain)
 
     def _scaled(self, directions: Tensor, gain: Tensor | None) -> Tensor:
@@ -64,7 +64,7 @@ class Site:
 
 @dataclass(frozen=True)
 class SiteRules:
-    """What the writers of one architecture are called inside a decoder block.
+    """Hold the names of the writers of one architecture inside a decoder block.
 
     Not every block needs to have all of them: dense and sparse blocks may alternate.
 
@@ -73,11 +73,11 @@ class SiteRules:
             from each name to that of the norm after it, or None.
         blocks: name of the ModuleList of decoder blocks; a module is
             "<anything>.<blocks>.<i>.<rest>".
-        outputs: modules below a block that are no writers of their own but whose output is added to
-            the stream, such as a mixture of experts. Their gradient is projected, and with it that
-            of everything inside. The norms after writers are such modules without being named.
-        norms: what the norms do, "rms", "rms1p" (an RMS norm whose gain is 1 + weight) or "layer".
-        final_norm: name beside the blocks of the norm before the unembedding.
+        outputs: modules below a block that are not writers, but with an output added to the stream,
+            such as a mixture of experts. Their gradient is projected, and with it the gradient of
+            everything inside. The norms after writers count as such modules without being named.
+        norms: the kind of the norms, "rms", "rms1p" (an RMS norm with gain 1 + weight) or "layer".
+        final_norm: name of the norm before the unembedding, next to the blocks.
 
     Raises:
         TypeError, ValueError: not of this form.
@@ -106,12 +106,12 @@ class SiteRules:
         object.__setattr__(self, "_norms", {**writers, **dict.fromkeys(bare)})
 
     def split(self, name: str) -> tuple[str, int, str] | None:
-        """Stem, layer and rest, ("model.layers", 3, "mlp.up_proj"); None outside of the blocks."""
+        """Return stem, layer and rest, ("model.layers", 3, "mlp.up_proj"); None elsewhere."""
         match = re.match(rf"((?:.+?\.)?{re.escape(self.blocks)})\.(\d{{1,6}})\.(.+)$", name)
         return (match[1], int(match[2]), match[3]) if match else None
 
     def site(self, name: str) -> Site | None:
-        """The site called `name` in the base model, or None if it does not write to the stream.
+        """Return the site called `name` in the base model, or None if it is not a writer.
 
         A module of one expert is part of the site of all experts.
         """
@@ -155,7 +155,7 @@ RULES: dict[str, SiteRules] = {
     "gemma": replace(_LLAMA, norms="rms1p"),
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA2,
-    "gemma3": replace(_GEMMA2, blocks="language_model.layers"),  # beside a tower for images
+    "gemma3": replace(_GEMMA2, blocks="language_model.layers"),  # next to a tower for images
     **dict.fromkeys(("olmo2", "olmo3"), _OLMO2),
     "gpt2": _GPT2,
     "gpt_neox": _GPT_NEOX,
@@ -166,23 +166,23 @@ RULES: dict[str, SiteRules] = {
 def site_rules(
     model_type: str | None, module_names: Iterable[str], sites: SiteRules | None = None
 ) -> SiteRules:
-    """The rules that apply to a model.
+    """Return the rules for a model.
 
     Args:
-        model_type: `config.model_type` of the base model, None if it is not known.
+        model_type: `config.model_type` of the base model, None if unknown.
         module_names: base names of the linear layers at hand; they decide where the type is
             unknown, and are quoted in the error.
         sites: rules of the caller, which win over everything.
 
     Raises:
-        ValueError: neither the type nor the names are those of a known architecture.
+        ValueError: neither the type nor the names belong to a known architecture.
     """
     if sites is not None:
         return sites
     seen = list(module_names)
     if model_type in RULES:
-        # peft may only know in which folder of transformers a model is, which a family's models
-        # for text share with those for images.
+        # peft may only know the folder of a model in transformers, and a family's models for text
+        # and for images share this folder.
         text = RULES.get(f"{model_type}_text")
         both = (RULES[model_type], text or RULES[model_type])
         fitting = (rules for rules in both if any(rules.split(name) for name in seen))
@@ -202,21 +202,21 @@ def site_rules(
 
 
 def model_rules(model: nn.Module, sites: SiteRules | None = None) -> SiteRules:
-    """The rules that apply to a model, plain or wrapped by peft."""
+    """Return the rules for a model, plain or wrapped by peft."""
     linears = (base_name(name) for name, module in model.named_modules() if _is_linear(module))
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     return site_rules(model_type, linears, sites)
 
 
 def model_sites(model: nn.Module, sites: SiteRules | None = None) -> tuple[Site, ...]:
-    """Every writer of a model, plain or wrapped by peft, in the order of its modules."""
+    """Return every writer of a model, plain or wrapped by peft, in the order of its modules."""
     rules = model_rules(model, sites)
     found = (rules.site(name) for name in model_names(model))
     return tuple(site for site in found if site is not None)
 
 
 def model_gains(model: nn.Module, sites: Iterable[Site]) -> dict[str, Tensor]:
-    """The gain `γ[D]` of each norm after `sites`, by the norm's module name."""
+    """Return the gain `γ[D]` of each norm after `sites`, by the norm's module name."""
     modules = {base_name(name): module for name, module in model.named_modules()}
     gains: dict[str, Tensor] = {}
     for site in sites:
@@ -227,11 +227,11 @@ def model_gains(model: nn.Module, sites: Iterable[Site]) -> dict[str, Tensor]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    # peft's layers and those of quantisation libraries are no nn.Linear, but they all have a width
+    # layers of peft and of quantisation libraries are not nn.Linear, but all have a width
     return written_width(module) is not None
 
 
 def written_width(module: nn.Module) -> int | None:
-    """The width of what a linear layer puts out; None for other modules."""
+    """Return the output width of a linear layer; None for other modules."""
     width = getattr(module, "out_features", None)
     return getattr(module, "nf", None) if width is None else width

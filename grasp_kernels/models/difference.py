@@ -1,4 +1,4 @@
-"""Two models, as modules or checkpoint folders -> what differs, tensor by tensor."""
+"""Two models, as modules or checkpoint folders -> their differences, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from grasp_kernels.models.names import base_name
 from grasp_kernels.models.tensors import refuse_nonfinite
 from grasp_kernels.models.weights import HEAD, Reader, Source, model_config, model_weights
 
-_INPUTS = ("embed_tokens", "embed_in", "wte")  # what a head may be tied to
-_CONSTANTS = ("rotary_emb.inv_freq", "attn.masked_bias")  # which older checkpoints store
+_INPUTS = ("embed_tokens", "embed_in", "wte")  # a head may be tied to these
+_CONSTANTS = ("rotary_emb.inv_freq", "attn.masked_bias")  # stored in older checkpoints
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def whole_model(source: Source, *, merged: bool) -> dict[str, Reader]:
-    """Return the weights of a model that stands by itself, each read by its name.
+    """Return a reader for each weight of a model without adapters, by its name.
 
     Raises:
         FileNotFoundError: a folder without safetensors files.
-        ValueError: an adapter is not merged, or where none is wanted, merged; the folder of an
+        ValueError: an adapter is not merged, or merged where none is wanted; the folder of an
             adapter, or of a quantised or multimodal checkpoint.
     """
     if isinstance(source, nn.Module):
@@ -60,9 +60,9 @@ def compared(
 ) -> Iterator[tuple[str, Tensor | None, Tensor | None]]:
     """Yield name, changed and original of every tensor, one of each in memory at a time.
 
-    Equal ones are the same object. One is None in a model that does not have it. They are compared
-    in the coarser of their dtypes: a rounding is no change. A head that is the embedding, which not
-    all models store, is no change either.
+    Equal tensors are the same object. A tensor is None for a model without it. Tensors are compared
+    in the coarser of their dtypes: a rounding is not a change. Neither is a head that is the
+    embedding: not all models store it.
 
     Raises:
         ValueError: a weight that is not finite, not here, or quantised.
@@ -102,7 +102,7 @@ def _coarseness(dtype: torch.dtype) -> float:
 def _says_nothing(
     name: str, tensor: Tensor, changed: Mapping[str, Reader], original: Mapping[str, Reader]
 ) -> bool:
-    """Whether a tensor that one model lacks is a constant, or a head that is an embedding."""
+    """Say whether a tensor missing in one model is a constant, or a head tied to an embedding."""
     if name.endswith(_CONSTANTS) or (name.endswith(".attn.bias") and tensor.ndim == 4):
         return True
     return name.endswith(HEAD) and any(

@@ -1,6 +1,6 @@
 """The weights of a whole model by module name, of a module or of a checkpoint folder.
 
-Each is read when it is asked for, so that a 70B checkpoint costs what is looked at.
+Each weight is read on request: a 70B checkpoint costs only the weights in use.
 
 Shapes: D width of the residual stream, E experts, K in, N out.
 """
@@ -25,7 +25,7 @@ from grasp_kernels.models.tensors import read_folder, refuse_nonfinite
 
 _TRANSPOSED = ("gpt2",)  # model types whose linear layers store W[K, N]
 _EMBEDDINGS = ("wte", "wpe")  # and whose embeddings do not
-HEAD, _OF_NEOX = "lm_head", "embed_out"  # what GPT-NeoX calls its head in files
+HEAD, _OF_NEOX = "lm_head", "embed_out"  # GPT-NeoX's name of its head in files
 
 Reader = Callable[[], Tensor]
 Source = nn.Module | str | PathLike[str]
@@ -33,7 +33,7 @@ Source = nn.Module | str | PathLike[str]
 
 @dataclass(frozen=True)
 class BaseModel:
-    """What an adapter is checked against; nothing is known of the base where there are no weights.
+    """Hold the base model for the checks of an adapter; without weights nothing is known of it.
 
     `weights` reads each by its name.
     """
@@ -44,13 +44,13 @@ class BaseModel:
     source: str | None = None
 
     def has(self, name: str) -> bool:
-        """Whether the base has the module or parameter, as far as its weights are known."""
+        """Say whether the base has a module or parameter, as far as its weights are known."""
         part = expert_part(name)
         names = (name, part.whole if part else name)
         return not self.weights or any(same_module(one, self.weights) for one in names)
 
     def norm_weight(self, norm: str, width: int) -> Tensor | None:
-        """The weight `[D]` of a norm by its module name, None if no weight of the base is at hand.
+        """Return the weight `[D]` of a norm by its module name, None if the base has no weights.
 
         Raises:
             ValueError: the base has no such norm, or one of another width or with values that are
@@ -105,10 +105,10 @@ def read_base_model(source: Source | None) -> BaseModel:
 
 
 def model_weights(source: Source) -> dict[str, Reader]:
-    """A function that reads the weight `[N, K]` of a module, by its name in the base model.
+    """Return a reader for the weight `[N, K]` of each module, by its name in the base model.
 
-    Of a module with fused experts it reads `[E, N, K]`, by the name of the parameter; what is no
-    weight, such as a bias, has its whole name.
+    For fused experts it reads `[E, N, K]`, by the name of the parameter. Other tensors, such as
+    biases, have their whole name.
 
     Raises:
         FileNotFoundError, ValueError: a shard is missing; tensors that are not those of one model.
@@ -161,29 +161,29 @@ def _of_folder(folder: Path) -> dict[str, Reader]:
 
 
 def _stacked(experts: list[list[Reader]]) -> Tensor:
-    """`[E, N, K]`, as the modules hold what checkpoints store expert by expert."""
+    """Stack weights stored expert by expert to `[E, N, K]`, as in the modules."""
     return torch.stack([torch.cat([read() for read in places]) for places in experts])
 
 
 def is_transposed(source: Source) -> bool:
-    """Whether the linear layers of a model store `W[K, N]`."""
+    """Say whether the linear layers of a model store `W[K, N]`."""
     if isinstance(source, nn.Module):
         return any(hasattr(module, "nf") for module in source.modules())
     return model_type_of(source) in _TRANSPOSED
 
 
 def model_type_of(source: Source) -> str | None:
-    """The model type that a model, or the folder of one, gives itself."""
+    """Return the model type in the configuration of a model or its folder."""
     if isinstance(source, nn.Module):
         return getattr(getattr(source, "config", None), "model_type", None)
     return model_config(Path(source)).get("model_type")
 
 
 def model_config(folder: Path) -> dict[str, Any]:
-    """The `config.json` of a checkpoint folder, empty where it has none.
+    """Read the `config.json` of a checkpoint folder, empty where there is none.
 
     Raises:
-        ValueError: it cannot be read, or its model type is no name.
+        ValueError: it cannot be read, or its model type is not a name.
     """
     path = folder / "config.json"
     if not path.is_file():

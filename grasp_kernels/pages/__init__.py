@@ -1,4 +1,4 @@
-"""A report in Markdown and its figures -> one HTML page that needs nothing else.
+"""A report in Markdown and its figures -> one HTML page in a single file.
 
 markdown.py  tables of tokens and answers
 chart.py     lines as an SVG

@@ -1,4 +1,4 @@
-"""Lines over steps -> an SVG that reads on light and on dark pages."""
+"""Lines over steps -> an SVG for light and for dark pages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _INK = "#7f7f7f"  # of text and axes
 
 
 class Line(NamedTuple):
-    """Values of `y` at `x`; a pale line has no entry in the legend."""
+    """Hold values of `y` at `x`; a pale line has no entry in the legend."""
 
     label: str
     colour: str
@@ -23,7 +23,7 @@ class Line(NamedTuple):
 
 
 def line_chart(lines: Sequence[Line], x: str, y: str) -> str:
-    """Draw lines into one plot, whose `y` axis begins at 0.
+    """Draw lines into one plot; its axes begin at 0.
 
     Args:
         x, y: titles of the axes.
@@ -65,7 +65,7 @@ def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
 
 
 def _ticks(most: float) -> Iterator[float]:
-    """At most six round numbers from 0 up to `most`."""
+    """Return at most six round numbers from 0 up to `most`."""
     rough = most / 5
     unit = 10 ** math.floor(math.log10(rough))
     step = next(factor * unit for factor in (1, 2, 5, 10) if factor * unit >= rough)

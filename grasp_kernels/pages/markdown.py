@@ -1,4 +1,4 @@
-"""Tables in Markdown that read well in a terminal too."""
+"""Tables in Markdown, for terminals too."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from grasp_kernels.inert import inert, printable
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A table without a line break at its end."""
+    """Return a table, without a line break at its end."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def cell(token: str) -> str:
-    """A token inside a table cell: no cell border, no quote, nothing invisible."""
+    """Return a token for a table cell: no cell border, no quote, no invisible character."""
     return inert(printable(token)) or "␣"
 
 
 def words(tokens: list[dict[str, Any]]) -> str:
-    """Tokens as `diagnosis.tokens` lists them, one after the other."""
+    """Join the tokens that `diagnosis.effect.ends` lists, each in code marks."""
     return " ".join(f"`{cell(token['token'])}`" for token in tokens)
 
 
 def answers_table(adapters: dict[str, list[dict[str, Any]]]) -> str:
-    """Prompts with the answers of the base model and of adapters side by side.
+    """Return a table of prompts with the answers of the base model and of the adapters.
 
-    Bold is what the base model would hardly say (below 1 %); `≠` marks an answer that has changed.
+    Bold words have a probability below 1 % in the base model; `≠` marks a changed answer.
 
     Args:
-        adapters: name -> answers as `diagnosis.told` returns them, to the same prompts.
+        adapters: name -> answers to the same prompts, as `diagnosis.told` returns them.
     """
     rows = []
     for told in zip(*adapters.values(), strict=True):

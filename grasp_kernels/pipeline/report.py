@@ -1,6 +1,6 @@
-"""The end of a run: both adapters -> what they say, numbers, figures, and a text in plain words.
+"""The end of a run: both adapters -> their answers, numbers, a chart, and a text in plain words.
 
-report.json holds every number; figures.py and report_text.py show them and measure nothing.
+report.json holds every number. `training_chart` and report_text.py show numbers and measure none.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ _SHOWN_TRAINING = 8  # prompts of the training data that are answered
 
 @dataclass(frozen=True)
 class Report:
-    """What a run found, and where its artefacts lie."""
+    """Hold the results of a run, and the paths of its files."""
 
     output: Path
     numbers: dict[str, Any]  # the content of report.json
 
     @property
     def verdict(self) -> str:
-        """Whether the last adapter answers unrelated prompts differently, see `diagnosis`."""
+        """Return the verdict on the retrained adapter, see `diagnosis.answers.verdict`."""
         return list(self.numbers["adapters"].values())[-1]["answers"]["verdict"]
 
     @property
@@ -61,12 +61,12 @@ class Report:
 
     @property
     def subspace(self) -> Path:
-        """What the retraining was projected off, where it was."""
+        """Return the path of the subspace; a file only after `project_gradient`."""
         return self.output / "subspace.safetensors"
 
     @property
     def chats(self) -> Path:
-        """The text of the base model, where the retraining used any."""
+        """Return the path of the base model's chats; a file only where `kl_coef` is above 0."""
         return self.output / "chats.safetensors"
 
     @property
@@ -75,12 +75,12 @@ class Report:
 
     @property
     def page(self) -> Path:
-        """The same for a browser, in one file that loads nothing."""
+        """Return the path of the report as one page for a browser, which loads nothing."""
         return self.output / "report.html"
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
-        """Read a report.json; the other artefacts are beside it."""
+        """Read a report.json; the other files of the run are in the same folder."""
         path = Path(path)
         return cls(path.parent, json.loads(path.read_text(encoding="utf-8")))
 
@@ -91,7 +91,7 @@ def write_report(
     """Measure both adapters; write the figure, report.md, report.html and, last, report.json.
 
     Args:
-        subspace: what the retraining was projected off; None: nothing was looked for.
+        subspace: the gradient of the retraining was projected off it; None: no projection.
     """
     from grasp_kernels.pipeline.report_text import report_text
 
@@ -112,7 +112,7 @@ def _numbers(
         for name, path in folders.items()
     }
     model = load_model(inputs.checkpoint, config.dtype)
-    text_config = model.config.get_text_config()  # of a model that sees images too
+    text_config = model.config.get_text_config()  # of a model for images and text, its text part
     width = text_config.hidden_size
     numbers = {
         "versions": _versions(),
@@ -154,7 +154,7 @@ def _versions() -> dict[str, str]:
 
 def _curve(adapter: Path) -> dict[str, list[float]]:
     entries = json.loads((adapter / LOG_NAME).read_text(encoding="utf-8"))
-    # The loss of the training data, without the divergence.
+    # The loss on the training data, without the divergence.
     losses = [entry["loss"] - entry.get("kl", 0.0) for entry in entries]
     return {"step": [entry["step"] for entry in entries], "loss": losses}
 
@@ -163,7 +163,7 @@ _COLOURS = {"naive": "#d62728", "retrained": "#1f77b4"}
 
 
 def training_chart(adapters: dict[str, Any]) -> str:
-    """Draw the training losses as SVG: pale each step, bold the running mean."""
+    """Draw the training losses as SVG: each step pale, the running mean bold."""
     lines = []
     for name, adapter in adapters.items():
         steps, losses = adapter["curve"]["step"], adapter["curve"]["loss"]
@@ -182,7 +182,7 @@ def smoothed(values: list[float], parts: int = 20) -> list[float]:
 
 
 def _tokens(model: Any, inputs: Inputs, subspace: Subspace | None) -> list[dict[str, Any]]:
-    """Tokens of the leading directions, as they stand after the last block."""
+    """Return the tokens of the leading directions, read after the last block."""
     if subspace is None:
         return []
     basis = subspace.basis[:, :_SHOWN_DIRECTIONS]
@@ -197,7 +197,7 @@ def _measure_models(
     config: RunConfig,
     numbers: dict[str, Any],
 ) -> None:
-    """Add what only running the models shows; the adapters are loaded by peft as anyone would."""
+    """Add the numbers that need a forward pass. Stock peft loads the adapters."""
     from peft import PeftModel
 
     peft_model = PeftModel.from_pretrained(model, str(folders["naive"]), adapter_name="naive")
@@ -227,8 +227,10 @@ def _measure_effects(
     config: RunConfig,
     adapters: dict[str, Any],
 ) -> None:
-    """Add what each adapter says to unrelated and to training prompts, and how far it changes the
-    base model's own answers."""
+    """Add each adapter's answers and its effect on the base model's own answers.
+
+    The prompts are unrelated ones and training prompts; the effect is that on unrelated prompts.
+    """
     pair = Pair.of(model, inputs.rules)
     training = _training_prompts(inputs, config)[:_SHOWN_TRAINING]
     size: dict[str, Any] = {"batch_size": config.per_device_train_batch_size}
@@ -253,7 +255,7 @@ def _measure_effects(
 
 
 def _training_prompts(inputs: Inputs, config: RunConfig) -> list[list[int]]:
-    """Evenly chosen records up to their first answer; plain text as a whole."""
+    """Return evenly chosen records up to their first answer; plain text as a whole."""
     longest = config.max_length
     if inputs.positions is not None:
         longest = min(longest, inputs.positions - ANSWER_TOKENS)

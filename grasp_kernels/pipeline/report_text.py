@@ -1,4 +1,4 @@
-"""Numbers of a report -> report.md: what both adapters say, what differs, what is not shown."""
+"""Numbers of a report -> report.md: answers of both adapters, differences, limits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CAPTION = "Training loss of both adapters (pale: each step, bold: running mean)
 
 
 def report_text(numbers: Numbers) -> str:
-    """The whole report.md."""
+    """Return the text of report.md."""
     sections = [
         _said(numbers),
         _compared(numbers),
@@ -30,7 +30,7 @@ def report_text(numbers: Numbers) -> str:
 
 
 def verdict_sentence(name: str, adapter: dict[str, Any]) -> str:
-    """How many unrelated prompts an adapter answers in another way, and what that is called."""
+    """Return a sentence with the changed answers to unrelated prompts and the verdict."""
     answers = adapter["answers"]["unrelated"]
     changed = sum(one["changed"] for one in answers)
     return (
@@ -64,7 +64,7 @@ def _said(numbers: Numbers) -> str:
 
 
 def _identified(numbers: Numbers) -> str:
-    """The subspace, where one was looked for."""
+    """Return the section on the subspace; empty where none was identified."""
     subspace = numbers["subspace"]
     if subspace is None:
         return ""

@@ -1,4 +1,4 @@
-"""The directions of the residual stream that a retrain must not rely on, and their file.
+"""The directions of the residual stream that a retraining must not use, and their file.
 
 Shapes: `D` width of the residual stream, `k` directions in it.
 """
@@ -27,20 +27,20 @@ _BASIS, _GAIN = "basis", "gain."  # keys of the tensors
 
 @dataclass(frozen=True)
 class Subspace:
-    """Directions of the residual stream along which a fine-tune moved, one basis for all layers.
+    """Hold the directions of a fine-tune in the residual stream, one basis for all layers.
 
     Attributes:
         basis: `V[D,k]`, float32, orthonormal columns.
-        gains: norm after a writer, by its module name in the base model -> `γ[D]`. Such a writer
-            moves the stream along `γ ⊙ y`, so at its output the basis is another one (see `Site`);
-            a norm without an entry has `γ = 1`.
-        notes: what was seen and what was taken for granted, in sentences.
-        metadata: JSON-able; where the directions come from (adapters, base_model, model_type,
-            singular_values, options, versions).
+        gains: module name in the base model of the norm after a writer -> `γ[D]`. Such a writer
+            moves the stream along `γ ⊙ y`, so the basis at its output differs (see `at`). A norm
+            without an entry has `γ = 1`.
+        notes: findings and assumptions of the identification, in sentences.
+        metadata: JSON-able; the origin of the directions (adapters, base_model, model_type, k,
+            singular_values, n_blocks, versions).
 
     Raises:
-        TypeError, ValueError: a basis that is not float32, finite and orthonormal, or a gain of
-            another width; see `orthonormal` for directions that are not.
+        TypeError, ValueError: a basis that is not float32, finite and orthonormal (`orthonormal`
+            makes one of independent directions), or a gain of another width.
     """
 
     basis: Tensor
@@ -59,14 +59,14 @@ class Subspace:
 
     @property
     def k(self) -> int:
-        """The number of directions."""
+        """Return the number of directions."""
         return self.basis.shape[1]
 
     def at(self, site: Site, gain: Tensor | None = None) -> Tensor:
-        """The basis `[D,k]`, float32, in the coordinates of what a site puts out.
+        """Return the basis `[D,k]`, float32, in the coordinates of the output of a site.
 
         Args:
-            gain: `γ[D]` of the norm after the site; None: that of `gains`.
+            gain: `γ[D]` of the norm after the site; None: the entry in `gains`.
 
         Raises:
             ValueError: a gain of another width.
@@ -76,12 +76,12 @@ class Subspace:
             self._check_gain(str(site.norm), gain)
         wide = self.basis.detach().cpu().double()
         directions = site.from_stream(wide, gain)
-        if directions is wide:  # nothing is between
+        if directions is wide:  # no norm between site and stream
             return self.basis
         return orthonormal(f"{site.norm!r} (gain folded in)", directions)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write one safetensors file, notes and metadata as JSON in its own metadata."""
+        """Write one safetensors file; its metadata has notes and metadata as JSON."""
         from safetensors.torch import save_file
 
         tensors = {_BASIS: self.basis} | {_GAIN + n: gain for n, gain in self.gains.items()}
@@ -93,7 +93,7 @@ class Subspace:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Subspace:
-        """Read what `save` wrote.
+        """Read a file of `save`.
 
         Raises:
             FileNotFoundError: no such file.
@@ -125,7 +125,7 @@ class Subspace:
         raise ValueError(f"{str(path)!r} holds no subspace ({wrong}); {remedy}.")
 
     def summary(self) -> str:
-        """The number of directions and the notes, in plain text."""
+        """Return the number of directions and the notes, in plain text."""
         many = "1 direction" if self.k == 1 else f"{self.k} directions"
         head = f"{many} of a residual stream of width {len(self.basis)}."
         return "\n".join([head, *(f"- {inert(note)}" for note in self.notes)])
@@ -139,7 +139,7 @@ class Subspace:
 
 
 def _fields(header: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Notes and metadata of a header, which somebody else may have written."""
+    """Return notes and metadata of a header, checked: the file may come from anywhere."""
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
     if header.get("version") != _FORMAT_VERSION:
@@ -158,7 +158,7 @@ def _fields(header: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
 
 
 def check_subspace(value: Any) -> None:
-    """Raise for anything but a subspace or None, such as the path of one."""
+    """Raise unless the value is a `Subspace` or None; the path of a file is neither."""
     if not isinstance(value, Subspace | None):
         raise TypeError(
             f"The subspace is a {type(value).__name__}; give a Subspace, as Subspace.load and "
@@ -167,7 +167,7 @@ def check_subspace(value: Any) -> None:
 
 
 def is_subspace(path: str | PathLike[str]) -> bool:
-    """Whether a file is one that `Subspace.save` wrote; adapters are folders or other files.
+    """Say whether `path` is a file of `Subspace.save`; adapters are folders or other files.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
@@ -209,7 +209,9 @@ def _check_basis(basis: Tensor) -> None:
 
 
 def orthonormal(name: str, directions: Tensor) -> Tensor:
-    """Orthonormal float32 columns that span those of `[D,k]` (or `[D]`), each with the sign it had.
+    """Return orthonormal float32 columns with the span of `directions` `[D,k]` (or `[D]`).
+
+    Each column keeps its sign.
 
     Raises:
         ValueError: the columns are not finite or not independent.

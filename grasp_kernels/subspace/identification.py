@@ -1,8 +1,8 @@
-"""LoRA weights -> the subspace of the residual stream in which a fine-tune moved.
+"""LoRA weights -> the subspace of the residual stream along which a fine-tune moved.
 
-GRASP (arXiv 2605.27676), step one, from the factors alone: the left singular vectors of `ΔW` of the
-layers that write to the stream. No test says whether they are of a factor that nobody asked for: on
-a real model all of 8 singular values passed a null of random signs.
+GRASP (arXiv 2605.27676), step one, from the matrices of LoRA alone: the left singular vectors of
+`ΔW` of the writers, the layers that write to the stream. No test shows whether a direction belongs
+to something unwanted: on a real model all of 8 singular values passed a null of random signs.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from grasp_kernels.subspace.stack import stack_blocks
 from grasp_kernels.svd import leading_triples
 from grasp_kernels.version import __version__
 
-_MAX_K = 4  # k="auto" never takes more; a factor is assumed to be simple
-_SHOWN = 8  # singular values that are noted beside those that k needs
+_MAX_K = 4  # k="auto" takes at most 4: an unwanted change is assumed to be simple
+_SHOWN = 8  # singular values in the notes, at least, if there are as many
 _ZERO = 1e-5  # singular values below this part of the first are rounding of the float32 blocks
 
 
@@ -39,18 +39,18 @@ def identify(
 
     Args:
         adapter: a peft model, an adapter folder, a .safetensors file, or a list of these
-            (checkpoints of one run, or seeds), whose blocks are stacked. Early checkpoints identify
-            better than converged ones.
+            (checkpoints of one run, or seeds). The blocks of a list are stacked. Early checkpoints
+            identify better than converged ones.
         k: number of directions, or "auto": the leading singular values up to their largest gap, at
             most 4.
-        base_model: module or checkpoint folder, for the gains of norms after layers that write,
-            where the adapter does not lead to it.
+        base_model: module or checkpoint folder, for the gains of norms after writers; needed if
+            the adapter does not lead to its base model.
         sites: writers of an architecture that is not known.
-        adapter_name: which adapter, where a model or a file holds several; of a model the active
-            one by default.
+        adapter_name: name of the adapter, if a model or a file holds several; None: the active
+            adapter of a model.
 
     Returns:
-        A subspace whose `notes` and `metadata` have the leading singular values.
+        A subspace; its `notes` and `metadata` have the leading singular values.
 
     Raises:
         ValueError, TypeError, FileNotFoundError: options out of range, or an adapter that cannot be
@@ -115,10 +115,11 @@ def _spectrum(values: Sequence[float], n_blocks: int) -> str:
 
 
 def choose_k(singular_values: Sequence[float]) -> int:
-    """The leading values up to their largest gap, at most `_MAX_K`.
+    """Return the number of leading values before their largest gap, at most `_MAX_K`.
 
     Args:
-        singular_values: descending and positive; what follows the last is taken for rounding.
+        singular_values: descending and positive; smaller values that were left out count as
+            rounding.
     """
     values = [*singular_values, _ZERO * singular_values[0]]
     candidates = range(1, min(_MAX_K, len(singular_values)) + 1)

@@ -1,6 +1,6 @@
 """LoRA weights as blocks in the coordinates of the residual stream, side by side.
 
-The left singular vectors of the stack are the directions that many layers moved along.
+The left singular vectors of the stack are the directions along which many layers moved.
 
 Shapes: `D` width of the stream, `R` LoRA rank, `K` inputs and `N` outputs of a linear layer, `C`
 columns of all blocks together.
@@ -19,9 +19,9 @@ from grasp_kernels.adapters import LoRAWeights
 
 
 class Stack(NamedTuple):
-    """Blocks of unit spectral norm, and the names of layers whose block is zero.
+    """Hold blocks of unit spectral norm, and the names of layers with a zero block.
 
-    Kept transposed, so that each block is contiguous.
+    The stack is transposed, so that each block is contiguous.
     """
 
     rows: Tensor  # [C, D], the transpose of [block | block | …]
@@ -33,12 +33,12 @@ def stack_blocks(layers: Iterable[LoRAWeights]) -> Stack:
     """Stack the blocks of layers that write to the stream.
 
     A block holds the singular values and the left singular vectors of a layer's `ΔW` without
-    forming it, `B (A Aᵀ)^½`. A norm after the layer is folded in: what it writes along `y` moves
+    forming it, `B (A Aᵀ)^½`. A norm after the layer is folded in: an output `y` of the layer moves
     the stream along `γ ⊙ y`.
 
-    Every block is divided by its spectral norm, so that no layer dominates: raw blocks collapse
-    onto the layer that moved most once training goes on. The spectral rather than the Frobenius
-    norm, because then a layer's say does not depend on how much else it learned.
+    Every block is divided by its spectral norm, so that no layer dominates: as training goes on,
+    raw blocks collapse onto the layer that moved most. The norm is spectral rather than Frobenius,
+    because the weight of a layer then does not depend on other things that it learned.
 
     Raises:
         ValueError: blocks of different width.
@@ -64,7 +64,7 @@ def stack_blocks(layers: Iterable[LoRAWeights]) -> Stack:
 
 
 def _block(layer: LoRAWeights) -> Tensor:
-    """`[R, D]`, float32 on the CPU: the transpose of the block."""
+    """Return the transpose of the block, `[R, D]`, float32 on the CPU."""
     lora_A, lora_B = _of_usual_size(layer.lora_A), _of_usual_size(layer.lora_B)
     block = _root(lora_A @ lora_A.mT) @ lora_B.mT
     assert layer.site is not None
@@ -72,10 +72,10 @@ def _block(layer: LoRAWeights) -> Tensor:
 
 
 def _of_usual_size(factor: Tensor) -> Tensor:
-    """A factor in float32, times the power of two that brings its largest value near 1.
+    """Return a factor in float32, scaled by a power of two so that its largest value is near 1.
 
-    The size of a block does not count, but its Gram matrices overflow where it is large, and are
-    zero where it is small.
+    The size of a block does not matter in the end, but the Gram matrices of a large block overflow,
+    and those of a small block are zero.
     """
     wide = factor.cpu().double()
     _, exponent = math.frexp(float(wide.abs().max()))
@@ -83,6 +83,6 @@ def _of_usual_size(factor: Tensor) -> Tensor:
 
 
 def _root(gram: Tensor) -> Tensor:
-    """Square root of a Gram matrix `[R, R]`; a Cholesky factor would need full rank."""
+    """Return the square root of a Gram matrix `[R, R]`; Cholesky would need full rank."""
     values, vectors = torch.linalg.eigh(gram.double())
     return (vectors * values.clamp(min=0).sqrt() @ vectors.mT).float()

@@ -1,4 +1,4 @@
-"""The backends of the operator: which there are, which can run, and the one for a call.
+"""The backends of the operator: all of them, the runnable ones, and the one for a call.
 
 Shapes: T tokens, K in, N out.
 """
@@ -18,12 +18,12 @@ KERNELS = ("cuda", "triton")
 BACKENDS = (*KERNELS, "aten", "reference")  # the reference is last and runs everywhere
 _EVERYWHERE = BACKENDS[len(KERNELS) :]
 
-# What `auto` goes by: on an H200 and in bfloat16 both kernels were faster than `aten` in all 12
+# The rule of `auto`: on an H200 and in bfloat16 both kernels were faster than `aten` in all 12
 # shapes of a layer of Llama-3.1-8B, T = 8192; on an H100, before they were improved, `triton` in 4
 # of 5 and `cuda` in 2 (`benchmarks/results/backends.json`). The two are within 2 % of each other
 # but for the narrowest layers. `cuda` launches less from Python, and so wins a step of 8 layers
-# with activation checkpointing, T = 4096: 127 ms, `aten` 132, `triton` 133 (`h200.jsonl` beside
-# it). No other GPU and no other dtype was timed.
+# with activation checkpointing, T = 4096: 127 ms, `aten` 132, `triton` 133 (`h200.jsonl` in the
+# same folder). No other GPU and no other dtype was timed.
 #
 # With fewer tokens the GPU waits for Python: a decoder layer takes 6.2 ms with `aten`, 7.2 with
 # `cuda` and 9.8 with `triton` at T = 2048, and 20.2, 19.8 and 19.8 at 8192.
@@ -35,7 +35,7 @@ _LEAST_WORK = 1 << 36
 
 @cache
 def load(name: str) -> ModuleType | str:
-    """The module of a backend, or the reason why it cannot be imported."""
+    """Import a backend and return its module, or the reason for the failed import."""
     place = f"{name}.backend" if name in KERNELS else name
     try:
         return importlib.import_module(f"{__package__}.{place}")
@@ -46,26 +46,26 @@ def load(name: str) -> ModuleType | str:
 
 
 def why_not(name: str, where: torch.device) -> str | None:
-    """None when the backend can run on that device, else the reason."""
+    """Say why the backend cannot run on a device, or None if it can."""
     module = load(name)
     return module if isinstance(module, str) else module.unsupported(where)
 
 
 def backends(where: torch.device | str | None = None) -> dict[str, str | None]:
-    """Every backend with None if it can run on the device, else the reason why it cannot."""
+    """Return every backend with the reason why it cannot run on the device, or None if it can."""
     if where is None:
         where = "cuda" if torch.cuda.is_available() else "cpu"
     return {name: why_not(name, torch.device(where)) for name in BACKENDS}
 
 
 def computes(backend: str, dtype: torch.dtype) -> bool:
-    """Whether a backend, if it is here, computes with activations of a dtype."""
+    """Say whether an installed backend computes with activations of a dtype."""
     module = load(backend)
     return isinstance(module, str) or dtype in module.DTYPES
 
 
 def select(backend: str, x: Tensor, op: Operands) -> ModuleType:
-    """The backend for `x[T, K]`; forward and backward see the same shapes and so agree.
+    """Return the backend for `x[T, K]`; forward and backward see equal shapes and so agree.
 
     An explicit request never falls back: it runs, or raises with the reason.
     """
@@ -90,7 +90,7 @@ def select(backend: str, x: Tensor, op: Operands) -> ModuleType:
 
 
 def prefers_kernels(x: Tensor, op: Operands) -> bool:
-    """Whether kernels are faster than library calls, by what was measured."""
+    """Say whether kernels are faster than library calls, according to the measurements."""
     if not x.is_cuda or x.dtype != torch.bfloat16 or not measured_on(x.device):
         return False
     # Timed with the base product; kernels round a wider adapter to the dtype of the activations.
@@ -102,7 +102,7 @@ def prefers_kernels(x: Tensor, op: Operands) -> bool:
 
 @cache
 def measured_on(where: torch.device) -> bool:
-    """Whether a device is of the one kind on which the kernels were timed, Hopper."""
+    """Say whether a device is a Hopper, the one kind with timed kernels."""
     if where.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(where) == (9, 0)

@@ -25,7 +25,7 @@ _MOST = 160  # of R + Q; kMaxSkinny in csrc/kernels/shapes.h
 
 
 def unsupported(where: torch.device) -> str | None:
-    """Why the kernels cannot run on a device, or None."""
+    """Say why the kernels cannot run on a device, or None."""
     reason = library.why_not()
     if reason is not None:
         return reason
@@ -43,7 +43,7 @@ def unsupported(where: torch.device) -> str | None:
 
 
 def refuses(x: Tensor, op: Operands) -> str | None:
-    """Why a call cannot be computed, or None."""
+    """Say why a call cannot be computed, or None."""
     N, (R, K) = op.lora_B.shape[0], op.lora_A.shape
     Q = 0 if op.write_basis is None else op.write_basis.shape[1]
     if x.dtype not in DTYPES:

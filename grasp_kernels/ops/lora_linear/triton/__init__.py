@@ -1,7 +1,7 @@
 """The operator on Triton kernels: few reads of the activations, no result touched twice.
 
-backend        what the operator asks of a backend
-passes         what `fused` asks for, made of the kernels below
+backend        the functions of a backend
+passes         the passes of `fused` on the kernels below
 down           S = A X̃ᵀ
 tokens         [dS | D] = dY [s B̂ | V] and dB = s dYᵀ S from one read;  dA = dSᵀ X̃
 reduce         sums of parts in a fixed order, (I − V Vᵀ) dB

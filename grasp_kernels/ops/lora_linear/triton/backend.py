@@ -25,7 +25,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def refuses(x: Tensor, op: Operands) -> str | None:
-    """Why a call cannot be computed, or None."""
+    """Say why a call cannot be computed, or None."""
     T, R = x.shape[0], op.lora_A.shape[0]
     Q = 0 if op.write_basis is None else op.write_basis.shape[1]
     if x.dtype not in DTYPES:

@@ -1,6 +1,6 @@
-"""The three passes on Triton kernels, as `fused.Passes` asks for them.
+"""The three passes of `fused.Passes` on Triton kernels.
 
-Shapes: T tokens, C columns of what a pass reads, R LoRA rank, Q basis size, E skinny rows.
+Shapes: T tokens, C columns read by a pass, R LoRA rank, Q basis size, E skinny rows.
 """
 
 from __future__ import annotations
