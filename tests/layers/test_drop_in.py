@@ -305,6 +305,7 @@ def test_derivatives_along_a_direction_are_projected_as_gradients_are(closed: bo
         torch.testing.assert_close((u * tangent).sum(), (gradient * v).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("project", [False, True])
 def test_compiled_transforms(project: bool) -> None:
     model = ours(project=project)

@@ -257,6 +257,7 @@ def test_the_projection_is_that_of_the_stock_path(kind: str, folder: Path) -> No
     assert total_error(loss_and_gradients(unprojected)[1], expected) > 1e-1
 
 
+@pytest.mark.slow
 @every_kind
 def test_training_as_for_qlora(kind: str, folder: Path, tmp_path: Path) -> None:
     """Checkpointing, float32 norms, dropout, AdamW: closed to the end, and loaded by stock peft."""

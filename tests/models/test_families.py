@@ -81,6 +81,7 @@ def test_gradients_are_those_of_a_projected_stream(family: str) -> None:
     assert all("parameter" in why for why in report.fallbacks.values())
 
 
+@pytest.mark.slow
 @families
 def test_no_leakage_after_training_and_stock_peft_loads_it(family: str, tmp_path: Path) -> None:
     model = adapted(family)

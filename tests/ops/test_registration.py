@@ -96,6 +96,7 @@ def gradients(run: Any, layer: Layer, x: torch.Tensor) -> list[torch.Tensor]:
     return [y.detach(), *torch.autograd.grad(y, [x, layer.A, layer.B], dy)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_compiles_into_one_graph_with_the_same_mask(compiler: str, dropout_p: float) -> None:

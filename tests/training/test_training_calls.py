@@ -63,6 +63,7 @@ def test_a_whole_model_compiled_into_one_graph_trains_as_stock_peft() -> None:
     assert_parity(found, train(stock, lengths=1), train(exact, lengths=1))
 
 
+@pytest.mark.slow
 def test_lengths_do_not_compile_again_and_again() -> None:
     """The first length, then any length. (A whole model in transformers 5 does the same.)"""
     model = lora_model(lora_dropout=0.3)
