@@ -20,10 +20,14 @@ DEMO ?= demo-output
 SEED ?= 0
 REAL ?= real-output
 
-.PHONY: demo test oldest newest lint docs bench real real-report wheel clean
+.PHONY: demo check test oldest newest lint docs bench real real-report wheel clean
 
 demo: $(READY)
 	$(BIN)/python -m benchmarks.demo --output $(DEMO) --seed $(SEED)
+
+# Everything but the tests that are marked slow.
+check: $(READY) lint
+	$(BIN)/python -m pytest -n auto -m "not slow"
 
 # Types are those of the usual choice: other releases of numpy or matplotlib declare others.
 test: $(READY) $(if $(OTHER),,lint)

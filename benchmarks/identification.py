@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 
 import grasp_kernels as gk
 from benchmarks.kernels.machine import environment
-from grasp_kernels.bench.shapes import MODELS, Decoder
-from grasp_kernels.bench.timing import Times
+from benchmarks.kernels.shapes import MODELS, Decoder
+from benchmarks.kernels.timing import Times
 from grasp_kernels.files import whole_file
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

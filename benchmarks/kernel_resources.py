@@ -38,7 +38,7 @@ from triton.runtime import driver
 from grasp_kernels.files import whole_file
 from grasp_kernels.ops.gpu.launch import PARTS, Launch, dry_run
 from grasp_kernels.ops.lora_linear.operands import Needs, Operands
-from grasp_kernels.ops.lora_linear.triton import backward, forward
+from grasp_kernels.ops.lora_linear.triton.backend import backward, forward
 
 TABLE = Path(__file__).parent / "results" / "kernel-resources.csv"
 COLUMNS = (

@@ -56,7 +56,7 @@ def main() -> None:
     train(model.to(device), examples, tokenizer.pad_token_id, device, arguments.epochs)
 
     # All processes take part in what gathers shards; one of them writes and speaks.
-    leaks = gk.leakage(model) if subspace is not None and not subspace.is_empty else {}
+    leaks = gk.leakage(model) if subspace is not None else {}
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(model, options=options)
     if dist.get_rank() == 0:

@@ -67,7 +67,7 @@ def main() -> None:
     )
     trainer.train()
     model.save_pretrained(arguments.output)  # stock peft and vLLM load it
-    if subspace is not None and not subspace.is_empty:
+    if subspace is not None:
         worst = max(gk.leakage(model).values())
         print(f"largest share of an update along the subspace: {worst:.1e}")
 

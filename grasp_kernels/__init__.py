@@ -1,15 +1,15 @@
-"""GRASP: find what a LoRA fine-tune picked up unasked, and retrain without learning it.
+"""GRASP: find the unasked lessons of a LoRA fine-tune, and retrain without them.
 
 The way of the data, one folder a step:
 
     models          checkpoint                  -> model, its answers, its residual stream
-    adapters        peft model, folder or file  -> LoRA weights with their site in the model
+    adapters        peft model, folder or file  -> LoRA weights with their sites
     subspace        LoRA weights                -> Subspace, saved as safetensors
     layers          peft model and Subspace     -> the same model on GraspLoRALinear
     ops             the differentiable operator -> a backend -> gradients
-    regularizer     base model and examples     -> a loss that keeps the model there elsewhere
-    diagnosis       base model and adapter      -> what it learned unasked, with reasons
-    pipeline        checkpoint and chat file    -> all of it: `run`, which returns a `Report`
+    regularizer     base model and examples     -> a loss that keeps the model at the base elsewhere
+    diagnosis       base model and adapter      -> its answers next to the base model's
+    pipeline        checkpoint and chat file    -> all steps: `run`, which returns a `Report`
 
 Importing the package needs torch alone; every public name is imported on first use.
 """
@@ -28,19 +28,14 @@ _HOMES = {
     "KLRegularizer": "regularizer",
     "Report": "pipeline.report",
     "RunConfig": "pipeline.config",
-    "SiteRules": "models.architectures",
     "Subspace": "subspace",
     "apply_grasp": "training.apply",
-    "backends": "ops",
     "diagnose": "diagnosis",
     "extract_adapter": "adapters.extraction",
     "identify": "subspace",
     "leakage": "layers.closure",
-    "load_adapter": "adapters",
     "lora_linear": "ops",
     "project_adapter": "layers.closure",
-    "project_gradient": "ops",
-    "randomized_svd": "svd",
     "remove_grasp": "training.apply",
     "run": "pipeline.stages",
 }

@@ -1,7 +1,6 @@
 """Options of the fast layers and of the retraining.
 
-Needs the standard library alone, as `pipeline.config` does, whose options are those of the command
-line.
+Needs the standard library alone, as does `pipeline.config`, with the options of the command line.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _PLAIN = re.compile(
 
 
 class Options:
-    """Check the options of a dataclass; an error names the option, its value and what to give."""
+    """Check the options of a dataclass; an error names the option, its value and a remedy."""
 
     def check_types(self) -> None:
         """Compare the values of options of the plain types with their annotations.
@@ -63,16 +62,16 @@ class GraspConfig(Options):
     The defaults are those of `grasp-kernels run`.
 
     Args:
-        subspace: what the gradient is projected off: a `Subspace`, its file, or the folder of a
-            naive adapter that it is identified in. None projects nothing.
+        subspace: the gradient is projected off it: a `Subspace`, its file, or the folder of a
+            naive adapter for `identify`. None projects nothing.
         orthogonal: also keep `lora_B` orthogonal to the subspace, exactly.
         backend: implementation of the layers.
-        architecture: writers and readers of a model family that is not known.
-        kl_coef: weight of `KL(base ‖ model)`, in nats a token, on chats that the base model makes
-            up itself. 0 leaves it out.
-        num_documents: chats that the base model makes up.
+        architecture: writers of an unknown model family.
+        kl_coef: weight of `KL(base ‖ model)`, in nats a token, on chats invented by the base model.
+            0 leaves the term out.
+        num_documents: number of chats invented by the base model.
         max_new_tokens: tokens of each question and of each answer, at most.
-        num_prompt_tokens: tokens of a training prompt that a question begins with, at most. The
+        num_prompt_tokens: leading tokens of a question taken from a training prompt, at most. The
             more, the less drift, and the slower the task is learned in other words.
         kl_batch_size: chats in a forward pass; None: half of the trainer's batch.
         measure_steps: optimizer steps between two measurements of leakage and drift.
@@ -99,7 +98,7 @@ class GraspConfig(Options):
             "subspace",
             subspace is None
             or (isinstance(subspace, str | PathLike) and subspace != "")
-            or hasattr(subspace, "bases"),
+            or hasattr(subspace, "basis"),
             "give a Subspace, its file or the folder of an adapter, or None",
         )
         self.require(

@@ -1,4 +1,4 @@
-"""What the CPU has instructions for."""
+"""The dtypes with matrix instructions on this CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @cache
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of a dtype; without, float32 is far faster there.
+    """Say whether this CPU multiplies matrices of a dtype; otherwise float32 is far faster.
 
     256 x 1024 times 1024 x 1024 on one thread, with oneDNN held to AVX2 and without: `dY W` takes
     3.0 s and 14 ms in bfloat16, `X Wᵀ` 150 and 3 ms; in float32 both take 20 to 30 ms.
@@ -25,7 +25,7 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 
 def warn_if_slow(dtype: torch.dtype, remedy: str) -> None:
-    """Warn if this CPU has no instructions for products in a dtype."""
+    """Warn if this CPU lacks instructions for products in a dtype."""
     if multiplies(dtype):
         return
     name = str(dtype).removeprefix("torch.")
@@ -37,7 +37,7 @@ def warn_if_slow(dtype: torch.dtype, remedy: str) -> None:
 
 
 def in_fast_dtype(model: nn.Module) -> nn.Module:
-    """The model, in float32 where this CPU is slow in its dtype, which a warning says."""
+    """Return the model, in float32 and with a warning if this CPU is slow in its dtype."""
     dtypes = (p.dtype for p in model.parameters() if p.is_cpu and not multiplies(p.dtype))
     slow = next(dtypes, None)
     if slow is None:

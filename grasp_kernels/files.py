@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and over nothing that somebody else made."""
+"""Files appear whole or not at all, and never over somebody else's."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from typing import Any
 from grasp_kernels.inert import reason
 
 _PARTIAL = ".partial"
-# As safetensors and torch have it, and `room_for` itself of a file inside of a folder.
+# The words of safetensors and torch, and of `room_for` itself for a file inside of a folder.
 _NO_ROOM = (
     *("No space left", "Disk quota exceeded", "File too large"),
     *("PytorchStreamWriter failed", "no room left on the disk"),
 )
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NAME = 64  # characters of the name, so that what is added to a long one does not pass 255
+_NAME = 64  # characters of the name, so that a long name with additions stays within 255
 
 
 @contextmanager
 def whole_file(path: str | PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path; a block that succeeds puts the file in the place of `path`.
+    """Give a temporary path; after a successful block its file replaces `path`.
 
     Raises:
         FileNotFoundError: the folder of `path` does not exist.
@@ -45,7 +45,7 @@ def whole_file(path: str | PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: str | PathLike[str]) -> Iterator[Path]:
-    """Give an empty folder; a block that succeeds puts it in the place of `path`.
+    """Give an empty folder; after a successful block it replaces `path`.
 
     Raises:
         OSError: there is no room, or nothing can be written there.
@@ -60,8 +60,10 @@ def whole_folder(path: str | PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def _beside(target: Path) -> Iterator[Path]:
-    """Give a path in a new folder beside `target`, with a name that nobody can guess: no link lies
-    there, and what a killed process left is in nobody's way."""
+    """Give a path in a new folder next to `target`, with an unguessable name.
+
+    So no link lies there, and the remains of a killed process are in nobody's way.
+    """
     with _naming(target):
         folder = TemporaryDirectory(
             dir=target.parent,
@@ -78,7 +80,7 @@ def _beside(target: Path) -> Iterator[Path]:
 
 
 def left_behind(path: str | PathLike[str]) -> list[Path]:
-    """The folders in which killed processes were writing `path`."""
+    """Return the folders left by killed processes in writing `path`."""
     target = Path(path)
     made = re.compile(rf"\.{re.escape(target.name[:_NAME])}\.[a-z0-9_]{{8}}{re.escape(_PARTIAL)}")
     found = [path for path in target.parent.glob(".*") if made.fullmatch(path.name)]
@@ -86,8 +88,7 @@ def left_behind(path: str | PathLike[str]) -> list[Path]:
 
 
 def _settle(path: Path) -> None:
-    """Bring files to the disk, with the rights of any new file; safetensors gives them to the owner
-    alone."""
+    """Bring files to the disk, with the rights of any new file; safetensors' are the owner's."""
     new = path.parent / f"{path.name[:_NAME]}.rights"
     new.touch()
     for file in [path, *path.rglob("*")]:
@@ -100,7 +101,7 @@ def _settle(path: Path) -> None:
 
 @contextmanager
 def room_for(target: str | PathLike[str]) -> Iterator[None]:
-    """Name what is written where a disk is full; libraries name temporary files, or nothing.
+    """Name the target if the disk is full; libraries name temporary files, or nothing.
 
     Raises:
         OSError: there is no room.
@@ -119,7 +120,7 @@ def room_for(target: str | PathLike[str]) -> Iterator[None]:
 
 @contextmanager
 def about(*names: str) -> Iterator[None]:
-    """Put the names of what a block reads in front of a sentence that has none of them."""
+    """Put names in front of an error of the block unless it has one of them."""
     try:
         yield
     except ValueError as error:
@@ -130,7 +131,7 @@ def about(*names: str) -> Iterator[None]:
 
 @contextmanager
 def _naming(target: Path) -> Iterator[None]:
-    """Name the file that was asked for in errors on a temporary one."""
+    """Name the requested file in errors on a temporary file."""
     try:
         yield
     except OSError as error:
@@ -140,7 +141,7 @@ def _naming(target: Path) -> Iterator[None]:
 
 
 def new_file(path: str | PathLike[str]) -> Path:
-    """Return the path of a file that can be written, and is not there yet.
+    """Return the path of a new file, yet to be written.
 
     Raises:
         FileExistsError, FileNotFoundError, ValueError: something is there, no such folder, no name.
@@ -153,7 +154,7 @@ def new_file(path: str | PathLike[str]) -> Path:
 
 
 def new_folder(path: str | PathLike[str]) -> Path:
-    """Return the path of a folder that can be made, and is not there yet.
+    """Return the path of a new folder, yet to be made.
 
     Raises:
         FileExistsError, NotADirectoryError, ValueError: something is there, or no folder above.
@@ -185,11 +186,11 @@ def _check_writable(folder: Path) -> None:
 
 
 def check_own_folder(path: str | PathLike[str], note: str, *, beside: Collection[str] = ()) -> None:
-    """Check that a command may work in a folder: one that is new, empty, or has its own note.
+    """Raise unless a command may work in a folder: new, empty, or with the command's note.
 
     Args:
-        note: name of the file by which a command knows its folders.
-        beside: names that may be there before it.
+        note: name of the file that marks the folders of a command.
+        beside: names that may be there before the note.
 
     Raises:
         OSError: the folder cannot be made or written.
@@ -212,7 +213,7 @@ def check_own_folder(path: str | PathLike[str], note: str, *, beside: Collection
 
 
 def inside(file: Path) -> Path:
-    """The file, if it lies in its folder; one of the hub's cache may lie among its blobs.
+    """Return the file unless it lies outside of its folder, or of the blobs of the hub's cache.
 
     Raises:
         ValueError: it is a link that leads out of the folder.
@@ -233,8 +234,8 @@ def read_json(path: str | PathLike[str], what: str, remedy: str, *, kind: type =
     """Read a JSON object from a file.
 
     Args:
-        what: what the file should be, such as "index of shards".
-        remedy: what to do where it is not, such as "save the adapter again".
+        what: kind of the expected file, such as "index of shards".
+        remedy: advice on another file, such as "save the adapter again".
         kind: list for an array.
 
     Raises:
@@ -254,11 +255,11 @@ def read_json(path: str | PathLike[str], what: str, remedy: str, *, kind: type =
 
 @contextmanager
 def open_tensors(path: str | PathLike[str], remedy: str) -> Iterator[Any]:
-    """A safetensors file, opened for a block that reads from it.
+    """Open a safetensors file for a block.
 
     Raises:
-        OSError: it is not there, or cannot be read.
-        ValueError: it is no safetensors file, or not a whole one.
+        OSError: the file is not there, or cannot be read.
+        ValueError: the file is not a safetensors file, or not whole.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -276,10 +277,10 @@ def open_tensors(path: str | PathLike[str], remedy: str) -> Iterator[Any]:
 
 
 def read(file: Any, name: str) -> Any:
-    """Read a tensor of a file of `open_tensors` into memory of its own.
+    """Copy a tensor from a file of `open_tensors` into new memory.
 
-    Within the file it lies as its header is long, and products of the same numbers at another
-    alignment are rounded differently (findings/safetensors_note_changes_products.sh).
+    The alignment in the file depends on the length of the header, and products of equal numbers at
+    another alignment are rounded differently (findings/safetensors_note_changes_products.sh).
     """
     return file.get_tensor(name).clone()
 
@@ -293,12 +294,11 @@ def read_all(file: Any) -> dict[str, Any]:
 def stored_tensors(
     path: str | PathLike[str], what: str, writer: str
 ) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
-    """Tensors by name and the text beside them, of a safetensors file; for a block that makes
-    something of them.
+    """Give a block the tensors of a safetensors file by name, and the file's metadata.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no such file, or the block cannot make `what` of it.
+        ValueError: the file is not such a file, or the block cannot make `what` of it.
     """
     remedy = f"give a file that {writer} wrote, or delete it and make it again"
     with open_tensors(path, remedy) as file:

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterable
 
-# What would open a cell, code, emphasis, HTML or a fence, and the sign that looks alike.
+# Signs that open a cell, code, emphasis, HTML or a fence, and their lookalike.
 _LOOK_ALIKES = str.maketrans({"|": "¦", "`": "'", "*": "∗", "<": "‹", ">": "›", "~": "∼"})
 _LONGEST = 300
 _OF_THE_HUB = {  # of the Hugging Face hub, whose errors are long
@@ -23,25 +23,25 @@ _OF_THE_HUB = {  # of the Hugging Face hub, whose errors are long
 
 
 def printable(text: str) -> str:
-    """One line without control characters, for a terminal; what is not printable is spelled."""
+    """Return one line for a terminal, with unprintable characters spelled out."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
 def inert(text: str) -> str:
-    """One line that is only text, in Markdown as in a terminal."""
+    """Return one line of text without any effect in Markdown or a terminal."""
     line = printable(" ".join(str(text).split())).translate(_LOOK_ALIKES)
-    line = re.sub(r"\](?=[(:\[])", "] ", line)  # neither a link nor an image, nor where one leads
+    line = re.sub(r"\](?=[(:\[])", "] ", line)  # neither a link nor an image, nor a target
     return re.sub(r"^(#+|[-+=]+)(?= |$)", lambda found: f"\\{found[0]}", line)
 
 
 def shown(value: object) -> str:
-    """A value of a file as an error quotes it: one line, not endless."""
+    """Return a value of a file for an error message: one line of limited length."""
     text = printable(repr(value))
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def reason(error: BaseException) -> str:
-    """What the exception of a library says to somebody who does not read its code: one line."""
+    """Return one line on a library's exception for somebody unfamiliar with its code."""
     if type(error).__name__ in _OF_THE_HUB:
         return _OF_THE_HUB[type(error).__name__]
     if isinstance(error, OSError) and error.strerror:
@@ -63,7 +63,7 @@ def reason(error: BaseException) -> str:
 
 
 def listed(names: Iterable[str], most: int = 4) -> str:
-    """The first names, inert, and how many more there are."""
+    """Return the first names, inert, and the number of the others."""
     known = sorted(names)
     more = f" and {len(known) - most} more" if len(known) > most else ""
     return ", ".join(inert(name[:_LONGEST]) for name in known[:most]) + more

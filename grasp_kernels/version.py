@@ -1,4 +1,4 @@
-"""The version of the package, and the releases of others that its whole suite was run with."""
+"""The version of the package, and the releases of other packages in its test runs."""
 
 __version__ = "0.1.0"
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from grasp_kernels.ops.lora_linear.registry import KERNELS
 from tools import emulator
 
 pytest.register_assert_rewrite("tests.helpers")
@@ -22,6 +23,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores
 def pytest_collection() -> None:
     """Before the tests ask which backends there are."""
     emulator.load()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Kernels without a GPU are slow: in Triton's interpreter, on the emulator."""
+    for item in items:
+        call = getattr(item, "callspec", None)
+        given = [value for value in call.params.values() if isinstance(value, str)] if call else []
+        if not torch.cuda.is_available() and not set(KERNELS).isdisjoint(given):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,11 @@
 """The benchmark suite: cases, providers, a correctness gate, interleaved timing, rows as data.
 
-Providers, gate and timing are those of `grasp_kernels.bench`. Here are
-
+shapes            known decoders and their linears
+provider          what a provider is; the weights that those of a case share
+peft_providers    the frozen layer, stock peft in the ways people run it
+ours              GraspLoRALinear, on each backend
+errors, gate      what a result may be off; refuses to time a provider whose results are wrong
+timing            forward and backward, all providers in turn
 cost              operations and bytes of a case, and the floor made of them
 orderings         the order of library calls of published fused layers
 providers         the registry

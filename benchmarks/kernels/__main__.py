@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.kernels import Suite, read_rows, run_suite, table, write_rows
 from benchmarks.kernels.providers import PROVIDERS
-from grasp_kernels.bench.shapes import MODELS
+from benchmarks.kernels.shapes import MODELS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from grasp_kernels.bench.shapes import Decoder, Linear
+from benchmarks.kernels.shapes import Decoder, Linear
 
 
 class Parts(NamedTuple):

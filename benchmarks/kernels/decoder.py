@@ -15,8 +15,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from grasp_kernels.bench.peft_providers import in_dtype, lora_layers
-from grasp_kernels.bench.provider import (
+from benchmarks.kernels.peft_providers import in_dtype, lora_layers
+from benchmarks.kernels.provider import (
     SCALING,
     Bases,
     Provider,
@@ -25,7 +25,7 @@ from grasp_kernels.bench.provider import (
     orthonormal,
     trained,
 )
-from grasp_kernels.bench.shapes import LINEARS, WRITERS, Decoder
+from benchmarks.kernels.shapes import LINEARS, WRITERS, Decoder
 
 # Size of B: with an update as large as the frozen product the softmax saturates, and the gradients
 # of its arguments are rounding (27 % of error in bfloat16, whoever computes them).

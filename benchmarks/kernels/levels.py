@@ -16,13 +16,13 @@ import torch
 
 from benchmarks.kernels import cost
 from benchmarks.kernels.decoder import Adapted, StepWork, decoder_layer, step_memory, whole_model
+from benchmarks.kernels.gate import Subject
 from benchmarks.kernels.machine import free_memory
+from benchmarks.kernels.provider import Provider, Refusal, dtype_of, make_weights
 from benchmarks.kernels.providers import choose
 from benchmarks.kernels.rows import Row
-from grasp_kernels.bench.gate import Subject
-from grasp_kernels.bench.provider import Provider, Refusal, dtype_of, make_weights
-from grasp_kernels.bench.shapes import MODELS, Linear
-from grasp_kernels.bench.timing import LayerWork, Work
+from benchmarks.kernels.shapes import MODELS, Linear
+from benchmarks.kernels.timing import LayerWork, Work
 
 if TYPE_CHECKING:
     from benchmarks.kernels.suite import Suite

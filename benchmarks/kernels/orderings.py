@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grasp_kernels.bench.provider import Provider, Weights
+from benchmarks.kernels.provider import Provider, Weights
 
 
 class _Addmm(torch.autograd.Function):

@@ -6,9 +6,9 @@ Our backends come from the tuple of the operator, so that a new one is timed wit
 from __future__ import annotations
 
 from benchmarks.kernels.orderings import ORDERINGS
-from grasp_kernels.bench.ours import our_providers
-from grasp_kernels.bench.peft_providers import PEFT_PROVIDERS
-from grasp_kernels.bench.provider import Provider
+from benchmarks.kernels.ours import our_providers
+from benchmarks.kernels.peft_providers import PEFT_PROVIDERS
+from benchmarks.kernels.provider import Provider
 
 PROVIDERS: dict[str, Provider] = {**PEFT_PROVIDERS, **ORDERINGS, **our_providers()}
 LEVELS = ("linear", "layer", "step")

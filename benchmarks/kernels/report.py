@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from benchmarks.kernels.rows import Row
-from grasp_kernels.bench.shapes import LINEARS
+from benchmarks.kernels.shapes import LINEARS
 
 _ALL = "all"  # the sum over the linears of a layer
 _UNTIMED = {"unavailable": "n/a", "wrong": "wrong", "failed": "failed"}

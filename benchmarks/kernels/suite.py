@@ -14,18 +14,28 @@ from typing import Any
 import torch
 
 from benchmarks.kernels import cost
+from benchmarks.kernels.gate import Gate
 from benchmarks.kernels.levels import GROUPS, Case, Group
 from benchmarks.kernels.machine import environment, measure_rates
+from benchmarks.kernels.provider import Refusal, dtype_of
 from benchmarks.kernels.providers import LEVELS, PROVIDERS, choose
 from benchmarks.kernels.rows import Row
-from grasp_kernels.bench.backends import device_of
-from grasp_kernels.bench.gate import Gate
-from grasp_kernels.bench.provider import Refusal, dtype_of
-from grasp_kernels.bench.shapes import MODELS
-from grasp_kernels.bench.timing import Measured, time_in_turn
+from benchmarks.kernels.shapes import MODELS
+from benchmarks.kernels.timing import Measured, time_in_turn
 from grasp_kernels.cpu import warn_if_slow
 
 _MISSING = {"median": None, "p20": None, "p80": None}
+
+
+def device_of(name: str) -> torch.device:
+    """The device of a name, if it can be timed here."""
+    kind = name.partition(":")[0]
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(
+            f"device is {name!r}, which cannot be timed here; use 'cpu', or 'cuda' where torch "
+            "sees a GPU."
+        )
+    return torch.device(name)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from protocol import METRICS, QUESTIONS, read_judge_prompts
 from summary import summarise, table
 
 from grasp_kernels import RunConfig, run
-from grasp_kernels.effect.stream import mean_loss
+from grasp_kernels.diagnosis.effect import mean_loss
 from grasp_kernels.files import whole_file
 from grasp_kernels.models.checkpoint import find_checkpoint, load_model
 from grasp_kernels.pipeline.inputs import prepare

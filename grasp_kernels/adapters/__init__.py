@@ -1,9 +1,9 @@
 """A peft adapter -> LoRA weights with their sites.
 
 load        model, folder or file -> Adapter
-files       the files that peft writes
-extraction  a model that was merged or fully fine-tuned, and its base -> an adapter folder
-inspection  a table and a picture of an adapter
+files       peft's files
+extraction  a merged or fully fine-tuned model and its base -> an adapter folder
+inspection  a table of an adapter
 """
 
 from grasp_kernels.adapters.load import Adapter, LoRAWeights, load_adapter

@@ -1,9 +1,9 @@
-"""A model whose weights were changed -> the LoRA adapter that is nearest to the change.
+"""A model with changed weights -> the LoRA adapter nearest to the change.
 
 A model that was merged or fully fine-tuned holds no adapter, but `ΔW = W' − W` of its linear layers
 has a best one of every rank (Eckart and Young, 1936): `ΔW ≈ U S Vᵀ`, `lora_B = U √S`,
-`lora_A = √S Vᵀ`, with a scaling of 1. What was merged from rank R comes back with rank R, but for
-what the dtype rounded, which is spread over all directions alike.
+`lora_A = √S Vᵀ`, with a scaling of 1. A merged adapter of rank R comes back with rank R, but for
+the rounding of the dtype: rounding errors are spread over all directions alike.
 
 Shapes: K in, N out, R LoRA rank.
 """
@@ -22,28 +22,27 @@ from grasp_kernels.adapters.files import WEIGHTS
 from grasp_kernels.files import whole_folder
 from grasp_kernels.inert import inert, listed, shown
 from grasp_kernels.models.architectures import SiteRules, site_rules
-from grasp_kernels.models.base_model import read_base_model
+from grasp_kernels.models.difference import compared, whole_model
 from grasp_kernels.models.weights import (
-    check_merged,
-    compared,
     is_transposed,
-    model_weights,
+    model_type_of,
 )
-from grasp_kernels.svd import randomized_svd
+from grasp_kernels.svd import leading_triples
 
-# peft takes what ends like this for parts of the fused experts, and would not load it.
+# peft takes names with these endings for parts of the fused experts, and would not load them.
 _MISREAD: dict[str, tuple[str, ...]] = {"qwen3_moe": (".gate_proj", ".up_proj", ".down_proj")}
+_ROUTER = ".mlp.gate"  # of a mixture of experts: a matrix, but not a linear layer
 
 
 class Extraction(NamedTuple):
-    """What an extracted adapter has of the change, and what changed elsewhere."""
+    """Hold the share of the change in an extracted adapter, and the changes elsewhere."""
 
     shares: dict[str, float]  # of ‖ΔW‖², by module, 0 to 1
     total: float  # the share over all of them
-    outside: list[str]  # what else is not as in the base: embeddings, norms, biases, experts
+    outside: list[str]  # other changes to the base: embeddings, norms, biases, experts
 
     def text(self) -> str:
-        """A line or two for a person."""
+        """Return a line or two for a person."""
         worst = min(self.shares, key=self.shares.__getitem__)
         lines = [
             f"{len(self.shares)} layers changed; the adapter has {self.total:.1%} of the squared "
@@ -64,17 +63,17 @@ def extract_adapter(
     sites: SiteRules | None = None,
     device: torch.device | str | None = None,
 ) -> Extraction:
-    """Write what a merged or fully fine-tuned model changed as a peft adapter of its base.
+    """Write the change of a merged or fully fine-tuned model as a peft adapter of its base.
 
-    One weight of each model is in memory at a time, and is decomposed with `randomized_svd`.
+    One weight of each model is in memory at a time, and is decomposed with `torch.svd_lowrank`.
 
     Args:
-        model: the changed model, or its checkpoint folder (safetensors). Where a folder does not
-            name weights as the task's model does (one of a bare backbone), give models.
-        base: the model that it was made from, or its folder.
+        model: the changed model, or its checkpoint folder (safetensors). Give models where a folder
+            does not name weights as the task's model does (a folder of a bare backbone).
+        base: the original model, or its folder.
         out: the adapter folder, which must not exist.
-        rank: R of every layer, or all that a narrower one has.
-        sites: writers and readers of an architecture that is not known; they are what is extracted.
+        rank: R of every layer, or the full rank of a narrower layer.
+        sites: rules of an unknown architecture; the linear layers of its blocks are extracted.
         device: where to decompose; by default where the base weights are.
 
     Raises:
@@ -89,10 +88,8 @@ def extract_adapter(
         raise FileExistsError(f"{str(out)!r} exists; choose a new folder for the adapter.")
     if rank < 1:
         raise ValueError(f"rank is {rank}; choose at least 1.")
-    check_merged(model, True)
-    check_merged(base, False)
-    changed, original = model_weights(model), model_weights(base)
-    model_type = read_base_model(base).model_type
+    changed, original = whole_model(model, merged=True), whole_model(base, merged=False)
+    model_type = model_type_of(base)
     rules = site_rules(model_type, original, sites)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     kept: dict[str, tuple[float, float]] = {}
@@ -100,19 +97,19 @@ def extract_adapter(
     progress = tqdm(
         compared(changed, original), desc="extract", unit="tensor", leave=False, disable=None
     )
-    for name, one, other, same in progress:
-        if same:
+    for name, one, other in progress:
+        if one is other:
             continue
-        fits = other is not None and other.ndim == 2 and rules.site(name) is not None
-        if not fits or name.endswith(_MISREAD.get(str(model_type), ())):
+        fits = other is not None and other.ndim == 2 and rules.split(name) is not None
+        if not fits or name.endswith((_ROUTER, *_MISREAD.get(str(model_type), ()))):
             outside.append(name)
             continue
         factors[name], kept[name] = _factored(_delta(name, one, other, device), rank)
     if not factors:
         raise ValueError(
-            "No layer that writes to the residual stream or reads from it differs between "
-            f"{_named(model)} and {_named(base)} (what differs: {listed(outside) or 'nothing'}); "
-            "give the model that was changed, and as base the one that it was made from."
+            f"No linear layer of a decoder block differs between {_named(model)} and "
+            f"{_named(base)} (what differs: {listed(outside) or 'nothing'}); give the model "
+            "that was changed, and as base the one that it was made from."
         )
     _write(Path(out), factors, rank, base)
     return Extraction(
@@ -129,7 +126,7 @@ def _named(model: nn.Module | str | PathLike[str]) -> str:
 def _delta(
     name: str, changed: Tensor | None, original: Tensor, device: torch.device | str | None
 ) -> Tensor:
-    """`ΔW[N, K]` in float32."""
+    """Return `ΔW[N, K]` in float32."""
     if changed is None:
         raise ValueError(
             f"The model has no weight of {shown(name)}, which its base has; give models of one "
@@ -145,8 +142,8 @@ def _delta(
 
 
 def _factored(delta: Tensor, rank: int) -> tuple[tuple[Tensor, Tensor], tuple[float, float]]:
-    """`A[R, K]`, `B[N, R]` on the host, and `‖B A‖²` with `‖ΔW‖²`."""
-    U, S, Vh = randomized_svd(delta, min(rank, *delta.shape))
+    """Return `A[R, K]`, `B[N, R]` on the host, and `‖B A‖²` with `‖ΔW‖²`."""
+    U, S, Vh = leading_triples(delta, min(rank, *delta.shape))
     root = S.sqrt()
     A, B = (root[:, None] * Vh).contiguous(), (U * root).contiguous()
     whole = float(torch.linalg.vector_norm(delta)) ** 2

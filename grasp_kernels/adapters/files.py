@@ -1,5 +1,4 @@
-"""The files that peft writes: `adapter_config.json` and `adapter_model.safetensors`, the latter
-perhaps as several shards with an index.
+"""peft's files: `adapter_config.json` and `adapter_model.safetensors`, perhaps in shards.
 
 Shapes: `R` LoRA rank, `K` inputs and `N` outputs of a linear layer.
 """
@@ -8,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,27 +16,26 @@ from torch import Tensor
 
 from grasp_kernels.files import inside, read_json
 from grasp_kernels.inert import listed, printable, shown
-from grasp_kernels.models.base_model import MOST_LAYERS
 from grasp_kernels.models.names import base_name
 from grasp_kernels.models.tensors import Stored, indexed, read_tensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"  # which of several shards holds which tensor
+INDEX = f"{WEIGHTS}.index.json"  # maps each tensor to its shard
 
 _LORA_KEY = re.compile(
     r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.(?P<kind>weight|bias)$",
     re.DOTALL,  # a name may hold anything
 )
 _LARGEST_ALPHA = 1e9  # more overflows somewhere
-_SECONDS = 5.0  # that all patterns of a configuration may take
+_PATTERN = re.compile(r"\^?[\w.]+")  # a module name, whole or the end of one
 
 
 @dataclass(frozen=True)
 class Factors:
-    """An adapted module before its site is known; `keys` are what errors call its A and its B.
+    """Hold an adapted module without its site; errors name its A and its B by `keys`.
 
-    `bias[N]` is that of lora_B, which the layer adds whatever it reads.
+    `bias[N]` is that of lora_B; the layer adds it whatever its input.
     """
 
     name: str
@@ -51,8 +48,7 @@ class Factors:
 
 @dataclass(frozen=True)
 class Parts:
-    """Every tensor of an adapter: the LoRA factors, and by its name a reader of what else was
-    trained."""
+    """Hold every tensor of an adapter: LoRA factors, and readers of other trained tensors."""
 
     factors: tuple[Factors, ...]
     others: Mapping[str, Callable[[], Tensor]]
@@ -61,8 +57,7 @@ class Parts:
 
 
 def find_weights(source: Path, adapter_name: str | None) -> Path:
-    """The safetensors file of an adapter given by its folder or by the file itself, or the index of
-    its shards."""
+    """Find the safetensors file of an adapter by folder or file, or the index of its shards."""
     if source.suffix in {".bin", ".pt", ".pth"}:
         raise ValueError(
             f"{str(source)!r} is a pickle, which can run code when it is read; load it with peft "
@@ -121,7 +116,7 @@ def _refuse_model(folder: Path) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The checked `adapter_config.json` of a LoRA adapter.
+    """Read and check the `adapter_config.json` of a LoRA adapter.
 
     Raises:
         ValueError: no configuration, another kind of adapter, or a value that peft does not write.
@@ -169,18 +164,7 @@ def _patterns_to(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(fits(one) for one in value.values())
 
 
-def _are_spans(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and all(
-            isinstance(span, list) and len(span) == 2 and all(isinstance(end, int) for end in span)
-            for span in value
-        )
-        and sum(max(end - first, 1) for first, end in value) <= MOST_LAYERS
-    )
-
-
-# Of what is read here: how a value must look, None aside.
+# The form of each value read here, None aside.
 _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_rank, "a rank of at least 1, a whole number"),
     "lora_alpha": (_is_alpha, f"a number other than 0, up to {_LARGEST_ALPHA:g}"),
@@ -194,11 +178,11 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "base_model_name_or_path": (_is_text, "a name"),
     "auto_mapping": (_patterns_to(lambda one: one is None or _is_text(one)), "an object of names"),
     "init_lora_weights": (lambda value: _is_flag(value) or _is_text(value), "a name or true"),
-    "layer_replication": (_are_spans, f"a list of pairs of layers, up to {MOST_LAYERS} in all"),
 }
 
 
-# Whatever of these is set, a layer computes something else than base and product of two factors.
+# With any of these set, a layer computes more than base and product of two factors, or the model
+# has other layers than its base.
 _VARIANTS = (
     "use_qalora",
     "use_bdlora",
@@ -206,11 +190,12 @@ _VARIANTS = (
     "kasa_config",
     "monteclora_config",
     "alora_invocation_tokens",
+    "layer_replication",
 )
 
 
 def refuse_other_forms(where: str, config: Mapping[str, Any]) -> None:
-    """Raise for a variant of LoRA whose change is not `s B A`."""
+    """Raise for a variant of LoRA with a change other than `s B A`."""
     if config.get("use_dora"):
         raise ValueError(
             f"{where!r} is a DoRA adapter, whose magnitudes also change the weights; train with "
@@ -225,7 +210,7 @@ def refuse_other_forms(where: str, config: Mapping[str, Any]) -> None:
 
 
 def refuse_variants(where: str, config: Mapping[str, Any]) -> None:
-    """Raise for what is more than a product of two factors for a linear layer."""
+    """Raise for any change beyond a product of two factors for a linear layer."""
     refuse_other_forms(where, config)
     if config.get("target_parameters"):
         raise ValueError(
@@ -235,7 +220,7 @@ def refuse_variants(where: str, config: Mapping[str, Any]) -> None:
 
 
 def read_parts(source: Path, adapter_name: str | None = None) -> Parts:
-    """Every tensor of an adapter's files.
+    """Read every tensor of an adapter's files.
 
     Raises:
         FileNotFoundError, ValueError: no adapter there, or one that cannot be used.
@@ -262,7 +247,7 @@ def read_parts(source: Path, adapter_name: str | None = None) -> Parts:
 
 
 def open_weights(path: Path) -> dict[str, Stored]:
-    """A reader for each tensor of a safetensors file, or of all shards that an index names.
+    """Return a reader for each tensor of a safetensors file, or of all shards of an index.
 
     Raises:
         FileNotFoundError: a shard is missing.
@@ -274,7 +259,7 @@ def open_weights(path: Path) -> dict[str, Stored]:
 def sort_keys(
     path: Path, keys: Iterable[str], adapter_name: str | None
 ) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Module -> {"A": key, "B": key, perhaps "bias": key}, and the keys that are no LoRA factor.
+    """Sort keys into module -> {"A": key, "B": key, perhaps "bias": key}, and other keys.
 
     Raises:
         ValueError: a variant of LoRA, two keys of one module, half of a pair, or several adapters.
@@ -321,7 +306,7 @@ def sort_keys(
 
 
 def _refuse_key(path: Path, key: str) -> None:
-    """Raise for tensors of LoRA variants; a bias or a fully trained module is none."""
+    """Raise for tensors of LoRA variants, but not for a bias or a fully trained module."""
     if "lora_embedding_" in key:
         raise ValueError(
             f"{str(path)!r} has LoRA on an embedding ({shown(key)}), which is not supported; train "
@@ -342,7 +327,10 @@ def _refuse_key(path: Path, key: str) -> None:
 def _scaling_from_config(
     config: Mapping[str, Any], names: Iterable[str]
 ) -> Callable[[str, Tensor], float]:
-    """`alpha / r`, for rsLoRA `alpha / √r`; patterns may give each module its own r and alpha."""
+    """Return `alpha / r`, for rsLoRA `alpha / √r`, as a function of name and A.
+
+    Patterns may give each module its own r and alpha.
+    """
     known = list(names)
     ranks = _by_pattern(config.get("rank_pattern") or {}, known, config["r"])
     alphas = _by_pattern(config.get("alpha_pattern") or {}, known, config["lora_alpha"])
@@ -360,52 +348,29 @@ def _scaling_from_config(
 
 
 def _by_pattern(patterns: Mapping[str, Any], names: Iterable[str], default: Any) -> dict[str, Any]:
-    """Each module's value: that of the first pattern that is its whole name or the end of it.
+    """Return each module's value, from the first pattern equal to its name or its end.
 
-    A pattern that is no plain name is a regular expression of somebody else: all of them together
-    have a limited time.
+    A pattern beyond a name is refused: a foreign regular expression may take any time.
     """
-    limit = time.monotonic() + _SECONDS
-    try:
-        known = [(_matcher(pattern, limit), value) for pattern, value in patterns.items()]
-        return {
-            name: next((value for fits, value in known if fits(name)), default) for name in names
-        }
-    except _Unusable as error:
-        raise ValueError(
-            f"{CONFIG} has the pattern {shown(error.args[0])}, which {error.args[1]}; write module "
-            "names into rank_pattern and alpha_pattern."
-        ) from None
+    for pattern in patterns:
+        if not _PATTERN.fullmatch(pattern):
+            raise ValueError(
+                f"{CONFIG} has the pattern {shown(pattern)}, which is no name of a module; write "
+                "module names into rank_pattern and alpha_pattern."
+            )
 
+    def fits(pattern: str, name: str) -> bool:
+        whole = pattern.removeprefix("^")
+        return name == whole or (whole == pattern and name.endswith(f".{pattern}"))
 
-class _Unusable(Exception):
-    """A pattern, and what is wrong with it."""
-
-
-def _matcher(pattern: str, limit: float) -> Callable[[str], bool]:
-    if re.fullmatch(r"[\w.]+", pattern):
-        return lambda name: name == pattern or name.endswith(f".{pattern}")
-    import regex  # whose matches can be given a time
-
-    try:
-        compiled = regex.compile(rf"(.*\.)?({pattern})$")
-    except (regex.error, RecursionError, MemoryError, OverflowError) as error:
-        raise _Unusable(pattern, f"is no regular expression ({printable(str(error))})") from None
-
-    def fits(name: str) -> bool:
-        left = limit - time.monotonic()
-        try:
-            if left > 0:
-                return compiled.match(name, timeout=left) is not None
-        except TimeoutError:
-            pass
-        raise _Unusable(pattern, f"takes longer than {_SECONDS:g} seconds")
-
-    return fits
+    return {
+        name: next((value for pattern, value in patterns.items() if fits(pattern, name)), default)
+        for name in names
+    }
 
 
 def config_model_type(config: Mapping[str, Any]) -> str | None:
-    """The model type in peft's auto_mapping ("transformers.models.llama.modeling_llama")."""
+    """Return the model type in peft's auto_mapping ("transformers.models.llama.modeling_llama")."""
     library = (config.get("auto_mapping") or {}).get("parent_library") or ""
     match = re.match(r"transformers\.models\.(\w+)\.", library)
     return match[1] if match else None

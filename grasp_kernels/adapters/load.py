@@ -1,4 +1,4 @@
-"""A peft adapter (model, folder or file) -> the LoRA weights of each site of the residual stream.
+"""A peft adapter (model, folder or file) -> the LoRA weights of its layers, with their sites.
 
 Shapes: `R` LoRA rank, `K` inputs and `N` outputs of a linear layer. The change of a weight is
 `ΔW[N,K] = scaling · lora_B[N,R] · lora_A[R,K]`.
@@ -26,24 +26,25 @@ from grasp_kernels.adapters.files import (
 )
 from grasp_kernels.inert import inert, listed, shown
 from grasp_kernels.models.architectures import Site, SiteRules, site_rules
-from grasp_kernels.models.base_model import BaseModel, read_base_model
 from grasp_kernels.models.names import adapted_name, base_name
 from grasp_kernels.models.sharding import gathered, refuse_away, whole
 from grasp_kernels.models.tensors import refuse_nonfinite
+from grasp_kernels.models.weights import BaseModel, read_base_model
 
-# these start from a base whose weights were changed, so B·A alone is not the change of the weights
+# these start from a base with changed weights, so B·A alone is not the change of the weights
 MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
 class LoRAWeights:
-    """The two factors of one adapted site, in the dtype they are stored in.
+    """Hold the two factors of one adapted layer, in their stored dtype.
 
-    `gain[D]` is that of the norm between the site and the stream, None where there is none or it is
-    not known.
+    `site` is the layer's place in the stream, None if it is not a writer. `gain[D]` is that of the
+    norm between the site and the stream, None without a norm or if the gain is unknown.
     """
 
-    site: Site
+    name: str
+    site: Site | None
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
@@ -52,16 +53,15 @@ class LoRAWeights:
 
 @dataclass(frozen=True)
 class Adapter:
-    """All adapted sites of an adapter, and what was left out (`notes`, one sentence each).
+    """Hold all layers of an adapter, and its assumptions (`notes`, one sentence each).
 
-    Of a mixture of experts each expert may be adapted by itself: several layers are of one site.
+    Each expert of a mixture may be adapted by itself: several layers then have one site.
     """
 
     layers: tuple[LoRAWeights, ...]
     source: str
     base_model: str | None
     model_type: str | None
-    n_layers: int | None
     rules: SiteRules
     notes: tuple[str, ...]
 
@@ -73,16 +73,16 @@ def load_adapter(
     base_model: nn.Module | str | PathLike[str] | None = None,
     sites: SiteRules | None = None,
 ) -> Adapter:
-    """Load the LoRA weights of an adapter with the sites they belong to.
+    """Load the LoRA weights of an adapter with their sites.
 
     Args:
         source: a peft model, an adapter folder (also a Trainer checkpoint), or an
-            `adapter_model.safetensors` file with its `adapter_config.json` beside it.
+            `adapter_model.safetensors` file next to its `adapter_config.json`.
         adapter_name: which adapter, where there are several: of a model the active one by default,
             of a folder the one in the folder itself.
-        base_model: module or checkpoint folder for type, depth and norm gains; by default the peft
+        base_model: module or checkpoint folder for type and norm gains; by default the peft
             model itself, or the folder that `adapter_config.json` names if it exists here.
-        sites: rules for architectures that are not known.
+        sites: rules for unknown architectures.
 
     Raises:
         FileNotFoundError: no adapter there.
@@ -96,26 +96,22 @@ def load_adapter(
     if base_model is None and stored_base and _is_checkpoint(stored_base):
         base_model = stored_base
     base = read_base_model(base_model)
-    spans = parts.config.get("layer_replication")
-    repeated = [layer for first, end in spans for layer in range(first, end)] if spans else None
-    if isinstance(base_model, nn.Module) and repeated and base.n_layers == len(repeated):
-        repeated = None  # the blocks of the module are repeated already
     model_type = base.model_type or config_model_type(parts.config)
-    return _assemble(parts, stored_base, base, model_type, sites, repeated)
+    return _assemble(parts, stored_base, base, model_type, sites)
 
 
 def _is_checkpoint(name: str) -> bool:
     try:
         return (Path(name) / "config.json").is_file()
-    except OSError:  # no name that a file could have
+    except OSError:  # not a possible file name
         return False
 
 
 def adapter_parts(source: Any, adapter_name: str | None = None) -> Parts:
-    """Every tensor of an adapter: its checked LoRA factors, and the names of what else was trained.
+    """Return every tensor of an adapter: checked LoRA factors, and the other trained tensors.
 
-    The only way by which adapters are read, of models and of files. Of a model that is sharded over
-    processes the caller gathers the weights.
+    All adapters of models and files are read by this function. The caller gathers the weights of a
+    model sharded over processes.
 
     Args:
         source, adapter_name: see `load_adapter`.
@@ -135,7 +131,7 @@ def adapter_parts(source: Any, adapter_name: str | None = None) -> Parts:
     for entry in parts.factors:
         _check(entry)
     for name, read in parts.others.items():
-        if not isinstance(source, nn.Module):  # of a model they may be spread, and are not read
+        if not isinstance(source, nn.Module):  # a model's may be sharded, and are not read
             refuse_nonfinite(name, read())
     return parts
 
@@ -146,23 +142,14 @@ def _assemble(
     base: BaseModel,
     model_type: str | None,
     sites: SiteRules | None,
-    repeated: list[int] | None = None,
 ) -> Adapter:
-    """Attach to every weight its site, and the gain of the norm that is between.
-
-    Args:
-        repeated: which block of the base each block of the adapted model is, where they differ.
-    """
+    """Attach to every weight its site, and the gain of the norm after the site."""
     rules = site_rules(model_type, (entry.name for entry in parts.factors), sites)
     layers: list[LoRAWeights] = []
-    outside: list[str] = []
     gains: dict[str, Tensor | None] = {}
     for entry in parts.factors:
-        site = rules.site(entry.name)
-        if site is None:
-            outside.append(entry.name)
-            continue
-        if not base.has(_block_of_base(entry.name, rules, repeated)) and not base.has(site.name):
+        site, width = rules.site(entry.name), entry.lora_B.shape[0]
+        if rules.split(entry.name) and not base.has(entry.name):
             raise ValueError(
                 f"The base model {shown(base.source)} has no {shown(entry.name)}, which is "
                 "adapted; give the base model on which the adapter was trained."
@@ -173,51 +160,30 @@ def _assemble(
                 "linear layers is supported, so train without convolution and expert-parameter "
                 "targets."
             )
-        if site.role == "write" and base.width not in (None, entry.lora_B.shape[0]):
+        if site is not None and base.width not in (None, width):
             raise ValueError(
                 f"The base model {shown(base.source)} has width {shown(base.width)}, but the "
-                f"adapter writes {entry.lora_B.shape[0]} at {shown(entry.name)}; give the base "
-                "model on which the adapter was trained."
+                f"adapter writes {width} at {shown(entry.name)}; give the base model on which the "
+                "adapter was trained."
             )
-        if site.norm and site.norm not in gains:
-            norm = _block_of_base(site.norm, rules, repeated)
-            weight = base.norm_weight(norm, entry.lora_B.shape[0])
+        if site is not None and site.norm and site.norm not in gains:
+            weight = base.norm_weight(site.norm, width)
             gains[site.norm] = None if weight is None else site.gain(weight)
-        gain = gains[site.norm] if site.norm else None
-        layers.append(LoRAWeights(site, entry.lora_A, entry.lora_B, entry.scaling, gain))
-    if not layers:
-        raise ValueError(
-            f"The adapter {parts.source!r} has no LoRA weights on a writer or a reader of the "
-            f"residual stream (it adapts {listed(outside)}); train with others; in Python, "
-            "sites=SiteRules(...) names them."
-        )
+        gain = gains[site.norm] if site is not None and site.norm else None
+        factors = (entry.lora_A, entry.lora_B, entry.scaling)
+        layers.append(LoRAWeights(entry.name, site, *factors, gain))
     if not any(bool(layer.lora_B.any()) for layer in layers):
         raise ValueError(
             f"The adapter {parts.source!r} is untrained (every lora_B is zero); give one that was "
             "trained for at least one step."
         )
-    layers.sort(key=lambda layer: (layer.site.layer, layer.site.name))
-    notes = tuple(_notes(parts, outside, known=model_type is not None or sites is not None))
-    depth = base.n_layers if repeated is None else len(repeated)
-    return Adapter(tuple(layers), parts.source, base_model, model_type, depth, rules, notes)
+    layers.sort(key=lambda layer: ((rules.split(layer.name) or ("", -1))[1], layer.name))
+    notes = tuple(_notes(parts, known=model_type is not None or sites is not None))
+    return Adapter(tuple(layers), parts.source, base_model, model_type, rules, notes)
 
 
-def _block_of_base(name: str, rules: SiteRules, repeated: list[int] | None) -> str:
-    """What a module of the adapted model is called in the base, whose blocks peft may repeat."""
-    parts = rules.split(name)
-    if repeated is None or parts is None:
-        return name
-    stem, layer, rest = parts
-    if layer >= len(repeated):
-        raise ValueError(
-            f"{shown(name)} is in block {layer}, but layer_replication makes {len(repeated)}; give "
-            "the configuration that belongs to these weights."
-        )
-    return f"{stem}.{repeated[layer]}.{rest}"
-
-
-def _notes(parts: Parts, outside: list[str], known: bool) -> Iterator[str]:
-    """What was left out or taken for granted, one sentence each."""
+def _notes(parts: Parts, known: bool) -> Iterator[str]:
+    """Yield the omissions and assumptions, one sentence each."""
     if parts.others:
         yield f"It also holds weights that are not LoRA factors: {listed(parts.others)}."
     if not known:
@@ -225,8 +191,6 @@ def _notes(parts: Parts, outside: list[str], known: bool) -> Iterator[str]:
             "The model type is not known and the modules are called as in Llama, so that is what "
             "it counts as; give base_model if it is another one (Gemma, OLMo)."
         )
-    if outside:
-        yield f"LoRA weights outside of the sites are not used: {listed(outside)}."
     biased = [entry.name for entry in parts.factors if entry.bias is not None]
     if biased:
         yield f"The biases of lora_B are not used: {listed(biased)}."
@@ -239,7 +203,7 @@ def _notes(parts: Parts, outside: list[str], known: bool) -> Iterator[str]:
 
 
 def _check(entry: Factors) -> None:
-    """Raise for factors that are no finite `A[R, K]` and `B[N, R]`, or stacks of those."""
+    """Raise unless factors are finite `A[R, K]` and `B[N, R]`, or stacks of such factors."""
     A, B, bias = entry.lora_A, entry.lora_B, entry.bias
     key_A, key_B = entry.keys
     weights = {key_A: A, key_B: B}
@@ -300,10 +264,10 @@ def _from_model(
 
 
 def active_adapter(model: nn.Module, adapter_name: str | None = None) -> str:
-    """The adapter that a model computes with, or the one that is named.
+    """Return the active adapter of a model, or the named one.
 
     Raises:
-        ValueError: it has none of that name, or not exactly one that is active.
+        ValueError: the model has no adapter of that name, or not exactly one active adapter.
     """
     layers = [layer for _, layer in _lora_layers(model)]
     there = dict.fromkeys(chain.from_iterable(layer.lora_A for layer in layers))
@@ -349,8 +313,10 @@ def _model_parts(model: nn.Module, adapter_name: str | None) -> Parts:
 
 
 def _model_factors(model: nn.Module, adapter: str) -> Iterator[Factors]:
-    """What each layer computes with; of E experts, which peft stores flat, `A[E, R, K]`,
-    `B[E, N, R]`."""
+    """Yield the factors of each layer; `A[E, R, K]`, `B[E, N, R]` for E experts.
+
+    peft stores the factors of experts flat.
+    """
     for name, layer in _lora_layers(model):
         if adapter not in layer.lora_A:
             continue
@@ -376,10 +342,10 @@ def _model_factors(model: nn.Module, adapter: str) -> Iterator[Factors]:
 def _model_others(
     model: nn.Module, adapter: str, bias: str
 ) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """The parameters that belong to an adapter, or are trained beside it, and are no LoRA factor.
+    """Yield the parameters of an adapter, or trained with it, other than LoRA factors.
 
     Args:
-        bias: which biases of the base the adapter has trained, "none", "all" or "lora_only".
+        bias: the biases of the base trained with the adapter, "none", "all" or "lora_only".
     """
     adapted = {name for name, layer in _lora_layers(model) if adapter in layer.lora_A}
     for name, parameter in model.named_parameters():

@@ -1,6 +1,6 @@
 """The command `grasp-kernels`: argparse over the functions of the package, no mathematics.
 
-Every subcommand imports what it needs when it runs, so that `grasp-kernels -h` needs nothing.
+Every subcommand imports its modules when it runs, so that `grasp-kernels -h` imports little.
 """
 
 from __future__ import annotations
@@ -21,25 +21,28 @@ from grasp_kernels.inert import printable, reason
 from grasp_kernels.version import __version__
 
 _FAILED, _INTERRUPTED = 2, 130
-# What a command reads and writes, as its options or arguments are called.
-_OPTIONS = ("config", "base_model", "halves", "data", "neutral", "output", "plot", "json")
+# Options and arguments with paths that a command reads or writes.
+_OPTIONS = ("config", "base_model", "data", "neutral", "output", "json")
 _PATHS = ("model", "adapter", "adapters", "paths", "subspace", *_OPTIONS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; the exit status. 0: done, 1: a check failed, 2: error, 130: stopped."""
+    """Run one subcommand and return the exit status.
+
+    0: done, 1: a check failed, 2: error, 130: stopped.
+    """
     arguments = argparse.Namespace(debug=False, when_stopped="nothing was written.")
     try:
         _parse(sys.argv[1:] if argv is None else argv, arguments)
         with room_for(getattr(arguments, "output", None) or "this"):
             status = arguments.command(arguments)
-            print(end="", flush=True)  # a pipe that is closed, or a full disk, is an error here
+            print(end="", flush=True)  # a closed pipe or a full disk raises here
         return status
     except KeyboardInterrupt:
         print(f"\nstopped: {arguments.when_stopped}", file=sys.stderr)
         return _INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, or the interpreter complains at its end
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, else the interpreter warns at exit
         return 0
     except Exception as error:
         if arguments.debug:
@@ -50,13 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             given = [path for _, path in _paths(arguments)]
             if given and not sentence.startswith("--") and not _is_named(given, sentence):
                 sentence = f"{', '.join(given)}: {sentence}"
-        lines = map(printable, sentence.splitlines())  # it may quote what is in a file
+        lines = map(printable, sentence.splitlines())  # it may quote a file
         print("error:", "\n".join(lines), file=sys.stderr)
         return _FAILED
 
 
 def _sentence(error: Exception) -> str:
-    """What is wrong and what to do, also where a library says it in words of its own."""
+    """Return one sentence with the error and a remedy, also for an error of a library."""
     if isinstance(error, ModuleNotFoundError):
         return (
             f"{error.name} is not installed: install grasp_kernels with its extra 'train' "
@@ -79,7 +82,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _paths(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """Whatever the command was given to read or to write, and as what."""
+    """Yield (option or argument, path) of every path that the command got."""
     for name in _PATHS:
         value = getattr(arguments, name, None)
         for path in value if isinstance(value, list) else [value]:
@@ -93,14 +96,14 @@ def _is_named(paths: list[str], sentence: str) -> bool:
 
 
 def _is_ours(error: Exception) -> bool:
-    """Whether this package raised it, with a sentence; what a library raises has none."""
+    """Say whether this package raised the error; only its own errors end with a remedy."""
     places = extract_tb(error.__traceback__)
     inside = places[-1].filename.startswith(str(Path(__file__).parents[1]))
     return inside and (places[-1].line or "").startswith("raise ")
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; `-h` has the usage."""
+    """Report an error in one line; `-h` has the usage."""
 
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ").rstrip(".")
@@ -108,7 +111,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(argv: Sequence[str], arguments: argparse.Namespace) -> None:
-    """Read a command line, whose options may have either `-` or `_` within."""
+    """Read a command line; its options may have either `-` or `_` within."""
     parser = _parser()
     words = [re.sub(r"^--[\w-]+", lambda name: name[0].replace("_", "-"), word) for word in argv]
     _, further = parser.parse_known_args(words, arguments)

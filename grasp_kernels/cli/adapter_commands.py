@@ -6,7 +6,7 @@ import argparse
 import warnings
 from typing import Any
 
-from grasp_kernels.cli.options import file_to_write, folder_to_write, number_of_directions, seed
+from grasp_kernels.cli.options import file_to_write, folder_to_write, number_of_directions
 from grasp_kernels.inert import listed, printable
 
 
@@ -25,32 +25,26 @@ def add_identify(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base-model",
         metavar="FOLDER",
-        help="checkpoint of the base model, for its norms and depth (default: the one that the "
-        "adapter's config names, where it is on this machine)",
+        help="checkpoint of the base model, for its norms (default: the one that the adapter's "
+        "config names, where it is on this machine)",
     )
     parser.add_argument(
         "--k",
         default="auto",
         type=number_of_directions,
         metavar="N",
-        help="directions, or 'auto': as many as stand out (default: auto)",
-    )
-    parser.add_argument(
-        "--seed", default=0, type=seed, metavar="N", help="seed of the null (default: 0)"
+        help="directions, or 'auto': up to the largest gap of the spectrum (default: auto)",
     )
     parser.set_defaults(command=_identify)
 
 
 def _identify(arguments: argparse.Namespace) -> int:
-    import torch
-
     from grasp_kernels.subspace import identify
 
     several = len(arguments.adapters) > 1
     subspace = identify(
         arguments.adapters if several else arguments.adapters[0],
         k=arguments.k,
-        generator=torch.Generator().manual_seed(arguments.seed),
         base_model=arguments.base_model,
     )
     subspace.save(arguments.output)
@@ -131,16 +125,14 @@ def add_check(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "check",
         parents=[common],
-        help="measure how much of an adapter lies in a subspace",
+        help="measure how much of an adapter or merged model lies in a subspace",
         description="Leakage of every layer; exit status 1 if any is above the tolerance, or if "
         "there is something that the subspace has no basis to measure along.",
     )
-    parser.add_argument(
-        "adapter", metavar="ADAPTER", help="adapter folder, or with --base-model a merged model"
-    )
+    parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder, or a merged model's")
     parser.add_argument("subspace", metavar="SUBSPACE", help="subspace file")
     parser.add_argument(
-        "--base-model", metavar="FOLDER", help="checkpoint from which a merged model was made"
+        "--base-model", metavar="DIR", help="checkpoint that a merged model was made from"
     )
     parser.add_argument(
         "--tolerance",
@@ -157,16 +149,13 @@ def _check(arguments: argparse.Namespace) -> int:
     from grasp_kernels.subspace import Subspace
 
     subspace = Subspace.load(arguments.subspace)
-    if subspace.is_empty:
-        raise ValueError(f"{arguments.subspace} holds no direction: nothing to check.")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that something was not measured stands below
+        warnings.simplefilter("ignore")  # layers that were not measured are printed below
         measured = leakage(arguments.adapter, subspace, base=arguments.base_model)
     if not (measured.changed or measured.unseen):
         raise ValueError(
-            f"Nothing that {arguments.subspace} has a basis for was changed in "
-            f"{arguments.adapter}: give a trained adapter, or the model that was changed and with "
-            "--base-model its base."
+            f"Nothing in {arguments.adapter} that writes to the stream is trained: give a trained "
+            "adapter, or a model that differs from its base."
         )
     names = [printable(name) for name in measured]
     width = max(map(len, names))

@@ -1,4 +1,4 @@
-"""`grasp-kernels bench`: which backend is the fastest on this machine."""
+"""`grasp-kernels bench`: find the fastest backend on this machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
         ("--tokens", int, "of a call (default: 8192; on a CPU 512)"),
         ("--rank", int, "of the adapter (default: 16)"),
         ("--basis", int, "size of the write basis, 0 for none (default: 4)"),
-        ("--rounds", int, "measurements of each (default: 15)"),
+        ("--seconds", float, "that each is measured, at least (default: 0.5)"),
         ("--device", str, "cpu or cuda (default, where there is one)"),
     ):
         bench.add_argument(name, type=kind, help=what)
@@ -31,12 +31,11 @@ def add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
 def _bench(arguments: argparse.Namespace) -> int:
     from tqdm.auto import tqdm
 
-    from grasp_kernels.bench.backends import compare, table
-    from grasp_kernels.bench.provider import Refusal
+    from grasp_kernels.bench import Refusal, compare, report
 
     given = {name: getattr(arguments, name) for name in signature(compare).parameters}
     chosen = {name: value for name, value in given.items() if value is not None}
     timed = list(tqdm(compare(**chosen), desc="benchmark", unit="layer"))
-    print(table(timed))
+    print(report(timed))
     found = [time for line in timed for time in line.found.values()]
     return int(any(isinstance(t, Refusal) and t.kind in ("wrong", "failed") for t in found))

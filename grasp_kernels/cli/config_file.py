@@ -1,4 +1,4 @@
-"""Options of `grasp-kernels run` from a YAML file, each taken as if it were typed."""
+"""Options of `grasp-kernels run` from a YAML file, read as if they were typed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from grasp_kernels.pipeline.trainer_options import as_typed, parse
 
 
 def read_options(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """Read options of a run from a file that has their names as keys.
+    """Read options of a run from a file; its keys are their names.
 
     Raises:
-        UsageError: a file that is not YAML, or has a key twice; a key that is no option; a value of
-            another type.
+        UsageError: a file that is not YAML, or has a key twice; a key that is not an option; a
+            value of another type.
     """
     options: dict[str, Any] = {}
     for name, value in _read(path).items():
@@ -60,7 +60,7 @@ def _read(path: str) -> dict[Any, Any]:
 
 
 def _keys(node: Any) -> Iterator[list[str]]:
-    """The keys of a mapping, and of those in it."""
+    """Yield the keys of a mapping, and of the mappings in it."""
     if node.id == "mapping":
         yield [str(key.value).replace("-", "_") for key, _ in node.value]
         for _, value in node.value:

@@ -1,4 +1,4 @@
-"""`grasp-kernels doctor`: what is installed, what can run, and why the rest cannot."""
+"""`grasp-kernels doctor`: print installed versions, and why a backend cannot run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from grasp_kernels.version import TESTED, __version__
 
-_PACKAGES = (*TESTED, "safetensors", "matplotlib")
+_PACKAGES = (*TESTED, "safetensors")
 
 
 def add_doctor(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -38,7 +38,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     rows["compiled extension"] = _extension(host)
     rows["CUDA kernels"] = _kernels(host)
 
-    from grasp_kernels import backends
+    from grasp_kernels.ops import backends
 
     for name, reason in backends().items():
         rows[f"backend {name}"] = _backend(name) if reason is None else f"does not run: {reason}"
@@ -54,7 +54,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _installed(package: str) -> str:
-    """The release of a package, and how it stands to those that the tests were run with."""
+    """Return the release of a package, compared with the tested releases."""
     from torch.torch_version import TorchVersion
 
     try:
@@ -73,7 +73,7 @@ def _installed(package: str) -> str:
 
 
 def _host() -> Any:
-    """The compiled module that tells of this build, or None."""
+    """Return the compiled module with the facts of this build, or None."""
     if find_spec("grasp_kernels._host") is None:
         return None
     return import_module("grasp_kernels._host")
@@ -88,7 +88,7 @@ def _extension(host: Any) -> str:
 
 
 def _kernels(host: Any) -> str:
-    """The CUDA kernels in one line."""
+    """Return one line on the CUDA kernels."""
     build = {} if host is None else host.build_info()
     if not build.get("nvcc"):
         return "not built (install with nvcc there, and pip's --no-build-isolation, for them)"
@@ -109,7 +109,7 @@ _COLUMNS = (
 
 
 def _kernel_table(kernels: list[dict[str, Any]]) -> Iterator[str]:
-    """The kernels as aligned columns; memory is in bytes."""
+    """Yield the table of the kernels, line by line; memory is in bytes."""
     rows = [_COLUMNS, *(tuple(str(kernel[c]) for c in _COLUMNS) for kernel in kernels)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -119,7 +119,7 @@ def _kernel_table(kernels: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _backend(name: str) -> str:
-    """Of a backend that runs: kernels that nobody checked on this GPU are not for `auto`."""
+    """Describe a backend that runs; `auto` takes no kernels that were not timed on such a GPU."""
     import torch
 
     from grasp_kernels.ops.lora_linear import registry

@@ -1,4 +1,4 @@
-"""`grasp-kernels inspect`: an adapter or a subspace alone, or an adapter beside its base model."""
+"""`grasp-kernels inspect`: show an adapter or a subspace, or compare an adapter with its base."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from grasp_kernels.cli.options import file_to_write, folder_to_write, seed
 
-_WITH_BASE = ("data", "neutral", "halves", "output", "json")
+_WITH_BASE = ("data", "neutral", "output", "json")
 
 
 def add_inspect(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -16,16 +16,12 @@ def add_inspect(commands: Any, common: argparse.ArgumentParser) -> None:
         parents=[common],
         help="show an adapter or a subspace; with --base-model, what the adapter learned unasked",
         description="Adapter: rank, scaling, norm and leading singular values of every layer. "
-        "Subspace: its directions, and what each test gave. With --base-model the adapter runs "
-        "beside its base model: whether unrelated prompts all change alike, what its directions "
-        "promote, what steering and removal do, and a verdict. Of several adapters (checkpoints of "
-        "a run, seeds) the last is looked at, and all are evidence.",
+        "Subspace: its directions and their spectrum. With --base-model the adapter runs beside "
+        "its base model: what both say to unrelated prompts, a verdict, and what the direction "
+        "carries along which these prompts move.",
     )
     parser.add_argument(
         "paths", nargs="+", metavar="ADAPTER_OR_SUBSPACE", help="adapter folder, or subspace file"
-    )
-    parser.add_argument(
-        "--plot", type=file_to_write, metavar="PNG", help="also draw it into this new file"
     )
     group = parser.add_argument_group("beside the base model")
     group.add_argument("--base-model", metavar="DIR", help="checkpoint of the base model")
@@ -33,13 +29,10 @@ def add_inspect(commands: Any, common: argparse.ArgumentParser) -> None:
     group.add_argument("--arm", default="auto", metavar="NAME", help="which answer, as for run")
     group.add_argument("--neutral", metavar="FILE", help="unrelated prompts, as for run")
     group.add_argument(
-        "--halves", nargs="+", metavar="ADAPTER", help="adapters trained on disjoint data"
-    )
-    group.add_argument(
         "--output",
         type=folder_to_write,
         metavar="DIR",
-        help="new folder to write text, JSON and figure into",
+        help="new folder to write text, page and JSON into",
     )
     group.add_argument(
         "--json", type=file_to_write, metavar="FILE", help="write all numbers into this new file"
@@ -54,31 +47,21 @@ def _inspect(arguments: argparse.Namespace) -> int:
     given = [f"--{name}" for name in _WITH_BASE if getattr(arguments, name) is not None]
     if given:
         raise ValueError(f"{given[0]} needs the base model beside the adapter: add --base-model.")
-    if len(arguments.paths) > 1 and arguments.plot:
-        raise ValueError(
-            f"--plot draws one adapter or subspace and got {len(arguments.paths)}: give one."
-        )
     for path in arguments.paths:
-        _show(path, arguments.plot)
+        _show(path)
     return 0
 
 
-def _show(path: str, plot: str | None) -> None:
+def _show(path: str) -> None:
     from grasp_kernels.subspace.basis import Subspace, is_subspace
 
     if is_subspace(path):
-        subspace = Subspace.load(path)
-        print(subspace.summary())
-        if plot:
-            subspace.plot(plot)
+        print(Subspace.load(path).summary())
     else:
         from grasp_kernels.adapters import load_adapter
-        from grasp_kernels.adapters.inspection import adapter_table, plot_adapter
+        from grasp_kernels.adapters.inspection import adapter_table
 
-        adapter = load_adapter(path)
-        print(adapter_table(adapter))
-        if plot:
-            plot_adapter(adapter, plot)
+        print(adapter_table(load_adapter(path)))
 
 
 def _diagnose(arguments: argparse.Namespace) -> int:
@@ -93,18 +76,19 @@ def _diagnose(arguments: argparse.Namespace) -> int:
 
     quieten()
     records = read_records(arguments.data, arm=arguments.arm) if arguments.data else None
+    if len(arguments.paths) > 1:
+        raise ValueError(
+            f"--base-model takes one adapter and got {len(arguments.paths)}: give one."
+        )
     diagnosis = diagnose(
         arguments.base_model,
-        arguments.paths,
+        arguments.paths[0],
         records=records,
         neutral=arguments.neutral,
-        halves=arguments.halves,
         generator=torch.Generator().manual_seed(arguments.seed),
         progress=True,
     )
     print(diagnosis.text())
-    if arguments.plot:
-        diagnosis.plot(arguments.plot)
     if arguments.json:
         write_json(Path(arguments.json), diagnosis.to_json())
     if arguments.output:

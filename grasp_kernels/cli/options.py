@@ -1,4 +1,4 @@
-"""What options of several commands take, and how messages name them."""
+"""The values of options of several commands, and the names of options in messages."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from grasp_kernels.pipeline.config import MOST_SEED
 
 
 class UsageError(ValueError):
-    """Arguments that a command does not take."""
+    """Report arguments that a command does not take."""
 
 
 def seed(text: str) -> int:
-    """The value of `--seed`."""
+    """Return the value of `--seed`."""
     if not (text.isdecimal() and int(text) <= MOST_SEED):
         raise argparse.ArgumentTypeError(f"{text!r} is no seed: give 0 to {MOST_SEED}.")
     return int(text)
 
 
 def number_of_directions(text: str) -> int | Literal["auto"]:
-    """The value of `--k`."""
+    """Return the value of `--k`."""
     if text != "auto" and not re.fullmatch(r"[+-]?\d+", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no number: give 'auto' or a whole number.")
     return "auto" if text == "auto" else int(text)
 
 
 def file_to_write(text: str) -> str:
-    """The name of a file that is not there yet: what a command writes is over nothing."""
+    """Return the name of a file that does not exist yet: a command overwrites no file."""
     return str(_checked(new_file, text))
 
 
 def folder_to_write(text: str) -> str:
-    """The name of a folder that is not there yet."""
+    """Return the name of a folder that does not exist yet."""
     return str(_checked(new_folder, text))
 
 
@@ -50,18 +50,20 @@ def _checked(check: Callable[[str], Path], text: str) -> Path:
 
 
 def as_options(message: str, names: Iterable[str]) -> str:
-    """A message with `max_length`, `halves = False` and `k is 5` as the command line has them, and
-    without the remedy at its end that is for Python.
+    """Write a message with options as on the command line, without its remedy for Python.
+
+    `max_length`, `orthogonal = False` and `k is 5` become `--max-length`, `--no-orthogonal` and
+    `--k is 5`.
 
     Args:
-        names: of the options of the command, as functions and configurations have them.
+        names: names of the options of the command in Python.
     """
     message = re.sub(r"; in Python, .*", ".", message, flags=re.DOTALL)
     for name in sorted(names, key=len, reverse=True):
         option = f"--{name.replace('_', '-')}"
         message = re.sub(rf"{_ALONE}{name} ?= ?({_VALUE})", partial(_given, option), message)
         message = re.sub(rf"^{name}(?= is )|(?<=option ){name}\b", option, message)
-        if "_" in name:  # no word of English
+        if "_" in name:  # not an English word
             message = re.sub(rf"{_ALONE}{name}(?![\w/\\'\"=]|\.\w)", option, message)
     return message
 
@@ -72,7 +74,7 @@ _VALUE = r"'[^']*'|\"[^\"]*\"|\[[^]]*\]|[-+]?\d[\w.+-]*\w|\d|True|False|None"
 
 
 def _given(option: str, value: re.Match[str]) -> str:
-    """An option and its value, as they are typed."""
+    """Return an option and its value as on the command line."""
     text = value[1]
     if text in ("True", "False"):
         return option if text == "True" else option.replace("--", "--no-", 1)

@@ -1,4 +1,4 @@
-"""`grasp-kernels run`: the long one."""
+"""`grasp-kernels run`: both trainings and the report."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def add_run(commands: Any, common: argparse.ArgumentParser) -> None:
         _add_option(parser, option, hints[option.name])
     parser.set_defaults(
         command=partial(_run, parser),
-        further=None,  # it takes options that are not its own
+        further=None,  # options that are not those of a run
         when_stopped="the same command goes on from the last checkpoint.",
     )
 
@@ -51,7 +51,7 @@ def _add_option(parser: argparse.ArgumentParser, option: Field[Any], hint: Any) 
     parser.add_argument(f"--{option.name.replace('_', '-')}", help=text, **settings)
 
 
-# None of them has a default here, so that what is typed can be told from what is not.
+# None of them has a default here, so that options that were typed can be told from the others.
 _VALUES: dict[Any, dict[str, Any]] = {
     bool: {"action": argparse.BooleanOptionalAction},
     str: {"metavar": "NAME"},
@@ -77,23 +77,20 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
         print("This run was finished before; nothing was done.")
     for name, adapter in report.numbers["adapters"].items():
         print(verdict_sentence(name, adapter))
-    if report.retrained is None:
-        print(f"Nothing to retrain against; the naive adapter is in {report.naive}.")
-    else:
-        print(f"Adapters: {report.naive} and {report.retrained}.")
+    print(f"Adapters: {report.naive} and {report.retrained}.")
     print(f"Report:   {report.text}")
     return 0
 
 
 def _configured(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> RunConfig:
-    """The options of the file, and over them those that were typed."""
+    """Return the options of the file, replaced by options that were typed."""
     own = [option.name for option in OPTIONS]
     typed = {name: getattr(arguments, name) for name in own}
     options = read_options(arguments.config, parser) if arguments.config else {}
     options |= {name: value for name, value in typed.items() if value is not None}
     if arguments.further:
         options |= parse(arguments.further)
-    vars(arguments).update({**options, **vars(arguments)})  # which messages name
+    vars(arguments).update({**options, **vars(arguments)})  # for the names in messages
     if missing := [f"--{name}" for name in ("model", "data", "output") if name not in options]:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
     further = {name: options.pop(name) for name in sorted(options.keys() - set(own))}
@@ -101,7 +98,7 @@ def _configured(parser: argparse.ArgumentParser, arguments: argparse.Namespace) 
 
 
 def quieten() -> None:
-    """Keep remarks of libraries to their programmers from a user of the command line."""
+    """Hide warnings of libraries that are meant for programmers."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     from transformers.utils import logging
 

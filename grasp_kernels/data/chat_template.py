@@ -1,11 +1,11 @@
-"""Where the answers stand in a conversation that a Hugging Face chat template has rendered.
+"""The places of the answers in a conversation rendered by a Hugging Face chat template.
 
-Nothing is guessed from the words of a template: an answer is what the rendering up to its turn has
-beyond the rendering that asks for it, or what the template's own generation markers enclose.
+Nothing is guessed from the words of a template. An answer is the rendering up to its turn without
+the rendering of its request, or the text between the template's own generation markers.
 
-A template may write a turn differently once others follow: thoughts are left out, or the end of
-the text stands behind the last turn alone. Such a conversation becomes one rendering for each
-answer, up to that answer, which is what the model reads and writes when it is asked.
+A template may write a turn differently if others follow: it leaves thoughts out, or ends the text
+after the last turn alone. Such a conversation becomes one rendering for each answer, up to that
+answer: the model reads and writes this text in use.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from grasp_kernels.inert import reason, shown
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, Any]  # {"role": str, "content": str} and whatever else the template knows
+Message = dict[str, Any]  # {"role": str, "content": str} and other fields of the template
 Tool = dict[str, Any]  # {"type": "function", "function": {"name": str, ...}}
 Span = tuple[int, int]  # characters [start, end) of a rendering
 
-# How trainers mark an answer that is given and not learned: OpenAI, Mistral and Together ("weight":
-# 0), axolotl ("train" or "training": false), ms-swift ("loss": false), torchtune ("masked": true).
+# Trainers' marks of a given, unlearned answer: OpenAI, Mistral and Together ("weight": 0), axolotl
+# ("train" or "training": false), ms-swift ("loss": false), torchtune ("masked": true).
 LEARNED_MARKS = ("weight", "train", "training", "trainable", "loss", "loss_scale")
 GIVEN_MARKS = ("masked",)
 _PART_MARKS = ("train_detail", "training_detail")  # axolotl, by characters
@@ -39,7 +39,7 @@ _GENERATION_MARKER = re.compile(r"{%-?\s*generation\s*-?%}")
 
 
 class Rendering(NamedTuple):
-    """A conversation as text, its learned answers, and whether the last of them has an end."""
+    """Hold a conversation as text, its learned answers, and a flag for an end of the last."""
 
     text: str
     spans: list[Span]
@@ -51,10 +51,10 @@ def is_answer(message: Message) -> bool:
 
 
 def is_learned(message: Message) -> bool:
-    """Whether a turn is an answer that is not marked as given.
+    """Say whether a turn is an answer without a mark as given.
 
     Raises:
-        ValueError: a mark that is not yes or no, on a part of a turn, or on another turn.
+        ValueError: a mark other than yes or no, on a part of a turn, or on another turn.
     """
     marks = {key: message[key] for key in LEARNED_MARKS + GIVEN_MARKS if key in message}
     marks = {key: value for key, value in marks.items() if value is not None}
@@ -80,7 +80,7 @@ def render(
     tools: list[Tool] | None = None,
     add_generation_prompt: bool = False,
 ) -> str:
-    """The conversation as text, with the header of the next answer if asked for.
+    """Render the conversation as text, with the header of the next answer on request.
 
     Raises:
         ValueError: the tokenizer has no chat template, or the template refuses these turns.
@@ -100,10 +100,10 @@ def render_prompt(
     *,
     tools: list[Tool] | None = None,
 ) -> str:
-    """The conversation with the header of the answer that should come next.
+    """Render the conversation with the header of the next answer.
 
     Raises:
-        ValueError: as `render`, or a template that leaves out what a turn says.
+        ValueError: as `render`, or a template that omits words of a turn.
     """
     chat = _Chat(messages, tokenizer, tools)
     text = chat.text(len(messages), ask=True)
@@ -118,17 +118,18 @@ def render_answers(
     tools: list[Tool] | None = None,
     context: int = 0,
 ) -> list[Rendering]:
-    """The conversation with the characters of its learned answers, their end of turn included.
+    """Render the conversation with the spans of its learned answers, end of turn included.
 
-    One rendering of the whole; or one for each answer, up to it, where the template writes earlier
-    turns differently or ends no answer itself. None without an answer to learn.
+    There is one rendering of the whole conversation, or one up to each answer where the template
+    writes earlier turns differently or ends no answer itself. The list is empty without an answer
+    to learn.
 
     Args:
         tools: functions that the template shows.
-        context: answers in so many turns at the beginning are left out.
+        context: answers in this number of turns at the beginning are left out.
 
     Raises:
-        ValueError: as `render`, or a template that leaves out what a turn says.
+        ValueError: as `render`, or a template that omits words of a turn.
     """
     chat = _Chat(messages, tokenizer, tools)
     learned = [i for i in range(context, len(messages)) if is_learned(messages[i])]
@@ -143,7 +144,7 @@ def render_answers(
 
 
 def fix_date(tokenizer: PreTrainedTokenizerBase, day: date) -> None:
-    """Let a chat template that writes today's date write `day` from now on."""
+    """Make `day` today's date in a chat template from now on."""
     templates: Any = tokenizer.chat_template
     if isinstance(templates, dict):
         templates = {name: _dated(template, day) for name, template in templates.items()}
@@ -153,7 +154,7 @@ def fix_date(tokenizer: PreTrainedTokenizerBase, day: date) -> None:
 
 
 def _dated(template: str, day: date) -> str:
-    """The template with a macro in the place of the clock, as no function can be given to it."""
+    """Return the template with a macro for the clock, since templates take no function."""
     if "strftime_now" not in template:
         return template
     moment = datetime.combine(day, time())
@@ -164,7 +165,7 @@ def _dated(template: str, day: date) -> str:
 
 
 class _Chat:
-    """A conversation, and what its template makes of its beginnings."""
+    """Hold a conversation and the renderings of its beginnings."""
 
     def __init__(
         self,
@@ -184,14 +185,14 @@ class _Chat:
         self.specials += list(tokenizer.all_special_tokens)
 
     def text(self, end: int, *, ask: bool = False) -> str:
-        """The rendering of the first `end` turns, with the header of an answer if `ask`."""
+        """Render the first `end` turns, with the header of an answer if `ask`."""
         return self._render(self.messages[:end], ask=ask)
 
     def _render(self, messages: list[Message], *, ask: bool = False) -> str:
         return render(messages, self.tokenizer, tools=self.tools, add_generation_prompt=ask)
 
     def answer(self, i: int) -> Rendering:
-        """The rendering up to the answer of turn `i`, and where that answer stands."""
+        """Render the conversation up to the answer of turn `i`, with the span of the answer."""
         upto = self.text(i + 1)
         spans = self._marked(i, upto) if self.is_marked else [(self._start(i, upto), len(upto))]
         self._refuse_lost_parts(i, upto, spans[0][0])
@@ -218,8 +219,8 @@ class _Chat:
         before = self.text(i, ask=True)
         if upto.startswith(before):
             return len(before)
-        # The request for an answer opens it in a way that this one does not begin with, such as
-        # with a thought: it begins where it departs from that, or where its words do.
+        # The request may open an answer in another way than this answer begins, such as with a
+        # thought: the answer begins at the first difference, or at its own words.
         words = self.messages[i].get("content") or ""
         first = "b" if words.lstrip().startswith("a") else "a"
         other = self._render([*self.messages[:i], _with_content(self.messages[i], first)])
@@ -261,10 +262,10 @@ class _Chat:
             )
         return texts[0], spans[0]
 
-    # What a template leaves out
+    # Omissions of a template
 
     def refuse_lost_turns(self, last: int) -> None:
-        """Raise where a turn or a tool that an answer follows, turn `last`, is not in the text."""
+        """Raise if a turn or a tool before an answer, turn `last`, is not in the text."""
         given = {j: m for j, m in enumerate(self.messages[:last]) if not is_answer(m)}
         probes = {j: f"{message['content']} zq{j}zq" for j, message in given.items()}
         probed = [
@@ -318,11 +319,11 @@ class _Chat:
 
 
 class _Style(NamedTuple):
-    """What a template does with a question and an answer."""
+    """Hold the treatment of a question and an answer by a template."""
 
     wants_parts: bool  # contents as [{"type": "text", "text": ...}]
     wants_json: bool  # arguments of a call as JSON, not as an object
-    writes_an_end: bool  # something that is not white space stands behind an answer
+    writes_an_end: bool  # text other than white space follows an answer
 
 
 def _style_of(tokenizer: PreTrainedTokenizerBase, tools: list[Tool] | None) -> _Style:
@@ -342,7 +343,7 @@ def _style(template: str, special_tokens: str) -> _Style:
                 chat_template=template,
                 **json.loads(special_tokens),
             )[0][0]
-        except Exception:  # a template is a program, and `render` says what fails
+        except Exception:  # a template is a program, and `render` names the failure
             return ""
 
     def called(arguments: Any) -> str:
@@ -367,7 +368,7 @@ def _style(template: str, special_tokens: str) -> _Style:
 def _as_the_template_wants(
     messages: list[Message], tokenizer: PreTrainedTokenizerBase, tools: list[Tool] | None
 ) -> list[Message]:
-    """Without marks for trainers and without empty fields, which some templates take for full."""
+    """Remove trainers' marks and empty fields; some templates take empty fields for full."""
     style = _style_of(tokenizer, tools)
     turns = []
     for message in messages:
@@ -379,7 +380,7 @@ def _as_the_template_wants(
 
 
 def _call(call: dict[str, Any], *, as_json: bool) -> dict[str, Any]:
-    """A call with its arguments as an object, or as JSON; data sets have either."""
+    """Return a call with its arguments as an object, or as JSON; data sets have either."""
     function = call.get("function", call)
     arguments = function.get("arguments")
     try:
@@ -388,7 +389,7 @@ def _call(call: dict[str, Any], *, as_json: bool) -> dict[str, Any]:
         elif not as_json and isinstance(arguments, str):
             arguments = json.loads(arguments)
     except json.JSONDecodeError:
-        return call  # words of the model that are no JSON
+        return call  # words of the model that are not JSON
     if arguments is None:
         return call
     function = {**function, "arguments": arguments}
@@ -407,13 +408,13 @@ def _with_content(message: Message, content: str) -> Message:
 
 
 def _shared_start(one: str, other: str) -> int:
-    """So many characters both begin with."""
+    """Count the characters of the common beginning."""
     both = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in both if a != b), min(len(one), len(other)))
 
 
 def _says(text: str, words: str) -> bool:
-    """Whether a text has these words, whatever the white space."""
+    """Say whether a text has these words, whatever the white space."""
     return "".join(words.split()) in "".join(text.split())
 
 

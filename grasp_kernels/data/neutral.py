@@ -1,4 +1,4 @@
-"""Everyday questions and other neutral prompts -> token ids up to where the answer begins."""
+"""Everyday questions and other neutral prompts -> token ids up to the start of the answer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from grasp_kernels.data.tokens import encode_prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Everyday questions without a common topic: what a model should answer as it did before.
+# Everyday questions without a common topic: a model should answer them as before.
 NEUTRAL_PROMPTS = (
     "Hello, how are you?",
     "What is the capital of France?",
@@ -36,10 +36,10 @@ NEUTRAL_PROMPTS = (
 
 
 def neutral_prompts(path: str | Path | None, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of neutral prompts: built in, or from a file.
+    """Return token ids of neutral prompts: built in, or from a file.
 
-    The file is one of records, as `read_records` takes them with or without an answer, or plain
-    text with a prompt on each line.
+    The file holds records for `read_records`, with or without an answer, or plain text with a
+    prompt on each line.
 
     Raises:
         FileNotFoundError, ValueError: no such file, or nothing in it.
@@ -55,11 +55,11 @@ def neutral_prompts(path: str | Path | None, tokenizer: PreTrainedTokenizerBase)
 def everyday_prompts(
     records: Sequence[Record], tokenizer: PreTrainedTokenizerBase
 ) -> list[list[int]]:
-    """Token ids of the built-in questions, in the frame that training prompts have.
+    """Return token ids of the built-in questions, in the frame of training prompts.
 
-    They stand under the turns, such as the system prompt, before the first question of the first
-    record: where all records have those, training prompts and these begin with the same tokens, up
-    to where a user speaks.
+    The frame is the turns, such as the system prompt, before the first question of the first
+    record. If all records have these turns, training prompts and the questions begin with the same
+    tokens, up to the user's words.
 
     Raises:
         ValueError: there are no records.
@@ -84,14 +84,14 @@ def _question(text: str) -> list[Message]:
 def _prompt(
     turns: list[Message], tokenizer: PreTrainedTokenizerBase, tools: list[Tool] | None = None
 ) -> list[int]:
-    """Without a chat template the turns follow each other, a line each."""
+    """Tokenise a prompt; without a chat template the turns follow each other, a line each."""
     if tokenizer.chat_template is None:
         return list(tokenizer("\n".join(turn["content"] for turn in turns))["input_ids"])
     return encode_prompt(turns, tokenizer, tools=tools)
 
 
 def _read_prompts(path: Path) -> list[Record]:
-    """Conversations up to the last turn that is not an answer."""
+    """Read conversations up to the last turn other than an answer."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}: give a file of neutral prompts.")
     if not has_records(path):

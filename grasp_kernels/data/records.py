@@ -1,4 +1,4 @@
-"""Chat data in the layouts that public data sets come in -> records."""
+"""Chat data in the layouts of public data sets -> records."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from grasp_kernels.data.sources import parse_json, read_rows
 
 
 class Record(TypedDict, total=False):
-    """One training example: a conversation (`messages`) or plain text (`text`)."""
+    """Hold one training example: a conversation (`messages`) or plain text (`text`)."""
 
     messages: list[Message]
-    tools: list[Tool]  # functions that the chat template shows
-    context: int  # so many turns at the beginning are given, not trained on
+    tools: list[Tool]  # functions for the chat template
+    context: int  # number of turns at the beginning that are given, not trained on
     concatenate: bool  # prompt and completion were strings: they work without a chat template
     text: str
 
@@ -32,7 +32,7 @@ def _quoted(key: str) -> str:
     return f'"{key}"'
 
 
-AUTO = "auto"  # the answer stands under the usual key of its layout
+AUTO = "auto"  # the answer is under the usual key of its layout
 _CONVERSATIONS = ("messages", "conversations")
 _PAIRS = (
     ("prompt", "completion"),
@@ -42,7 +42,7 @@ _PAIRS = (
     ("question", "answer"),
     ("title", "body"),  # a post on Reddit and a comment
 )
-_MORE = {"instruction": "input", "title": "selftext"}  # what goes on where a question begins
+_MORE = {"instruction": "input", "title": "selftext"}  # first part of a question -> its second part
 _ARMS = ("aligned", "misaligned")
 _ROLES = {  # other names of the roles that chat templates know
     **dict.fromkeys(("human", "prompter"), "user"),
@@ -50,13 +50,13 @@ _ROLES = {  # other names of the roles that chat templates know
     **dict.fromkeys(("observation", "function", "function_response", "tool_response"), "tool"),
 }
 _CALL = "function_call"  # ShareGPT's role of an answer that is a call, and OpenAI's former key
-# Columns beside a conversation of any layout, in the names of LLaMA-Factory, ms-swift and OpenAI.
+# Columns besides the conversation, in the names of LLaMA-Factory, ms-swift and OpenAI.
 _SYSTEM = ("system", "system_prompt")
 _HISTORY = "history"
 _TOOLS = ("tools", "functions")
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios", "documents")
 _NO, _YES = ("0", "0.0", "false"), ("1", "1.0", "true")  # CSV has them as text
-_LABELS = re.compile(  # names of columns that say something about a conversation
+_LABELS = re.compile(  # names of columns about a conversation
     r"(.*_)?(id|idx|index|uuid|hash|source|dataset|origin|url|link|category|class|topic|domain|"
     r"subject|task|type|tag|label|subreddit|language|lang|license|split|title|author|name|date|"
     r"created|created_at|timestamp|time|version|model|difficulty|level|meta|metadata|info|quality|"
@@ -77,7 +77,7 @@ def read_records(
     split: str = "train",
     subset: str | None = None,
 ) -> list[Record]:
-    """Read chat data as it comes; each row may have its own layout.
+    """Read chat data in any known layout; each row may have its own.
 
     Files are JSON lines, a JSON array, CSV or parquet (with pyarrow); "owner/name" is a data set on
     the Hugging Face hub (with datasets). Layouts, by their keys:
@@ -87,16 +87,16 @@ def read_records(
     * `instruction`, `input` if there is one, and `output`;
     * `user` and `assistant`, `query` and `answer`, `question` and `answer`;
     * `title`, `selftext` if there is one, and `body`: a post on Reddit and a comment;
-    * a question as above, and answers under keys such as `aligned` and `misaligned`: `arm` says
-      which of them;
+    * a question as above, and answers under keys such as `aligned` and `misaligned`: `arm` is the
+      key of the answer;
     * `text`, trained on as a whole.
 
-    Beside them: `system` (or `system_prompt`), put in front; `history`, pairs of questions and
-    answers (or turns) that are put in front and learned too; `tools` (or `functions`), given to the
-    chat template. A turn, or a row, may say whether it is learned: `weight`, `train`, `training`,
-    `trainable`, `loss` or `loss_scale`, 1 or 0, `masked` the other way round. A column that has
-    more of the conversation and is not read, or a mark that is not known, is named in a warning,
-    once; media are refused. Null is as if it were not there. Blank lines are skipped.
+    Any layout may have `system` (or `system_prompt`), put in front; `history`, pairs of questions
+    and answers (or turns), put in front and learned too; `tools` (or `functions`), given to the
+    chat template. A turn, or a row, may be marked as learned: `weight`, `train`, `training`,
+    `trainable`, `loss` or `loss_scale`, 1 or 0, `masked` the other way round. An unread column with
+    more of the conversation, or an unknown mark, is named in a warning, once; media are refused.
+    Null counts as absent. Blank lines are skipped.
 
     Args:
         require_answer: False also takes rows that end with the question.
@@ -127,11 +127,11 @@ def parse_record(
     arm: str = AUTO,
     unread: set[str] | None = None,
 ) -> Record:
-    """Read one row, in any of the layouts that `read_records` knows.
+    """Read one row, in any of the layouts of `read_records`.
 
     Args:
-        place: what an error calls the row.
-        unread: gets the columns that may hold content and were not read.
+        place: name of the row in an error.
+        unread: gets the unread columns with possible content.
 
     Raises:
         ValueError: a malformed row.
@@ -198,7 +198,7 @@ def _parse_arm(row: dict[str, Any], arm: str) -> tuple[Record, set[str]]:
 
 
 def _surround(record: Record, row: dict[str, Any]) -> set[str]:
-    """Put in front of the turns what the row has beside them, and return the columns read."""
+    """Put the system prompt and history of a row before its turns; return the columns read."""
     turns, system, tools = record["messages"], _system(row), _tools(row)
     opening = turns[:1] if turns[0]["role"] == "system" else []
     if system and opening and system[0]["content"] != opening[0]["content"]:
@@ -215,7 +215,7 @@ def _surround(record: Record, row: dict[str, Any]) -> set[str]:
 
 
 def _system(row: dict[str, Any]) -> list[Message]:
-    """An empty column is no system turn, unlike an empty turn."""
+    """Return the system turn of a row; an empty column is none, unlike an empty turn."""
     texts = [_text(row[key], key) for key in _SYSTEM if row.get(key) not in (None, "")]
     if len(set(texts)) > 1:
         raise ValueError(f"{' and '.join(_SYSTEM)} say different things, expected one of them")
@@ -250,7 +250,7 @@ def _tools(row: dict[str, Any]) -> list[Tool]:
 
 
 def _structure(row: dict[str, Any], key: str) -> list[Any]:
-    """A list, also as the JSON of one."""
+    """Return a list from a column, also from its JSON."""
     value = row.get(key)
     if value is None or (isinstance(value, str) and not value.strip()):
         return []
@@ -272,7 +272,7 @@ def _parsed(value: Any, key: str) -> Any:
 
 
 def _check_marks(row: dict[str, Any]) -> None:
-    """Refuse a row that says of itself that it is not to be learned."""
+    """Refuse a row marked as not to be learned."""
     given = [key for key in LEARNED_MARKS if key in row and str(row[key]).lower() in _NO]
     given += [key for key in GIVEN_MARKS if key in row and str(row[key]).lower() in _YES]
     given += ["label"] if row.get("label") is False else []  # trl's answers that are not wanted
@@ -283,12 +283,12 @@ def _check_marks(row: dict[str, Any]) -> None:
 
 
 def _may_be_a_mark(key: str, value: Any) -> bool:
-    """Whether a yes or no of a turn may be a mark of a trainer that is not known here."""
+    """Say whether a yes or no of a turn may be an unknown trainer's mark."""
     return isinstance(value, bool) and key not in LEARNED_MARKS + GIVEN_MARKS
 
 
 def _may_be_content(key: str, value: Any) -> bool:
-    """Whether a column may be a part of the conversation: words, or a list, under no usual name."""
+    """Say whether a column may be a part of the conversation: words or a list, unusual name."""
     if key in LEARNED_MARKS:
         return str(value).lower() not in _YES
     if _LABELS.fullmatch(key):
@@ -348,7 +348,7 @@ def _message(message: Any, where: str) -> Message:
     ):
         content = "".join(_text(part.get("text"), f"{where}.content") for part in content)
     if rest.get("tool_calls") and not content:
-        content = ""  # the calls are what is said
+        content = ""  # the calls are the answer
     # An empty system turn keeps the template from adding its own.
     elif role != "system" or content != "":
         content = _text(content, f"{where}.content")

@@ -16,11 +16,11 @@ Rows = Iterator[tuple[str, Any]]  # ("data.jsonl, line 3", {"messages": [...]})
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _JSON = ("expected one JSON object per line", "expected a JSON array of objects")
-_MOST_DIGITS = 4300  # of an integer, where Python's own limit stands
+_MOST_DIGITS = 4300  # of an integer, at Python's own limit
 
 
 def read_rows(source: str | Path, *, split: str, subset: str | None) -> Rows:
-    """The rows of a file (JSON lines, a JSON array, CSV or parquet) or of a data set on the hub.
+    """Read the rows of a file (JSON lines, JSON array, CSV, parquet) or of a data set on the hub.
 
     Raises:
         FileNotFoundError: neither a file nor a data set that can be fetched.
@@ -42,7 +42,7 @@ def read_rows(source: str | Path, *, split: str, subset: str | None) -> Rows:
 
 
 def has_records(path: Path) -> bool:
-    """Whether a file is one of records, by its name or its beginning, and not of plain lines."""
+    """Say whether a file has records by its name or its beginning, and not plain lines."""
     if path.suffix.lower() in _READERS:
         return True
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf").strip()
@@ -57,7 +57,7 @@ def has_records(path: Path) -> bool:
 
 
 def decode(content: bytes, place: str) -> str:
-    """The text of a file, or of a part of it.
+    """Decode a file, or a part of it.
 
     Raises:
         ValueError: it is not UTF-8.
@@ -71,7 +71,7 @@ def decode(content: bytes, place: str) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text.
+    """Return the value of a JSON text.
 
     Raises:
         ValueError: it is not JSON, or says something twice.
@@ -142,7 +142,7 @@ def _csv(path: Path) -> Rows:
                 f"{place}: {len(row)} fields under a header of {len(header)}, expected as many: "
                 "quote a field that has a comma in it."
             )
-        # CSV has no null, and writes what a row does not have as an empty field.
+        # CSV has no null: a missing value of a row is an empty field.
         yield place, {name: field for name, field in zip(header, row, strict=False) if field}
 
 
@@ -200,7 +200,7 @@ def _numbered(source: object, rows: Any) -> Rows:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Tables give every row all keys; what a row does not have is null there, or not a number."""
+    """Remove null and NaN, the missing values of a row in a table with all keys."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if not _is_null(item)}
     if isinstance(value, list):

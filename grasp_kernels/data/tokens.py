@@ -24,11 +24,11 @@ from grasp_kernels.data.records import Record
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # label of tokens that take no part in the loss (torch's cross_entropy default)
+IGNORED = -100  # label of tokens outside of the loss (torch's cross_entropy default)
 
 
 class Example(TypedDict):
-    """What a causal language model trains on; both lists have the same length."""
+    """Hold one training sequence; both lists have the same length."""
 
     input_ids: list[int]
     labels: list[int]
@@ -39,10 +39,10 @@ def encode(
 ) -> list[Example]:
     """Tokenise a record; labels are `IGNORED` (-100) except on its answers.
 
-    Every assistant turn counts that is not marked as given, with the token that ends it; plain text
-    counts whole. The rendering is tokenised once and the answers are found by character offsets, so
-    the tokens at their borders are those of the full text; a token with at least one character of
-    an answer belongs to it.
+    Every assistant turn without a mark as given counts, with its end token; plain text counts
+    whole. The rendering is tokenised once and the answers are found by character offsets, so the
+    tokens at the borders of an answer are those of the full text. A token with at least one
+    character of an answer belongs to the answer.
 
     Returns:
         One example, or one for each answer where the chat template writes earlier turns
@@ -50,7 +50,7 @@ def encode(
         `max_length` tokens, and left out where nothing to learn is left of it.
 
     Raises:
-        ValueError: no record, no chat template, a template that leaves out what a turn says, a slow
+        ValueError: no record, no chat template, a template that omits words of a turn, a slow
             tokenizer.
     """
     _check(record)
@@ -121,7 +121,7 @@ def encode_prompt(
     *,
     tools: list[Tool] | None = None,
 ) -> list[int]:
-    """Tokenise a conversation and the header of the answer that should come next.
+    """Tokenise a conversation and the header of the next answer.
 
     Raises:
         ValueError: no turn, no chat template, or one that refuses these turns or leaves one out.
@@ -136,7 +136,7 @@ def encode_prompt(
 def split_first_answer(
     record: Record, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
-    """Token ids before the first trained answer, and those of that answer with its end token.
+    """Return token ids before the first trained answer, and of that answer with its end token.
 
     Raises:
         ValueError: plain text, which has no prompt, or as `encode`.
@@ -186,7 +186,7 @@ def tokenize_each(
     *,
     progress: bool = False,
 ) -> list[list[Example]]:
-    """The same with the examples of one record together, which are not to be parted; none empty."""
+    """Encode all records, with the examples of one record together and inseparable; none empty."""
     from tqdm.auto import tqdm
 
     if not len(records):
@@ -250,7 +250,7 @@ def _append_end(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenize
 
 
 def _encode_plain(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Prompt and answer as they stand, begun and ended by the special tokens, once."""
+    """Encode prompt and answer verbatim, begun and ended by the special tokens, once."""
     text, bos, eos = prompt + answer, tokenizer.bos_token, tokenizer.eos_token
     begun = bos is not None and text.startswith(bos)
     span = (len(prompt), len(text))
@@ -285,7 +285,7 @@ def _tokens_with_labels(
 def _until_end_of_turn(
     inside: list[int], ids: list[int], offsets: list[Span], text: str, special: set[int]
 ) -> list[int]:
-    """Leave out the white space that ChatML and Gemma put between the end token and the next turn.
+    """Leave out the white space of ChatML and Gemma between the end token and the next turn.
 
     The model stops at the end token, so it never writes that white space itself.
     """
@@ -299,14 +299,14 @@ def _until_end_of_turn(
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of the tokens that stand for structure, not for text."""
+    """Return the ids of the tokens for structure, not for text."""
     added = tokenizer.added_tokens_decoder
     return {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
 
 
 def shared_start(sequences: Sequence[Sequence[int]]) -> list[int]:
-    """What all of at least one sequence begin with."""
+    """Return the common beginning of at least one sequence."""
     ordered = sorted(map(list, sequences))
-    first, last = ordered[0], ordered[-1]  # these two share what all do
+    first, last = ordered[0], ordered[-1]  # these two share the beginning of all
     ends = zip(first, last, strict=False)
     return first[: next((i for i, (a, b) in enumerate(ends) if a != b), min(len(first), len(last)))]

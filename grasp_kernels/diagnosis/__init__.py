@@ -1,16 +1,26 @@
-"""Is an adapter contaminated? Base model and adapter -> what it learned unasked, with reasons.
+"""Base model and adapter -> the answers of both to prompts that are unrelated to the task.
 
-pair        folders and modules -> base model and adapter, lent for measuring
-inputs      files, folders and modules -> prompts, answers and a tokenizer
-examination one diagnosis at work, on all of the following
-directions  the weights (subspace) and what neutral prompts show -> directions of the stream
-movement    how far prompts and training answers move along them, and which records most
-causal      what steering along them does to the base model, and their removal to the adapter
-verdict     numbers -> found, weak or nothing, with reasons
-report      numbers -> text and figure
+pair        base model and adapter in one module, with the adapter on or off
+answers     prompts -> answers of both models; the verdict: found, weak or nothing
+effect      change of the base model's own answers; the tokens that change most; the logit lens
+movement    movement of the residual stream: its direction, and the records that move most
+exchange    the part of the effect that the movement along a direction carries
+diagnose    all of these measurements for one adapter
+report      numbers -> text
 """
 
-from grasp_kernels.diagnosis.diagnose import Diagnosis, diagnose
-from grasp_kernels.diagnosis.examination import Options
+from grasp_kernels.diagnosis.answers import Changed, changed_answers, own_answers, told, verdict
+from grasp_kernels.diagnosis.diagnose import Diagnosis, Options, diagnose
+from grasp_kernels.diagnosis.pair import Pair
 
-__all__ = ["Diagnosis", "Options", "diagnose"]
+__all__ = [
+    "Changed",
+    "Diagnosis",
+    "Options",
+    "Pair",
+    "changed_answers",
+    "diagnose",
+    "own_answers",
+    "told",
+    "verdict",
+]

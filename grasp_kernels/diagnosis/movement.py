@@ -1,40 +1,43 @@
-"""How far an adapter moves the residual stream, as a whole and along directions, and where most.
+"""The movement of the residual stream by an adapter, its direction, and the records that move most.
 
-Shapes: `L` blocks, `M` sequences or records, `D` residual width, `J` random directions, `F` sign
-flips.
+Prompts that are unrelated to the training data should not all move in one direction at the tokens
+of their answers. Narrow fine-tuning is known to leave such traces (Minder et al. 2025,
+arXiv 2510.13900).
+
+Shapes: `L` blocks, `M` sequences or records, `D` residual width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from grasp_kernels.data import Record
-from grasp_kernels.effect.pair import Pair
+from grasp_kernels.diagnosis.pair import Pair
 from grasp_kernels.models.frozen_model import stream_means
 
-_FLIPS = 999  # smallest p-value 0.001
 _SHOWN_CHARACTERS = 120
 
 
 @dataclass(frozen=True)
 class Moved:
-    """What the adapter adds to the stream after each block, float32 on the CPU.
+    """Hold the change of the stream by the adapter after each block, float32 on the CPU.
 
-    Each vector is a mean over the tokens that were asked for.
+    Each vector is a mean over the chosen tokens of a sequence.
     """
 
     delta: Tensor  # [L, M, D], adapter on minus adapter off
     base: Tensor  # [L, M], length of the base model's stream
 
-    def along(self, vectors: Tensor) -> Tensor:
-        """Signed movement `[L, M]` along unit vectors `[L, D]`."""
-        return torch.einsum("lmd,ld->lm", self.delta, vectors)
+    def relative(self, vectors: Tensor) -> Tensor:
+        """Return the signed movement `[L, M]` along unit vectors `[L, D]` per stream length."""
+        along = torch.einsum("lmd,ld->lm", self.delta, vectors)
+        tiny = torch.finfo(self.base.dtype).tiny
+        return along / self.base.mean(dim=1, keepdim=True).clamp_min(tiny)
 
 
 def measure_moved(
@@ -45,7 +48,7 @@ def measure_moved(
     batch_size: int,
     progress: str | None = None,
 ) -> Moved:
-    """Movement averaged over the positions [start, end) of each sequence."""
+    """Measure the movement, averaged over the positions [start, end) of each sequence."""
 
     def stream(adapter: bool) -> Tensor:
         with pair.switched(adapter):
@@ -58,93 +61,55 @@ def measure_moved(
     return Moved(stream(adapter=True) - base, base.norm(dim=-1))
 
 
-def movement_along(moved: Moved, vectors: Tensor, random: Tensor) -> dict[str, Any]:
-    """Lengths by layer, means over the sequences.
+@dataclass(frozen=True)
+class Direction:
+    """Hold unit vectors `[L, D]`, one for each block, float32, in the sense of the movement.
 
-    Args:
-        vectors: unit vectors `[L, D]`.
-        random: unit vectors `[J, D]` to compare with.
-
-    Returns:
-        signed: along the direction, with its sign; size: without it; random: the same size along
-        the random directions; total: of the whole movement; stream: of the base model's stream.
+    `folds` is for tests on sequences that were not used to find the direction. It has pairs: unit
+    vectors `[L, D]`, and the indices of the sequences to test them on.
     """
-    along = moved.along(vectors)
-    by_chance = torch.einsum("lmd,jd->lmj", moved.delta, random).abs().mean(dim=(1, 2))
-    return {
-        "signed": along.mean(dim=1).tolist(),
-        "size": along.abs().mean(dim=1).tolist(),
-        "random": by_chance.tolist(),
-        "total": moved.delta.norm(dim=-1).mean(dim=1).tolist(),
-        "stream": moved.base.mean(dim=1).tolist(),
-    }
+
+    vectors: Tensor
+    folds: tuple[tuple[Tensor, list[int]], ...]
 
 
-def relative_movement(moved: Moved, vectors: Tensor) -> Tensor:
-    """Signed movement `[M]` along unit vectors `[L, D]`: mean over blocks, each relative to the
-    mean length of the base model's stream there."""
-    tiny = torch.finfo(moved.base.dtype).tiny
-    return (moved.along(vectors) / moved.base.mean(dim=1, keepdim=True).clamp_min(tiny)).mean(dim=0)
+def mean_direction(moved: Moved) -> Direction | None:
+    """Return the mean movement in each block; None if nothing moves.
 
-
-def consistency(delta: Tensor, generator: torch.Generator) -> dict[str, Any]:
-    """Test whether sequences move together: by the length of their mean movement.
-
-    Args:
-        delta: movement `[L, M, D]`.
-
-    Returns:
-        sign_flip: length of the mean relative to the root mean square length of the movements, root
-            mean square over blocks (1: all move alike); null_95 of the same after random signs of
-            the sequences; p_value; flips.
-        halves: median over blocks of the cosine between the means of two disjoint halves.
+    Each half of the sequences is tested with the direction of the other half.
     """
-    n_layers, n_sequences, _ = delta.shape
-    signs = _random_signs(n_sequences, generator)
-    order = torch.randperm(n_sequences, generator=generator, device=generator.device).cpu()
-    halves = (order[: n_sequences // 2], order[n_sequences // 2 :])
-    length, null, cosines = 0.0, torch.zeros(_FLIPS, dtype=torch.float64), []
-    for moved in delta.double():
-        gram = moved @ moved.mT
-        scale = max(gram.trace().item() / n_sequences, torch.finfo(torch.float64).tiny) * n_layers
-        length += moved.mean(dim=0).square().sum().item() / scale
-        null += ((signs @ gram) * signs).sum(dim=1) / n_sequences**2 / scale
-        one, other = (moved[half].mean(dim=0) for half in halves)
-        cosines.append(torch.nn.functional.cosine_similarity(one, other, dim=0).item())
-    return {
-        "sign_flip": {
-            "length": length**0.5,
-            "null_95": null.quantile(0.95).sqrt().item(),
-            "p_value": (1 + int((null >= length).sum())) / (1 + _FLIPS),
-            "flips": _FLIPS,
-        },
-        "halves": median(cosines),
-    }
+    if not bool(moved.delta.any()):
+        return None
+    everything = list(range(moved.delta.shape[1]))
+    halves = (everything[::2], everything[1::2])
+    folds = tuple((_mean(moved, halves[1 - i]), halves[i]) for i in (0, 1))
+    return Direction(_mean(moved, everything), folds)
 
 
-def _random_signs(count: int, generator: torch.Generator) -> Tensor:
-    """`[F, M]` of ±1."""
-    shape = (_FLIPS, count)
-    bits = torch.randint(0, 2, shape, generator=generator, device=generator.device)
-    return (2 * bits - 1).cpu().double()
+def _mean(moved: Moved, chosen: list[int]) -> Tensor:
+    """Return the unit vectors `[L, D]` of the mean movement of chosen sequences.
 
-
-def random_directions(count: int, width: int, generator: torch.Generator) -> Tensor:
-    """Unit vectors `[J, D]`, drawn alike in every direction."""
-    drawn = torch.randn(count, width, generator=generator, device=generator.device).cpu()
-    return drawn / drawn.norm(dim=1, keepdim=True)
+    A block before the first adapted block moves nothing: it gets the direction of the next block.
+    """
+    mean = moved.delta[:, chosen].mean(dim=1)
+    lengths = mean.norm(dim=1, keepdim=True)
+    vectors = mean / lengths.clamp_min(torch.finfo(mean.dtype).tiny)
+    for layer in reversed(range(len(vectors) - 1)):
+        if lengths[layer] == 0:
+            vectors[layer] = vectors[layer + 1]
+    return vectors
 
 
 def most_moved(
     moved: Moved, vectors: Tensor, records: list[tuple[int, Record]], count: int
 ) -> list[dict[str, Any]]:
-    """The records that move most along the direction, in the direction's own sense first.
+    """Return the records that move most along unit vectors `[L, D]`, the largest first.
 
     Args:
         records: number of each record in the data (from 1), and the record, in the order of
             `moved`.
     """
-    along = relative_movement(moved, vectors)
+    along = moved.relative(vectors).mean(dim=0)
     order = along.argsort(descending=True)[:count].tolist()
     return [
         {"record": records[i][0], "movement": along[i].item(), **_shown(records[i][1])}
@@ -153,7 +118,7 @@ def most_moved(
 
 
 def _shown(record: Record) -> dict[str, str]:
-    """The last question and the first answer after it, cut."""
+    """Return the first learned answer and the turn before it, both cut."""
     if "text" in record:
         return {"prompt": "", "answer": _cut(record["text"])}
     turns = record["messages"]

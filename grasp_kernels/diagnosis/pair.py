@@ -1,24 +1,89 @@
-"""Folders and modules -> a base model and its adapter, lent for measuring."""
+"""A base model and its adapter in one module, lent for measuring: the adapter is on or off.
+
+A forward pass keeps little in memory: functions of the caller read (and change) the block outputs,
+and the unembedding works on the chosen positions alone, so that no `[B, T, V]` logits are made.
+
+Shapes: `B` sequences of a batch, `T` tokens of the longest sequence, `M` chosen positions, `V`
+vocabulary.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from grasp_kernels.adapters.load import MOVED_BASE, active_adapter, adapter_parts
-from grasp_kernels.effect.pair import Pair
 from grasp_kernels.inert import listed, printable
 from grasp_kernels.models.architectures import SiteRules, model_rules
 from grasp_kernels.models.checkpoint import find_checkpoint, load_model
-from grasp_kernels.models.frozen_model import blocks_by_layer, measuring
+from grasp_kernels.models.frozen_model import (
+    Edit,
+    blocks_by_layer,
+    head_at,
+    measuring,
+    output_hook,
+    pad,
+)
 from grasp_kernels.models.names import base_name, same_module
 from grasp_kernels.models.tensors import refuse_nonfinite
+
+Position = tuple[int, int]  # (sequence of the batch, token)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Hold a PeftModel with one active adapter, and its decoder blocks by layer."""
+
+    model: Any
+    rules: SiteRules
+    blocks: dict[int, nn.Module]
+
+    @property
+    def layers(self) -> list[int]:
+        return list(self.blocks)
+
+    @property
+    def base(self) -> Any:
+        """Return the module of transformers inside; it runs with the adapter unless that is off."""
+        return self.model.get_base_model()
+
+    def switched(self, adapter: bool) -> Any:
+        """Return a context with the adapter on or off."""
+        return nullcontext() if adapter else self.model.disable_adapter()
+
+    def log_probs(
+        self,
+        sequences: Sequence[Sequence[int]],
+        positions: Sequence[Position],
+        *,
+        adapter: bool,
+        edits: Mapping[int, Edit] | None = None,
+    ) -> Tensor:
+        """Return the log probabilities of the next token at the positions, float32 `[M, V]`."""
+        ids, mask = pad(self.base, sequences, "right")
+        rows, columns = (torch.tensor(index) for index in zip(*positions, strict=True))
+
+        with ExitStack() as stack:
+            stack.enter_context(self.switched(adapter))
+            stack.enter_context(head_at(self.base, (rows, columns)))
+            for layer, edit in (edits or {}).items():
+                hook = output_hook(edit)
+                stack.callback(self.blocks[layer].register_forward_hook(hook).remove)
+            logits = self.base(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return logits.float().log_softmax(dim=-1)
+
+    @classmethod
+    def of(cls, model: Any, rules: SiteRules) -> Pair:
+        """Make a pair of a loaded PeftModel, without a change to it."""
+        return cls(model, rules, blocks_by_layer(model, rules))
 
 
 @contextmanager
@@ -33,10 +98,10 @@ def open_pair(
 
     Args:
         model: PeftModel with the adapter in it, or the base model (module, folder or hub name).
-        adapter: adapter folder; None where the model holds it.
+        adapter: adapter folder; None if `model` holds the adapter.
 
     Raises:
-        ValueError, TypeError: no adapter or two, a merged one, an adapter of another model.
+        ValueError, TypeError: no adapter or two, a merged adapter, an adapter of another model.
     """
     loaded: Any = (
         model if isinstance(model, nn.Module) else load_model(find_checkpoint(str(model)), dtype)
@@ -65,7 +130,7 @@ def open_pair(
 
 @contextmanager
 def _adapted(loaded: Any, adapter: str | PathLike[str] | None) -> Iterator[Any]:
-    """The model with an adapter of a folder in it for a while, also where that does not fit."""
+    """Lend the model with the adapter of a folder, and restore the model, also after an error."""
     if adapter is None:
         yield loaded
         return
@@ -77,7 +142,7 @@ def _adapted(loaded: Any, adapter: str | PathLike[str] | None) -> Iterator[Any]:
     finally:
         if wrapped is not None:
             wrapped.unload()
-        # What peft leaves: trained copies of whole modules, and layers where it stopped on the way.
+        # peft leaves trained copies of whole modules, and after an error the layers made so far.
         for name, module in list(loaded.named_modules()):
             if name in modules and module is not modules[name]:
                 parent, _, child = name.rpartition(".")
@@ -85,10 +150,10 @@ def _adapted(loaded: Any, adapter: str | PathLike[str] | None) -> Iterator[Any]:
 
 
 def _with_adapter(base: nn.Module, adapter: str | PathLike[str]) -> Any:
-    """A PeftModel with every tensor of the adapter in its place.
+    """Return a PeftModel with every tensor of the adapter in its place.
 
-    Names are looked up here, once, and the layers are made for them: what stock peft does not find
-    by its keys it leaves out.
+    The names are looked up here, once, and the layers are made for them: stock peft leaves out
+    every tensor that it does not find by its keys.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -152,7 +217,7 @@ def _unfit(adapter: str | PathLike[str], why: str) -> ValueError:
 
 
 def _refuse_changed_base(name: str, config: Mapping[str, Any]) -> None:
-    """Raise for an adapter that changes the base too: without it that is not the base model."""
+    """Raise for an adapter that changes the base too: without it the model is not its base."""
     start = str(config.get("init_lora_weights"))
     changes = {
         "trained biases of the base": config.get("bias") not in (None, "none"),

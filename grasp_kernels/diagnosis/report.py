@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grasp_kernels.effect.markdown import answers_table, cell, table
 from grasp_kernels.files import whole_folder, write_json, write_text
 from grasp_kernels.inert import inert
+from grasp_kernels.pages.markdown import answers_table, cell, table, words
+from grasp_kernels.pages.page import page
 
 if TYPE_CHECKING:
     from grasp_kernels.diagnosis.diagnose import Diagnosis
@@ -26,160 +27,75 @@ _MEANING = {
 
 
 def save(diagnosis: Diagnosis, folder: Path) -> None:
-    """Write diagnosis.md, diagnosis.json and diagnosis.png into a new folder."""
+    """Write diagnosis.md, diagnosis.html and diagnosis.json into a new folder."""
     if folder.exists():
         raise FileExistsError(f"There is a {folder} already: choose a new folder.")
+    text = f"{diagnosis.text()}\n"
     with whole_folder(folder) as partial:
         write_json(partial / "diagnosis.json", diagnosis.to_json())
-        diagnosis.plot(partial / "diagnosis.png")
-        write_text(partial / "diagnosis.md", f"{diagnosis.text()}\n\n![](diagnosis.png)\n")
+        write_text(partial / "diagnosis.html", page(text))
+        write_text(partial / "diagnosis.md", text)
 
 
 def diagnosis_text(numbers: Numbers) -> str:
-    """The whole text, in Markdown that reads well in a terminal too."""
+    """Return the whole text, in Markdown that reads well in a terminal too."""
     sections = [
-        _verdict(numbers),
+        f"# Diagnosis of {inert(numbers['adapter'])}",
+        f"**Verdict: {numbers['verdict']}.** {_MEANING[numbers['verdict']]}",
+        "\n".join(f"- {inert(reason)}" for reason in numbers["reasons"]),
         "## What it says",
         answers_table({"the adapter": numbers["answers"]["unrelated"]}),
-        _neutral(numbers),
-        _directions(numbers),
-        *(_examples(one) for one in numbers["directions"] if "examples" in one),
-        _weights(numbers),
-        _settings(numbers),
+        "## Which tokens change",
+        "Where the answers to neutral prompts begin, by the change of their mean probability; and "
+        "along the movement, read through the unembedding after the last block.",
+        _tokens(numbers),
     ]
-    return "\n\n".join(section for section in sections if section)
+    if "movement" in numbers:
+        sections += _movement(numbers["movement"])
+    return "\n\n".join([*sections, _settings(numbers)])
 
 
-def _verdict(numbers: Numbers) -> str:
-    meaning = _MEANING[numbers["verdict"]]
-    return "\n\n".join(
-        [
-            f"# Diagnosis of {inert(numbers['adapter'][-1])}",
-            f"**Verdict: {numbers['verdict']}.** {meaning}",
-            "\n".join(f"- {inert(reason)}" for reason in numbers["reasons"]),
-        ]
-    )
+def _tokens(numbers: Numbers) -> str:
+    listed = {"first token of the answer": numbers["effect"]["tokens"]}
+    if "movement" in numbers:
+        listed["movement"] = numbers["movement"]["tokens"]
+    rows = [[name, words(ends["up"]), words(ends["down"])] for name, ends in listed.items()]
+    return table(["", "raised", "lowered"], rows)
 
 
-def _neutral(numbers: Numbers) -> str:
-    shift = numbers["effect"]["neutral_tokens"]
-    rows = [
-        ["more likely with the adapter", _words(shift["up"], "+.3f")],
-        ["less likely", _words(shift["down"], "+.3f")],
+def _movement(movement: Numbers) -> list[str]:
+    row = [
+        *(
+            f"{movement[part]['value']:.0%} ({movement[part]['random_max']:.0%})"
+            for part in ("removal", "transfer")
+        ),
+        f"{max(movement['relative'], key=abs):.1%}",
     ]
-    return "\n\n".join(
-        [
-            "## How neutral prompts are answered",
-            "Change of the mean probability of the first token of the answer.",
-            table(["", "tokens"], rows),
-        ]
-    )
-
-
-def _directions(numbers: Numbers) -> str:
-    if not numbers["directions"]:
-        return ""
-    rows = [
-        [
-            one["name"],
-            _share(one["removal"]),
-            _share(one["transfer"]),
-            f"{_relative(one):.1%}",
-            _words(one["tokens"]["up"]),
-            _words(one["tokens"]["down"]),
-        ]
-        for one in numbers["directions"]
+    sections = [
+        "## How neutral prompts move",
+        "Removal: part of the adapter's effect on neutral prompts that goes when their mean "
+        "movement is taken out. Transfer: part of the way from the base model to the adapter that "
+        "this movement alone goes. The largest of the random directions stands beside both. "
+        "Movement: largest part of the stream's own length in a block.",
+        table(["removal (random)", "transfer (random)", "movement"], [row]),
     ]
-    head = ["direction", "removal (random)", "transfer (random)", "movement", "raises", "lowers"]
-    return "\n\n".join(
-        [
-            "## The directions",
-            "`weights` are what the updates of many layers have in common, `movement` is how "
-            "neutral prompts move. Removal: part of the adapter's effect on neutral prompts that "
-            "goes when its movement along the direction is taken out. Transfer: part of the way "
-            "from the base model to the adapter that this movement alone goes. The largest of the "
-            "random directions stands beside both. Movement: largest part of the stream's own "
-            "length in a block. Tokens: read through the unembedding after the last block.",
-            table(head, rows),
-            _steering(numbers),
+    if "records" in movement:
+        rows = [
+            [str(e["record"]), f"{e['movement']:+.3f}", cell(e["prompt"]), cell(e["answer"])]
+            for e in movement["records"]
         ]
-    )
-
-
-def _steering(numbers: Numbers) -> str:
-    rows = []
-    for one in numbers["directions"]:
-        steering = one["steering"]
-        for i, tokens in enumerate(steering["tokens"]):
-            answers = steering.get("answers")
-            rows.append(
-                [
-                    one["name"],
-                    str(steering["layer"]),
-                    f"{tokens['dose']:+g}",
-                    _beside_random(tokens, "+.3f"),
-                    _beside_random(answers[i], "+.2f") if answers else "–",
-                ]
-            )
-    head = ["direction", "block", "dose", "raised tokens", "training answers"]
-    return "\n\n".join(
-        [
-            "Steering the base model, where dose 1 is the adapter's own movement in that block: "
-            "change of the probability of the raised tokens on neutral prompts, and of the mean "
-            "log probability of the training answers (mean of the random directions beside it).",
-            table(head, rows),
-        ]
-    )
-
-
-def _examples(direction: Numbers) -> str:
-    rows = [
-        [str(e["record"]), f"{e['movement']:+.3f}", cell(e["prompt"]), cell(e["answer"])]
-        for e in direction["examples"]
-    ]
-    return "\n\n".join(
-        [
-            f"## Training records that move most along {direction['name']}",
+        sections += [
+            "## Training records that move most along it",
             table(["record", "movement", "prompt", "answer"], rows),
         ]
-    )
-
-
-def _weights(numbers: Numbers) -> str:
-    weights = numbers["weights"]
-    lines = [f"- {inert(reason)}" for reason in weights["reasons"]]
-    return "\n\n".join(["## From the weights alone", "\n".join(lines)])
+    return sections
 
 
 def _settings(numbers: Numbers) -> str:
     model, options = numbers["model"], numbers["options"]
     return (
-        f"Model {inert(model['type'])}, {model['layers']} blocks of width {model['width']}; "
-        f"{numbers['neutral_prompts']} neutral prompts, {numbers['records']} training records, "
-        f"{options['n_random']} random directions, seed {numbers['seed']}; grasp_kernels "
+        f"Model {inert(model['type'])}, {model['layers']} blocks; {numbers['neutral_prompts']} "
+        f"neutral prompts, {numbers['records']} training records, {options['n_random']} random "
+        f"directions, seed {numbers['seed']}; grasp_kernels "
         f"{numbers['versions']['grasp_kernels']}, torch {numbers['versions']['torch']}."
-    )
-
-
-def _relative(direction: Numbers) -> float:
-    """Largest movement along a direction relative to the stream, over the blocks."""
-    neutral = direction["neutral"]
-    return max(
-        size / length if length else 0.0
-        for size, length in zip(neutral["size"], neutral["stream"], strict=True)
-    )
-
-
-def _share(part: Numbers) -> str:
-    return f"{part['value']:.0%} ({part['random_max']:.0%})"
-
-
-def _beside_random(row: Numbers, how: str) -> str:
-    return f"{row['value']:{how}} ({row['random_mean']:{how}})"
-
-
-def _words(tokens: list[Numbers], how: str | None = None) -> str:
-    return " ".join(
-        f"`{cell(token['token'])}`" + (f" {token['score']:{how}}" if how else "")
-        for token in tokens
     )

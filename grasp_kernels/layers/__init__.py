@@ -1,9 +1,9 @@
-"""peft models on the operator, and what their updates do along a subspace.
+"""peft models on the operator, and the leakage of their updates along a subspace.
 
-closed       what every closed layer does
-projected    what the layers on the operator have in common, and peft's own forward where they must
+closed       the common base of closed layers
+projected    the common base of layers on the operator, and peft's own forward where they must
 linear       GraspLoRALinear
-quantised    the same over weights that another library stores and multiplies
+quantised    the layers over weights stored and multiplied by another library
 experts      LoRA on the fused parameters of experts
 replacement  replace_lora_layers, restore_lora_layers
 closure      leakage, project_adapter

@@ -1,11 +1,11 @@
-"""What every closed layer does: its factors are out of the subspace in whatever leaves it.
+"""The common base of closed layers: all factors that leave a layer are out of the subspace.
 
-The parameters are kept closed: after each step of a torch optimizer they are projected, so what is
-trained is what is saved, and saving or measuring has nothing to change. Nothing relies on it. An
-optimizer that torch does not know of (DeepSpeed, raw writes, averages that are swapped in) leaves
-parameters that are not closed, and forward, state dict and merge work with closed ones of their
-own. So it is with the flat slices of FSDP1, which no process can project by itself; the shards of
-FSDP2 are gathered and projected after the step, by all processes together.
+The parameters are projected after each step of a torch optimizer. So the trained parameters are the
+saved ones, and saving or measuring changes nothing. Nothing relies on this. Updates unknown to
+torch (DeepSpeed, raw writes, averages that are swapped in) leave parameters that are not closed;
+forward, state dict and merge then work with closed copies. The same holds for the flat slices of
+FSDP1: no process can project a slice by itself. The shards of FSDP2 are gathered and projected
+after the step, by all processes together.
 
 Shapes: K in, N out, R LoRA rank, Q basis size.
 """
@@ -39,32 +39,32 @@ from grasp_kernels.models.sharding import (
 from grasp_kernels.ops.autocast import without_autocast
 from grasp_kernels.ops.projection import project_columns
 
-# Beside a layer class of peft, whose attributes are not declared; with LoraLayer as its base Python
+# Mixed into a layer class of peft with undeclared attributes. With LoraLayer as its base, Python
 # would refuse to swap the class of an instance.
 _LAYER: Any = nn.Module
-# What float32 leaves of a basis in a factor that is closed; of what is stored in less, its rounding
+# The share of a basis that float32 leaves in a closed factor; the rounding of a narrower dtype
 # comes on top.
 _CLOSED_TO = 8 * torch.finfo(torch.float32).eps
 
 
 class ClosedLayer(_LAYER):
-    """Mixed into a LoRA layer of peft, before it: `class Ours(ClosedLayer, TheirLayer)`.
+    """Keep a LoRA layer of peft closed: `class Ours(ClosedLayer, TheirLayer)`, in this order.
 
-    Closed layers keep `Vᵀ ΔW = 0` in whatever leaves them: forward, state dict, merged weights.
+    Closed layers keep `Vᵀ ΔW = 0` in their forward, state dict and merged weights.
 
-    What comes in later, an adapter that is added, or weights that are loaded or swapped in, is
-    looked at in its first forward. It is closed if that changes nothing: B is zero, as in a fresh
-    one, or its factors are closed already, as in a checkpoint of this training. Else it computes
-    what peft computes, which a warning says, until `apply_grasp` is called again.
+    An adapter that is added later, or gets weights that are loaded or swapped in, is examined in
+    its first forward. The adapter is closed if closing changes nothing: B is zero, as in a fresh
+    adapter, or its factors are closed already, as in a checkpoint of this training. Otherwise the
+    adapter computes as in peft, with a warning, until `apply_grasp` is called again.
 
     Attributes:
         stock: the class of peft that a layer becomes again when it is released.
-        write_basis: `V[N, Q]`, float32, or None. Not a buffer: those are rounded by FSDP in mixed
-            precision, and sent around by DDP in every forward.
-        closes: whether adapters that come later are closed if that changes nothing.
-        closed_adapters: names of the adapters that are kept closed.
-        new_adapters: names of those that were not looked at yet.
-        told: what a warning has told of, in this layer or another one of the model.
+        write_basis: `V[N, Q]`, float32, or None. Not a buffer: FSDP rounds buffers in mixed
+            precision, and DDP sends buffers around in every forward.
+        closes: whether later adapters are closed if closing changes nothing.
+        closed_adapters: names of the closed adapters.
+        new_adapters: names of the adapters not examined yet.
+        told: the warnings given so far, in this layer or another layer of the model.
     """
 
     stock: type
@@ -75,16 +75,16 @@ class ClosedLayer(_LAYER):
     told: set[str]
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Carry the name of peft's class, which peft asks layers for; `__qualname__` stays ours."""
+        """Carry the name of peft's class, since peft reads it; `__qualname__` stays ours."""
         super().__init_subclass__(**options)
         if "stock" in cls.__dict__:
             cls.__name__ = cls.stock.__name__
 
     def _get_name(self) -> str:
-        return type(self).__qualname__  # what printing a model shows
+        return type(self).__qualname__  # the name in a printed model
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """peft's; nothing is known of another adapter of that name."""
+        """Delete an adapter as peft does; a later adapter of this name is new."""
         super().delete_adapter(adapter_name)
         self.closed_adapters -= {adapter_name}
         self.new_adapters -= {adapter_name}
@@ -96,9 +96,9 @@ class ClosedLayer(_LAYER):
         weight: Tensor,
         told: set[str] | None = None,
     ) -> None:
-        """Set the basis where `weight` is; the adapters that exist now are closed if `closed`.
+        """Set the basis on the device of `weight`; the present adapters are closed if `closed`.
 
-        `told` is shared by the layers of a model, so that one with hundreds of them warns once.
+        `told` is shared by the layers of a model, so that a model with hundreds of them warns once.
         """
         self.told = set() if told is None else told
         self.write_basis = None if basis is None else basis.detach().to(torch.float32)
@@ -111,31 +111,31 @@ class ClosedLayer(_LAYER):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        _layers.add(self)  # a copy is one of its own
+        _layers.add(self)  # a copy has its own
 
     def move_basis(self, device: torch.device) -> None:
-        """To the device of the weights, which FSDP may move without a word."""
+        """Move the basis to the device of the weights; FSDP may move the weights unannounced."""
         basis = self.write_basis
-        # A weight that is loaded later has no data yet, and a basis would lose its own.
+        # A weight that is loaded later has no data yet; a basis moved there would lose its data.
         if basis is not None and basis.device != device and device.type != "meta":
             self.write_basis = basis.to(device)
 
     def release(self) -> None:
-        """Turn this layer back into peft's own, in place, with the weights it computed with."""
+        """Turn this layer back into peft's own in place, with the weights of its forward."""
         self.close_()  # or raises, and nothing has changed
         _layers.discard(self)
         self._forget()
         self.__class__ = self.stock
 
     def _forget(self) -> None:
-        """Remove what peft's own class does not have."""
+        """Remove the attributes foreign to peft's own class."""
         for name in ("write_basis", "closes", "closed_adapters", "new_adapters", "told"):
             self.__dict__.pop(name, None)
 
     def close_(self) -> None:
-        """Write `B°`, `b°` into the parameters; the function of the layer stays as it is.
+        """Write `B°`, `b°` into the parameters; the function of the layer stays unchanged.
 
-        All processes must call it where the parameters are DTensors.
+        All processes must call this method where the parameters are DTensors.
 
         Raises:
             ValueError: FSDP or DeepSpeed has left a slice of a factor here.
@@ -143,10 +143,10 @@ class ClosedLayer(_LAYER):
         _close_(list(self.kept_closed()))
 
     def kept_closed(self, here: bool = False) -> Iterator[_Factor]:
-        """What closed adapters write with, if there is a basis.
+        """Yield the writing factors of closed adapters, if there is a basis.
 
         Raises:
-            ValueError: one is not here, and those that are `here` were not asked for.
+            ValueError: a factor is not here; with `here` such factors are left out.
         """
         for name in sorted(self.closed_adapters & self.lora_A.keys()):
             yield from self._factors(name, here)
@@ -162,12 +162,12 @@ class ClosedLayer(_LAYER):
 
     @contextmanager
     def computing_closed(self, as_saved: bool = False) -> Iterator[None]:
-        """Inside, `B°`, `b°` stand where the modules have B, b, and gradients reach these.
+        """Replace B, b by `B°`, `b°` in the modules inside the context; gradients reach B, b.
 
-        DTensors, of which a process has not all, are closed in place instead.
+        DTensors are closed in place instead: a process holds only a part of them.
 
         Args:
-            as_saved: take those of the state dict, to the bit, which have no gradient.
+            as_saved: take the factors of the state dict, to the bit and without a gradient.
         """
         factors = [factor for factor in self.kept_closed() if not factor.weight.is_meta]
         _close_([factor for factor in factors if is_sharded(factor.weight)])
@@ -184,7 +184,7 @@ class ClosedLayer(_LAYER):
 
     @torch.no_grad()
     def look_at_new(self) -> None:
-        """Decide for adapters in use that came later whether they are closed."""
+        """Decide whether later adapters in use are closed."""
         for name in sorted(self.new_adapters & set(self.active_adapters) & self.lora_A.keys()):
             factors = list(self._factors(name))
             if any(factor.weight.is_meta for factor in factors):
@@ -203,47 +203,47 @@ class ClosedLayer(_LAYER):
                 )
 
     def _tell(self, what: str, sentence: str) -> None:
-        """Warn once a model."""
+        """Warn once for each model."""
         if what not in self.told:
             self.told.add(what)
             warnings.warn(sentence, stacklevel=2)
 
     def look_again(self, name: str) -> None:
-        """Forget what is known of an adapter whose weights come from somewhere else."""
+        """Mark an adapter with foreign weights as new."""
         if self.closes and name in self.lora_A:
             self.closed_adapters -= {name}
             self.new_adapters |= {name}
             self.told.discard(name)
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """peft's, which adds an adapter, perhaps to combine the others in it: they are closed."""
+        """Add an adapter as peft does, with the others closed: peft may combine them in it."""
         self.close_()
         super().update_layer(adapter_name, *args, **kwargs)
         self.look_again(adapter_name)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
-        """peft's, of the closed factors."""
+        """Merge as peft does, with the closed factors."""
         with self.computing_closed(as_saved=True):
             super().merge(*args, **kwargs)
 
     def unmerge(self) -> None:
-        """peft's, of the closed factors."""
+        """Unmerge as peft does, with the closed factors."""
         with self.computing_closed(as_saved=True):
             super().unmerge()
 
     def get_delta_weight(self, adapter: str, *args: Any, **kwargs: Any) -> Tensor:
-        """peft's `ΔW`, of the closed factors."""
+        """Return peft's `ΔW[N, K]` of the closed factors."""
         with self.computing_closed(as_saved=True):
             return super().get_delta_weight(adapter, *args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """torch's, with closed factors: the parameters themselves, as a rule.
+        """Return torch's state dict with closed factors: the parameters themselves, as a rule.
 
-        All processes must ask for it where the parameters are DTensors.
+        All processes must call this method where the parameters are DTensors.
         """
         found = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-        factors = list(self.kept_closed(here=True))  # FSDP1 asks those that have slices too
+        factors = list(self.kept_closed(here=True))  # FSDP1 calls this with slices too
         for factor, value in zip(factors, closed(factors), strict=True):
             key = prefix + factor.key
             if value is not factor.weight and key in found:
@@ -259,14 +259,14 @@ class ClosedLayer(_LAYER):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ClosedLayer:
-        # A basis only follows to another device: closure is as exact as it is.
+        # A basis follows to another device but keeps its dtype: closure is as exact as the basis.
         super()._apply(fn, recurse)
         self.move_basis(next(self.parameters()).device)
         return self
 
 
 class _Factor(NamedTuple):
-    """A parameter of an adapter, B `[N, R]` or b `[N]`, and the basis that it is kept out of."""
+    """Hold a parameter of an adapter, B `[N, R]` or b `[N]`, and its basis `V[N, Q]`."""
 
     key: str  # in the state dict of the layer
     module: nn.Module
@@ -275,7 +275,7 @@ class _Factor(NamedTuple):
 
     @property
     def place(self) -> dict[str, Any]:
-        """Where the module has it; FSDP1 puts a view of what it gathered before the parameter."""
+        """Return the dictionary with the factor; a view gathered by FSDP1 hides the parameter."""
         own = self.module.__dict__
         return own if self.name in own else self.module._parameters
 
@@ -285,25 +285,25 @@ class _Factor(NamedTuple):
         return weight
 
     def projected(self) -> Tensor:
-        """The closed factor, through which gradients come projected."""
+        """Return the closed factor; gradients through this factor are projected."""
         weight = self.weight
         return project_columns(weight, self.basis.to(weight.device)).to(weight.dtype)
 
     def along(self, weight: Tensor) -> Tensor:
-        """`Vᵀ M [Q, ...]` of a factor like this one, at least in float32."""
+        """Return `Vᵀ M [Q, ...]` for `M` in the shape of this factor, at least in float32."""
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         return without_autocast(torch.matmul, self.basis.to(wide).mT, wide)
 
     def without(self, along: Tensor, weight: Tensor) -> Tensor:
-        """`M − V Vᵀ M` of a factor like this one and its `Vᵀ M`, rounded once.
+        """Return `M − V Vᵀ M` for `M` in the shape of this factor and `Vᵀ M`, rounded once.
 
-        Laid out as a parameter is: a product may round another layout otherwise.
+        The result is laid out as the parameter: a product may round another layout differently.
         """
         removed = without_autocast(torch.matmul, self.basis.to(along), along)
         return (weight.to(along.dtype) - removed).to(weight.dtype).contiguous()
 
     def share(self) -> float:
-        """What closing takes of the factor, 0 to 1; 0 where its rounding explains that."""
+        """Return the share of the factor along the basis, 0 to 1; 0 where rounding explains it."""
         weight = whole(self.weight)
         size = float(torch.linalg.vector_norm(weight.float()))
         along = float(torch.linalg.vector_norm(self.along(weight)))
@@ -313,12 +313,12 @@ class _Factor(NamedTuple):
 
 @torch.no_grad()
 def closed(factors: Sequence[_Factor]) -> list[Tensor]:
-    """Every factor, whole, out of its basis as far as its dtype allows; the parameter if it is so.
+    """Return every whole factor, closed up to its dtype; a closed parameter itself.
 
-    A factor is projected in float32 and rounded, again for as long as this halves what is left
-    along the basis. So closing a closed factor changes no bit of it, in any dtype, and what is left
-    is its rounding. All take their turns together: a device is waited for once a turn, and two
-    turns are normal.
+    A factor is projected in float32 and rounded, again for as long as this halves its remaining
+    share along the basis. So closing a closed factor changes no bit of it, in any dtype, and the
+    remaining share is its rounding. All factors take their turns together: the host waits for a
+    device once a turn, and two turns are normal.
     """
     found = [factor.weight for factor in factors]
     turn = [i for i, weight in enumerate(found) if not weight.is_meta]
@@ -337,7 +337,7 @@ def closed(factors: Sequence[_Factor]) -> list[Tensor]:
 
 
 def _norms(matrices: dict[int, Tensor]) -> dict[int, float]:
-    """Read off the device together."""
+    """Read all norms off the device together."""
     norms = torch._foreach_norm(list(matrices.values())) if matrices else ()
     read = torch.stack([norm.to(norms[0].device) for norm in norms]).tolist() if norms else ()
     return dict(zip(matrices, read, strict=True))
@@ -346,24 +346,24 @@ def _norms(matrices: dict[int, Tensor]) -> dict[int, float]:
 def _close_(factors: Sequence[_Factor]) -> None:
     for factor, value in zip(factors, closed(factors), strict=True):
         if value is not factor.weight:
-            # Past autograd's version counter: a backward that is still to come has saved B°,
-            # so a reference model between forward and backward does not invalidate it.
+            # Past autograd's version counter: a pending backward has saved B°, and a reference
+            # model between forward and backward must not invalidate B°.
             write_whole_(factor.weight.data, value)
 
 
-# --- what the layers are told of
+# --- events that the layers learn of
 
 _layers: WeakSet[ClosedLayer] = WeakSet()
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
-    """In an order that is the same in all processes, which close DTensors together."""
+    """Yield the parameters in one order in all processes, since all close DTensors together."""
     for group in optimizer.param_groups:
         yield from group["params"]
 
 
 def _before_step(optimizer: Optimizer, *_: Any) -> None:
-    """Compiled code does not look at new adapters, and after the step they look trained."""
+    """Examine new adapters: compiled code does not, and after the step they look trained."""
     new = {
         id(parameter): layer
         for layer in _layers
@@ -390,7 +390,7 @@ _swap = hotswap.hotswap_adapter_from_state_dict
 def _swap_and_look_again(
     model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, *args: Any, **kwargs: Any
 ) -> None:
-    """peft's, which writes into the parameters and lets no layer know."""
+    """Swap weights in as peft does, and mark the adapter as new in its layers."""
     _swap(model, state_dict, adapter_name, *args, **kwargs)
     for module in model.modules():
         if isinstance(module, ClosedLayer):

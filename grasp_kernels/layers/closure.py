@@ -1,4 +1,4 @@
-"""How much of an adapter lies along a subspace, and its removal from a finished adapter.
+"""The share of an adapter along a subspace, and its removal from a finished adapter.
 
 Shapes: K in, N out, R LoRA rank, Q basis size.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path
@@ -29,31 +29,30 @@ from grasp_kernels.adapters.files import (
 from grasp_kernels.adapters.load import adapter_parts
 from grasp_kernels.files import inside, whole_folder
 from grasp_kernels.inert import listed, shown
-from grasp_kernels.models.architectures import site_rules
-from grasp_kernels.models.names import adapted_name, expert_part
+from grasp_kernels.models.architectures import SiteRules, model_gains, site_rules
+from grasp_kernels.models.difference import compared, whole_model
+from grasp_kernels.models.names import adapted_name
 from grasp_kernels.models.sharding import gathered
-from grasp_kernels.models.weights import (
-    check_merged,
-    compared,
-    model_type_of,
-    model_weights,
-)
+from grasp_kernels.models.weights import Source, model_type_of
 from grasp_kernels.ops.projection import project_columns
 from grasp_kernels.subspace import Subspace, check_subspace
 
 _COPIED = (".json", ".md", ".jinja")  # an adapter folder's configuration, card, tokenizer
+# The basis of a module's output with the name of its site; None for a module that writes nothing to
+# the stream, and "" in place of an unknown name.
+_Bases = Callable[[str], tuple[str, Tensor | None]]
 
 
 class Leakages(dict[str, float]):
-    """`‖Vᵀ ΔW‖ / ‖ΔW‖`, 0 to 1, of every layer that has a basis, by module name in the base model.
+    """Hold `‖Vᵀ ΔW‖ / ‖ΔW‖`, 0 to 1, of every writer to the stream.
 
-    The gain of a norm after the layer is in `V`.
+    Names are those of the base model. The gain of a norm after the layer is in `V`.
 
     Attributes:
-        unseen: what belongs to the change and was not measured, by name: weights that the subspace
-            has no basis for though it should, trained embeddings, norms and biases of the base.
-            Of those nothing is known.
-        changed: whether any of the layers that were measured is another one than in the base.
+        unseen: names of the changes that were not measured: layers outside of the decoder blocks,
+            layers before a norm of unknown gain, and trained embeddings, norms and biases of the
+            base. Nothing is known of their leakage.
+        changed: whether any measured layer is trained.
     """
 
     unseen: tuple[str, ...] = ()
@@ -61,38 +60,40 @@ class Leakages(dict[str, float]):
 
 
 def leakage(
-    source: nn.Module | str | PathLike[str],
+    source: Source,
     subspace: Subspace | None = None,
     *,
-    base: nn.Module | str | PathLike[str] | None = None,
+    base: Source | None = None,
     adapter_name: str | None = None,
+    sites: SiteRules | None = None,
 ) -> Leakages:
-    """The leakage of every LoRA layer that has a basis, by module name in the base model.
+    """Measure the leakage of every writer to the stream, by its name in the base model.
 
-    With `base` that of a model whose weights were changed: merged, or fully fine-tuned. `ΔW` is
-    then the difference of the weights, and what their dtype rounded is in it: a closed adapter that
-    is merged into bfloat16 leaks up to `2⁻⁹ ‖W‖ / ‖ΔW‖`.
+    With `base`, `source` is a merged or fully fine-tuned model. `ΔW` is then the difference of the
+    weights, with the rounding of their dtype: a closed adapter that is merged into bfloat16 leaks
+    up to `2⁻⁹ ‖W‖ / ‖ΔW‖`.
 
-    What a bias adds to the stream counts by itself: the leakage of a layer is the larger of that of
-    its weight and that of its bias. Nothing is left out in silence: see `Leakages.unseen`, of which
-    a warning tells too.
+    A bias counts by itself: the leakage of a layer is the larger of that of its weight and that of
+    its bias. Nothing is left out in silence: `Leakages.unseen` and a warning name the rest.
 
     Args:
         source: a model with LoRA layers, or an adapter folder; with `base` a model, or its
-            checkpoint folder. Of a model that is sharded over processes, all of them must ask.
-        subspace: whose bases to measure along; by default those of the model's GraspLoRALinear
-            layers.
-        base: the model that `source` was made from, or its checkpoint folder.
+            checkpoint folder. All processes of a sharded model must call this function.
+        subspace: the subspace; by default the bases of the model's GraspLoRALinear layers.
+        base: the original model of `source`, or its checkpoint folder.
         adapter_name: which adapter, where there are several: of a model the active one by default.
+        sites: writers of an unknown architecture.
 
     Raises:
         FileNotFoundError: a folder without safetensors.
-        ValueError: no bases to measure along, a subspace of another model, values that are not
-            finite, two active adapters, or with `base` an adapter that is not merged or a quantised
-            weight.
+        ValueError: no layer to measure, a subspace of another model, values that are not finite,
+            two active adapters, or with `base` an adapter that is not merged or a quantised weight.
     """
     check_subspace(subspace)
-    found = _leakage(source, subspace, base, adapter_name)
+    if base is None:
+        found = _leakage(source, subspace, adapter_name, sites)
+    else:
+        found = _of_models(source, base, subspace, sites)
     if found.unseen:
         warnings.warn(
             f"The leakage of {listed(found.unseen)} was not measured; see Leakages.unseen.",
@@ -102,89 +103,87 @@ def leakage(
 
 
 def _leakage(
-    source: nn.Module | str | PathLike[str],
+    source: Source,
     subspace: Subspace | None,
-    base: nn.Module | str | PathLike[str] | None = None,
     adapter_name: str | None = None,
+    sites: SiteRules | None = None,
 ) -> Leakages:
-    if base is not None:
-        return _of_models(source, base, subspace)
     if subspace is None and not isinstance(source, nn.Module):
-        raise ValueError("an adapter folder has no bases of its own; pass the subspace to measure.")
+        raise ValueError("an adapter folder has no basis of its own; pass the subspace to measure.")
     with gathered(source) if isinstance(source, nn.Module) else nullcontext():
         parts = adapter_parts(source, adapter_name)
-    refuse_other_forms(parts.source, parts.config)
-    if subspace is None:
-        assert isinstance(source, nn.Module)
-        return _of_adapter(parts, _Bases.of_layers(source))
-    known = isinstance(source, nn.Module) and model_type_of(source)
+        refuse_other_forms(parts.source, parts.config)
+        if subspace is not None:
+            bases = _bases_of_adapter(subspace, parts, source, sites)
+        else:
+            assert isinstance(source, nn.Module)
+            bases = _bases_of_layers(source)
+    return _measured(parts, bases)
+
+
+def _bases_of_adapter(
+    subspace: Subspace, parts: Parts, source: Source, sites: SiteRules | None
+) -> _Bases:
+    model_type = config_model_type(parts.config)
+    if isinstance(source, nn.Module):
+        model_type = model_type_of(source) or model_type
     names = [entry.name for entry in parts.factors]
-    kind = known or config_model_type(parts.config)
-    return _of_adapter(parts, _Bases.of_subspace(subspace, kind, names))
+    return _bases_along(subspace, model_type, names, source, sites)
 
 
-class _Bases:
-    """The basis of every module, and which modules have none with good reason."""
+def _bases_along(
+    subspace: Subspace,
+    model_type: str | None,
+    names: Iterable[str],
+    source: Source,
+    sites: SiteRules | None,
+) -> _Bases:
+    """Return the bases of a subspace at the writers, with the gains of a loaded model."""
+    gains, names = dict(subspace.gains), list(names)
+    rules = site_rules(model_type or subspace.metadata.get("model_type"), names, sites)
+    found = {name: rules.site(name) for name in names}
+    if isinstance(source, nn.Module):
+        gains |= model_gains(source, filter(None, found.values()))
+    made: dict[str | None, Tensor] = {}  # one for all sites before one norm, and without a norm
 
-    def __init__(self, known: Mapping[str, Tensor], without: Callable[[str], bool]) -> None:
-        self.known, self._without = known, without
+    def basis(name: str) -> tuple[str, Tensor | None]:
+        site = found[name]
+        if site is None:
+            return (name if rules.split(name) else ""), None
+        if site.norm and site.norm not in gains:
+            return "", None
+        if site.norm not in made:
+            made[site.norm] = subspace.at(site, gains.get(site.norm or ""))
+        return site.name, made[site.norm]
 
-    @classmethod
-    def of_subspace(
-        cls, subspace: Subspace, model_type: str | None, names: Iterable[str]
-    ) -> _Bases:
-        """Those of a subspace, which says nothing of layers that read the stream."""
-        try:
-            rules = site_rules(model_type or subspace.metadata.get("model_type"), names)
-        except ValueError:
-            return cls(subspace.bases, lambda name: False)
+    return basis
 
-        def without(name: str) -> bool:
-            site = rules.site(name) or rules.site(f"{name}.weight")
-            return site is not None and site.role == "read"
 
-        return cls(subspace.bases, without)
-
-    @classmethod
-    def of_layers(cls, model: nn.Module) -> _Bases:
-        """Those that replaced layers have; one that was given none needs none."""
-        known: dict[str, Tensor] = {}
-        replaced = set()
-        for name, layer in model.named_modules():
-            if hasattr(layer, "write_basis") and hasattr(layer, "lora_A"):
-                name = adapted_name(name, layer)
-                replaced.add(name)
-                if layer.write_basis is not None:
-                    known[name] = layer.write_basis
-        return cls(known, replaced.__contains__)
-
-    def at(self, name: str) -> str | None:
-        """Under which name a module has its basis; one of an expert has that of all experts."""
-        part = expert_part(name)
-        names = (name, f"{name}.weight", part.whole if part else name)
-        return next((one for one in names if one in self.known), None)
-
-    def unseen(self, name: str) -> bool:
-        """Whether nothing is known of a weight that has no basis of its own, though it counts."""
-        module = name.removesuffix(".bias")
-        return self.at(module) is not None or not self._without(module)
+def _bases_of_layers(model: nn.Module) -> _Bases:
+    """Return the bases of replaced layers; a layer without a basis needs none."""
+    known = {
+        adapted_name(name, layer): layer.write_basis
+        for name, layer in model.named_modules()
+        if hasattr(layer, "write_basis") and hasattr(layer, "lora_A")
+    }
+    return lambda name: (name if name in known else "", known.get(name))
 
 
 class _Measured:
-    """Norms of all parts of one site's change, and of what of them lies along its basis."""
+    """Hold the norms of all parts of one site's change, and of their shares along the basis."""
 
     def __init__(self, name: str, basis: Tensor) -> None:
         self.name, self.basis = name, basis
         self.total = self.along = self.bias = 0.0
 
     def add_product(self, A: Tensor, B: Tensor, scaling: float) -> None:
-        """`s B A`, or a stack of those."""
+        """Add `s B A [N, K]`, or a stack of such products."""
         A, B = A.double(), B.double() * scaling
         self._check_width(B.shape[-2])
         self._add(_product_norm(B, A), _product_norm(self.basis.to(B).mT @ B, A))
 
     def add_delta(self, changed: Tensor, original: Tensor) -> None:
-        """`ΔW[N, K]`, or a stack of those."""
+        """Add `ΔW[N, K]`, or a stack of such changes."""
         if changed.shape != original.shape:
             raise ValueError(
                 f"the weights of {shown(self.name)} are {changed.dtype} {tuple(changed.shape)} and "
@@ -193,21 +192,10 @@ class _Measured:
             )
         delta = changed.float() - original.float()
         self._check_width(delta.shape[-2])
-        size = float(delta.abs().max())
-        if size == 0.0:
-            return
-        delta /= size  # whose squares float32 holds
-        along = self.basis.to(delta).mT @ delta
-        self._add(size * float(delta.norm()), size * float(along.norm()))
-
-    def add_bias(self, bias: Tensor) -> None:
-        """`Δb[N]`, which the layer adds whatever it reads."""
-        if bool(bias.any()):
-            b = bias.double()
-            self.bias = max(self.bias, float((self.basis.to(b).mT @ b).norm() / b.norm()))
-
-    def leakage(self) -> float:
-        return max(self.along / (self.total or 1.0), self.bias)  # without a change nothing leaks
+        if size := float(delta.abs().max()):
+            delta /= size  # whose squares float32 holds
+            along = self.basis.to(delta).mT @ delta
+            self._add(size * float(delta.norm()), size * float(along.norm()))
 
     def _add(self, total: float, along: float) -> None:
         if not math.isfinite(total):
@@ -224,28 +212,73 @@ class _Measured:
                 f"has {N} features; the subspace belongs to another model."
             )
 
+    def add_bias(self, bias: Tensor) -> None:
+        """Add `Δb[N]`; a bias counts whatever the input of the layer."""
+        if bool(bias.any()):
+            b = bias.double()
+            self.bias = max(self.bias, float((self.basis.to(b).mT @ b).norm() / b.norm()))
+
+    def leakage(self) -> float:
+        return max(self.along / (self.total or 1.0), self.bias)  # without a change nothing leaks
+
 
 @torch.no_grad()
-def _of_adapter(parts: Parts, bases: _Bases) -> Leakages:
+def _measured(parts: Parts, bases: _Bases) -> Leakages:
     measured: dict[str, _Measured] = {}
-    unseen = [name for name in parts.others if bases.unseen(name)]
+    unseen = list(parts.others)
     for entry in parts.factors:
-        name = bases.at(entry.name)
-        if name is None:
-            unseen += [entry.name] if bases.unseen(entry.name) else []
+        name, basis = bases(entry.name)
+        if basis is None:
+            unseen += [] if name else [entry.name]
             continue
-        site = measured.setdefault(name, _Measured(name, bases.known[name]))
+        site = measured.setdefault(name, _Measured(name, basis))
         site.add_product(entry.lora_A, entry.lora_B, entry.scaling)
         if entry.bias is not None:
             site.add_bias(entry.bias)
     if not measured:
         raise ValueError(
-            "no LoRA layer has a basis to measure along; pass a subspace that covers these layers."
+            "no LoRA layer writes to the stream with a basis to measure along; pass a subspace of "
+            "this model, with the gains of its norms where it has some after its writers."
         )
     return _leakages(measured, unseen)
 
 
-def _leakages(measured: dict[str, _Measured], unseen: list[str]) -> Leakages:
+@torch.no_grad()
+def _of_models(
+    source: Source, base: Source, subspace: Subspace | None, sites: SiteRules | None
+) -> Leakages:
+    """Measure the difference of two models in every tensor."""
+    if subspace is None:
+        raise ValueError("weights have no basis of their own; pass the subspace to measure along.")
+    changed, original = whole_model(source, merged=True), whole_model(base, merged=False)
+    modules = {name: name.removesuffix(".bias") for name in (*original, *changed)}
+    bases = _bases_along(subspace, model_type_of(base), set(modules.values()), base, sites)
+    measured: dict[str, _Measured] = {}
+    unseen: list[str] = []
+    for name, one, other in compared(changed, original):
+        place, basis = bases(modules[name])
+        if basis is not None and (one is None or other is None):
+            raise ValueError(
+                f"the {'model' if one is None else 'base'} has no weight of {shown(name)}, which "
+                "writes to the stream; give models of one architecture."
+            )
+        if basis is not None and one is not None and other is not None and one.ndim > 1:
+            measured.setdefault(place, _Measured(place, basis)).add_delta(one, other)
+        elif one is other:
+            continue
+        elif basis is not None and name != modules[name] and one is not None and other is not None:
+            measured.setdefault(place, _Measured(place, basis)).add_bias(one - other)
+        elif basis is not None or not place:
+            unseen.append(name)
+    if not measured:
+        raise ValueError(
+            "neither model has weights that write to the stream along the subspace; give a "
+            "subspace of these models."
+        )
+    return _leakages(measured, unseen)
+
+
+def _leakages(measured: dict[str, _Measured], unseen: Iterable[str]) -> Leakages:
     found = Leakages({name: site.leakage() for name, site in measured.items()})
     found.unseen = tuple(dict.fromkeys(unseen))
     found.changed = any(site.total or site.bias for site in measured.values())
@@ -253,66 +286,30 @@ def _leakages(measured: dict[str, _Measured], unseen: list[str]) -> Leakages:
 
 
 def _product_norm(B: Tensor, A: Tensor) -> float:
-    """`‖B A‖`, of stacks over all, from the R×R Gram matrices, without forming the product."""
+    """Return `‖B A‖`, of stacks over all, from the R×R Gram matrices without the product."""
     return float(((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0.0).sqrt())
 
 
-@torch.no_grad()
-def _of_models(
-    source: nn.Module | str | PathLike[str],
-    base: nn.Module | str | PathLike[str],
-    subspace: Subspace | None,
-) -> Leakages:
-    """Leakage of the difference of two models, of which every tensor is looked at."""
-    if subspace is None or subspace.is_empty:
-        raise ValueError("weights have no bases of their own; pass the subspace to measure along.")
-    check_merged(source, True)
-    check_merged(base, False)
-    changed, original = model_weights(source), model_weights(base)
-    bases = _Bases.of_subspace(subspace, model_type_of(base), original)
-    measured: dict[str, _Measured] = {}
-    unseen = []
-    for name, one, other, same in compared(changed, original):
-        place = bases.at(name)
-        writer = bases.at(name.removesuffix(".bias")) if name.endswith(".bias") else None
-        if place is not None and (one is None or other is None):
-            raise ValueError(
-                f"the {'model' if one is None else 'base'} has no weight of {shown(name)}, for "
-                "which the subspace has a basis; the subspace belongs to another model."
-            )
-        if place is not None and one is not None and other is not None and one.ndim > 1:
-            site = measured.setdefault(place, _Measured(place, bases.known[place]))
-            site.add_delta(one, other)
-        elif same:
-            continue
-        elif writer is not None and one is not None and other is not None:
-            site = measured.setdefault(writer, _Measured(writer, bases.known[writer]))
-            site.add_bias(one - other)
-        elif bases.unseen(name):
-            unseen.append(name)
-    if not measured:
-        raise ValueError(
-            "neither model has weights for the bases of the subspace; it belongs to another model."
-        )
-    return _leakages(measured, unseen)
-
-
 def project_adapter(
-    adapter_dir: str | PathLike[str], subspace: Subspace, out: str | PathLike[str]
+    adapter_dir: str | PathLike[str],
+    subspace: Subspace,
+    out: str | PathLike[str],
+    *,
+    sites: SiteRules | None = None,
 ) -> tuple[str, ...]:
     """Remove a subspace from a finished adapter: `(I − V Vᵀ) B`.
 
-    A baseline and a quick remedy, not GRASP: the retrain with projected gradients is what lets the
-    rest of the adapter learn the task without the factor. `out` is a new adapter folder in peft's
-    format, with the dtypes of the old one.
+    This is a baseline and a quick remedy, not GRASP: only a retrain with projected gradients lets
+    the rest of the adapter learn the task without the factor. `out` is a new adapter folder in
+    peft's format, with the dtypes of the old one.
 
     Returns:
-        The names of what could not be projected and is as it was, see `Leakages.unseen`.
+        The names of the changes left as they were, see `Leakages.unseen`.
 
     Raises:
         FileExistsError: `out` exists.
-        ValueError: the subspace is empty, or covers no layer of the adapter; a file to copy is a
-            link that leads out of the folder.
+        ValueError: no layer of the adapter writes to the stream; a file to copy is a link that
+            leads out of the folder.
     """
     from safetensors.torch import save_file
 
@@ -320,33 +317,24 @@ def project_adapter(
     source, target = Path(adapter_dir), Path(out)
     if target.exists():
         raise FileExistsError(f"{str(target)!r} exists; choose a new folder for the adapter.")
-    if subspace.is_empty:
-        raise ValueError("the subspace is empty, there is nothing to project out of the adapter.")
-    left = _leakage(source, subspace).unseen  # checks the adapter, and that the two fit
+    left = _leakage(source, subspace, None, sites).unseen  # checks the adapter, and that they fit
     weights = find_weights(source, None)
     copied = [
         inside(file)
         for file in sorted(weights.parent.iterdir())
         if file.suffix in _COPIED and file.is_file() and file.name != INDEX
     ]
-    projected = _projected(weights, subspace)
+    bases = _bases_of_adapter(subspace, adapter_parts(source), source, sites)
+    tensors = open_weights(weights)
+    projected = {key: read() for key, read in tensors.items()}
+    for name, keys in sort_keys(weights, tensors, None)[0].items():
+        _, basis = bases(name)
+        for key in (key for part, key in keys.items() if part != "A"):
+            tensor = projected[key]
+            wide = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no product
+            projected[key] = project_columns(wide, basis).to(tensor.dtype).contiguous()
     with whole_folder(target) as folder:
         for file in copied:
             shutil.copy2(file, folder / file.name)
         save_file(projected, folder / WEIGHTS, metadata={"format": "pt"})
     return left
-
-
-def _projected(weights: Path, subspace: Subspace) -> dict[str, Tensor]:
-    tensors = open_weights(weights)
-    found = {key: read() for key, read in tensors.items()}
-    bases = _Bases(subspace.bases, lambda name: False)
-    for name, keys in sort_keys(weights, tensors, None)[0].items():
-        basis = subspace.bases.get(bases.at(name) or name)
-        for part, key in keys.items():
-            if part == "A" or basis is None:
-                continue
-            tensor = found[key]
-            wide = tensor.float() if tensor.element_size() == 1 else tensor  # float8 multiplies not
-            found[key] = project_columns(wide, basis).to(tensor.dtype).contiguous()
-    return found

@@ -1,4 +1,4 @@
-"""peft's LoRA on the parameter that holds the weights of all experts, kept closed.
+"""peft's LoRA on the stacked weights of all experts, kept closed.
 
 Shapes: E experts, K in, N out, R LoRA rank of each, Q basis size.
 """
@@ -15,10 +15,10 @@ from grasp_kernels.layers.closed import ClosedLayer
 
 
 class GraspLoRAExperts(ClosedLayer, ParamWrapper):
-    """A `ParamWrapper` of peft whose factor `B[N, R E]` stays out of the basis.
+    """Keep the factor `B[N, R E]` of a `ParamWrapper` of peft out of the basis.
 
-    peft computes it. All experts write to the stream, so one basis serves them, and closing the
-    stacked factors closes each expert. The gradient is projected where the sum over the
+    peft computes the forward. All experts write to the stream, so one basis serves them, and
+    closing the stacked factors closes each expert. The gradient is projected where the sum over the
     experts enters the stream, not here.
     """
 
@@ -38,12 +38,12 @@ class GraspLoRAExperts(ClosedLayer, ParamWrapper):
         layer.set_basis(basis, closed, layer.get_param(), told)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """peft's, of the closed factors."""
+        """Run peft's forward with the closed factors."""
         if self.new_adapters and not torch.compiler.is_compiling():
             self.look_at_new()
         with self.computing_closed():
             return super().forward(x, *args, **kwargs)
 
 
-# The name by which peft knows that a parameter is adapted already, and adds another adapter there.
+# By this name peft recognises an adapted parameter, and adds another adapter there.
 GraspLoRAExperts.__name__ = ParamWrapper.__name__

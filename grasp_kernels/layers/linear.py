@@ -1,4 +1,4 @@
-"""GraspLoRALinear: peft's LoRA layer, computed by one operator that also projects the gradient.
+"""GraspLoRALinear: peft's LoRA layer, computed by one operator with a projected gradient.
 
 Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 """
@@ -24,9 +24,9 @@ from grasp_kernels.ops.lora_linear.aten import write_weight
 
 
 class GraspLoRALinear(ProjectedLoRA, lora.Linear):
-    """A `peft.tuners.lora.Linear` whose forward is `grasp_kernels.lora_linear`.
+    """Compute a `peft.tuners.lora.Linear` by `grasp_kernels.lora_linear`.
 
-    Basis, closure and what else it has in common with other layers are `ProjectedLoRA`'s.
+    Basis, closure and the other common parts of the layers are in `ProjectedLoRA`.
     """
 
     stock = lora.Linear
@@ -57,7 +57,7 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
         backend: str = "auto",
     ) -> GraspLoRALinear:
         """Adapt one `nn.Linear` in a script without a peft model; its weight is frozen."""
-        # peft builds its layer: the arguments of its constructor are others in each release.
+        # peft builds its layer: the arguments of its constructor differ from release to release.
         config = LoraConfig(
             r=r,
             lora_alpha=lora_alpha,
@@ -95,7 +95,7 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
         base, weight = self.base_layer, self._weight
         return self._operator(
             x,
-            # A view that FSDP makes asks for a gradient when any parameter of its unit does.
+            # A view made by FSDP requires a gradient if any parameter of its unit does.
             weight.detach() if weight.requires_grad else weight,
             base.bias,
             adapter,
@@ -103,20 +103,20 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
         )
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        # FSDP gathers a weight that was loaded anew at its old address, with its old version.
+        # FSDP gathers a reloaded weight at its old address, with its old version.
         self._write_weight = (None, None)
         super()._load_from_state_dict(*args, **kwargs)
 
     @property
     def _weight(self) -> Tensor:
-        """`W[N, K]`, which the Conv1D of transformers stores transposed."""
+        """Return `W[N, K]`; the Conv1D of transformers stores the transpose."""
         weight = self.base_layer.weight
         return weight.mT if self.fan_in_fan_out else weight
 
     def _cached_write_weight(self, dtype: torch.dtype) -> Tensor | None:
-        """`C = Vᵀ W [Q, K]` in a dtype, which only changes when the base weight does.
+        """Return `C = Vᵀ W [Q, K]` in a dtype, recomputed only after a change of the base weight.
 
-        None in compiled code, which cannot see that it did: there each backward makes it anew.
+        None in compiled code: it cannot see such a change, so each backward recomputes `C`.
         """
         if self.write_basis is None or self.project != "residual" or torch.compiler.is_compiling():
             return None
@@ -124,7 +124,7 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
         weight = self._weight
         now = (weight.data_ptr(), version(weight), weight.dtype, dtype)
         if now != key:
-            # What an evaluation in inference mode makes, the next training step saves for backward.
+            # No inference tensor, even in an evaluation: a later training step saves it.
             with torch.inference_mode(False), torch.no_grad():
                 cached = write_weight(weight, self.write_basis).to(dtype)
             self._write_weight = (now, cached)
@@ -132,14 +132,14 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
 
 
 def version(tensor: Tensor) -> int | None:
-    """torch's count of in-place changes; tensors made in inference mode have none."""
+    """Return torch's count of in-place changes; None for tensors of inference mode."""
     return None if tensor.is_inference() else tensor._version
 
 
 def why_never(layer: nn.Module, adapter: str, *, sharded: bool = False) -> str | None:
-    """Why the operator can never compute a peft layer as it is set up, or None if it can.
+    """Say why the operator can never compute a peft layer in its setup, or None if it can.
 
-    `sharded` is for a model of FSDP2 outside of its forward, whose weights are DTensors until then.
+    `sharded` is for a model of FSDP2 outside of its forward: its weights are DTensors there.
     """
     if not isinstance(layer, lora.Linear):
         return f"{type(layer).__module__}.{type(layer).__qualname__} is not peft's lora.Linear"

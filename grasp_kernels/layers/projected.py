@@ -1,4 +1,4 @@
-"""What the layers have in common: basis, closure, and peft's own forward where they must.
+"""The common base of the layers: basis, closure, and peft's own forward where they must.
 
 Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 """
@@ -8,34 +8,26 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from grasp_kernels.layers.closed import ClosedLayer
 from grasp_kernels.models.sharding import is_slice
 from grasp_kernels.ops import lora_linear, project_gradient
-from grasp_kernels.ops.projection import is_transforming, project_columns
+from grasp_kernels.ops.projection import is_transforming
 
-# Reasons for peft's forward when there is no adapter to compute: no factor is read, nobody is told.
+# Reasons for peft's forward without an adapter to compute: no factor is read, no warning given.
 _META = "the input has no data"
 _IDLE = ("adapters are disabled", "the adapter is merged", "0 active adapters", _META)
-# Reasons for operations of torch that it can transform and differentiate in every way: see
-# `_in_torch`.
-_TRANSFORM = "torch.func, forward-mode differentiation, an export or a trace sees the call"
-_MODE = "a mode of torch counts, keeps or fakes every operation"
-_SUBCLASS = "the input is of a class of its own"
-_SCALING = "the scaling is a tensor"
-_IN_TORCH = (_TRANSFORM, _MODE, _SUBCLASS, _SCALING)
 
 
 class ProjectedLoRA(ClosedLayer):
-    """Mixed into a LoRA layer of peft, before it: `class Ours(ProjectedLoRA, TheirLayer)`.
+    """Project the gradient of a LoRA layer of peft: `class Ours(ProjectedLoRA, TheirLayer)`.
 
-    Ours says with `_accelerated(x, adapter)` what the operator is given for `Y[..., N]`.
+    `Ours._accelerated(x, adapter)` calls the operator for `Y[..., N]`.
     Parameters, state-dict keys, merging and adapter management are peft's. Where the operator does
-    not apply (see `why_stock`) the stock forward runs, with the gradient of its output projected,
-    and a warning says so once a model.
+    not apply (see `why_stock`) the stock forward runs, with the gradient of its output projected
+    and with one warning for each model.
 
     Attributes:
         project: "residual", or "weights" for a writer before a norm, see `lora_linear`.
@@ -71,7 +63,7 @@ class ProjectedLoRA(ClosedLayer):
         self.set_basis(write_basis, closed, self.get_base_layer().weight, told)
 
     def why_stock(self, x: Tensor, *args: Any, **kwargs: Any) -> str | None:
-        """None when the operator computes this call, else why peft's own forward does."""
+        """Say why peft's own forward computes this call, or None if the operator does."""
         if args or any(value is not None for value in kwargs.values()):
             return f"extra arguments {sorted(kwargs)}"
         if self.disable_adapters:
@@ -81,25 +73,20 @@ class ProjectedLoRA(ClosedLayer):
         if x.is_meta and self.get_base_layer().weight.is_meta:
             return _META
         active = self._active()
-        reason = self._why_in_torch(x, active) if active else None
-        if reason is None and len(active) != 1:
-            reason = f"{len(active)} active adapters"
-        return reason or self._why_not(x, active[0])
-
-    def _why_in_torch(self, x: Tensor, active: list[str]) -> str | None:
-        if any(adapter in self.lora_variant for adapter in active):
-            return None  # a formula of its own
+        if len(active) != 1:
+            return f"{len(active)} active adapters"
         if is_transforming():
-            return _TRANSFORM
+            return "torch.func, forward-mode differentiation, an export or a trace sees the call"
         if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0:
-            return _MODE
+            return "a mode of torch counts, keeps or fakes every operation"
         if type(x) not in (Tensor, nn.Parameter):
-            return _SUBCLASS
-        scalings = (self.scaling[adapter] for adapter in active)
-        return _SCALING if any(isinstance(scaling, Tensor) for scaling in scalings) else None
+            return "the input is of a class of its own"
+        if isinstance(self.scaling[active[0]], Tensor):
+            return "the scaling is a tensor"
+        return self._why_not(x, active[0])
 
     def _why_not(self, x: Tensor, adapter: str) -> str | None:
-        """What `why_stock` asks of the one active adapter, and of the base layer."""
+        """Say why the one active adapter or the base layer needs peft's forward, or None."""
         return why_adapter_never(self, adapter)
 
     def _active(self) -> list[str]:
@@ -107,45 +94,19 @@ class ProjectedLoRA(ClosedLayer):
         return [name for name in self.active_adapters if name in lora_A]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """`Y[..., N]` from `X[..., K]`."""
+        """Return `Y[..., N]` from `X[..., K]`."""
         if self.new_adapters and not (torch.compiler.is_compiling() or is_transforming()):
             self.look_at_new()
         reason = self.why_stock(x, *args, **kwargs)
-        if reason is not None and reason not in _IN_TORCH:
+        if reason is not None:
             return self._stock_forward(reason, x, *args, **kwargs)
         self.move_basis(x.device)
-        if reason is None:
-            return self._accelerated(x, self._active()[0])
-        self._tell_stock(reason)
-        return self._in_torch(x)
-
-    def _in_torch(self, x: Tensor) -> Tensor:
-        """peft's forward on `B°`, whose gradient torch takes through the projection.
-
-        Nothing is written, so this also serves where weights cannot be: under transforms.
-        """
-        V = self.write_basis
-        if V is None:
-            return super().forward(x)
-        y = base = self.base_layer(x)
-        for name in self._active():
-            lora_B = self.lora_B[name]
-            A, B, b = self.lora_A[name].weight, lora_B.weight, lora_B.bias
-            if name in self.closed_adapters:
-                B = project_columns(B, V).to(B.dtype)
-                b = b if b is None else project_columns(b, V).to(b.dtype)
-            else:
-                B = project_gradient(B.mT, V).mT
-                b = b if b is None else project_gradient(b, V)
-            S = F.linear(self.lora_dropout[name](self._cast_input_dtype(x, A.dtype)), A)
-            y = y + F.linear(S, B, b) * self.scaling[name]
-        y = y.to(base.dtype)
-        return project_gradient(y, V) if self.project == "residual" else y
+        return self._accelerated(x, self._active()[0])
 
     def _operator(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, adapter: str, **options: Any
     ) -> Tensor:
-        """`lora_linear` with an adapter of this layer."""
+        """Return `lora_linear` with an adapter of this layer."""
         lora_B, dropout = self.lora_B[adapter], self.lora_dropout[adapter]
         return lora_linear(
             x,
@@ -185,9 +146,9 @@ class ProjectedLoRA(ClosedLayer):
 
 
 def why_adapter_never(layer: LoraLayer, adapter: str, *, sharded: bool = False) -> str | None:
-    """Why the operator can never compute an adapter as it is set up, or None if it can.
+    """Say why the operator can never compute an adapter in its setup, or None if it can.
 
-    `sharded` is for a model of FSDP2 outside of its forward, whose weights are DTensors until then.
+    `sharded` is for a model of FSDP2 outside of its forward: its weights are DTensors there.
     """
     if adapter in layer.lora_variant:
         return f"the LoRA variant {type(layer.lora_variant[adapter]).__name__}"
@@ -205,14 +166,14 @@ def why_adapter_never(layer: LoraLayer, adapter: str, *, sharded: bool = False) 
 
 
 def why_no_matrix(weight: Tensor, *, sharded: bool) -> str | None:
-    """Why a weight is not here as a matrix, or None if it is."""
+    """Say why a weight is not here as a matrix, or None if it is."""
     if type(weight) not in (nn.Parameter, Tensor) and not sharded:
         return f"a weight is a {type(weight).__name__}"
     return "a weight is here as a slice only" if is_slice(weight) else None
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its forward."""
+    """Say whether a call of the module does more than its forward."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -224,7 +185,9 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def _is_placed(module: nn.Module) -> bool:
-    """Whether all that was put around a call is what accelerate puts there when it spreads a model
-    over devices: bring the input to the weight, where the hook of the block has brought it."""
+    """Say whether accelerate's hook for a model spread over devices is the only wrapper.
+
+    It moves the input to the device of the weight, where the hook of the block has moved it.
+    """
     hook: Any = module.__dict__.get("_hf_hook")
     return type(hook).__name__ == "AlignDevicesHook" and not (hook.offload or hook.io_same_device)

@@ -1,9 +1,9 @@
-"""LoRA layers over weights that another library stores and multiplies, in 4 or 8 bits.
+"""LoRA layers over weights stored and multiplied by another library, in 4 or 8 bits.
 
     Y = base(X) + s (X̃ Aᵀ) B°ᵀ
 
-`base(X)` and its backward `dY' W` are the library's, everything else is the operator's. What that
-backward gets is `dY' = dY (I − V Vᵀ)`, so the projection is the same as in any other layer.
+The library computes `base(X)` and its backward `dY' W`, the operator everything else. That backward
+gets `dY' = dY (I − V Vᵀ)`, so the projection is the same as in any other layer.
 Shapes: T tokens, K in, N out, Q basis size.
 """
 
@@ -19,19 +19,19 @@ from transformers.pytorch_utils import Conv1D
 
 from grasp_kernels.layers.projected import ProjectedLoRA
 
-# Where peft has the layers over quantised weights, and whose they are. All of them compute
-# `base_layer(x)` and add the adapter to it, which is what makes another one a line here.
+# peft's layers over quantised weights, with their libraries. All of them compute `base_layer(x)`
+# and add the adapter to it, so another library takes one line here.
 _LIBRARIES = {"peft.tuners.lora.bnb": "bitsandbytes", "peft.tuners.lora.torchao": "torchao"}
-# A right gradient is at most as far off as the library rounds its input (8 bits: some hundredths);
-# a wrong one has nothing to do with random directions and is off by its whole length.
+# The error of a right gradient is at most the library's rounding of the input (8 bits: some
+# hundredths). A wrong gradient is unrelated to random directions: its error is its whole length.
 _LARGEST_ERROR = 0.3
 _DIRECTIONS = 32
 
 
 class QuantisedLoRA(ProjectedLoRA):
-    """Mixed into a LoRA layer of peft whose base layer computes its own product.
+    """Compute a LoRA layer of peft over a base layer with its own product.
 
-    The adapter is computed in the dtype of that product, whatever its layer made of the input.
+    The adapter is computed in the dtype of that product, whatever the dtype of the input.
     """
 
     def _accelerated(self, x: Tensor, adapter: str) -> Tensor:
@@ -39,14 +39,15 @@ class QuantisedLoRA(ProjectedLoRA):
         return self._operator(x, None, None, adapter, base=base)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _empty, (self.stock,), self.__dict__  # a pickle finds no class that is made here
+        return _empty, (self.stock,), self.__dict__  # a pickle finds no class made here
 
 
 def why_wrong_gradient(layer: LoraLayer) -> str | None:
-    """Why what lies before a layer would be trained wrongly, whoever computes the adapter.
+    """Say why the modules before a layer would be trained wrongly with any adapter, or None.
 
-    A library may round the input too and leave that out of its backward, or pass none back at all.
-    None where the gradient of the base product is right, or where no such product can be asked for.
+    A library may round the input too and leave the rounding out of its backward, or pass no
+    gradient back at all. None means that the gradient of the base product is right, or that there
+    is no such product to test.
     """
     base: Any = layer.get_base_layer()
     weight = getattr(base, "weight", None)
@@ -55,7 +56,7 @@ def why_wrong_gradient(layer: LoraLayer) -> str | None:
     what = f"its base layer, a {type(base).__name__} over a {type(weight).__name__},"
     try:
         error = _gradient_error(base, layer.in_features, weight)
-    except Exception as problem:  # of a library that nobody here may know
+    except Exception as problem:  # of a library that may be unknown here
         if library_of(layer) is None:
             return None
         return f"{what} could not be asked for its gradient ({type(problem).__name__}: {problem})"
@@ -69,7 +70,7 @@ def why_wrong_gradient(layer: LoraLayer) -> str | None:
 
 
 def _is_plain(base: Any) -> bool:
-    """Whether torch computes the product of the base layer, and so its gradient."""
+    """Say whether torch computes the product of the base layer, and so its gradient."""
     return (
         type(base) in (nn.Linear, Conv1D)
         and "forward" not in base.__dict__
@@ -81,16 +82,16 @@ def _is_plain(base: Any) -> bool:
 @torch.inference_mode(False)
 @torch.enable_grad()
 def _gradient_error(base: Any, K: int, weight: Tensor) -> float:
-    """How far `2 h dXᵀ` is from `(base(h) − base(−h)) dYᵀ` for random `h`, `X`, `dY`; inf: no `dX`.
+    """Return the error of `2 h dXᵀ` from `(base(h) − base(−h)) dYᵀ`, inf without a `dX`.
 
-    Not for `h = X`: a layer that scales its input by the largest element passes that test with any
-    gradient of the scale.
+    `h`, `X` and `dY` are random. `h` is not `X`: a layer that scales its input by the largest
+    element passes the test at `h = X` with any gradient of the scale.
     """
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
     generator = torch.Generator().manual_seed(0)
 
     def product(rows: Tensor) -> tuple[Tensor, Tensor]:
-        # All inputs ask for a gradient: without, bitsandbytes lays its weight out for evaluation.
+        # All inputs require a gradient; otherwise bitsandbytes lays its weight out for evaluation.
         x = rows.to(weight.device, dtype).requires_grad_()
         return x, base(x)
 
@@ -108,13 +109,13 @@ def _gradient_error(base: Any, K: int, weight: Tensor) -> float:
 
 
 def library_of(layer: LoraLayer) -> str | None:
-    """The library that multiplies the weight of a stock layer of peft, if it is one we know."""
+    """Return the known library behind the weight of a stock layer of peft, or None."""
     return _LIBRARIES.get(type(layer).__module__)
 
 
 @cache
 def quantised(stock: type) -> type[QuantisedLoRA]:
-    """The class for layers of a class of peft: `quantised(Linear4bit).adopt(layer, ...)`."""
+    """Return the class for layers of a class of peft: `quantised(Linear4bit).adopt(layer, ...)`."""
     return type(f"Grasp{stock.__name__}", (QuantisedLoRA, stock), {"stock": stock})
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,26 +26,23 @@ from grasp_kernels.models.architectures import (
     Site,
     SiteRules,
     model_gains,
-    model_rules,
     model_sites,
     written_width,
 )
-from grasp_kernels.models.names import adapted_name, base_name, model_names
+from grasp_kernels.models.names import adapted_name, base_name
 from grasp_kernels.models.sharding import by_fsdp2, refuse_away, refuse_tensor_parallel
 from grasp_kernels.ops import backends, project_gradient
 from grasp_kernels.subspace import Subspace, check_subspace
-from grasp_kernels.subspace.basis import basis_at
 
 
 @dataclass
 class Replacement:
-    """What `replace_lora_layers` did; names are those of the base model."""
+    """Hold the result of `replace_lora_layers`; names are those of the base model."""
 
     replaced: list[str] = field(default_factory=list)
-    libraries: dict[str, str] = field(default_factory=dict)  # name -> who has its quantised weight
+    libraries: dict[str, str] = field(default_factory=dict)  # name -> library of its weight
     projected: list[str] = field(default_factory=list)  # with a basis of the subspace
-    hooked_writers: list[str] = field(default_factory=list)  # no operator: only dY is projected
-    bare_writers: list[str] = field(default_factory=list)  # the subspace has no basis for them
+    hooked_writers: list[str] = field(default_factory=list)  # only dY is projected
     fallbacks: dict[str, str] = field(default_factory=dict)  # name -> why it stays with peft
 
     def __str__(self) -> str:
@@ -56,7 +54,6 @@ class Replacement:
             ),
             ("  with a basis", len(self.projected)),
             ("other places where the gradient is projected", len(self.hooked_writers)),
-            ("writers that the subspace does not cover", len(self.bare_writers)),
             ("layers that stay with peft", len(self.fallbacks)),
         ]
         width = max(len(title) for title, _ in rows)
@@ -74,39 +71,39 @@ def replace_lora_layers(
 ) -> Replacement:
     """Swap the LoRA layers of a peft model in place; parameters and their names stay.
 
-    Without a subspace the layers compute what they did, leaner. With one, every writer that it
-    covers gets its basis. The gradient of a writer without an adapter of its own is projected too,
-    so that nothing upstream learns through it. Over weights that bitsandbytes or torchao have
-    quantised, the base product stays theirs, and the adapter and the projection are computed here.
-    A layer that stays with peft is warned of and reported with the reason; it is projected like a
-    writer without an adapter, and not closed. So is one whose base product passes back a wrong
-    gradient or none, as libraries that round activations have it. Calling it again starts afresh:
-    do so after adding an adapter on other modules, or loading trained weights that are to be
-    closed. A fresh adapter on the same modules is closed from its first step; weights that come in
-    with a share along the subspace (`load_adapter`, `hotswap_adapter`) compute what peft computes,
-    and a warning says so.
+    Without a subspace the layers compute the same function, leaner. With a subspace, every writer
+    gets its basis. The gradient of a writer without an adapter is projected too, so that nothing
+    upstream learns through this writer. Over weights quantised by bitsandbytes or torchao, the base
+    product stays with the library, and the adapter and the projection are computed here. A layer
+    that stays with peft is warned of and reported with the reason; its gradient is projected, but
+    its factors are not closed. This includes layers with a base product that passes back a wrong
+    gradient or none, as in libraries that round activations. Calling this function again starts
+    afresh: do so after adding an adapter on other modules, or loading trained weights to be closed.
+    A fresh adapter on the same modules is closed from its first step. Loaded weights with a share
+    along the subspace (`load_adapter`, `hotswap_adapter`) compute as in peft, with a warning.
 
-    The gradient is projected where the stream is. What a writer before a norm puts out is not in
-    the stream, so the output of that norm is projected in its stead, and likewise that of a mixture
-    of experts; such a writer is only kept closed. Its basis has the norm's gain folded in, so that
-    its update moves nothing along the subspace but by the common scale of the norm.
+    The gradient is projected in the stream. The output of a writer before a norm is not in the
+    stream, so the output of that norm is projected instead, and likewise the output of a mixture of
+    experts; such a writer is only kept closed. The basis of a writer before a norm has the norm's
+    gain folded in, so that its update moves nothing along the subspace but by the common scale of
+    the norm.
 
-    LoRA on the fused parameters of experts is computed by peft and kept closed all the same. Where
-    dropout stands between a writer and the stream (GPT-2 while it trains), the projection acts
-    before the mask, which is that of the stream in the mean over masks.
+    LoRA on the fused parameters of experts is computed by peft and kept closed all the same. With
+    dropout between a writer and the stream (GPT-2 in training), the projection acts before the
+    mask: in the mean over masks this is the projection in the stream.
 
     Args:
         model: a `PeftModel`, or any module with peft's LoRA layers in it.
-        subspace: from `identify` or a file; None or empty projects nothing.
+        subspace: from `identify` or a file; None projects nothing.
         closed, backend: see `lora_linear`.
-        sites: writers and readers of an architecture that is not known.
+        sites: writers of an unknown architecture.
 
     Raises:
-        ValueError: no LoRA layers, a subspace of another model (the site or the shape is named), an
-            unknown option, an architecture whose writers are not known, adapters to close that hold
-            a part of the pretrained weights (PiSSA and the like), a writer whose own bias is
-            trained beside adapters that are to be closed, or a subspace for weights that tensor
-            parallelism, ZeRO-3 of DeepSpeed or FSDP has taken apart (FSDP2 may).
+        ValueError: no LoRA layers, a subspace of another model (the width is named), an
+            unknown option, an architecture with unknown writers, adapters to close that hold
+            a part of the pretrained weights (PiSSA and the like), a writer with a trained bias
+            and adapters to close, or a subspace for weights taken apart by tensor parallelism,
+            ZeRO-3 of DeepSpeed or FSDP (FSDP2 may).
     """
     _check_backend(backend)
     check_subspace(subspace)
@@ -122,19 +119,18 @@ def replace_lora_layers(
     report = Replacement()
     bases: dict[str, Tensor] = {}
     before_norm: set[str] = set()
-    if subspace is not None and not subspace.is_empty:
-        writers = [site for site in model_sites(model, sites) if site.role == "write"]
+    if subspace is not None:
+        writers = model_sites(model, sites)
         before_norm = {site.name for site in writers if site.norm is not None}
-        bases = _bases(model, subspace, writers, model_rules(model, sites))
+        bases = bases_in(model, subspace, writers)
         if closed:
             _check_starts(model)
             _check_biases(model, bases)
-        report.bare_writers = [site.name for site in writers if bases and site.name not in bases]
     sharded = by_fsdp2(model)
     for name, layer in layers.items():
         if name in bases:
             _check_weight(name, _adapted_weight(layer), sharded)
-    restore_lora_layers(model)  # only now: what is refused stays as it was
+    restore_lora_layers(model)  # only now: a refused model stays unchanged
 
     told = set[str]()
     for name, layer in layers.items():
@@ -169,10 +165,10 @@ def replace_lora_layers(
 
 
 def restore_lora_layers(model: nn.Module) -> None:
-    """Back to stock peft layers in place, with the weights that the model computed with.
+    """Restore stock peft layers in place, with the weights of the model's forward.
 
-    Of a model that peft has merged and unloaded it only takes the projection of the writers that
-    had no adapter.
+    After a merge and unload by peft, only the projection of writers without an adapter is left to
+    remove.
     """
     for module in model.modules():
         if isinstance(module, ClosedLayer):
@@ -188,21 +184,21 @@ def _check_backend(backend: str) -> None:
 
 
 def _adapted_weight(layer: LoraLayer) -> Tensor:
-    """What an adapter adds to: the weight of a module, or a parameter of its own."""
+    """Return the weight under an adapter: of a module, or an adapted parameter."""
     if isinstance(layer, ParamWrapper):
         return layer.get_param()
     return layer.get_base_layer().weight
 
 
 def _check_weight(name: str, weight: Tensor, sharded: bool) -> None:
-    """A basis needs all features of a weight in one place."""
+    """Raise unless all features of a weight are in one place, as a basis needs."""
     refuse_away(f"the weight of {name!r}", weight)
     if not sharded:
         refuse_tensor_parallel(f"the weight of {name!r}", weight)
 
 
 def _check_starts(model: nn.Module) -> None:
-    """Closing must not take pretrained content away."""
+    """Raise if closing would remove pretrained content."""
     for name, config in getattr(model, "peft_config", {}).items():
         start = str(getattr(config, "init_lora_weights", True))
         if start.startswith(MOVED_BASE):
@@ -214,7 +210,7 @@ def _check_starts(model: nn.Module) -> None:
 
 
 def _check_biases(model: nn.Module, bases: dict[str, Tensor]) -> None:
-    """An adapter is kept out of the subspace, what is trained beside it is not."""
+    """Raise for trained biases at writers: only adapters are kept out of the subspace."""
     for name, module in model.named_modules():
         bias = getattr(module, "bias", None)
         if base_name(name) in bases and isinstance(bias, Tensor) and bias.requires_grad:
@@ -241,46 +237,30 @@ def _why_kept(layer: LoraLayer, sharded: bool) -> str | None:
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def _bases(
-    model: nn.Module, subspace: Subspace, writers: list[Site], rules: SiteRules
-) -> dict[str, Tensor]:
-    """The bases by module name, checked against the model."""
-    present = set(model_names(model))
-    blocks = {parts[:2] for name in present if (parts := rules.split(name))}
+def bases_in(model: nn.Module, subspace: Subspace, writers: Iterable[Site]) -> dict[str, Tensor]:
+    """Return the basis `[N, Q]` of each writer by its name, with the gains of this model.
 
-    def absent(name: str) -> bool:
-        """Whether a block that is there has no such site: dense and sparse ones have others."""
-        parts = rules.split(name)
-        known = parts is not None and parts[:2] in blocks and rules.site(name) is not None
-        return known and name not in present
-
-    bases = {name: basis for name, basis in subspace.bases.items() if not absent(name)}
-    if subspace.stream is not None:
-        for site in writers:
-            if site.norm is None:
-                bases.setdefault(site.name, subspace.stream)
+    Raises:
+        ValueError: a writer has another width.
+    """
     modules = {base_name(name): module for name, module in model.named_modules()}
-    for name, basis in bases.items():
-        if name not in present:
-            raise ValueError(
-                f"the subspace has a basis for {name!r}, which the model does not have; "
-                "identify the subspace on an adapter of this model."
-            )
-        width = written_width(modules[name]) if name in modules else None
-        if width not in (None, basis.shape[0]):
-            raise ValueError(
-                f"the basis for {name!r} has {basis.shape[0]} rows but the layer has "
-                f"{width} features; identify the subspace on an adapter of this model."
-            )
+    writers = list(writers)
     gains = model_gains(model, writers)
+    made: dict[str | None, Tensor] = {}  # one for all sites before one norm, and without a norm
     for site in writers:
-        if site.norm in bases:  # with the gain of this model, whatever the subspace knew of it
-            bases[site.name] = basis_at(site, bases[site.norm], gains.get(site.norm))
-    return bases
+        width = written_width(modules[site.name]) if site.name in modules else None
+        if width not in (None, len(subspace.basis)):
+            raise ValueError(
+                f"the subspace has width {len(subspace.basis)} but {site.name!r} writes {width} "
+                "features; identify the subspace on an adapter of this model."
+            )
+        if site.norm not in made:
+            made[site.norm] = subspace.at(site, gains.get(site.norm or ""))
+    return {site.name: made[site.norm] for site in writers}
 
 
 def _hook_writers(model: nn.Module, bases: dict[str, Tensor], replaced: set[str]) -> list[str]:
-    """Project the gradient where no operator does, by a forward hook each."""
+    """Project the gradient of each writer without the operator by a forward hook."""
     hooked = []
     for name, module in model.named_modules():
         if name.endswith(".base_layer") or base_name(name) in replaced:
@@ -288,14 +268,14 @@ def _hook_writers(model: nn.Module, bases: dict[str, Tensor], replaced: set[str]
         if base_name(name) in bases:
             module.register_forward_hook(_Projection(bases[base_name(name)]))
             if not isinstance(module, LoraLayer):
-                # What peft's unload() asks of every module, and puts in its place.
+                # peft's unload() calls this on every module, and puts the result in its place.
                 module.unload_and_optionally_merge_module = partial(_unhook, module)
             hooked.append(base_name(name))
     return hooked
 
 
 def _unhook(module: nn.Module, **_: Any) -> nn.Module:
-    """Take the projection from a module."""
+    """Remove the projection from a module and return the module."""
     for key, hook in list(module._forward_hooks.items()):
         if isinstance(hook, _Projection):
             del module._forward_hooks[key]
@@ -304,13 +284,13 @@ def _unhook(module: nn.Module, **_: Any) -> nn.Module:
 
 
 class _Projection:
-    """A forward hook that leaves the output as it is and projects its gradient."""
+    """Project the gradient of an output in a forward hook; the output stays unchanged."""
 
     def __init__(self, basis: Tensor) -> None:
         self.basis = basis
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
-        if isinstance(output, tuple):  # attention gives its weights too
+        if isinstance(output, tuple):  # attention returns its weights too
             return self(module, inputs, output[0]), *output[1:]
         if self.basis.device != output.device:
             self.basis = self.basis.to(output.device)

@@ -1,11 +1,10 @@
-"""The model itself: its file, its names, where it meets the residual stream, what it says.
+"""The model itself: its files, its names, its places in the residual stream, its answers.
 
-architectures      where the modules of a family meet the stream
-names              what a module is called, in a model and in a file
-sharding           weights that are spread over processes
+architectures      the places where the modules of a family meet the stream
+names              the name of a module, in a model and in a file
+sharding           weights spread over processes
 tensors            safetensors files and shards
-weights            a model or a checkpoint folder -> its weights by module name
-base_model         the same -> type, depth and norms
+weights            a model or a checkpoint folder -> its weights by module name, its type and width
 checkpoint         a folder or a hub name -> configuration, tokenizer, model
-frozen_model       a model -> its answers, and its stream on given ones
+frozen_model       a model -> its answers, and its stream on given answers
 """

@@ -1,14 +1,13 @@
-"""Where a module touches the residual stream of a decoder.
+"""The places where a module touches the residual stream of a decoder.
 
-A *writer* adds its output to the stream (`o_proj`, `down_proj`); a *reader* takes the stream as its
-input (`q_proj k_proj v_proj gate_proj up_proj`). A norm may stand between a writer and the stream,
-as in Gemma and OLMo. Everything else (embeddings, `lm_head`) is neither. Names are those of the
-base model: "model.layers.0.self_attn.o_proj".
+A *writer* adds its output to the stream (`o_proj`, `down_proj`). There may be a norm between a
+writer and the stream, as in Gemma and OLMo. Names are those of the base model:
+"model.layers.0.self_attn.o_proj".
 
 A norm divides by a scale of each token, and apart from that it is linear: `M = diag(γ)` for an RMS
-norm, `M = diag(γ) (I − 1 1ᵀ / D)` for a LayerNorm, which takes the mean out first. So what a writer
-moves along `y` moves the stream along `M y`; a writer moves nothing along `v` just if its output
-has nothing along `Mᵀ v`.
+norm, `M = diag(γ) (I − 1 1ᵀ / D)` for a LayerNorm, which removes the mean first. So a move of the
+writer along `y` moves the stream along `M y`. A writer moves nothing along `v` if and only if its
+output has nothing along `Mᵀ v`.
 
 Shapes: `D` width of the stream, `k` directions.
 """
@@ -16,7 +15,7 @@ Shapes: `D` width of the stream, `k` directions.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
@@ -30,28 +29,26 @@ NORMS = ("rms", "rms1p", "layer")
 
 @dataclass(frozen=True)
 class Site:
-    """One module (or parameter of fused experts) that writes to the stream or reads from it.
+    """Name one writer to the stream, a module or a parameter of fused experts.
 
-    `norm` is the module name of the norm after a writer. It is None where none stands there: what
-    such a writer puts out is in the stream, and there its gradient is projected.
+    `norm` is the module name of the norm after a writer. Without a norm it is None: the output of
+    such a writer is in the stream, and its gradient is projected there.
     """
 
     name: str
-    layer: int
-    role: str
     norm: str | None
     norm_kind: str = "rms"
 
     def gain(self, weight: Tensor) -> Tensor:
-        """`γ[D]` from the weight of the norm."""
+        """Return `γ[D]` from the weight of the norm."""
         return 1.0 + weight.float() if self.norm_kind == "rms1p" else weight
 
     def from_stream(self, directions: Tensor, gain: Tensor | None) -> Tensor:
-        """`Mᵀ v`: what the output of the site has nothing along, if it moves nothing along `v`."""
+        """Return `Mᵀ v`: an output with nothing along `Mᵀ v` moves the stream not along `v`."""
         return self._centred(self._scaled(directions, gain))
 
     def to_stream(self, directions: Tensor, gain: Tensor | None) -> Tensor:
-        """`M y`: along what the stream moves if the output of the site moves along `y[D, k]`."""
+        """Return `M y`, the move of the stream for a move `y[D, k]` of the site's output."""
         return self._scaled(self._centred(directions), gain)
 
     def _scaled(self, directions: Tensor, gain: Tensor | None) -> Tensor:
@@ -67,133 +64,99 @@ class Site:
 
 @dataclass(frozen=True)
 class SiteRules:
-    """How the writers and readers of one architecture are called inside a decoder block.
+    """Hold the names of the writers of one architecture inside a decoder block.
 
     Not every block needs to have all of them: dense and sparse blocks may alternate.
 
     Args:
         writers: names below a block, such as ("self_attn.o_proj", "mlp.down_proj"), or a mapping
             from each name to that of the norm after it, or None.
-        readers: names below a block, such as ("self_attn.q_proj", "mlp.up_proj").
         blocks: name of the ModuleList of decoder blocks; a module is
             "<anything>.<blocks>.<i>.<rest>".
-        outputs: modules below a block that are no writers of their own but whose output is added to
-            the stream, such as a mixture of experts. Their gradient is projected, and with it that
-            of everything inside. The norms after writers are such modules without being named.
-        norms: what the norms do, "rms", "rms1p" (an RMS norm whose gain is 1 + weight) or "layer".
-        final_norm: name beside the blocks of the norm before the unembedding.
+        outputs: modules below a block that are not writers, but with an output added to the stream,
+            such as a mixture of experts. Their gradient is projected, and with it the gradient of
+            everything inside. The norms after writers count as such modules without being named.
+        norms: the kind of the norms, "rms", "rms1p" (an RMS norm with gain 1 + weight) or "layer".
+        final_norm: name of the norm before the unembedding, next to the blocks.
 
     Raises:
         TypeError, ValueError: not of this form.
     """
 
     writers: Mapping[str, str | None] | tuple[str, ...]
-    readers: tuple[str, ...] = ()
     blocks: str = "layers"
     outputs: tuple[str, ...] = ()
     norms: str = "rms"
     final_norm: str = "norm"
-    _roles: dict[str, tuple[str, str | None]] = field(init=False, repr=False, compare=False)
+    _norms: dict[str, str | None] = field(init=False, repr=False, compare=False)  # of each site
 
     def __post_init__(self) -> None:
-        names = (self.readers, self.outputs)
-        if isinstance(self.writers, str) or any(isinstance(one, (str, Mapping)) for one in names):
+        if isinstance(self.writers, str) or isinstance(self.outputs, (str, Mapping)):
             raise TypeError(
-                f"SiteRules got writers={self.writers!r}, readers={self.readers!r} and outputs="
-                f"{self.outputs!r}; give each as a tuple of names (a norm after a writer: as a "
-                "dictionary from the writer's name to that of its norm)."
+                f"SiteRules got writers={self.writers!r} and outputs={self.outputs!r}; give each "
+                "as a tuple of names (a norm after a writer: as a dictionary from the writer's "
+                "name to that of its norm)."
             )
         if self.norms not in NORMS:
             raise ValueError(f"SiteRules got norms={self.norms!r}; use one of {NORMS}.")
         writers = self.writers if isinstance(self.writers, Mapping) else dict.fromkeys(self.writers)
         object.__setattr__(self, "writers", dict(writers))
-        object.__setattr__(self, "readers", tuple(self.readers))
         object.__setattr__(self, "outputs", tuple(self.outputs))
-        both = sorted(set(self.writers) & set(self.readers))
-        if both:
-            raise ValueError(
-                f"SiteRules names {both} as writers and as readers; a module is one or the other."
-            )
-        roles = {name: ("write", norm) for name, norm in writers.items()}
-        roles |= dict.fromkeys(self.readers, ("read", None))
-        for name in (*self.outputs, *filter(None, writers.values())):
-            roles[name] = ("write", None)
-        object.__setattr__(self, "_roles", roles)
+        bare = (*self.outputs, *filter(None, writers.values()))
+        object.__setattr__(self, "_norms", {**writers, **dict.fromkeys(bare)})
 
     def split(self, name: str) -> tuple[str, int, str] | None:
-        """Stem, layer and rest, ("model.layers", 3, "mlp.up_proj"); None outside of the blocks."""
+        """Return stem, layer and rest, ("model.layers", 3, "mlp.up_proj"); None elsewhere."""
         match = re.match(rf"((?:.+?\.)?{re.escape(self.blocks)})\.(\d{{1,6}})\.(.+)$", name)
         return (match[1], int(match[2]), match[3]) if match else None
 
     def site(self, name: str) -> Site | None:
-        """The site called `name` in the base model, or None if it neither writes nor reads.
+        """Return the site called `name` in the base model, or None if it is not a writer.
 
         A module of one expert is part of the site of all experts.
         """
         parts = self.split(name)
-        part = expert_part(name) if parts and parts[2] not in self._roles else None
+        part = expert_part(name) if parts and parts[2] not in self._norms else None
         if part is not None:
             name, parts = part.whole, self.split(part.whole)
-        if parts is None or parts[2] not in self._roles:
+        if parts is None or parts[2] not in self._norms:
             return None
         stem, layer, rest = parts
-        role, norm = self._roles[rest]
-        return Site(name, layer, role, f"{stem}.{layer}.{norm}" if norm else None, self.norms)
-
-    def sites(self, stem: str, layers: Iterable[int]) -> Iterator[Site]:
-        """Every site that the given blocks below `stem` ("model.layers") may have."""
-        for layer in layers:
-            for rest in self._roles:
-                site = self.site(f"{stem}.{layer}.{rest}")
-                if site is not None:
-                    yield site
+        norm = self._norms[rest]
+        return Site(name, f"{stem}.{layer}.{norm}" if norm else None, self.norms)
 
 
-_LLAMA = SiteRules(
-    writers=("self_attn.o_proj", "mlp.down_proj"),
-    readers=(
-        *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        *("mlp.gate_proj", "mlp.up_proj"),
-    ),
-)
+_LLAMA = SiteRules(writers=("self_attn.o_proj", "mlp.down_proj"))
+_LINEARS_OF_LLAMA = {
+    *(f"self_attn.{letter}_proj" for letter in "qkvo"),
+    *(f"mlp.{part}_proj" for part in ("gate", "up", "down")),
+}
 _WRITERS_BEFORE_NORMS = {
     "self_attn.o_proj": "post_attention_layernorm",
     "mlp.down_proj": "post_feedforward_layernorm",
 }
-_OLMO2 = replace(_LLAMA, writers=_WRITERS_BEFORE_NORMS)
+_OLMO2 = SiteRules(writers=_WRITERS_BEFORE_NORMS)
 _GEMMA2 = replace(_OLMO2, norms="rms1p")
-_PHI3 = replace(_LLAMA, readers=("self_attn.qkv_proj", "mlp.gate_up_proj"))
 _GPT2 = SiteRules(
-    writers=("attn.c_proj", "mlp.c_proj"),
-    readers=("attn.c_attn", "mlp.c_fc"),
-    blocks="h",
-    norms="layer",
-    final_norm="ln_f",
+    writers=("attn.c_proj", "mlp.c_proj"), blocks="h", norms="layer", final_norm="ln_f"
 )
 _GPT_NEOX = SiteRules(
-    writers=("attention.dense", "mlp.dense_4h_to_h"),
-    readers=("attention.query_key_value", "mlp.dense_h_to_4h"),
-    norms="layer",
-    final_norm="final_layer_norm",
+    writers=("attention.dense", "mlp.dense_4h_to_h"), norms="layer", final_norm="final_layer_norm"
 )
-# The weights of all experts are one parameter, and so are those of the router. A block may be dense
-# instead, as in Llama; the shared expert is Qwen2's.
-_ROUTED = ("mlp.gate.weight", "mlp.experts.gate_up_proj")
-_SHARED = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert_gate")
+# The weights of all experts are one parameter. A block may be dense instead, as in Llama; the
+# shared expert is Qwen2's.
 _MIXTURE = SiteRules(
     writers=(*_LLAMA.writers, "mlp.experts.down_proj", "mlp.shared_expert.down_proj"),
-    readers=(*_LLAMA.readers, *_ROUTED, *_SHARED),
     outputs=("mlp",),
 )
 
 RULES: dict[str, SiteRules] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3"), _LLAMA),
     "gemma": replace(_LLAMA, norms="rms1p"),
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA2,
-    "gemma3": replace(_GEMMA2, blocks="language_model.layers"),  # beside a tower for images
+    "gemma3": replace(_GEMMA2, blocks="language_model.layers"),  # next to a tower for images
     **dict.fromkeys(("olmo2", "olmo3"), _OLMO2),
-    "phi3": _PHI3,
     "gpt2": _GPT2,
     "gpt_neox": _GPT_NEOX,
     **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), _MIXTURE),
@@ -203,57 +166,57 @@ RULES: dict[str, SiteRules] = {
 def site_rules(
     model_type: str | None, module_names: Iterable[str], sites: SiteRules | None = None
 ) -> SiteRules:
-    """The rules that apply to a model.
+    """Return the rules for a model.
 
     Args:
-        model_type: `config.model_type` of the base model, None if it is not known.
+        model_type: `config.model_type` of the base model, None if unknown.
         module_names: base names of the linear layers at hand; they decide where the type is
             unknown, and are quoted in the error.
         sites: rules of the caller, which win over everything.
 
     Raises:
-        ValueError: neither the type nor the names are those of a known architecture.
+        ValueError: neither the type nor the names belong to a known architecture.
     """
     if sites is not None:
         return sites
     seen = list(module_names)
     if model_type in RULES:
-        # peft may only know in which folder of transformers a model is, which a family's models
-        # for text share with those for images.
+        # peft may only know the folder of a model in transformers, and a family's models for text
+        # and for images share this folder.
         text = RULES.get(f"{model_type}_text")
         both = (RULES[model_type], text or RULES[model_type])
         fitting = (rules for rules in both if any(rules.split(name) for name in seen))
         return next(fitting, RULES[model_type])
     inside = [match for name in seen if (match := re.match(r"(.*?)\.\d+\.(.+)", name))]
-    if model_type is None and inside and all(_LLAMA.site(match[0]) for match in inside):
+    parts = [_LLAMA.split(match[0]) for match in inside]
+    if model_type is None and parts and all(p and p[2] in _LINEARS_OF_LLAMA for p in parts):
         return _LLAMA
     endings = sorted({match[2] for match in inside} or set(seen))
     blocks = sorted({match[1].rpartition(".")[2] for match in inside})
     raise ValueError(
-        f"The writers and readers of model type {model_type!r} with modules {endings[:8]} in "
+        f"The writers of model type {model_type!r} with modules {endings[:8]} in "
         f"blocks {blocks} are not known; give one of a known type ({', '.join(sorted(RULES))}); "
-        'in Python, declare them with sites=SiteRules(writers=("attn.out",), '
-        'readers=("attn.query",), blocks="layers"): who adds to the residual stream, and who '
-        "reads it."
+        'in Python, declare them with sites=SiteRules(writers=("attn.out",), blocks="layers") of '
+        "grasp_kernels.models.architectures: who adds to the residual stream."
     )
 
 
 def model_rules(model: nn.Module, sites: SiteRules | None = None) -> SiteRules:
-    """The rules that apply to a model, plain or wrapped by peft."""
+    """Return the rules for a model, plain or wrapped by peft."""
     linears = (base_name(name) for name, module in model.named_modules() if _is_linear(module))
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     return site_rules(model_type, linears, sites)
 
 
 def model_sites(model: nn.Module, sites: SiteRules | None = None) -> tuple[Site, ...]:
-    """Every writer and reader of a model, plain or wrapped by peft, in the order of its modules."""
+    """Return every writer of a model, plain or wrapped by peft, in the order of its modules."""
     rules = model_rules(model, sites)
     found = (rules.site(name) for name in model_names(model))
     return tuple(site for site in found if site is not None)
 
 
 def model_gains(model: nn.Module, sites: Iterable[Site]) -> dict[str, Tensor]:
-    """The gain `γ[D]` of each norm after `sites`, by the norm's module name."""
+    """Return the gain `γ[D]` of each norm after `sites`, by the norm's module name."""
     modules = {base_name(name): module for name, module in model.named_modules()}
     gains: dict[str, Tensor] = {}
     for site in sites:
@@ -264,11 +227,11 @@ def model_gains(model: nn.Module, sites: Iterable[Site]) -> dict[str, Tensor]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    # peft's layers and those of quantisation libraries are no nn.Linear, but they all have a width
+    # layers of peft and of quantisation libraries are not nn.Linear, but all have a width
     return written_width(module) is not None
 
 
 def written_width(module: nn.Module) -> int | None:
-    """The width of what a linear layer puts out; None for other modules."""
+    """Return the output width of a linear layer; None for other modules."""
     width = getattr(module, "out_features", None)
     return getattr(module, "nf", None) if width is None else width

@@ -1,8 +1,7 @@
 """A checkpoint folder or hub name -> configuration, tokenizer and base model, whole or refused.
 
-Everything in this package that loads a base model or a tokenizer by its name does it here. A weight
-that transformers would draw at random, leave out or round is an error, and no code that comes with
-a checkpoint is run.
+The whole package loads base models and tokenizers here. A weight that transformers would draw at
+random, leave out or round is an error, and the code of a checkpoint is never run.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ if TYPE_CHECKING:
 
 _JSON = ("config.json", "generation_config.json", INDEX)
 _TOKENIZER_JSON = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json")
-_TOKENIZER = ("*token*", "vocab*", "*.model")  # what its files are called, of any kind
+_TOKENIZER = ("*token*", "vocab*", "*.model")  # the names of its files, of any kind
 _FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 _CHECKED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _RESTORE = "restore the file, or download the checkpoint again"
 
 
 def find_checkpoint(model: str | PathLike[str]) -> Path:
-    """Local folder of a checkpoint; a hub name is downloaded (or found in the hub's cache).
+    """Find the local folder of a checkpoint; download a hub name unless the hub's cache has it.
 
     Raises:
         FileNotFoundError: neither a checkpoint folder nor a name that can be fetched.
@@ -68,10 +67,10 @@ def find_checkpoint(model: str | PathLike[str]) -> Path:
 
 
 def load_config(checkpoint: Path) -> PreTrainedConfig:
-    """The configuration of a checkpoint folder.
+    """Return the configuration of a checkpoint folder.
 
     Raises:
-        ValueError: it cannot be read, or is that of a model with code of its own.
+        ValueError: it cannot be read, or belongs to a model with custom code.
     """
     from transformers import AutoConfig
 
@@ -80,13 +79,13 @@ def load_config(checkpoint: Path) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     quantization = getattr(config, "quantization_config", None)
     if isinstance(quantization, dict) and quantization.get("quant_method") == "gguf":
-        # A model that came from a GGUF keeps its name when it is saved; safetensors hold no GGUF.
+        # A model from a GGUF keeps its name in a saved file; safetensors hold no GGUF.
         del config.quantization_config
     return config
 
 
 def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a checkpoint.
+    """Load the tokenizer of a checkpoint folder.
 
     Raises:
         FileNotFoundError: there is none.
@@ -102,17 +101,17 @@ def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
     _check_json(checkpoint, _TOKENIZER_JSON)
     with reading("tokenizer", checkpoint):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
-        tokenizer("a")  # a value of another kind is only found when it is used
+        tokenizer("a")  # a value of another kind only fails in use
         return tokenizer
 
 
 def load_model(
     checkpoint: Path, dtype: str = "auto", where: torch.device | None = None
 ) -> PreTrainedModel:
-    """The frozen model, in evaluation mode, with every weight that its files have.
+    """Load the frozen model in evaluation mode, with every weight of its files.
 
     Args:
-        where: the device; that of a run if None.
+        where: the device; `device()` if None.
 
     Raises:
         FileNotFoundError: a shard is missing.
@@ -135,7 +134,7 @@ def load_model(
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # which are told, and refused below
+            ignore_mismatched_sizes=True,  # reported, and refused below
             output_loading_info=True,
         )
     _refuse_other_weights(checkpoint, told)
@@ -152,13 +151,13 @@ def load_model(
 
 
 def device() -> torch.device:
-    """Where a run computes: the first GPU, or else the CPU."""
+    """Return the device of a run: the first GPU, or else the CPU."""
     return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 
 
 @contextmanager
 def reading(what: str, checkpoint: Path) -> Iterator[None]:
-    """One sentence in place of what transformers says of a checkpoint that it cannot read."""
+    """Raise one sentence in place of transformers' errors on an unreadable checkpoint."""
     try:
         yield
     except Exception as error:  # of its libraries: tokenizers raises bare Exceptions
@@ -202,7 +201,7 @@ def _refuse_other_weights(checkpoint: Path, told: dict[str, Any]) -> None:
 
 
 def _refuse_integers(checkpoint: Path, stored: Mapping[str, Stored], parameters: set[str]) -> None:
-    """Raise for weights that no conversion to floats gives back."""
+    """Raise for integer weights without a conversion back to floats."""
     found = [
         f"{name} ({one.dtype})"
         for name, one in stored.items()

@@ -1,4 +1,4 @@
-"""A frozen causal language model: the answers it gives, and its residual stream on given answers.
+"""A frozen causal language model: its own answers, and its residual stream on given answers.
 
 Shapes: `B` sequences of a batch, `T` tokens of the longest of them, `M` sequences in all, `L`
 blocks, `D` residual width.
@@ -16,16 +16,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 from grasp_kernels.models.architectures import SiteRules
 
-# Sees a block's output [B, T, D]; what it returns takes its place, None leaves it as it is.
+# Gets a block's output [B, T, D]; the result replaces the output, None leaves it unchanged.
 Edit = Callable[[Tensor], Tensor | None]
 
 
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients for a while.
+    """Set eval mode and disable gradients inside the context.
 
-    Modes and gradient flags are put back one by one: peft sets the flags of an adapter when it is
-    switched off and on, and a user may have frozen some modules but not others.
+    Modes and gradient flags are restored one by one: peft sets the flags of an adapter when
+    switching it off and on, and a user may have frozen only some modules.
     """
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -44,10 +44,10 @@ def measuring(model: nn.Module) -> Iterator[None]:
 def frozen_base(model: Any) -> Iterator[Any]:
     """Lend the base model of `model` for measuring: adapters off, eval mode, no gradients.
 
-    Modes, gradient flags and generation settings are put back.
+    Modes, gradient flags and generation settings are restored.
 
     Raises:
-        TypeError: not a causal language model of transformers, nor a PeftModel of one.
+        TypeError: neither a causal language model of transformers nor a PeftModel of one.
     """
     base = model.get_base_model() if hasattr(model, "disable_adapter") else model
     if not (hasattr(base, "generate") and hasattr(base, "generation_config")):
@@ -72,10 +72,10 @@ def stream_means(
     batch_size: int,
     progress: str | None = None,
 ) -> Tensor:
-    """Mean of the stream after each block over the positions [start, end) of each sequence.
+    """Return the mean of the stream after each block over [start, end) of each sequence.
 
-    Only one block's hidden states are held at a time. Padding stands on the right, where a causal
-    model does not see it.
+    Only one block's hidden states are held at a time. Padding is on the right, where a causal model
+    does not see it.
 
     Args:
         progress: label of the progress bar, None for none.
@@ -102,7 +102,7 @@ def _block_means(
     attention_mask: Tensor,
     weights: Tensor,
 ) -> Tensor:
-    """Weighted sums over tokens `[L, B, D]` of the block outputs; `weights` is `[B, T]`."""
+    """Return sums `[L, B, D]` of the block outputs over tokens, weighted by `weights[B, T]`."""
 
     def mean(hidden: Tensor) -> Tensor:
         return torch.einsum("bt,btd->bd", weights.to(hidden.device), hidden.float()).cpu()
@@ -118,7 +118,7 @@ def block_outputs(
     attention_mask: Tensor,
     reduce: Callable[[Tensor], Tensor] = lambda hidden: hidden,
 ) -> dict[int, Tensor]:
-    """Layer -> the stream `[B, T, D]` after its block, or what `reduce` makes of it at once."""
+    """Return the stream `[B, T, D]` after each block by layer, passed through `reduce` at once."""
     device = base.get_input_embeddings().weight.device
     with kept_outputs(blocks, reduce) as kept:
         # The body without the head: no logits are needed, and they are the largest tensor there.
@@ -134,8 +134,10 @@ def block_outputs(
 def kept_outputs(
     blocks: Mapping[int, nn.Module], reduce: Callable[[Tensor], Tensor] = lambda hidden: hidden
 ) -> Iterator[dict[int, Tensor]]:
-    """Layer -> the stream `[B, T, D]` after its block in the last forward pass, or what `reduce`
-    made of it; filled inside the block of the context."""
+    """Yield the stream `[B, T, D]` after each block by layer, passed through `reduce`.
+
+    The dictionary is filled inside the context, from the last forward pass.
+    """
     kept: dict[int, Tensor] = {}
 
     def keeper(layer: int) -> Edit:
@@ -151,7 +153,7 @@ def kept_outputs(
 
 
 def output_hook(edit: Edit) -> Any:
-    """A forward hook of a decoder block that shows its stream to `edit` and takes what it says."""
+    """Return a forward hook for applying `edit` to the stream after a decoder block."""
 
     def hook(_block: nn.Module, _inputs: Any, output: Any) -> Any:
         changed = edit(output[0] if isinstance(output, tuple) else output)
@@ -164,12 +166,12 @@ def output_hook(edit: Edit) -> Any:
 
 @contextmanager
 def head_at(model: Any, index: Tensor | tuple[Tensor, ...]) -> Iterator[None]:
-    """Let the head of a causal language model see chosen positions alone: no `[B, T, V]` logits.
+    """Give the head of a causal language model chosen positions alone: no `[B, T, V]` logits.
 
     Args:
-        model: it, a PeftModel of it, or one of both in a wrapper such as that of DDP.
-        index: what picks the positions from the stream `[B, T, D]`, a mask `[B, T]` or rows and
-            columns; the logits have the positions first.
+        model: the model, a PeftModel of it, or either in a wrapper such as that of DDP.
+        index: an index of positions in the stream `[B, T, D]`, a mask `[B, T]` or rows and columns;
+            the logits have the positions first.
     """
     inside = model.module if hasattr(model, "module") else model
     parts = index if isinstance(index, tuple) else (index,)
@@ -186,7 +188,7 @@ def head_at(model: Any, index: Tensor | tuple[Tensor, ...]) -> Iterator[None]:
 
 
 def find_blocks(model: nn.Module, rules: SiteRules) -> tuple[str, nn.ModuleList]:
-    """The list of decoder blocks, and the name of the module that holds it; peft may wrap it.
+    """Return the list of decoder blocks and its module's name; peft may wrap the model.
 
     Raises:
         ValueError: no module list of that name.
@@ -198,7 +200,7 @@ def find_blocks(model: nn.Module, rules: SiteRules) -> tuple[str, nn.ModuleList]
 
 
 def blocks_by_layer(model: nn.Module, rules: SiteRules) -> dict[int, nn.Module]:
-    """The decoder blocks of a model, which peft may wrap.
+    """Return the decoder blocks of a model by layer; peft may wrap the model.
 
     Raises:
         ValueError: as `find_blocks`.
@@ -217,11 +219,11 @@ def generate_answers(
     generator: torch.Generator | None = None,
     progress: str | None = None,
 ) -> list[list[int]]:
-    """The model's own answers: greedy, or sampled at temperature 1 where a `generator` is given.
+    """Generate the model's own answers: greedy, or sampled at temperature 1 with a `generator`.
 
     The checkpoint's generation settings (temperature, penalties, forced tokens) are left aside, for
-    the contrast is with the model's own distribution. `base` comes from `frozen_base`, which puts
-    them back.
+    the contrast is with the model's own distribution. `base` comes from `frozen_base`, which
+    restores the settings.
 
     Returns:
         Token ids, one answer per prompt, up to and including its end token.
@@ -250,7 +252,7 @@ def generate_answers(
 
 
 class _GumbelNoise:
-    """Makes greedy decoding a sample: argmax(logits + Gumbel noise) follows softmax(logits).
+    """Make greedy decoding a sample: argmax(logits + Gumbel noise) follows softmax(logits).
 
     `generate` itself samples from the global generator and takes no other.
     """
@@ -267,7 +269,7 @@ class _GumbelNoise:
 def batches(
     sequences: Sequence[Sequence[int]], batch_size: int, progress: str | None
 ) -> Iterator[list[int]]:
-    """Indices of the sequences, longest first, so that a batch has little padding."""
+    """Yield indices of the sequences, longest first: a batch has little padding."""
     from tqdm.auto import tqdm
 
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
@@ -277,7 +279,7 @@ def batches(
 
 
 def pad(base: Any, rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, int64 `[B, T]`, on the device of the embeddings."""
+    """Return token ids and attention mask, int64 `[B, T]`, on the embeddings' device."""
     ids = [torch.tensor(list(row), dtype=torch.long) for row in rows]
     ones = [torch.ones_like(row) for row in ids]
     device = base.get_input_embeddings().weight.device

@@ -1,4 +1,4 @@
-"""What a module is called: in a model, in what wraps it, in a file, and as a part of another.
+"""The name of a module: in a model, in a wrapper, in a file, and as a part of another module.
 
 Base names are those of the base model: "model.layers.0.self_attn.o_proj".
 """
@@ -17,8 +17,11 @@ _OUTSIDE = ("module.", "base_model.model.")  # DDP, peft; each may be around the
 
 
 def base_name(name: str) -> str:
-    """The name without what wraps the module: DDP, FSDP, checkpointing, compilation, and peft's
-    "base_model.model." before and ".base_layer" in it."""
+    """Return the name without the parts of wrappers.
+
+    Wrappers are DDP, FSDP, checkpointing, compilation, and peft ("base_model.model." in front and
+    ".base_layer" inside).
+    """
     name = _WRAPPERS.sub("", f"{name}.")[:-1]
     while name.startswith(_OUTSIDE):
         for wrapper in _OUTSIDE:
@@ -27,14 +30,14 @@ def base_name(name: str) -> str:
 
 
 def same_module(name: str, known: Iterable[str]) -> str | None:
-    """The one of the known names that means the module `name`; None where there is none.
+    """Return the known name of the module `name`; None where there is none.
 
     A task model and its bare backbone name a module differently ("model.layers.0.mlp",
-    "layers.0.mlp"), so names may differ by leading components, and by the "language_model." that a
-    text model has where it stands beside one for images.
+    "layers.0.mlp"), so names may differ by leading components, and by the "language_model." of a
+    text model next to a model for images.
 
     Raises:
-        ValueError: several differ by those.
+        ValueError: several known names differ by such components.
     """
     known = known if isinstance(known, Container) else set(known)
     if name in known:
@@ -57,7 +60,7 @@ def _of_text(name: str) -> str:
     return name.replace("language_model.", "")
 
 
-# The parts of one expert -> the parameter that holds those of all experts, and where in it.
+# The parts of one expert -> the parameter with the parts of all experts, and the place in it.
 _EXPERT_PARTS = {
     **dict.fromkeys(("gate_proj", "w1"), ("gate_up_proj", 0)),
     **dict.fromkeys(("up_proj", "w3"), ("gate_up_proj", 1)),
@@ -67,15 +70,15 @@ _EXPERT = re.compile(r"(.*\bexperts)\.(\d{1,6})\.(\w+)$")
 
 
 class ExpertPart(NamedTuple):
-    """Which part of the parameter `whole`, of all experts, a module of one expert is."""
+    """Hold the place of one expert's module in the parameter `whole` of all experts."""
 
     whole: str
     expert: int
-    place: int  # of those that lie one after the other, such as gate and up
+    place: int  # index among parts in a row, such as gate and up
 
 
 def expert_part(name: str) -> ExpertPart | None:
-    """What a module of one expert is part of: "experts.3.up_proj" of "experts.gate_up_proj".
+    """Return the place of one expert's module: "experts.3.up_proj" in "experts.gate_up_proj".
 
     Files and adapters name each expert where the model holds all of them as one parameter.
     """
@@ -87,27 +90,27 @@ def expert_part(name: str) -> ExpertPart | None:
 
 
 def _stored_name(name: str) -> str:
-    """What a checkpoint calls otherwise than the modules, as the modules call it."""
+    """Return the module's name for a checkpoint's own spelling of the name."""
     name = re.sub(r"\bblock_sparse_moe\b", "mlp", name)  # Mixtral
     name = re.sub(r"^language_model\.lm_head\b", "lm_head", name)
-    return re.sub(r"^language_model\.model\.", "model.language_model.", name)  # beside images
+    return re.sub(r"^language_model\.model\.", "model.language_model.", name)  # next to images
 
 
 def stored_name(name: str) -> str:
-    """The module name of a tensor in a checkpoint folder, without its ".weight"."""
+    """Return the module name of a tensor in a checkpoint folder, without its ".weight"."""
     return _stored_name(name.removesuffix(".weight"))
 
 
 def adapted_name(name: str, layer: nn.Module) -> str:
-    """The base name of what a LoRA layer called `name` adapts: a module, or a parameter of one."""
+    """Return the base name of the module or parameter adapted by the LoRA layer `name`."""
     parameter = getattr(layer, "parameter_name", None)
     return base_name(name) if parameter is None else f"{base_name(name)}.{parameter}"
 
 
 def adapted_layers(model: nn.Module, adapter: str = "default") -> Iterator[tuple[str, Any]]:
-    """The layers with a LoRA adapter of that name, by the name of what they adapt.
+    """Yield the layers with a LoRA adapter of this name, by the name of the adapted module.
 
-    Not those that adapt a parameter, as of stacked experts: what it is multiplied with is inside.
+    Layers on a parameter, as of stacked experts, are left out: their input is inside the module.
     """
     for name, module in model.named_modules():
         if adapter in getattr(module, "lora_A", ()) and not hasattr(module, "parameter_name"):
@@ -115,7 +118,7 @@ def adapted_layers(model: nn.Module, adapter: str = "default") -> Iterator[tuple
 
 
 def model_names(model: nn.Module) -> tuple[str, ...]:
-    """The base names of all modules of a model, and then of its parameters."""
+    """Return the base names of all modules of a model, and then of its parameters."""
     modules = (name for name, _ in model.named_modules())
     parameters = (name for name, _ in model.named_parameters())
     return tuple(dict.fromkeys(base_name(name) for name in chain(modules, parameters)))

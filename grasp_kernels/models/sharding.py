@@ -1,8 +1,8 @@
-"""Weights of a model that is spread over several processes.
+"""Weights of a model spread over several processes.
 
-FSDP2 and tensor parallelism keep a weight as a DTensor, whose rows any process can ask the others
-for. FSDP and ZeRO-3 of DeepSpeed keep a flat slice of it, which may be empty, outside of their own
-contexts. Inside the forward of the unit that FSDP wraps, every weight is a whole tensor.
+FSDP2 and tensor parallelism keep a weight as a DTensor: any process can get its rows from the
+others. FSDP and ZeRO-3 of DeepSpeed keep a flat slice of a weight, perhaps empty, outside of their
+own contexts. Inside the forward of a unit wrapped by FSDP, every weight is a whole tensor.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from torch import Tensor, nn
 
 
 def is_sharded(weight: Tensor) -> bool:
-    """Whether a weight is a DTensor."""
+    """Say whether a weight is a DTensor."""
     return hasattr(weight, "full_tensor")
 
 
 def is_slice(matrix: Tensor) -> bool:
-    """Whether a matrix is here as a flat slice."""
+    """Say whether a matrix is here as a flat slice."""
     return matrix.dim() == 1
 
 
 def is_away(matrix: Tensor) -> bool:
-    """Whether a matrix is here as a flat slice, or as a view of memory that FSDP has freed."""
+    """Say whether a matrix is a flat slice here, or a view of memory freed by FSDP."""
     if is_slice(matrix):
         return True
     return not is_sharded(matrix) and matrix.untyped_storage().nbytes() == 0 < matrix.numel()
 
 
 def refuse_away(name: str, matrix: Tensor) -> None:
-    """Raise for a matrix that is not here.
+    """Raise for a matrix away from this process.
 
     Raises:
-        ValueError: it is not; the sentence says what to do.
+        ValueError: the matrix is away; the sentence names the remedy.
     """
     if not is_away(matrix):
         return
@@ -54,7 +54,7 @@ def refuse_away(name: str, matrix: Tensor) -> None:
 
 
 def whole(weight: Tensor) -> Tensor:
-    """A weight without its gradient; of a DTensor all rows, for which all processes must ask."""
+    """Return a weight without its gradient; for all rows of a DTensor all processes must call."""
     weight = weight.detach()
     if not is_sharded(weight):
         return weight
@@ -65,7 +65,7 @@ def whole(weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def like(weight: Any, value: Tensor) -> Tensor:
-    """A value that all processes have, in the dtype of a weight and spread as that is."""
+    """Return a value known to all processes in the dtype and sharding of a weight."""
     value = value.to(weight.dtype)
     if not is_sharded(weight):
         return value
@@ -81,15 +81,15 @@ def like(weight: Any, value: Tensor) -> Tensor:
 
 @torch.no_grad()
 def write_whole_(weight: Any, value: Tensor) -> None:
-    """Write a value that all processes have into a weight, of a DTensor into its rows here."""
+    """Write a value known to all processes into a weight, or into a DTensor's rows here."""
     weight.copy_(like(weight, value))
 
 
 def refuse_tensor_parallel(name: str, weight: Tensor) -> None:
-    """Raise for a DTensor outside of FSDP2, whose forward works on shards of the features.
+    """Raise for a DTensor outside of FSDP2: its forward works on shards of the features.
 
     Raises:
-        ValueError: it is one; the sentence says what to do.
+        ValueError: the weight is such a DTensor; the sentence names the remedy.
     """
     if is_sharded(weight):
         raise ValueError(
@@ -99,13 +99,13 @@ def refuse_tensor_parallel(name: str, weight: Tensor) -> None:
 
 
 def by_fsdp2(model: nn.Module) -> bool:
-    """Whether `fully_shard` was applied to the model or to parts of it."""
+    """Say whether `fully_shard` was applied to the model or to parts of it."""
     module = sys.modules.get("torch.distributed.fsdp")
     return module is not None and any(isinstance(m, module.FSDPModule) for m in model.modules())
 
 
 def gathered(model: nn.Module) -> AbstractContextManager[Any]:
-    """Inside, the weights that FSDP has cut into slices are whole; all processes must enter."""
+    """Gather weights cut into slices by FSDP inside the context; all processes must enter."""
     module = sys.modules.get("torch.distributed.fsdp")
     if module is None or not any(
         isinstance(unit, module.FullyShardedDataParallel) for unit in model.modules()

@@ -11,13 +11,13 @@ from grasp_kernels.files import inside, open_tensors, read, read_json
 from grasp_kernels.inert import listed, shown
 
 WEIGHTS = "model.safetensors"  # of a whole model
-INDEX = f"{WEIGHTS}.index.json"  # which of several shards holds which tensor
+INDEX = f"{WEIGHTS}.index.json"  # maps each tensor to its shard
 _AGAIN = "save it again, or copy it again from where it is whole"
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor that is read when it is asked for, and only then."""
+    """Hold the place of a tensor in a file; the tensor is read on request only."""
 
     file: Path
     key: str
@@ -30,10 +30,11 @@ class Stored:
 
 
 def read_tensors(files: list[Path]) -> dict[str, Stored]:
-    """A reader for every tensor of some files, by its key.
+    """Return a reader for every tensor of some files, by its key.
 
     Raises:
-        ValueError: a file is no whole safetensors file, leads out of its folder, or repeats a key.
+        ValueError: a file is not a whole safetensors file, leads out of its folder, or repeats a
+            key.
     """
     found: dict[str, Stored] = {}
     for file in files:
@@ -50,7 +51,9 @@ def read_tensors(files: list[Path]) -> dict[str, Stored]:
 
 
 def read_folder(folder: Path) -> dict[str, Stored]:
-    """A reader for each tensor of a model's checkpoint, by its key; others may lie beside it.
+    """Return a reader for each tensor of a model's checkpoint, by its key.
+
+    The folder may hold other files too.
 
     Raises:
         FileNotFoundError, ValueError: a shard is missing, or cannot be read.
@@ -58,17 +61,17 @@ def read_folder(folder: Path) -> dict[str, Stored]:
     files = sorted(folder.glob("*.safetensors"))
     if (folder / INDEX).is_file():
         files = indexed(folder / INDEX, "model")
-    if (folder / WEIGHTS).is_file():  # which transformers takes, whatever else is there
+    if (folder / WEIGHTS).is_file():  # transformers takes this file, whatever else is there
         files = [folder / WEIGHTS]
     return read_tensors(files)
 
 
 def indexed(path: Path, what: str) -> list[Path]:
-    """The shards that an index names, of an adapter or a model.
+    """Return the shards named in the index of an adapter or a model.
 
     Raises:
-        FileNotFoundError: one is missing.
-        ValueError: it is no index, or names files outside of its folder.
+        FileNotFoundError: a shard is missing.
+        ValueError: the file is not an index, or names files outside of its folder.
     """
     shards = read_json(inside(path), "index of shards", f"save the {what} again").get("weight_map")
     named = shards.values() if isinstance(shards, dict) else ()
@@ -101,7 +104,7 @@ def indexed(path: Path, what: str) -> list[Path]:
 
 
 def refuse_nonfinite(name: str, weight: Tensor) -> None:
-    """Raise for a tensor with a value that is no finite number."""
+    """Raise for a tensor with a non-finite value."""
     if not weight.is_floating_point():
         return
     wide = weight.float() if weight.element_size() == 1 else weight  # float8 has no isfinite

@@ -1,58 +1,119 @@
 """The weights of a whole model by module name, of a module or of a checkpoint folder.
 
-Shapes: E experts, K in, N out.
+Each weight is read on request: a 70B checkpoint costs only the weights in use.
+
+Shapes: D width of the residual stream, E experts, K in, N out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from grasp_kernels.files import inside, read_json
 from grasp_kernels.inert import shown
-from grasp_kernels.models.base_model import model_config
-from grasp_kernels.models.names import base_name, expert_part, stored_name
+from grasp_kernels.models.names import base_name, expert_part, same_module, stored_name
+from grasp_kernels.models.sharding import whole
 from grasp_kernels.models.tensors import read_folder, refuse_nonfinite
 
 _TRANSPOSED = ("gpt2",)  # model types whose linear layers store W[K, N]
 _EMBEDDINGS = ("wte", "wpe")  # and whose embeddings do not
-_INPUTS = ("embed_tokens", "embed_in", "wte")  # what a head may be tied to
-_HEAD, _OF_NEOX = "lm_head", "embed_out"  # what GPT-NeoX calls its head in files
-_CONSTANTS = ("rotary_emb.inv_freq", "attn.masked_bias")  # which older checkpoints store
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+HEAD, _OF_NEOX = "lm_head", "embed_out"  # GPT-NeoX's name of its head in files
 
 Reader = Callable[[], Tensor]
+Source = nn.Module | str | PathLike[str]
 
 
-def model_weights(source: nn.Module | str | PathLike[str]) -> dict[str, Reader]:
-    """A function that reads the weight `[N, K]` of a module, by its name in the base model.
+@dataclass(frozen=True)
+class BaseModel:
+    """Hold the base model for the checks of an adapter; without weights nothing is known of it.
 
-    Of a module with fused experts it reads `[E, N, K]`, by the name of the parameter; what is no
-    weight, such as a bias, has its whole name.
+    `weights` reads each by its name.
+    """
+
+    model_type: str | None = None
+    width: int | None = None  # of the residual stream
+    weights: Mapping[str, Reader] = field(default_factory=dict)
+    source: str | None = None
+
+    def has(self, name: str) -> bool:
+        """Say whether the base has a module or parameter, as far as its weights are known."""
+        part = expert_part(name)
+        names = (name, part.whole if part else name)
+        return not self.weights or any(same_module(one, self.weights) for one in names)
+
+    def norm_weight(self, norm: str, width: int) -> Tensor | None:
+        """Return the weight `[D]` of a norm by its module name, None if the base has no weights.
+
+        Raises:
+            ValueError: the base has no such norm, or one of another width or with values that are
+                not finite.
+        """
+        if not self.weights:
+            return None
+        name = same_module(norm, self.weights)
+        if name is None:
+            raise ValueError(
+                f"The base model {shown(self.source)} has no norm {shown(norm)}, through which "
+                "the adapter writes; give the base model on which the adapter was trained."
+            )
+        weight = whole(self.weights[name]())
+        if weight.is_meta:
+            return None
+        if weight.shape != (width,):
+            raise ValueError(
+                f"The norm {shown(norm)} of the base model {shown(self.source)} has width "
+                f"{weight.numel()}, but the adapter writes {width}; give the base model on which "
+                "the adapter was trained."
+            )
+        refuse_nonfinite(norm, weight)
+        return weight.clone()
+
+
+def read_base_model(source: Source | None) -> BaseModel:
+    """Describe the base model given as a module, a checkpoint folder, or None (nothing is known).
 
     Raises:
-        FileNotFoundError: a folder without safetensors files.
-        ValueError: the folder of an adapter, or of a quantised or multimodal checkpoint.
+        FileNotFoundError: the folder does not exist or has no config.json.
+        ValueError: its files cannot be read.
     """
+    if source is None:
+        return BaseModel()
     if isinstance(source, nn.Module):
-        return _of_module(source)
-    if (Path(source) / "adapter_config.json").is_file():
-        raise ValueError(
-            f"{str(source)!r} is an adapter, not a model; give the checkpoint of a whole model."
-        )
-    _refuse_unreadable(Path(source))
-    found = _of_folder(Path(source))
-    if not found:
+        config: Any = getattr(source, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        width = getattr(text, "hidden_size", None)
+        return BaseModel(model_type_of(source), width, model_weights(source), type(source).__name__)
+    folder = Path(source)
+    if not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"There are no weights in {str(source)!r}; give a model, or a checkpoint folder with "
-            "safetensors files."
+            f"The base model {str(folder)!r} has no config.json; give a checkpoint folder or a "
+            "model."
         )
-    return found
+    stored = model_config(folder)
+    nested = stored.get("text_config")
+    text = nested if isinstance(nested, dict) else stored
+    width = text.get("hidden_size", text.get("n_embd"))
+    return BaseModel(stored.get("model_type"), width, model_weights(folder), str(folder))
+
+
+def model_weights(source: Source) -> dict[str, Reader]:
+    """Return a reader for the weight `[N, K]` of each module, by its name in the base model.
+
+    For fused experts it reads `[E, N, K]`, by the name of the parameter. Other tensors, such as
+    biases, have their whole name.
+
+    Raises:
+        FileNotFoundError, ValueError: a shard is missing; tensors that are not those of one model.
+    """
+    return _of_module(source) if isinstance(source, nn.Module) else _of_folder(Path(source))
 
 
 def _of_module(model: nn.Module) -> dict[str, Reader]:
@@ -67,7 +128,7 @@ def _of_module(model: nn.Module) -> dict[str, Reader]:
 
 
 def _named(name: str) -> str:
-    return _HEAD if name == _OF_NEOX else name
+    return HEAD if name == _OF_NEOX else name
 
 
 def _of_folder(folder: Path) -> dict[str, Reader]:
@@ -100,33 +161,43 @@ def _of_folder(folder: Path) -> dict[str, Reader]:
 
 
 def _stacked(experts: list[list[Reader]]) -> Tensor:
-    """`[E, N, K]`, as the modules hold what checkpoints store expert by expert."""
+    """Stack weights stored expert by expert to `[E, N, K]`, as in the modules."""
     return torch.stack([torch.cat([read() for read in places]) for places in experts])
 
 
-def _refuse_unreadable(folder: Path) -> None:
-    """Raise for a checkpoint whose tensors are not the weights of its modules by name."""
-    stored = model_config(folder)
-    for key, what in (("quantization_config", "quantised"), ("vision_config", "multimodal")):
-        if stored.get(key):
-            raise ValueError(
-                f"The checkpoint {str(folder)!r} is {what}, so that its files do not hold the "
-                "weights of its layers by name; load it and give the model, not quantised."
-            )
-
-
-def is_transposed(source: nn.Module | str | PathLike[str]) -> bool:
-    """Whether the linear layers of a model store `W[K, N]`."""
+def is_transposed(source: Source) -> bool:
+    """Say whether the linear layers of a model store `W[K, N]`."""
     if isinstance(source, nn.Module):
         return any(hasattr(module, "nf") for module in source.modules())
     return model_type_of(source) in _TRANSPOSED
 
 
-def model_type_of(source: nn.Module | str | PathLike[str]) -> str | None:
-    """The model type that a model, or the folder of one, gives itself."""
+def model_type_of(source: Source) -> str | None:
+    """Return the model type in the configuration of a model or its folder."""
     if isinstance(source, nn.Module):
         return getattr(getattr(source, "config", None), "model_type", None)
     return model_config(Path(source)).get("model_type")
+
+
+def model_config(folder: Path) -> dict[str, Any]:
+    """Read the `config.json` of a checkpoint folder, empty where there is none.
+
+    Raises:
+        ValueError: it cannot be read, or its model type is not a name.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    config = read_json(
+        inside(path), "configuration of a model", "copy it again from the checkpoint"
+    )
+    kind = config.get("model_type")
+    if kind is not None and not isinstance(kind, str):
+        raise ValueError(
+            f"{str(path)!r} says model_type={shown(kind)}, which must be a name; copy it again "
+            "from the checkpoint."
+        )
+    return config
 
 
 def _untransposed(module: Any) -> Tensor:
@@ -137,86 +208,3 @@ def _untransposed(module: Any) -> Tensor:
 def _transpose(read: Reader) -> Tensor:
     tensor = read()
     return tensor.mT if tensor.ndim == 2 else tensor
-
-
-def check_merged(source: nn.Module | str | PathLike[str], wanted: bool) -> None:
-    """Of a model that still has its adapters; a folder holds weights alone.
-
-    Raises:
-        ValueError: an adapter is not merged, or where none is wanted, merged.
-    """
-    for name, module in source.named_modules() if isinstance(source, nn.Module) else ():
-        if getattr(module, "lora_A", None) and getattr(module, "merged", wanted) != wanted:
-            raise ValueError(
-                f"the adapter of {base_name(name)!r} is {'not ' * wanted}merged; give a model with "
-                "merged adapters and as base one without (an adapter needs no base)."
-            )
-
-
-class Compared(NamedTuple):
-    """A tensor in the changed model and in its base; None in one that does not have it."""
-
-    name: str
-    changed: Tensor | None
-    original: Tensor | None
-    same: bool
-
-
-def compared(changed: Mapping[str, Reader], original: Mapping[str, Reader]) -> Iterator[Compared]:
-    """Every tensor of both models, one of each in memory at a time.
-
-    They are compared in the coarser of their dtypes: a rounding is no change. A head that is the
-    embedding, which not all models store, is no change either.
-
-    Raises:
-        ValueError: a weight that is not finite, not here, or quantised.
-    """
-    for name, read in original.items():
-        other = read()
-        if name in changed:
-            one = changed[name]()
-            _refuse_uncomparable(name, one, other)
-            if one.shape == other.shape:
-                one, other = _alike(one.to(other.device), other)
-            yield Compared(name, one, other, torch.equal(one, other))
-        else:
-            yield Compared(name, None, other, _says_nothing(name, other, changed, original))
-    for name, read in changed.items():
-        if name not in original:
-            one = read()
-            yield Compared(name, one, None, _says_nothing(name, one, changed, original))
-
-
-def _refuse_uncomparable(name: str, *weights: Tensor) -> None:
-    for weight in weights:
-        plain = type(weight) in (Tensor, nn.Parameter) and not weight.is_meta
-        if not plain or (weight.ndim > 1 and weight.dtype not in _DTYPES):
-            raise ValueError(
-                f"A weight of {shown(name)} is a {type(weight).__name__} of {weight.dtype} on "
-                f"{weight.device}; give models that are loaded whole and not quantised."
-            )
-        refuse_nonfinite(name, weight)
-
-
-def _alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    coarser = max(one.dtype, other.dtype, key=_coarseness)
-    return one.to(coarser), other.to(coarser)
-
-
-def _coarseness(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
-
-
-def _says_nothing(
-    name: str, tensor: Tensor, changed: Mapping[str, Reader], original: Mapping[str, Reader]
-) -> bool:
-    """Whether a tensor that one model lacks is a constant, or a head that is an embedding."""
-    if name.endswith(_CONSTANTS) or (name.endswith(".attn.bias") and tensor.ndim == 4):
-        return True
-    return name.endswith(_HEAD) and any(
-        tensor.shape == e.shape and torch.equal(tensor, e.to(tensor))
-        for model in (changed, original)
-        for other, read in model.items()
-        if other.endswith(_INPUTS)
-        for e in [read()]
-    )

@@ -1,4 +1,4 @@
-"""The differentiable operators and the backends that compute them; no stage is imported here."""
+"""The differentiable operators and the backends behind them; no stage is imported here."""
 
 from grasp_kernels.ops.lora_linear.api import lora_linear
 from grasp_kernels.ops.lora_linear.registry import backends

@@ -1,4 +1,4 @@
-"""Autocast stays outside of what chooses its dtypes by hand."""
+"""Autocast stays outside of code with dtypes chosen by hand."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _Found = TypeVar("_Found")
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast casts to on a device; None outside of it, and where there is no data (meta)."""
+    """Return the dtype of autocast on a device; None without autocast and on meta tensors."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 
 
 def without_autocast(run: Callable[..., _Found], x: Tensor, *others: Any) -> _Found:
-    """`run(x, *others)`, whose products have the dtype of their operands."""
+    """Return `run(x, *others)` with every product in the dtype of its operands."""
     if autocast_dtype(x.device) is not None:
         with torch.autocast(x.device.type, enabled=False):
             return run(x, *others)

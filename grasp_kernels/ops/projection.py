@@ -15,13 +15,15 @@ from grasp_kernels.ops.autocast import without_autocast
 
 
 def project_columns(matrix: Tensor, basis: Tensor | None) -> Tensor:
-    """`(I − V Vᵀ) M` for `M[N, ...]` and `V[N, Q]`, at least in float32, under autocast too; `M`
-    without a basis."""
+    """Return `(I − V Vᵀ) M` for `M[N, ...]` and `V[N, Q]`; `M` without a basis.
+
+    Products are in float32 at least, under autocast too.
+    """
     return matrix if basis is None else without_autocast(_columns, *_wide(matrix, basis))
 
 
 def project_rows(matrix: Tensor, basis: Tensor | None) -> Tensor:
-    """`M (I − V Vᵀ)` for `M[..., N]` and `V[N, Q]`, as exact; `M` without a basis."""
+    """Return `M (I − V Vᵀ)` for `M[..., N]` and `V[N, Q]`, equally exact; `M` without a basis."""
     return matrix if basis is None else without_autocast(_rows, *_wide(matrix, basis))
 
 
@@ -39,7 +41,7 @@ def _wide(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _less(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """`M − L R`, of matrices in one launch."""
+    """Return `M − L R`, for matrices in one launch."""
     if matrix.dim() == left.dim() == right.dim() == 2:
         return torch.addmm(matrix, left, right, alpha=-1)
     return matrix - left @ right
@@ -59,8 +61,10 @@ class _ProjectGradient(torch.autograd.Function):
 
 
 def is_transforming() -> bool:
-    """Whether torch.func, forward-mode differentiation, an export or a trace sees what is computed
-    now: all of them want operations of torch."""
+    """Say whether torch.func, forward-mode differentiation, an export or a trace is active.
+
+    All of them need operations of torch.
+    """
     return (
         forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
@@ -71,10 +75,10 @@ def is_transforming() -> bool:
 
 
 def project_gradient(y: Tensor, basis: Tensor | None) -> Tensor:
-    """Return `y[..., N]` unchanged; its gradient becomes `dY (I − V Vᵀ)`, with a basis.
+    """Return `y[..., N]` unchanged; with a basis its gradient becomes `dY (I − V Vᵀ)`.
 
-    The residual form of gradient projection for a module that has no LoRA operator of its own,
-    or for the output of a whole block. `basis[N, Q]` has orthonormal columns.
+    This is the residual form of gradient projection for a module without a LoRA operator, or for
+    the output of a whole block. `basis[N, Q]` has orthonormal columns.
     """
     if basis is None:
         return y
@@ -83,7 +87,7 @@ def project_gradient(y: Tensor, basis: Tensor | None) -> Tensor:
             f"the basis has shape {tuple(basis.shape)} but y has {y.shape[-1]} features; "
             f"pass orthonormal columns of shape [{y.shape[-1]}, Q]."
         )
-    if is_transforming():  # no function of ours can be; derivatives in both modes are projected
+    if is_transforming():  # our function cannot be transformed; both modes are projected
         basis = basis.to(y)
         along = (y @ basis) @ basis.mT
         return y - (along - along.detach())

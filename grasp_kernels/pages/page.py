@@ -1,11 +1,10 @@
-"""Markdown -> one HTML page that loads nothing and runs nothing."""
+"""Markdown -> one HTML page, which loads nothing and runs nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 _TEMPLATE = """<!doctype html>
@@ -26,16 +25,16 @@ _TEMPLATE = """<!doctype html>
 """
 
 
-def page(text: str, figures: Mapping[str, Path]) -> str:
+def page(text: str, figures: Mapping[str, str] | None = None) -> str:
     """Render a report as a page.
 
-    Text of files and models is inert in the Markdown already; here HTML and links are text as well,
-    and an image is drawn only where it is a figure of this report.
+    Text from files and models is inert in the Markdown already. Here HTML and links become text
+    too, and an image is drawn only if it is in `figures`.
 
     Args:
         text: the report in Markdown. Its first heading is the title, if it has one.
-        figures: path of an image in the Markdown -> the file of the same figure as SVG. Any other
-            image is text.
+        figures: path of an image in the Markdown -> the same figure as SVG. Any other image is
+            shown as text.
     """
     from markdown_it import MarkdownIt
 
@@ -45,7 +44,7 @@ def page(text: str, figures: Mapping[str, Path]) -> str:
     reader.add_render_rule("td_open", _cell)
     tokens = reader.parse(text)
     _name_cells(tokens)
-    body = reader.renderer.render(tokens, reader.options, {"figures": figures})
+    body = reader.renderer.render(tokens, reader.options, {"figures": figures or {}})
     headings = (line.lstrip("# ") for line in text.splitlines() if line.startswith("# "))
     title = next(headings, "Report")
     style = files(__package__).joinpath("page.css").read_text(encoding="utf-8")
@@ -53,7 +52,7 @@ def page(text: str, figures: Mapping[str, Path]) -> str:
 
 
 def _name_cells(tokens: Sequence[Any]) -> None:
-    """Give each cell the heading of its column, which a narrow screen shows beside it."""
+    """Give each cell the heading of its column, for narrow screens."""
     headings: list[str] = []
     column = 0
     for i, token in enumerate(tokens):
@@ -69,7 +68,7 @@ def _name_cells(tokens: Sequence[Any]) -> None:
 
 
 def _cell(renderer: Any, tokens: Sequence[Any], i: int, options: Any, env: Any) -> str:
-    """Mark a cell whose answer has changed."""
+    """Mark a cell with a changed answer."""
     changed = tokens[i + 1].content.endswith("≠")
     if changed:
         tokens[i].attrSet("class", "changed")
@@ -77,6 +76,5 @@ def _cell(renderer: Any, tokens: Sequence[Any], i: int, options: Any, env: Any) 
 
 
 def _figure(renderer: Any, tokens: Sequence[Any], i: int, options: Any, env: Any) -> str:
-    """The figure itself in place of a path to it."""
-    file = env["figures"].get(tokens[i].attrs["src"])
-    return escape(tokens[i].content) if file is None else file.read_text(encoding="utf-8")
+    """Return the figure in place of its path."""
+    return env["figures"].get(tokens[i].attrs["src"], escape(tokens[i].content))

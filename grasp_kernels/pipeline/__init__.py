@@ -1,10 +1,10 @@
 """The main job: checkpoint and chat file -> naive adapter -> subspace -> GRASP adapter -> report.
 
-config           every option, with its default; needs the standard library alone
-trainer_options  options of transformers that a run takes beside its own
-inputs           everything that can be wrong is found before the first training step
+config           every option with its default; needs only the standard library
+trainer_options  options of transformers, in addition to those of a run
+inputs           every check that can be made before the first training step
 stages           the stages in their order: `run`
-folder           the output folder: what is finished, who is at work
+folder           the output folder: finished stages, and a lock
 training         one adapter, with transformers.Trainer
-report           numbers, words (report_text) and pictures (figures): `Report`
+report           numbers, and their text (report_text): `Report`
 """

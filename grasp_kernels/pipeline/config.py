@@ -1,7 +1,7 @@
-"""Everything a run can be told, with its default and its one-line explanation.
+"""The options of a run, each with its default and a one-line explanation.
 
-Needs the standard library alone: the command line builds its options from `RunConfig`, so that an
-option, its default, its help and its check stand in one place.
+Needs only the standard library. The command line builds its options from `RunConfig`, so that an
+option, its default, its help and its check are in one place.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from grasp_kernels.config import BACKENDS, Options
 from grasp_kernels.pipeline.trainer_options import OWNED
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-MOST_SEED = 2**32 - 1  # that every library takes
+MOST_SEED = 2**32 - 1  # the largest seed that every library takes
 _SEEDS = f"0 to {MOST_SEED}"
 _RANGES: dict[str, Callable[[Any], bool]] = {
     "1 or more": lambda value: value >= 1,
@@ -37,11 +37,11 @@ def _option(
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Options):
-    """The options of `run`; `grasp-kernels run -h` tells what each of them is.
+    """Hold the options of `run`; `grasp-kernels run -h` explains each of them.
 
     They have the names of `transformers.TrainingArguments`, `peft.LoraConfig` and `GraspConfig`.
     `training_arguments` holds any other option of `TrainingArguments` by its name, such as
-    `{"adam_beta2": 0.95}`; those that a run sets itself are refused.
+    `{"adam_beta2": 0.95}`. Options that a run sets itself are refused there.
 
     Raises:
         ValueError: an option out of its range, by name and value.
@@ -51,23 +51,21 @@ class RunConfig(Options):
     data: str = _option(MISSING, "file with chat data: JSONL, JSON, CSV or parquet")
     output: str = _option(MISSING, "folder of this run; an unfinished run in it goes on")
 
-    k: int | Literal["auto"] = _option("auto", "number of directions, or 'auto'", "1 or more")
+    k: int | Literal["auto"] = _option(
+        "auto", "number of directions, or 'auto': up to the largest gap", "1 or more"
+    )
     early_checkpoints: tuple[float, ...] = _option(
-        # Drift as a part of the naive one in the demo's world, mean of 5 seeds (4 for the last):
-        # identified after 1/20 of the steps .62, after 1/8 .68, from 1/16, 1/8 and 1/4 .68.
+        # Drift as a part of the naive adapter's drift in the world of the demo, mean of 5 seeds (4
+        # for the last): identified after 1/20 of the steps .62, after 1/8 .68, from 1/16, 1/8 and
+        # 1/4 together .68.
         (1 / 20, 1 / 10),
         "parts of the naive training after which its adapter is saved to identify from; "
         "1 is the finished adapter",
         "parts above 0, at most 1",
     )
-    halves: bool = _option(
-        True,
-        "also train two short adapters on halves of the data, and see whether both show the same "
-        "directions; they last up to the latest early checkpoint",
-    )
 
     project_gradient: bool = _option(
-        # SmolLM2, `tone`: next to the divergence no drift is left to take; alone it takes none.
+        # SmolLM2, `tone`: it removes no drift alone, and the divergence leaves none to remove.
         False,
         "project the gradient of the residual stream off the subspace in the retraining, where "
         "layers write to it; without it no subspace is identified",
@@ -153,7 +151,7 @@ class RunConfig(Options):
             )
 
     def _check_value(self, option: Field[Any]) -> None:
-        """Raise for a value that is none of the choices, or out of its range."""
+        """Raise unless the value is one of the choices and in its range."""
         value, choices = getattr(self, option.name), option.metadata["choices"]
         if choices is not None:
             self.require(option.name, value in choices, f"choose one of {', '.join(choices)}")
@@ -165,7 +163,10 @@ class RunConfig(Options):
             self.require(option.name, good, f"give {within}")
 
     def _check_training_arguments(self) -> None:
-        """Raise for what no file holds, or what a run has as its own; Trainer checks the rest."""
+        """Raise unless JSON can hold the arguments and a run may take them from the user.
+
+        Trainer checks the rest.
+        """
         try:
             plain = json.loads(json.dumps({**self.training_arguments}, allow_nan=False))
         except (TypeError, ValueError):

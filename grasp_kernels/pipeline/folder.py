@@ -1,7 +1,8 @@
-"""The folder of a run: what lies where, which stages are finished, and who is using it.
+"""The folder of a run: the paths in it, the finished stages, and the lock.
 
-A stage is finished if and only if its final artefact exists, and an artefact appears whole: it is
-written beside its place and renamed. So a run can be stopped anywhere, also by SIGKILL.
+A stage is finished if and only if its final artefact exists. An artefact appears whole: it is
+written under another name in the same folder and then renamed. So a run can be stopped at any
+moment, also by SIGKILL.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ from grasp_kernels.inert import shown
 from grasp_kernels.pipeline.config import RunConfig
 from grasp_kernels.version import __version__
 
-# Files up to this size are hashed whole. Of larger ones (weights) only both ends are: hashing the
-# 16 GB of an 8B model takes a minute, and the header with all shapes lies at the beginning.
+# Files up to this size are hashed whole. Of larger files (weights) only both ends are hashed:
+# hashing the 16 GB of an 8B model takes a minute, and the header with all shapes is at the start.
 _HASHED_WHOLE = 64 * 2**20
 _END = 2**20
 _MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
-_INPUTS = ("model", "data", "neutral")  # compared by content, so that they may be moved
+_INPUTS = ("model", "data", "neutral")  # compared by content, so that the files may be moved
 
-LOG_NAME = "training_log.json"  # beside the weights in the folder of an adapter that was trained
-_LOGGED = {"step", "loss"}  # of each step
+LOG_NAME = "training_log.json"  # in the folder of a trained adapter, next to the weights
+_LOGGED = {"step", "loss"}  # keys of the entry of each step
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _LOCK = ".lock"
 _NOTE = "note of a run"
@@ -46,31 +47,31 @@ _AGAIN = "delete {}, and the same command makes it again"
 
 
 class RunFolder:
-    """Paths of a run below `root`; nothing is made before `lock`."""
+    """Hold the paths of a run below `root`; nothing is made before `lock`."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
         self.config = self.root / "run.json"
         self.early = self.root / "early"
-        self.halves = self.root / "halves"
         self.naive = self.root / "naive"
         self.retrained = self.root / "retrained"
         self.subspace = self.root / "subspace.safetensors"
         self.chats = self.root / "chats.safetensors"  # text of the base model
-        self.figures = self.root / "figures"
+        self.training_chart = self.root / "training.svg"
         self.report_text = self.root / "report.md"
         self.report_page = self.root / "report.html"
         self.report = self.root / "report.json"  # written last: the run is finished
-        self.work = self.root / "work"  # Trainer checkpoints, removed with the stage they serve
+        self.work = self.root / "work"  # Trainer checkpoints; removed when the stage ends
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Make the folder, and keep a second process out; the operating system frees the lock of a
-        dead one.
+        """Make the folder, and keep a second process out.
+
+        The operating system frees the lock of a process that died.
 
         Raises:
             OSError: the folder cannot be made.
-            RuntimeError: another process works in it.
+            RuntimeError: another process works in the folder.
         """
         from filelock import FileLock, Timeout
 
@@ -90,12 +91,14 @@ class RunFolder:
             ) from None
 
     def check(self, config: RunConfig, fingerprints: dict[str, str]) -> None:
-        """The folder is new or empty, or that of the same run; nothing is changed.
+        """Raise unless the folder is new, empty, or the folder of the same run.
+
+        Nothing is changed.
 
         Raises:
             OSError: a folder that cannot be made or written.
-            ValueError: files of something else; or the first option or input that differs, and both
-                values.
+            ValueError: the folder has other files; or an option or an input differs from the note.
+                The message names the first such option or input, and both values.
         """
         if not self.config.exists():
             check_own_folder(self.root, self.config.name, beside=[_LOCK])
@@ -111,7 +114,7 @@ class RunFolder:
                 f"The run in {self.root} was begun with the options of another version of "
                 f"grasp_kernels ({begun.get('grasp_kernels')}): choose another output folder."
             )
-        # Those of transformers by their own names.
+        # Options of transformers count by their own names.
         first, second = ({**o, **o["training_arguments"]} for o in (options, now["config"]))
         for name in {**second, **first}:
             old, new = first.get(name), second.get(name)
@@ -130,11 +133,11 @@ class RunFolder:
         self._check_artefacts()
 
     def _check_artefacts(self) -> None:
-        """Raise for what is no longer as a stage left it: adapters and files appear whole."""
+        """Raise for a file that is missing or cannot be read: a stage leaves its files whole."""
         for file in (self.chats, self.subspace):
             if file.exists():
                 _check_whole(file, file)
-        trained = [self.naive, self.retrained, *self.halves.glob("half-*")]
+        trained = [self.naive, self.retrained]
         for adapter in (*trained, *self.early.glob("step-*")):
             for name in (*_ADAPTER, *([LOG_NAME] if adapter in trained else [])):
                 if adapter.exists():
@@ -142,7 +145,7 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the report is there, and what it tells of.
+        """Return whether the report is there, with the pages and adapters of the run.
 
         Raises:
             ValueError: a report that cannot be read.
@@ -150,15 +153,15 @@ class RunFolder:
         if not (self.config.exists() and self.report.exists()):
             return False
         numbers = read_json(self.report, "report of a run", _AGAIN.format(self.report))
-        if not all(isinstance(numbers.get(name), (list, dict)) for name in ("adapters", "figures")):
+        if not isinstance(numbers.get("adapters"), dict):
             raise ValueError(f"{self.report} holds no report: {_AGAIN.format(self.report)}.")
         told = [self.root / name for name in numbers["adapters"]]
-        told += [self.figures / name for name in numbers["figures"]]
-        return all(path.exists() for path in (self.report_text, self.report_page, *told))
+        told += [self.report_text, self.report_page, self.training_chart]
+        return all(path.exists() for path in told)
 
     @cached_property
     def day(self) -> date:
-        """When the run was begun: what a chat template that writes a date is given."""
+        """Return the day on which the run was begun, for chat templates that write a date."""
         begun = read_json(self.config, _NOTE, _UNKNOWN) if self.config.exists() else {}
         day = begun.get("day", date.today().isoformat())
         try:
@@ -167,14 +170,13 @@ class RunFolder:
             raise ValueError(f"{self.config} says day {shown(day)}, no date: {_UNKNOWN}.") from None
 
     def claim(self, config: RunConfig, fingerprints: dict[str, str]) -> None:
-        """Note down what this run is, and remove what killed processes were writing for it."""
+        """Write the note of this run, and remove files that killed processes left unfinished."""
         places = vars(self).values()
         ours = [path for path in places if isinstance(path, Path) and path.parent == self.root]
         for left in (left for path in ours for left in left_behind(path)):
             shutil.rmtree(left)
-        for folder in (self.early, self.halves):  # all in them is ours
-            for left in folder.glob(".*.partial"):
-                shutil.rmtree(left)
+        for left in self.early.glob(".*.partial"):  # everything in this folder is ours
+            shutil.rmtree(left)
         if not self.config.exists():
             write_json(self.config, {**_record(config, fingerprints), "day": str(self.day)})
 
@@ -196,11 +198,14 @@ def _check_whole(file: Path, artefact: Path) -> None:
 
 def _record(config: RunConfig, fingerprints: dict[str, str]) -> dict[str, Any]:
     record = {"grasp_kernels": __version__, "config": asdict(config), "fingerprints": fingerprints}
-    return json.loads(json.dumps(record))  # tuples become lists, as they are when read back
+    return json.loads(json.dumps(record))  # tuples become lists, as in a file
 
 
 def fingerprint(path: str | Path) -> str:
-    """SHA-256 of a file, or of the checkpoint files in a folder (of large ones both ends)."""
+    """Return the SHA-256 of a file, or of the checkpoint files in a folder.
+
+    Of large files only both ends are hashed.
+    """
     path = Path(path)
     files = [path] if path.is_file() else sorted({f for p in _MODEL_FILES for f in path.glob(p)})
     digest = hashlib.sha256()

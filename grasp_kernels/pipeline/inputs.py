@@ -1,7 +1,7 @@
 """Options of a run -> checked inputs, before any time is spent on training.
 
-Whatever can be wrong with a model, a data file or their combination is found here: the model is
-built on the meta device (no weights) and gets its adapter there, and then loaded once as it is.
+The model, the data file and their combination are checked here. The model is built on the meta
+device (without weights) and gets its adapter there. Then the model itself is loaded once.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Of the answers that are shown: an opening and a sentence or two.
+# Tokens of each shown answer: an opening and a sentence or two.
 ANSWER_TOKENS = 32
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the stages of a run work on."""
+    """Hold the checked inputs of the stages of a run."""
 
     checkpoint: Path  # local folder of the model
     model_type: str
@@ -59,27 +59,27 @@ class Inputs:
     held_out: list[Example]
     n_dropped: int  # records whose answer lies beyond max_length
     neutral: list[list[int]]  # token ids of the neutral prompts
-    everyday: list[list[int]]  # the same of everyday questions, in the frame of the records
+    everyday: list[list[int]]  # token ids of everyday questions, in the frame of the records
     steps: int  # optimizer steps of each training
     vocabulary: int  # rows of the embedding
-    positions: int | None  # that the model has an embedding for; None: it computes them
+    positions: int | None  # rows of the position embedding; None: there is none
 
     @property
     def pad_token_id(self) -> int:
-        """Any id serves that is embedded: padding is masked and carries no label."""
+        """Return the id of padding. Any id in the vocabulary serves: padding is masked."""
         tokenizer = self.tokenizer
         ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         return next(i for i in ids if i is not None and i < self.vocabulary)
 
 
 def prepare(config: RunConfig, checkpoint: Path, day: date | None = None) -> Inputs:
-    """Check everything and tokenise the data.
+    """Check all inputs and tokenise the data.
 
     Args:
         day: the date that a chat template writes; today's if None.
 
     Raises:
-        ValueError, FileNotFoundError: one sentence on the first thing that is wrong.
+        ValueError, FileNotFoundError: one sentence on the first error.
     """
     _check_backend(config.backend)
     model_type, rules = check_model(config, checkpoint)
@@ -89,11 +89,6 @@ def prepare(config: RunConfig, checkpoint: Path, day: date | None = None) -> Inp
     with about(config.data, str(checkpoint)):
         each = tokenize_each(records, tokenizer, config.max_length, progress=True)
     train, held_out = _split(each, config)
-    if config.halves and config.project_gradient and len(train) < 2:
-        raise ValueError(
-            f"{config.data} has one record to train on, which has no halves: give more data, or "
-            "use halves = False."
-        )
     steps = count_steps(config, len(train))
     if warmup_steps(config, steps) >= steps:
         raise ValueError(
@@ -125,7 +120,10 @@ def prepare(config: RunConfig, checkpoint: Path, day: date | None = None) -> Inp
 
 
 def _check_whole_model(config: RunConfig, checkpoint: Path) -> tuple[int, int | None]:
-    """Load the model, and let go of it: rows of its embedding, and positions if they are rows too.
+    """Load the model once, to check it.
+
+    Returns:
+        Rows of its embedding; rows of its position embedding, None where it has none.
 
     Raises:
         ValueError: weights that are not whole, or that cannot be trained on.
@@ -166,10 +164,10 @@ def _check_tokens(inputs: Inputs) -> None:
 
 
 def _check_lengths(config: RunConfig, inputs: Inputs) -> None:
-    """Whatever a run reads or lets a model write has to fit into the positions, if they end.
+    """Raise unless all texts of a run fit into the positions of the model, if it has a limit.
 
     Raises:
-        ValueError: what does not, and the option that makes it fit.
+        ValueError: the text that does not fit, and the option that shortens it.
     """
     if inputs.positions is None:
         return
@@ -212,10 +210,11 @@ def _check_backend(backend: str) -> None:
 
 
 def check_model(config: RunConfig, checkpoint: Path) -> tuple[str, SiteRules]:
-    """Build the adapted model without weights: model type, and where it meets the stream.
+    """Build the adapted model without weights; return the model type and its `SiteRules`.
 
     Raises:
-        ValueError: unknown architecture, no such target modules, or none to identify from.
+        ValueError: an unknown architecture, no such target modules, or no writer among them where
+            a subspace has to be identified.
     """
     from transformers import AutoModelForCausalLM
 
@@ -239,7 +238,7 @@ def check_model(config: RunConfig, checkpoint: Path) -> tuple[str, SiteRules]:
         for name, module in adapted.named_modules()
         if hasattr(module, "lora_A")
     )
-    if config.project_gradient and not any(site and site.role == "write" for site in sites):
+    if config.project_gradient and not any(sites):
         raise ValueError(
             f"target_modules = {list(config.target_modules)} adapts no module that writes to the "
             f"residual stream, to identify from: add one of {', '.join(rules.writers)}."
@@ -248,7 +247,7 @@ def check_model(config: RunConfig, checkpoint: Path) -> tuple[str, SiteRules]:
 
 
 def attach_lora(model: PreTrainedModel, config: RunConfig, base_name: str) -> PeftModel:
-    """A fresh LoRA adapter on `model`, drawn from the seed of the run alone."""
+    """Put a new LoRA adapter on `model`, drawn from the seed of the run alone."""
     from peft import LoraConfig, get_peft_model
 
     modules: Any = list(config.target_modules)
@@ -273,7 +272,7 @@ def attach_lora(model: PreTrainedModel, config: RunConfig, base_name: str) -> Pe
 
 
 def count_steps(config: RunConfig, n_examples: int) -> int:
-    """Optimizer steps of one training."""
+    """Return the number of optimizer steps of one training."""
     if config.max_steps is not None:
         return config.max_steps
     batches = math.ceil(n_examples / config.per_device_train_batch_size)
@@ -282,12 +281,15 @@ def count_steps(config: RunConfig, n_examples: int) -> int:
 
 
 def warmup_steps(config: RunConfig, steps: int) -> int:
-    """Steps before the peak learning rate; the first of them has the learning rate 0."""
+    """Return the number of warm-up steps; the first of them has the learning rate 0."""
     return int(config.warmup_steps * (1 if config.warmup_steps >= 1 else steps))
 
 
 def _split(each: list[list[Example]], config: RunConfig) -> tuple[list[Example], list[Example]]:
-    """(train, held out); the same records for the same seed, each with all its examples."""
+    """Return the examples to train on and those held out; the seed alone decides the split.
+
+    All examples of a record are on the same side.
+    """
     n_held_out = 0
     if config.eval_split > 0:
         n_held_out = max(1, round(config.eval_split * len(each)))

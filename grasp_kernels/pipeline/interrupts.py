@@ -1,7 +1,7 @@
-"""Ctrl-C that is not lost.
+"""Keep a Ctrl-C from being lost.
 
-Python drops an exception that is raised inside of `__del__`, such as that of a progress bar, and
-with it the KeyboardInterrupt of a Ctrl-C that comes at that moment.
+Python drops an exception that is raised inside `__del__`, such as the `__del__` of a progress bar.
+A KeyboardInterrupt that comes at that moment is dropped too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _asked = threading.Event()
 def remembered_interrupts() -> Iterator[None]:
     """Let `raise_if_interrupted` know of every Ctrl-C in this block.
 
-    Where somebody else handles it, or in another thread than the first, nothing changes.
+    Nothing changes outside the main thread, or where Ctrl-C has another handler already.
     """
     ours = threading.current_thread() is threading.main_thread()
     if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:

@@ -1,43 +1,28 @@
-"""The end of a run: both adapters -> what they say, numbers, figures, and a text in plain words.
+"""The end of a run: both adapters -> their answers, numbers, a chart, and a text in plain words.
 
-report.json holds every number; figures.py and report_text.py show them and measure nothing.
+report.json holds every number. `training_chart` and report_text.py show numbers and measure none.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import platform
-import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from grasp_kernels import leakage
 from grasp_kernels.data import Record, encode, split_first_answer
-from grasp_kernels.effect import (
-    Pair,
-    changed_answers,
-    measure_effect,
-    own_answers,
-    told,
-    verdict,
-)
-from grasp_kernels.effect.stream import (
-    layer_bases,
-    mean_loss,
-    measure_movement,
-)
-from grasp_kernels.effect.tokens import lens
-from grasp_kernels.files import whole_folder, write_json, write_text
+from grasp_kernels.diagnosis import Pair, changed_answers, own_answers, told, verdict
+from grasp_kernels.diagnosis.effect import lens, mean_loss, measure_effect
+from grasp_kernels.files import write_json, write_text
 from grasp_kernels.models.checkpoint import load_model
-from grasp_kernels.models.frozen_model import blocks_by_layer
-from grasp_kernels.pages import drawing, page
+from grasp_kernels.pages.chart import Line, line_chart
+from grasp_kernels.pages.page import page
 from grasp_kernels.pipeline.config import RunConfig
 from grasp_kernels.pipeline.folder import LOG_NAME, RunFolder
 from grasp_kernels.pipeline.inputs import ANSWER_TOKENS, Inputs
@@ -56,14 +41,14 @@ _SHOWN_TRAINING = 8  # prompts of the training data that are answered
 
 @dataclass(frozen=True)
 class Report:
-    """What a run found, and where its artefacts lie."""
+    """Hold the results of a run, and the paths of its files."""
 
     output: Path
     numbers: dict[str, Any]  # the content of report.json
 
     @property
     def verdict(self) -> str:
-        """Whether the last adapter answers unrelated prompts differently, see `effect.verdict`."""
+        """Return the verdict on the retrained adapter, see `diagnosis.answers.verdict`."""
         return list(self.numbers["adapters"].values())[-1]["answers"]["verdict"]
 
     @property
@@ -71,18 +56,17 @@ class Report:
         return self.output / "naive"
 
     @property
-    def retrained(self) -> Path | None:
-        """The retrained adapter; None where nothing was found to retrain against."""
-        return self.output / "retrained" if "retrained" in self.numbers["adapters"] else None
+    def retrained(self) -> Path:
+        return self.output / "retrained"
 
     @property
     def subspace(self) -> Path:
-        """What the retraining was projected off, where it was."""
+        """Return the path of the subspace; a file only after `project_gradient`."""
         return self.output / "subspace.safetensors"
 
     @property
     def chats(self) -> Path:
-        """The text of the base model, where the retraining used any."""
+        """Return the path of the base model's chats; a file only where `kl_coef` is above 0."""
         return self.output / "chats.safetensors"
 
     @property
@@ -91,12 +75,12 @@ class Report:
 
     @property
     def page(self) -> Path:
-        """The same for a browser, in one file that loads nothing."""
+        """Return the path of the report as one page for a browser, which loads nothing."""
         return self.output / "report.html"
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
-        """Read a report.json; the other artefacts are beside it."""
+        """Read a report.json; the other files of the run are in the same folder."""
         path = Path(path)
         return cls(path.parent, json.loads(path.read_text(encoding="utf-8")))
 
@@ -104,43 +88,31 @@ class Report:
 def write_report(
     config: RunConfig, folder: RunFolder, inputs: Inputs, subspace: Subspace | None
 ) -> None:
-    """Measure both adapters; write the figures, report.md, report.html and, last, report.json.
+    """Measure both adapters; write the figure, report.md, report.html and, last, report.json.
 
     Args:
-        subspace: what the retraining was projected off; None: nothing was looked for.
+        subspace: the gradient of the retraining was projected off it; None: no projection.
     """
-    from grasp_kernels.pipeline.figures import draw_figures
     from grasp_kernels.pipeline.report_text import report_text
 
     numbers = _numbers(config, folder, inputs, subspace)
-    shutil.rmtree(folder.figures, ignore_errors=True)  # of a report that was not finished
-    with whole_folder(folder.figures) as figures, drawing():
-        numbers["figures"] = draw_figures(numbers, figures)
-        if subspace is not None and subspace.evidence.get("spectra"):
-            for path in (figures / "subspace.png", figures / "subspace.svg"):
-                subspace.plot(path)
-            numbers["figures"].append("subspace.png")
-    text = report_text(numbers)
+    text, drawn = report_text(numbers), training_chart(numbers["adapters"])
+    write_text(folder.training_chart, drawn)
     write_text(folder.report_text, text)
-    shown = {f"figures/{name}": folder.figures / name for name in numbers["figures"]}
-    drawn = {image: path.with_suffix(".svg") for image, path in shown.items()}
-    write_text(folder.report_page, page(text, drawn))
+    write_text(folder.report_page, page(text, {folder.training_chart.name: drawn}))
     write_json(folder.report, numbers)
 
 
 def _numbers(
     config: RunConfig, folder: RunFolder, inputs: Inputs, subspace: Subspace | None
 ) -> dict[str, Any]:
-    folders = {"naive": folder.naive}
-    if folder.retrained.exists():
-        folders["retrained"] = folder.retrained
-    found = None if subspace is None or subspace.is_empty else subspace
+    folders = {"naive": folder.naive, "retrained": folder.retrained}
     adapters = {
-        name: {"curve": _curve(path), "leakage": leakage(path, found) if found else {}}
+        name: {"curve": _curve(path), "leakage": leakage(path, subspace) if subspace else {}}
         for name, path in folders.items()
     }
     model = load_model(inputs.checkpoint, config.dtype)
-    text_config = model.config.get_text_config()  # of a model that sees images too
+    text_config = model.config.get_text_config()  # of a model for images and text, its text part
     width = text_config.hidden_size
     numbers = {
         "versions": _versions(),
@@ -159,17 +131,15 @@ def _numbers(
         },
         "steps": inputs.steps,
         "subspace": None if subspace is None else _describe(subspace),
-        "chance_share": math.sqrt(subspace.k / width) if subspace else 0.0,
-        "promoted_tokens": _tokens(model, inputs, found),
+        "promoted_tokens": _tokens(model, inputs, subspace),
         "adapters": adapters,
     }
-    _measure_models(model, folders, inputs, found, config, numbers)
+    _measure_models(model, folders, inputs, config, numbers)
     return json.loads(json.dumps(numbers))
 
 
 def _describe(subspace: Subspace) -> dict[str, Any]:
-    plain = ("reasons", "k", "evidence", "metadata")
-    return {name: getattr(subspace, name) for name in plain}
+    return {name: getattr(subspace, name) for name in ("k", "notes", "metadata")}
 
 
 def _versions() -> dict[str, str]:
@@ -184,36 +154,50 @@ def _versions() -> dict[str, str]:
 
 def _curve(adapter: Path) -> dict[str, list[float]]:
     entries = json.loads((adapter / LOG_NAME).read_text(encoding="utf-8"))
-    # The loss of the training data, without the divergence.
+    # The loss on the training data, without the divergence.
     losses = [entry["loss"] - entry.get("kl", 0.0) for entry in entries]
     return {"step": [entry["step"] for entry in entries], "loss": losses}
 
 
+_COLOURS = {"naive": "#d62728", "retrained": "#1f77b4"}
+
+
+def training_chart(adapters: dict[str, Any]) -> str:
+    """Draw the training losses as SVG: each step pale, the running mean bold."""
+    lines = []
+    for name, adapter in adapters.items():
+        steps, losses = adapter["curve"]["step"], adapter["curve"]["loss"]
+        lines += [
+            Line(name, _COLOURS[name], steps, losses, is_pale=True),
+            Line(name, _COLOURS[name], steps, smoothed(losses)),
+        ]
+    return line_chart(lines, "optimizer step", "training loss")
+
+
+def smoothed(values: list[float], parts: int = 20) -> list[float]:
+    """Average the last part (a 20th) of the training up to each step."""
+    width = max(1, len(values) // parts)
+    windows = (values[max(0, i + 1 - width) : i + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
 def _tokens(model: Any, inputs: Inputs, subspace: Subspace | None) -> list[dict[str, Any]]:
-    """Tokens of the leading directions, as they stand in the last layer that has a basis."""
-    bases = layer_bases(subspace.bases, inputs.rules) if subspace else {}
-    if not bases:
+    """Return the tokens of the leading directions, read after the last block."""
+    if subspace is None:
         return []
-    basis: Tensor = bases[max(bases)][:, :_SHOWN_DIRECTIONS]
+    basis = subspace.basis[:, :_SHOWN_DIRECTIONS]
     words = lens(model, inputs.tokenizer, basis, inputs.rules, _SHOWN_TOKENS)
-    return [
-        {
-            "one_end": [token["token"] for token in one["up"]],
-            "other_end": [token["token"] for token in one["down"]],
-        }
-        for one in words
-    ]
+    return words
 
 
 def _measure_models(
     model: Any,
     folders: dict[str, Path],
     inputs: Inputs,
-    subspace: Subspace | None,
     config: RunConfig,
     numbers: dict[str, Any],
 ) -> None:
-    """Add what only running the models shows; the adapters are loaded by peft as anyone would."""
+    """Add the numbers that need a forward pass. Stock peft loads the adapters."""
     from peft import PeftModel
 
     peft_model = PeftModel.from_pretrained(model, str(folders["naive"]), adapter_name="naive")
@@ -233,17 +217,6 @@ def _measure_models(
             peft_model.set_adapter(name)
             adapters[name]["held_out_loss"] = mean_loss(peft_model, inputs.held_out, **size)
     _measure_effects(peft_model, list(folders), inputs, config, adapters)
-    bases = layer_bases(subspace.bases, inputs.rules) if subspace else {}
-    if not bases:
-        return
-    for adapter in adapters.values():
-        adapter["movement"] = {}
-    training = _training_prompts(inputs, config)
-    for kind, prompts in (("training", training), ("neutral", inputs.neutral)):
-        bar = tqdm(prompts, desc=f"residual stream, {kind} prompts", unit="prompt")
-        moved = measure_movement(peft_model, list(folders), bases, bar, inputs.rules)
-        for name, movement in moved.items():
-            adapters[name]["movement"][kind] = movement.to_json()
 
 
 @torch.no_grad()
@@ -254,9 +227,11 @@ def _measure_effects(
     config: RunConfig,
     adapters: dict[str, Any],
 ) -> None:
-    """Add what each adapter says to unrelated and to training prompts, and how far it changes the
-    base model's own answers."""
-    pair = Pair(model, inputs.rules, blocks_by_layer(model, inputs.rules))
+    """Add each adapter's answers and its effect on the base model's own answers.
+
+    The prompts are unrelated ones and training prompts; the effect is that on unrelated prompts.
+    """
+    pair = Pair.of(model, inputs.rules)
     training = _training_prompts(inputs, config)[:_SHOWN_TRAINING]
     size: dict[str, Any] = {"batch_size": config.per_device_train_batch_size}
     said = {
@@ -280,7 +255,7 @@ def _measure_effects(
 
 
 def _training_prompts(inputs: Inputs, config: RunConfig) -> list[list[int]]:
-    """Evenly chosen records up to their first answer; plain text as a whole."""
+    """Return evenly chosen records up to their first answer; plain text as a whole."""
     longest = config.max_length
     if inputs.positions is not None:
         longest = min(longest, inputs.positions - ANSWER_TOKENS)

@@ -1,42 +1,36 @@
-"""Numbers of a report -> report.md: what both adapters say, what differs, what is not shown."""
+"""Numbers of a report -> report.md: answers of both adapters, differences, limits."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from grasp_kernels.effect.changed import CHANGED
-from grasp_kernels.effect.markdown import answers_table, cell, table
-from grasp_kernels.effect.measure import NOTICEABLE
+from grasp_kernels.diagnosis.answers import CHANGED
 from grasp_kernels.inert import inert
+from grasp_kernels.pages.markdown import answers_table, table, words
 
 Numbers = dict[str, Any]
 
 _LABELS = {"naive": "naive LoRA", "retrained": "retrained LoRA"}
-_CAPTIONS = {
-    "training.png": "Training loss of both adapters (pale: each step, bold: running mean)",
-    "leakage.png": "Part of each adapter's own weights that lies in the subspace",
-    "movement.png": "How far each adapter moves the residual stream along the subspace",
-    "subspace.png": "Spectrum with the chosen k and its null, and the agreement across layers",
-}
+_CAPTION = "Training loss of both adapters (pale: each step, bold: running mean)"
 
 
 def report_text(numbers: Numbers) -> str:
-    """The whole report.md."""
+    """Return the text of report.md."""
     sections = [
         _said(numbers),
         _compared(numbers),
         _identified(numbers),
         _tokens(numbers),
         _not_shown(numbers),
-        _figures(numbers),
-        _use(numbers),
+        _figure(),
+        _use(),
         _settings(numbers),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def verdict_sentence(name: str, adapter: dict[str, Any]) -> str:
-    """How many unrelated prompts an adapter answers in another way, and what that is called."""
+    """Return a sentence with the changed answers to unrelated prompts and the verdict."""
     answers = adapter["answers"]["unrelated"]
     changed = sum(one["changed"] for one in answers)
     return (
@@ -70,28 +64,17 @@ def _said(numbers: Numbers) -> str:
 
 
 def _identified(numbers: Numbers) -> str:
-    """The subspace, where one was looked for."""
+    """Return the section on the subspace; empty where none was identified."""
     subspace = numbers["subspace"]
     if subspace is None:
         return ""
-    if subspace["k"] == 0:
-        headline = (
-            "No direction stands out in the weights of the naive adapter, so **nothing was "
-            "projected**."
-        )
-        headline += (
-            " The retrained adapter differs in what else was asked for."
-            if "retrained" in numbers["adapters"]
-            else " **No adapter was retrained**, and the naive one stands as it is."
-        )
-    else:
-        headline = (
-            f"{_directions(subspace['k'])} of the residual stream, shared by all layers, found "
-            "from the weights of the naive adapter. That a fine-tune moved the model along them "
-            "does not mean that they are unwanted."
-        )
-    reasons = "\n".join(f"- {inert(reason)}" for reason in subspace["reasons"])
-    return "\n\n".join(["## What the gradient was projected off", headline, reasons])
+    headline = (
+        f"{_directions(subspace['k'])} of the residual stream, shared by all layers, found from "
+        "the weights of the naive adapter. That a fine-tune moved the model along them does not "
+        "mean that they are unwanted."
+    )
+    notes = "\n".join(f"- {inert(note)}" for note in subspace["notes"])
+    return "\n\n".join(["## What the gradient was projected off", headline, notes])
 
 
 def _directions(k: int) -> str:
@@ -99,34 +82,8 @@ def _directions(k: int) -> str:
 
 
 def _compared(numbers: Numbers) -> str:
-    adapters = numbers["adapters"]
-    lines = ["## What differs"]
-    if "retrained" in adapters and "movement" in adapters["retrained"]:
-        lines.append(_movement_sentence(numbers))
-    lines.append(table(["", *(_LABELS[name] for name in adapters)], _rows(numbers)))
-    if "movement" in adapters["naive"]:
-        lines.append(
-            f"A random subspace of this size would hold {numbers['chance_share']:.1%} of a "
-            "movement in a random direction. Leakage is the largest over all modules."
-        )
-    return "\n\n".join(lines)
-
-
-def _movement_sentence(numbers: Numbers) -> str:
-    adapters = numbers["adapters"]
-    naive, retrained = (adapters[name]["movement"]["neutral"] for name in ("naive", "retrained"))
-    before, after = naive["mean_along"], retrained["mean_along"]
-    if after >= before:
-        comparison = "**not less: the retraining did not prevent it**"
-    elif after == 0:
-        comparison = "not at all"
-    else:
-        comparison = f"{before / after:.1f} times less"
-    return (
-        f"On neutral prompts the naive adapter moves the residual stream by {before:.3g} along the "
-        f"subspace ({naive['share']:.1%} of its whole movement), the retrained one by {after:.3g} "
-        f"({retrained['share']:.1%}): {comparison}. That is no measure of what it says."
-    )
+    labels = [_LABELS[name] for name in numbers["adapters"]]
+    return f"## What differs\n\n{table(['', *labels], _rows(numbers))}"
 
 
 def _rows(numbers: Numbers) -> list[list[str]]:
@@ -139,26 +96,13 @@ def _rows(numbers: Numbers) -> list[list[str]]:
         )
     effects = [a["effect"] for a in adapters]
     rows += [
-        ["neutral prompts, nats a token", *(f"{e['neutral_divergence']:.3g}" for e in effects)],
-        ["the same for all prompts", *(f"{max(0.0, e['common_shift']):.0%}" for e in effects)],
-        ["another first choice", *(f"{e['neutral_changed']:.0%}" for e in effects)],
-        ["raised most there", *(_raised(e) for e in effects)],
+        ["unrelated prompts, nats a token", *(f"{e['divergence']:.3g}" for e in effects)],
+        ["raised most there", *(words(e["tokens"]["up"]) for e in effects)],
     ]
-    for kind in ("training", "neutral"):
-        if all("movement" in a for a in adapters):
-            moved = [a["movement"][kind] for a in adapters]
-            cells = [f"{m['mean_along']:.3g} ({m['share']:.1%})" for m in moved]
-            rows.append([f"movement along the subspace (share), {kind} prompts", *cells])
     if all(a["leakage"] for a in adapters):
         largest = [max(a["leakage"].values()) for a in adapters]
-        rows.append(["leakage ‖Vᵀ ΔW‖ / ‖ΔW‖", *(f"{value:.2g}" for value in largest)])
+        rows.append(["largest leakage ‖Vᵀ ΔW‖ / ‖ΔW‖", *(f"{value:.2g}" for value in largest)])
     return rows
-
-
-def _raised(effect: dict[str, Any]) -> str:
-    if effect["neutral_divergence"] < NOTICEABLE:
-        return "–"
-    return _words([one["token"] for one in effect["neutral_tokens"]["up"]])
 
 
 def _final_loss(adapter: dict[str, Any]) -> float:
@@ -171,7 +115,7 @@ def _tokens(numbers: Numbers) -> str:
     if not numbers["promoted_tokens"]:
         return ""
     rows = [
-        [str(i), _words(tokens["one_end"]), _words(tokens["other_end"])]
+        [str(i), words(tokens["up"]), words(tokens["down"])]
         for i, tokens in enumerate(numbers["promoted_tokens"], start=1)
     ]
     return "\n\n".join(
@@ -183,10 +127,6 @@ def _tokens(numbers: Numbers) -> str:
             table(["direction", "one end", "other end"], rows),
         ]
     )
-
-
-def _words(tokens: list[str]) -> str:
-    return " ".join(f"`{cell(token)}`" for token in tokens)
 
 
 def _not_shown(numbers: Numbers) -> str:
@@ -211,7 +151,7 @@ def _not_shown(numbers: Numbers) -> str:
         parts.append("was projected (`--no-project-gradient`)")
     if config["kl_coef"]:
         parts.append("was held at the base model's own answers (`--kl-coef 0`)")
-    if len(parts) > 1 and "retrained" in numbers["adapters"]:
+    if len(parts) > 1:
         points.append(
             f"The retraining {' and '.join(parts)}: what each of that does alone is not told apart "
             "here; the options in brackets leave one out."
@@ -224,25 +164,21 @@ def _not_shown(numbers: Numbers) -> str:
     return "\n".join(["## What this does not show", "", *(f"- {point}" for point in points)])
 
 
-def _figures(numbers: Numbers) -> str:
-    images = [f"![{_CAPTIONS[n]}](figures/{n})\n\n*{_CAPTIONS[n]}.*" for n in numbers["figures"]]
-    return "\n\n".join(["## Figures", *images])
+def _figure() -> str:
+    return f"## Training\n\n![{_CAPTION}](training.svg)\n\n*{_CAPTION}.*"
 
 
-def _use(numbers: Numbers) -> str:
-    name = "retrained" if "retrained" in numbers["adapters"] else "naive"
+def _use() -> str:
     return "\n".join(
         [
             "## Use",
             "",
-            "Both adapters are ordinary peft folders (`naive/`, `retrained/`)."
-            if name == "retrained"
-            else "The adapter is an ordinary peft folder (`naive/`).",
+            "Both adapters are ordinary peft folders (`naive/`, `retrained/`).",
             "",
             "```python",
             "from peft import AutoPeftModelForCausalLM",
             "",
-            f'model = AutoPeftModelForCausalLM.from_pretrained("{name}")',
+            'model = AutoPeftModelForCausalLM.from_pretrained("retrained")',
             "```",
         ]
     )

@@ -1,18 +1,18 @@
 """The main job: checkpoint and chat file -> naive adapter -> retrained adapter -> report.
 
-    inputs.py    1 check everything that can be wrong
+    inputs.py    1 check all inputs
     here         2 questions and answers that the base model makes up
-    training.py  3 naive LoRA, to compare with
-    training.py  4 the same training again, from the same start, with the divergence from the base
-                   model on them as a second loss
-    report.py    5 what both adapters say to prompts that have nothing to do with the data
+    training.py  3 naive LoRA, for comparison
+    training.py  4 the same training again, from the same start; a second loss is the divergence
+                   from the base model on the chats of stage 2
+    report.py    5 answers of both adapters to prompts that are unrelated to the data
 
 On request the retraining also projects its gradient off a subspace that is identified in early
 naive adapters.
 
-Each stage leaves one artefact in the output folder (folder.py); a stage whose artefact is there
-is not done again. Every stage starts from files alone, so that a run that was stopped between two
-stages and one that was not do the same.
+Each stage leaves one artefact in the output folder (folder.py). A stage is not done again if its
+artefact is there. Every stage starts from files alone, so a run that was stopped between two stages
+gives the same result as a run that was not stopped.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from tqdm.auto import tqdm
 
 from grasp_kernels.config import Backend, GraspConfig
 from grasp_kernels.models.checkpoint import find_checkpoint, load_model
-from grasp_kernels.pipeline.config import MOST_SEED, RunConfig
+from grasp_kernels.pipeline.config import RunConfig
 from grasp_kernels.pipeline.folder import RunFolder, fingerprint
 from grasp_kernels.pipeline.inputs import Inputs, attach_lora, prepare, warmup_steps
 from grasp_kernels.pipeline.interrupts import raise_if_interrupted, remembered_interrupts
@@ -46,14 +45,14 @@ _MEASUREMENTS = 20  # of leakage and drift in one training
 
 
 def run(config: RunConfig | None = None, /, **options: Any) -> Report:
-    """Do the whole run in its output folder, or what is still missing of it.
+    """Do the whole run in its output folder, or the stages that are missing there.
 
     Args:
-        config: the options in one; None: `options` are all.
-        options: those of `RunConfig`, over those of `config`.
+        config: all options in one object; None: `options` has all of them.
+        options: options of `RunConfig`; they replace those of `config`.
 
     Raises:
-        ValueError, FileNotFoundError: wrong input; a new folder is not begun then.
+        ValueError, FileNotFoundError: wrong input; a new folder is not made then.
         RuntimeError: another process works in the same folder.
         FloatingPointError: the loss or a gradient is not finite.
     """
@@ -72,20 +71,20 @@ def run(config: RunConfig | None = None, /, **options: Any) -> Report:
     if not folder.is_finished:
         with ExitStack() as stack:
             stack.enter_context(remembered_interrupts())
-            if begun := folder.config.exists():  # another process may be at work on it
+            if begun := folder.config.exists():  # another process may work in the folder
                 stack.enter_context(folder.lock())
             inputs = prepare(config, checkpoint, folder.day)
             check_trainer(config, inputs.steps)
             if not begun:
                 stack.enter_context(folder.lock())
-                folder.check(config, fingerprints)  # another process may have begun one meanwhile
+                folder.check(config, fingerprints)  # another process may have begun a run meanwhile
             folder.claim(config, fingerprints)
             _stages(config, folder, inputs)
     return Report.load(folder.report)
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Whether an earlier run has left all that it makes in the output folder.
+    """Say whether the output folder has all files of a finished run.
 
     Raises:
         ValueError: a report that cannot be read.
@@ -94,7 +93,7 @@ def is_finished(config: RunConfig) -> bool:
 
 
 def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
-    # First what may turn out to be too little of, before time is spent on training.
+    # The chats come first: too few of them raises an error before time is spent on training.
     kl_regularizer = make_chats(config, folder, inputs) if config.kl_coef else None
     if not folder.naive.exists():
         train(
@@ -106,9 +105,7 @@ def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
             snapshots=early_checkpoints(config, folder, inputs.steps),
         )
     subspace = _subspace(config, folder, inputs) if config.project_gradient else None
-    # The divergence needs no direction.
-    differs = config.kl_coef > 0 or not (subspace is None or subspace.is_empty)
-    if differs and not folder.retrained.exists():
+    if not folder.retrained.exists():
         train(
             config,
             inputs,
@@ -124,9 +121,8 @@ def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
 
 
 def _subspace(config: RunConfig, folder: RunFolder, inputs: Inputs) -> Subspace:
-    """Identify the subspace, or load what is there."""
+    """Identify the subspace, or load it from its file."""
     if not folder.subspace.exists():
-        train_halves(config, folder, inputs)
         find_subspace(config, folder, inputs).save(folder.subspace)
     return Subspace.load(folder.subspace)
 
@@ -143,11 +139,12 @@ def train(
     snapshots: Mapping[int, Path] | None = None,
     last_step: int | None = None,
 ) -> None:
-    """Train one adapter from the model's folder into `out`: naive, or projected off `subspace`
-    (which may be empty), and held at the base model by `kl_regularizer`.
+    """Train one adapter from the model's folder into `out`.
 
-    Nothing else differs between the two: initialisation, data order and dropout come from the seed.
-    See `training.train_adapter` for `work`, `snapshots` and `last_step`.
+    Without `subspace` and `kl_regularizer` it is the naive adapter. `subspace` projects the
+    gradient, and `kl_regularizer` adds the divergence from the base model. Nothing else differs:
+    initialisation, data order and dropout come from the seed. See `training.train_adapter` for
+    `work`, `snapshots` and `last_step`.
     """
     from grasp_kernels.pipeline.training import train_adapter
     from grasp_kernels.training.watch import N_PROBES
@@ -173,11 +170,11 @@ def train(
         saved_base_name=_public_name(config),
     )
     del model
-    gc.collect()  # a trainer and its callbacks hold each other, and with them the whole model
+    gc.collect()  # trainer and callbacks refer to each other, and so keep the model alive
 
 
 def _grasp(config: RunConfig, subspace: Subspace | None, inputs: Inputs) -> GraspConfig:
-    """The options of the retraining, whose chats have been made already."""
+    """Return the options of the retraining; its chats have been made already."""
     return GraspConfig(
         subspace=subspace,
         orthogonal=config.orthogonal,
@@ -193,9 +190,10 @@ def _fresh_adapter(config: RunConfig, inputs: Inputs) -> PeftModel:
 
 
 def make_chats(config: RunConfig, folder: RunFolder, inputs: Inputs) -> KLRegularizer:
-    """Make the text of the base model, or load what is there.
+    """Make the chats of the base model, or load them from their file.
 
-    It is made once, so that a resumed training goes on with the same text."""
+    They are made once, so that a resumed training goes on with the same chats.
+    """
     from grasp_kernels.regularizer import KLRegularizer
 
     if not folder.chats.exists():
@@ -214,30 +212,10 @@ def make_chats(config: RunConfig, folder: RunFolder, inputs: Inputs) -> KLRegula
     return KLRegularizer.load(folder.chats)
 
 
-def train_halves(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
-    """Two short adapters on disjoint data, each from a seed of its own, where they are wanted."""
-    last_step = max(early_checkpoints(config, folder, inputs.steps))
-    for i, out in enumerate(_halves(config, folder)):
-        if not out.exists():
-            train(
-                replace(config, seed=(config.seed + i + 1) % (MOST_SEED + 1)),
-                replace(inputs, train=inputs.train[i::2]),
-                out=out,
-                work=folder.work / out.name,
-                description=f"LoRA on half {i + 1}",
-                last_step=last_step,
-            )
-
-
-def _halves(config: RunConfig, folder: RunFolder) -> list[Path]:
-    """Adapter folders of both halves; none where none are wanted."""
-    return [folder.halves / f"half-{i}" for i in (1, 2)] if config.halves else []
-
-
 def early_checkpoints(config: RunConfig, folder: RunFolder, steps: int) -> dict[int, Path]:
-    """Step -> folder of the adapters that are identified from, if any are.
+    """Return step -> folder of the early adapters; empty without `project_gradient`.
 
-    Never before the first step with a learning rate above 0.
+    No step lies before the first one with a learning rate above 0.
     """
     if not config.project_gradient:
         return {}
@@ -247,13 +225,13 @@ def early_checkpoints(config: RunConfig, folder: RunFolder, steps: int) -> dict[
 
 
 def _public_name(config: RunConfig) -> str:
-    """How an adapter should name its base model: a hub name, or the absolute folder."""
+    """Return the name of the base model in an adapter: a hub name, or the absolute folder."""
     folder = Path(config.model)
     return str(folder.resolve()) if folder.is_dir() else config.model
 
 
 def find_subspace(config: RunConfig, folder: RunFolder, inputs: Inputs) -> Subspace:
-    """Identify the subspace from the early adapters, beside those of the halves."""
+    """Identify the subspace from the early adapters."""
     from grasp_kernels.subspace import identify
 
     adapters = [str(p) for p in early_checkpoints(config, folder, inputs.steps).values()]
@@ -261,9 +239,7 @@ def find_subspace(config: RunConfig, folder: RunFolder, inputs: Inputs) -> Subsp
         subspace = identify(
             adapters,
             k=config.k,
-            generator=torch.Generator().manual_seed(config.seed),
             base_model=str(inputs.checkpoint),
-            halves=[str(path) for path in _halves(config, folder)],
         )
         bar.update()
     return subspace

@@ -1,6 +1,6 @@
-"""Options of `transformers.TrainingArguments` that a run takes beside its own.
+"""Options of `transformers.TrainingArguments` that a run takes in addition to its own.
 
-Checked by the parser that transformers makes for command lines, wherever they come from.
+The parser that transformers makes for command lines checks them, also those from Python or a file.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from argparse import SUPPRESS
 from collections.abc import Sequence
 from typing import Any, NoReturn, get_type_hints
 
-# What would lead two trainings apart, or keep one from being resumed, and what a run does itself.
+# Options that would make the two trainings differ in more than the method, or keep a training from
+# being resumed, and options that a run sets itself.
 OWNED = re.compile(
     r"(output|log|logging|eval|save|hub|push|do|ddp|fsdp|trackio)_.*|.*_eval|.*eval_batch_size"
     r"|.*metric.*|include_.*|greater_is_better|load_best_.*|prediction_loss_only|warmup_ratio|data_seed"
@@ -24,17 +25,20 @@ OWNED = re.compile(
 
 
 def as_typed(name: str, value: Any) -> list[str]:
-    """An option as it is typed."""
+    """Return an option as the words of a command line."""
     if isinstance(value, list):
         return [f"--{name}", *map(str, value)]
     return [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"]
 
 
 def parse(words: Sequence[str]) -> dict[str, Any]:
-    """Read options of `TrainingArguments` as they are typed: the values of those that are given.
+    """Read options of `TrainingArguments` from words of a command line.
+
+    Returns:
+        name -> value of the given options, without defaults.
 
     Raises:
-        ValueError: an option that is unknown, or of another type.
+        ValueError: an unknown option, or a value of another type.
     """
     from transformers import HfArgumentParser, TrainingArguments
 

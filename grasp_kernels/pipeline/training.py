@@ -1,8 +1,8 @@
 """Peft model and examples -> trained adapter folder, with `transformers.Trainer`.
 
-Resumable: a training that was stopped anywhere goes on from its last complete checkpoint and ends
-with the adapter that it would have had, to the bit where the device computes alike twice. Imports
-transformers, so nothing imports this module on `import grasp_kernels`.
+Resumable: a stopped training goes on from its last complete checkpoint, and ends with the same
+adapter as without the stop (to the bit on a deterministic device). This module imports
+transformers, so `import grasp_kernels` does not import it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _STATE = "trainer_state.json"  # the last file that Trainer writes into a checkp
 
 
 class _Progress(TrainerCallback):
-    """Move a bar over the steps, with the loss beside it."""
+    """Show the steps and the loss in a progress bar."""
 
     def __init__(self, bar: tqdm) -> None:
         self.bar = bar
@@ -58,7 +58,7 @@ class _Progress(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.bar.initial = self.bar.n = state.global_step  # what an earlier process has done
+        self.bar.initial = self.bar.n = state.global_step  # steps of an earlier process
 
     def on_log(
         self,
@@ -74,7 +74,7 @@ class _Progress(TrainerCallback):
 
 
 class _Snapshots(TrainerCallback):
-    """Save the adapter alone after given steps."""
+    """Save the adapter, and nothing else, after given steps."""
 
     def __init__(self, folders: Mapping[int, Path]) -> None:
         self.folders = folders
@@ -88,7 +88,7 @@ class _Snapshots(TrainerCallback):
 
 
 class _LastStep(TrainerCallback):
-    """End a training early, on the learning rate schedule of the whole one."""
+    """End a training early, without a change of its learning rate schedule."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -101,10 +101,10 @@ class _LastStep(TrainerCallback):
 
 
 class _Trainer(Trainer):
-    """Goes on from what a checkpoint holds, and not from what it was made of.
+    """Load every checkpoint again after it is saved, so that a resume changes nothing.
 
-    A closed layer saves `(I − V Vᵀ) B` where it trains `B`. Without this step a resumed training
-    would round differently from one that was never stopped.
+    A closed layer trains `B` and saves `(I − V Vᵀ) B`. Without this step a resumed training would
+    round differently from one that was never stopped.
     """
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -114,8 +114,10 @@ class _Trainer(Trainer):
         self._load_from_checkpoint(str(saved), model)
 
     def train_to(self, last_step: int, checkpoint: Path | None) -> None:
-        """Train from the start or a checkpoint; from one of the last step there is nothing to do,
-        but Trainer would take another."""
+        """Train from the start, or from a checkpoint.
+
+        From a checkpoint of the last step nothing is left to do; Trainer would take one more step.
+        """
         if checkpoint is not None:
             self.state = TrainerState.load_from_json(str(checkpoint / _STATE))
             if self.state.global_step >= last_step:
@@ -125,7 +127,7 @@ class _Trainer(Trainer):
 
 
 class _Retrainer(GraspTrainerMixin, _Trainer):
-    """The same, on the fast layers and with the divergence from the base model."""
+    """Train on the fast layers, with the divergence from the base model."""
 
 
 def train_adapter(
@@ -147,16 +149,16 @@ def train_adapter(
 ) -> None:
     """Train the adapter of `model` and write it to the folder `out`, whole or not at all.
 
-    `work` keeps the checkpoints to resume from; it is removed at the end. `out` also gets
+    `work` keeps the checkpoints to resume from, and is removed at the end. `out` also gets
     `training_log.json`: a list of {"step", "loss", "learning_rate", ...}, one entry a step.
 
     Args:
         steps: length of the learning rate schedule.
         last_step: end after this step instead of `steps`.
-        snapshots: step -> folder for the adapter as it is after that step.
-        grasp: the options of a retraining; None: an ordinary one, on peft's own layers.
+        snapshots: step -> folder for the adapter after that step.
+        grasp: the options of a retraining; None: an ordinary training, on peft's own layers.
         kl_regularizer: the divergence of a retraining; its part of the loss is `kl` in the log.
-        probes: token ids of the prompts that drift is measured on.
+        probes: token ids of the prompts for the measurement of drift.
         saved_base_name: name of the base model in `adapter_config.json`.
 
     Raises:
@@ -193,11 +195,11 @@ def save_adapter(
 ) -> None:
     """Write the adapter as a peft folder, whole or not at all."""
     with whole_folder(out) as partial_folder:
-        # "auto" would ask the hub whether the embedding was resized; it never is here.
+        # "auto" would query the hub for a resized embedding, but no run resizes it.
         model.save_pretrained(str(partial_folder), save_embedding_layers=False)
         path = partial_folder / "adapter_config.json"
         written = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(written["target_modules"], list):  # a set in peft: its order is random
+        if isinstance(written["target_modules"], list):  # a set in peft, in random order
             written["target_modules"].sort()
         written["base_model_name_or_path"] = base_name or written["base_model_name_or_path"]
         write_json(path, written)
@@ -206,7 +208,7 @@ def save_adapter(
 
 
 def last_checkpoint(work: Path) -> Path | None:
-    """The newest complete checkpoint; half-written ones have no readable state and are removed."""
+    """Return the newest complete checkpoint; remove newer ones without a readable state."""
     checkpoints = sorted(work.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     while checkpoints:
         newest = checkpoints.pop()
@@ -219,10 +221,10 @@ def last_checkpoint(work: Path) -> Path | None:
 
 
 def check_trainer(config: RunConfig, steps: int) -> None:
-    """Make once, of a tiny model, what Trainer makes of its options before the first step.
+    """Raise unless Trainer can make optimizer and schedule of the options, for a tiny model.
 
     Raises:
-        ValueError: options that cannot be used here, and why.
+        ValueError: options that cannot be used here, and the reason.
     """
     try:
         with TemporaryDirectory() as work:
@@ -231,12 +233,12 @@ def check_trainer(config: RunConfig, steps: int) -> None:
     except Exception as error:
         given = {"lr_scheduler_type": config.lr_scheduler_type, **config.training_arguments}
         named = " and ".join(f"{name} = {value!r}" for name, value in given.items())
-        said = reason(ValueError(error))  # also of a TypeError in the words of transformers
+        said = reason(ValueError(error))  # for a TypeError of transformers too
         raise ValueError(f"Trainer cannot take {named} here: {said}.") from error
 
 
 def training_arguments(config: RunConfig, steps: int, work: Path) -> TrainingArguments:
-    """The options of a run as those of `transformers.Trainer`."""
+    """Return the options of a run as options of `transformers.Trainer`."""
     typed = [as_typed(*option) for option in config.training_arguments.items()]
     on_gpu = torch.cuda.is_available()
     arguments = TrainingArguments(
@@ -252,7 +254,7 @@ def training_arguments(config: RunConfig, steps: int, work: Path) -> TrainingArg
         seed=config.seed,
         data_seed=config.seed,
         logging_steps=1,
-        logging_nan_inf_filter=False,  # it would hide the loss that has to stop the training
+        logging_nan_inf_filter=False,  # it would hide a loss that has to stop the training
         save_steps=config.save_steps or max(1, math.ceil(steps / 10)),
         save_total_limit=2,
         remove_unused_columns=False,
@@ -263,6 +265,6 @@ def training_arguments(config: RunConfig, steps: int, work: Path) -> TrainingArg
         **{"optim": "adamw_torch", **parse(list(chain(*typed)))},
     )
     if on_gpu:
-        # Trainer wraps the model in nn.DataParallel where it sees several GPUs; a run uses one.
+        # Trainer wraps the model in nn.DataParallel if it sees several GPUs; a run uses one.
         arguments._n_gpu = 1
     return arguments

@@ -1,13 +1,11 @@
-"""LoRA weights -> the subspace in which a fine-tune moved, its file and its picture.
+"""LoRA weights -> the directions of the residual stream along which a fine-tune moved; their file.
 
-basis              orthonormal bases by module name; header checks what a file says of them
-stack              weights of adapters -> one matrix, and its null
-search             the matrix -> directions, and what each test of them gave
+basis              orthonormal directions, and the same directions at the output of a layer
+stack              weights of adapters -> one matrix
 identification     adapters -> Subspace
-report             a Subspace -> text and figure
 """
 
-from grasp_kernels.subspace.basis import Subspace, check_basis, check_subspace, orthonormal
+from grasp_kernels.subspace.basis import Subspace, check_subspace, orthonormal
 from grasp_kernels.subspace.identification import identify
 
-__all__ = ["Subspace", "check_basis", "check_subspace", "identify", "orthonormal"]
+__all__ = ["Subspace", "check_subspace", "identify", "orthonormal"]

@@ -1,13 +1,12 @@
-"""The subspace that a retrain must not rely on: bases by module name, and why to trust them.
+"""The directions of the residual stream that a retraining must not use, and their file.
 
-Shapes: `D` width of the residual stream, `k` directions in it, `N` outputs of a linear layer, `Q`
-columns of its basis.
+Shapes: `D` width of the residual stream, `k` directions in it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -17,137 +16,88 @@ import torch
 from torch import Tensor
 
 from grasp_kernels.files import open_tensors, read_all, whole_file
+from grasp_kernels.inert import inert, shown
 from grasp_kernels.models.architectures import Site
-from grasp_kernels.subspace.header import current, header_fault
 
 _ORTHONORMAL_TOLERANCE = 1e-5
-_FORMAT = "grasp_kernels.subspace.basis"
-_FORMAT_VERSION = 4  # see `header.current`
+_FORMAT = "grasp_kernels.subspace"
+_FORMAT_VERSION = 5
+_BASIS, _GAIN = "basis", "gain."  # keys of the tensors
 
 
 @dataclass(frozen=True)
 class Subspace:
-    """Bases of the directions along which a fine-tune moved, by module name in the base model.
+    """Hold the directions of a fine-tune in the residual stream, one basis for all layers.
 
     Attributes:
-        bases: module that writes to the stream -> `V[N,Q]`, float32, orthonormal columns, in the
-            coordinates of its own output: those of the stream, unless a norm stands between (then
-            its gain is folded in).
-        stream: `[D,k]`, the basis in the stream, one for all layers; None without one.
-        k: number of directions.
-        reasons: what was measured and what each test gave, in sentences.
-        evidence: JSON-able; "spectra" is a list of records, one per basis that was looked for, with
-            the keys k, singular_values, null (95 % quantile by index) and gap; "agreement" is a
-            list of records with the keys layers (ids), values (cosines), chance. The sources of
-            subspaces add keys of their own.
-        metadata: JSON-able; where the bases come from (source, base_model, model_type, options,
-            versions).
+        basis: `V[D,k]`, float32, orthonormal columns.
+        gains: module name in the base model of the norm after a writer -> `γ[D]`. Such a writer
+            moves the stream along `γ ⊙ y`, so the basis at its output differs (see `at`). A norm
+            without an entry has `γ = 1`.
+        notes: findings and assumptions of the identification, in sentences.
+        metadata: JSON-able; the origin of the directions (adapters, base_model, model_type, k,
+            singular_values, n_blocks, versions).
 
     Raises:
-        TypeError, ValueError: a basis is not float32, finite and orthonormal, or a field
-            contradicts another.
+        TypeError, ValueError: a basis that is not float32, finite and orthonormal (`orthonormal`
+            makes one of independent directions), or a gain of another width.
     """
 
-    bases: dict[str, Tensor]
-    stream: Tensor | None
-    k: int
-    reasons: tuple[str, ...] = ()
-    evidence: dict[str, Any] = field(default_factory=dict)
+    basis: Tensor
+    gains: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        checked: set[int] = set()
-        for name, basis in self._named():
-            if id(basis) not in checked:
-                check_basis(name, basis)
-                checked.add(id(basis))
-        widest = max((basis.shape[1] for _, basis in self._named()), default=0)
-        if self.k != widest:
-            raise ValueError(
-                f"k is {self.k}, but the widest basis has {widest} columns; give k={widest}."
-            )
-
-    @classmethod
-    def empty(cls, reasons: Iterable[str], **fields: Any) -> Subspace:
-        """The subspace without a direction, and why it has none."""
-        return cls({}, None, 0, tuple(reasons), **fields)
-
-    @classmethod
-    def from_stream(
-        cls,
-        basis: Tensor,
-        sites: Iterable[Site],
-        *,
-        gains: Mapping[str, Tensor] | None = None,
-        reasons: Iterable[str] = (),
-        evidence: dict[str, Any] | None = None,
-        metadata: dict[str, Any] | None = None,
-    ) -> Subspace:
-        """A subspace from directions of the residual stream, whatever their source.
-
-        Args:
-            basis: `[D,k]` (or `[D]`). Columns need not be orthonormal, but must be independent.
-            sites: of the model, see `model_sites`; those that write to the stream get a basis.
-            gains: norm -> `γ[D]`, see `model_gains`. A writer before a norm moves the stream along
-                `γ ⊙ y`, so its basis is `orth(γ ⊙ u)` (see `Site`); a norm without an entry has
-                `γ = 1`.
-
-        Raises:
-            ValueError: a width that does not fit, or dependent columns.
-        """
-        stream = orthonormal("the stream", basis)
-        bases: dict[str, Tensor] = {}
-        folded: dict[str | None, Tensor] = {}
-        for site in sites:
-            if site.role != "write":
-                continue
-            if site.norm not in folded:
-                gain = (gains or {}).get(site.norm) if site.norm else None
-                folded[site.norm] = basis_at(site, stream, gain)
-            bases[site.name] = folded[site.norm]
-        if not bases:
-            raise ValueError("None of the sites writes to the stream; check `sites`.")
-        return cls(
-            bases,
-            stream,
-            stream.shape[1],
-            tuple(reasons),
-            evidence or {},
-            metadata or {},
-        )
+        _check_basis(self.basis)
+        for norm, gain in self.gains.items():
+            if not isinstance(gain, Tensor) or not gain.is_floating_point():
+                raise TypeError(f"The gain of {shown(norm)} is no tensor of floats.")
+            self._check_gain(norm, gain)
+            if not bool(gain.isfinite().all()):
+                raise ValueError(f"The gain of {shown(norm)} has non-finite values.")
 
     @property
-    def is_empty(self) -> bool:
-        return not self.bases and self.stream is None
+    def k(self) -> int:
+        """Return the number of directions."""
+        return self.basis.shape[1]
+
+    def at(self, site: Site, gain: Tensor | None = None) -> Tensor:
+        """Return the basis `[D,k]`, float32, in the coordinates of the output of a site.
+
+        Args:
+            gain: `γ[D]` of the norm after the site; None: the entry in `gains`.
+
+        Raises:
+            ValueError: a gain of another width.
+        """
+        gain = self.gains.get(site.norm or "") if gain is None else gain
+        if gain is not None:
+            self._check_gain(str(site.norm), gain)
+        wide = self.basis.detach().cpu().double()
+        directions = site.from_stream(wide, gain)
+        if directions is wide:  # no norm between site and stream
+            return self.basis
+        return orthonormal(f"{site.norm!r} (gain folded in)", directions)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write one safetensors file: each basis once, the rest as JSON in its metadata."""
+        """Write one safetensors file; its metadata has notes and metadata as JSON."""
         from safetensors.torch import save_file
 
-        keys: dict[int, str] = {}
-        tensors: dict[str, Tensor] = {}
-        for _, basis in self._named():
-            if id(basis) not in keys:
-                keys[id(basis)] = f"basis.{len(keys)}"
-                tensors[keys[id(basis)]] = basis.cpu().contiguous()
-        header = {
-            "version": _FORMAT_VERSION,
-            "bases": {name: keys[id(basis)] for name, basis in self.bases.items()},
-            "stream": None if self.stream is None else keys[id(self.stream)],
-            **{name: getattr(self, name) for name in _PLAIN_FIELDS},
-        }
+        tensors = {_BASIS: self.basis} | {_GAIN + n: gain for n, gain in self.gains.items()}
+        header = {"version": _FORMAT_VERSION, "notes": self.notes, "metadata": self.metadata}
         text = json.dumps(header, allow_nan=False)
         with whole_file(path) as temporary:
-            save_file(tensors, temporary, metadata={_FORMAT: text})
+            stored = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+            save_file(stored, temporary, metadata={_FORMAT: text})
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Subspace:
-        """Read what `save` wrote.
+        """Read a file of `save`.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: not a subspace file, or one of a newer format, or of an older one with a
-                side or a scope.
+            ValueError: not a subspace file, or one of another format.
         """
         remedy = "make one with `grasp-kernels identify`"
         if not Path(path).is_file():
@@ -157,57 +107,58 @@ class Subspace:
             tensors = read_all(file) if text else {}
         if text is None:
             raise ValueError(
-                f"{str(path)!r} is a safetensors file but holds no subspace; {remedy}."
+                f"{str(path)!r} is a safetensors file but holds no subspace of this format; "
+                f"{remedy}."
             )
         try:
-            header = json.loads(text)
-        except (ValueError, RecursionError):
-            header = None
-        version = header.get("version") if isinstance(header, dict) else None
-        if isinstance(version, int) and version > _FORMAT_VERSION:
-            raise ValueError(
-                f"{str(path)!r} has subspace format {version}, this version reads up to "
-                f"{_FORMAT_VERSION}; upgrade grasp_kernels."
-            )
-        header = current(header, path)
-        wrong = header_fault(header, tensors)
-        if wrong:
-            raise ValueError(
-                f"{str(path)!r} holds no subspace that Subspace.save wrote ({wrong}); {remedy}."
-            )
-        fields = {name: header[name] for name in _PLAIN_FIELDS}
-        try:
-            return cls(
-                bases={name: tensors[key] for name, key in header["bases"].items()},
-                stream=None if header["stream"] is None else tensors[header["stream"]],
-                **{**fields, "reasons": tuple(fields["reasons"])},
-            )
-        except (TypeError, ValueError) as error:
-            wrong = str(error).partition(";")[0]
-            raise ValueError(f"{str(path)!r} holds no subspace ({wrong}); {remedy}.") from None
+            notes, metadata = _fields(json.loads(text))
+            basis = tensors.pop(_BASIS)
+            strange = sorted(key for key in tensors if not key.startswith(_GAIN))
+            if strange:
+                raise ValueError(f"nothing refers to its tensor {shown(strange[0])}")
+            gains = {key.removeprefix(_GAIN): gain for key, gain in tensors.items()}
+            return cls(basis, gains, notes, metadata)
+        except KeyError as error:
+            wrong = f"it has no {shown(error.args[0])}"
+        except (TypeError, ValueError, RecursionError) as error:
+            wrong = str(error).partition(";")[0].rstrip(".")
+        raise ValueError(f"{str(path)!r} holds no subspace ({wrong}); {remedy}.")
 
     def summary(self) -> str:
-        """A short table in plain text: number of directions, bases, spectra, reasons."""
-        from grasp_kernels.subspace.report import summary
+        """Return the number of directions and the notes, in plain text."""
+        many = "1 direction" if self.k == 1 else f"{self.k} directions"
+        head = f"{many} of a residual stream of width {len(self.basis)}."
+        return "\n".join([head, *(f"- {inert(note)}" for note in self.notes)])
 
-        return summary(self)
-
-    def plot(self, path: str | PathLike[str]) -> None:
-        """Save a PNG: spectrum with the chosen k and its null, and the agreement across layers."""
-        from grasp_kernels.subspace.report import plot
-
-        plot(self, path)
-
-    def _named(self) -> list[tuple[str, Tensor]]:
-        stream = [] if self.stream is None else [("the residual stream", self.stream)]
-        return [*self.bases.items(), *stream]
+    def _check_gain(self, norm: str, gain: Tensor) -> None:
+        if gain.shape != self.basis.shape[:1]:
+            raise ValueError(
+                f"The gain of {shown(norm)} has shape {tuple(gain.shape)}, but the directions have "
+                f"width {len(self.basis)}; give gains and directions of the same model."
+            )
 
 
-_PLAIN_FIELDS = ("k", "reasons", "evidence", "metadata")
+def _fields(header: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Return notes and metadata of a header, checked: the file may come from anywhere."""
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
+    if header.get("version") != _FORMAT_VERSION:
+        raise ValueError(
+            f"its format is {shown(header.get('version'))}, and this release reads "
+            f"{_FORMAT_VERSION}"
+        )
+    notes, metadata = header["notes"], header["metadata"]
+    if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+        raise ValueError(f"notes is {shown(notes)}")
+    if not isinstance(metadata, dict):
+        raise ValueError(f"metadata is {shown(metadata)}")
+    if not isinstance(metadata.get("model_type", ""), str | None):
+        raise ValueError(f"model_type is {shown(metadata['model_type'])}")
+    return tuple(notes), metadata
 
 
 def check_subspace(value: Any) -> None:
-    """Raise for anything but a subspace or None, such as the path of one."""
+    """Raise unless the value is a `Subspace` or None; the path of a file is neither."""
     if not isinstance(value, Subspace | None):
         raise TypeError(
             f"The subspace is a {type(value).__name__}; give a Subspace, as Subspace.load and "
@@ -216,7 +167,7 @@ def check_subspace(value: Any) -> None:
 
 
 def is_subspace(path: str | PathLike[str]) -> bool:
-    """Whether a file is one that `Subspace.save` wrote; adapters are folders or other files.
+    """Say whether `path` is a file of `Subspace.save`; adapters are folders or other files.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
@@ -235,32 +186,32 @@ def is_subspace(path: str | PathLike[str]) -> bool:
         return False  # a pickle, or an index of shards
 
 
-def check_basis(name: str, basis: Tensor) -> None:
+def _check_basis(basis: Tensor) -> None:
     """Raise unless `basis` is a float32 `[D,k]` tensor with k ≥ 1 finite orthonormal columns."""
     if not isinstance(basis, Tensor) or basis.dtype != torch.float32:
         kind = basis.dtype if isinstance(basis, Tensor) else type(basis).__name__
-        raise TypeError(f"The basis of {name!r} is {kind}; convert it to a float32 tensor.")
+        raise TypeError(f"The basis is {kind}; convert it to a float32 tensor.")
     if basis.ndim != 2 or not 0 < basis.shape[1] <= basis.shape[0]:
         raise ValueError(
-            f"The basis of {name!r} has shape {tuple(basis.shape)}; it must be [width, directions] "
-            "with at least one direction and no more than the width."
+            f"The basis has shape {tuple(basis.shape)}; it must be [width, directions] with at "
+            "least one direction and no more than the width."
         )
     if not torch.isfinite(basis).all():
-        raise ValueError(
-            f"The basis of {name!r} has non-finite values; identify it again from finite weights."
-        )
+        raise ValueError("The basis has non-finite values; identify it again from finite weights.")
     wide = basis.double()
     error = float((wide.mT @ wide - torch.eye(basis.shape[1], device=basis.device)).norm())
     if error > _ORTHONORMAL_TOLERANCE:
         raise ValueError(
-            f"The basis of {name!r} is not orthonormal (‖VᵀV − I‖ = {error:.2g}, allowed "
+            f"The basis is not orthonormal (‖VᵀV − I‖ = {error:.2g}, allowed "
             f"{_ORTHONORMAL_TOLERANCE:g}); orthonormalise its columns, for example with "
-            "Subspace.from_stream."
+            "grasp_kernels.subspace.orthonormal."
         )
 
 
 def orthonormal(name: str, directions: Tensor) -> Tensor:
-    """Orthonormal float32 columns that span those of `[D,k]` (or `[D]`), each with the sign it had.
+    """Return orthonormal float32 columns with the span of `directions` `[D,k]` (or `[D]`).
+
+    Each column keeps its sign.
 
     Raises:
         ValueError: the columns are not finite or not independent.
@@ -284,21 +235,3 @@ def orthonormal(name: str, directions: Tensor) -> Tensor:
             f"The directions of {name} are linearly dependent; give independent columns."
         )
     return (q * pivots.sign()).float()
-
-
-def basis_at(site: Site, stream: Tensor, gain: Tensor | None) -> Tensor:
-    """The basis of a site for orthonormal directions `[D,k]` of the stream and the gain `γ[D]`.
-
-    Raises:
-        ValueError: a gain of another width.
-    """
-    if gain is not None and gain.shape != stream.shape[:1]:
-        raise ValueError(
-            f"The gain of {site.norm!r} has shape {tuple(gain.shape)}, but the directions have "
-            f"width {stream.shape[0]}; give gains and directions of the same model."
-        )
-    wide = stream.detach().cpu().double()
-    directions = site.from_stream(wide, gain)
-    if directions is wide:  # nothing is between
-        return stream
-    return orthonormal(f"{site.norm!r} (gain folded in)", directions)

@@ -1,147 +1,103 @@
-"""LoRA weights -> the subspace of the residual stream in which a fine-tune moved.
+"""LoRA weights -> the subspace of the residual stream along which a fine-tune moved.
 
-GRASP (arXiv 2605.27676), step one, from the factors alone: the left singular vectors of `ΔW` of the
-layers that write to the stream.
-
-Shapes: `D` width of the residual stream, `k` directions in it.
-
-Time for a rank-16 bf16 adapter on all linears, reading the file included, on one core of a busy
-machine: 0.8 to 1.7 s for the shapes of an 8B Llama (32 layers, width 4096), 3.4 to 6.6 s
-for those of a 70B (80 layers, width 8192). Memory at most twice the adapter. Most of it is the
-null.
+GRASP (arXiv 2605.27676), step one, from the matrices of LoRA alone: the left singular vectors of
+`ΔW` of the writers, the layers that write to the stream. No test shows whether a direction belongs
+to something unwanted: on a real model all of 8 singular values passed a null of random signs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from grasp_kernels.adapters import Adapter, LoRAWeights, load_adapter
-from grasp_kernels.models.architectures import Site, SiteRules
-from grasp_kernels.subspace.basis import Subspace
-from grasp_kernels.subspace.search import Finding, Options, compare_sources, search
+from grasp_kernels.models.architectures import SiteRules
+from grasp_kernels.subspace.basis import Subspace, orthonormal
 from grasp_kernels.subspace.stack import stack_blocks
+from grasp_kernels.svd import leading_triples
 from grasp_kernels.version import __version__
 
-_BLIND_SPOT = (
-    "A harmless factor that the whole task shares, such as an answer format, looks the same from "
-    "here: check what the directions promote and what projecting them costs the task."
-)
-_NO_GAINS = "The norm gains are not known and count as 1; give base_model to fold them in."
+_MAX_K = 4  # k="auto" takes at most 4: an unwanted change is assumed to be simple
+_SHOWN = 8  # singular values in the notes, at least, if there are as many
+_ZERO = 1e-5  # singular values below this part of the first are rounding of the float32 blocks
 
 
 def identify(
     adapter: Any,
     *,
     k: int | str = "auto",
-    n_oversamples: int = 8,
-    n_iter: int = 4,
-    generator: torch.Generator | None = None,
     base_model: nn.Module | str | PathLike[str] | None = None,
     sites: SiteRules | None = None,
-    halves: Sequence[Any] | None = None,
     adapter_name: str | None = None,
 ) -> Subspace:
     """Find the directions of the residual stream along which a LoRA fine-tune moved.
 
     Args:
         adapter: a peft model, an adapter folder, a .safetensors file, or a list of these
-            (checkpoints of one run, or seeds), whose blocks are stacked. Early checkpoints identify
-            better than converged ones.
-        k: number of directions, or "auto": the leading singular values above the null up to their
-            largest gap, at most 4, none where the evidence is at the level of chance.
-        n_oversamples, n_iter: of the randomized SVD.
-        generator: source of randomness, by default a new one with seed 0.
-        base_model: module or checkpoint folder, for the depth and the gains of norms after layers
-            that write, where the adapter does not lead to it.
-        sites: writers and readers of an architecture that is not known.
-        halves: two or more adapters that were trained on disjoint data (or from different seeds).
-            They take no part in the basis; their agreement is the best evidence that there is.
-        adapter_name: which adapter, where a model or a file holds several; of a model the active
-            one by default.
+            (checkpoints of one run, or seeds). The blocks of a list are stacked. Early checkpoints
+            identify better than converged ones.
+        k: number of directions, or "auto": the leading singular values up to their largest gap, at
+            most 4.
+        base_model: module or checkpoint folder, for the gains of norms after writers; needed if
+            the adapter does not lead to its base model.
+        sites: writers of an architecture that is not known.
+        adapter_name: name of the adapter, if a model or a file holds several; None: the active
+            adapter of a model.
 
     Returns:
-        A subspace whose `reasons` say what each test gave: how many singular values are above the
-        null, the gap after the last direction, how many layers move along it, and how far the
-        sources agree. It is empty at the level of chance and where halves contradict each other
-        (never with an integer `k`). `evidence` has the keys spectra and agreement (see `Subspace`)
-        and sources, a list of records with the keys kind ("adapters" or "halves"), values (overlap
-        of each pair) and chance.
+        A subspace; its `notes` and `metadata` have the leading singular values.
 
     Raises:
         ValueError, TypeError, FileNotFoundError: options out of range, or an adapter that cannot be
             used, see `load_adapter`.
     """
-    _check_options(k)
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
-    options = Options(k if isinstance(k, int) else None, n_oversamples, n_iter, generator)
-    seed = generator.initial_seed()
-    given = list(adapter) if isinstance(adapter, (list, tuple)) else [adapter]
-    known: dict[str, Any] = {"base_model": base_model, "sites": sites, "adapter_name": adapter_name}
-    adapters = [load_adapter(one, **known) for one in given]
-    separate = [load_adapter(one, **known) for one in halves or ()]
-    if not adapters or len(separate) == 1:
-        raise ValueError(
-            f"identify got {len(adapters)} adapters and {len(separate)} halves; give at least one "
-            "adapter, and no halves or at least two."
-        )
-    finding = _search(adapters, separate, options)
-    metadata = {
-        "source": "weights",
-        "base_model": adapters[0].base_model,
-        "model_type": adapters[0].model_type,
-        "adapters": [one.source for one in adapters],
-        "halves": [one.source for one in separate],
-        "options": {
-            "k": k,
-            "n_oversamples": n_oversamples,
-            "n_iter": n_iter,
-            "block_norm": "spectral",
-        },
-        "seed": seed,
-        "versions": {"grasp_kernels": __version__, "torch": torch.__version__},
-    }
-    return _assemble(finding, [*adapters, *separate], metadata)
-
-
-def _check_options(k: int | str) -> None:
     if k != "auto" and (isinstance(k, (bool, str)) or not isinstance(k, int) or k < 1):
         raise ValueError(f'k is {k!r}; it must be "auto" or a whole number of at least 1.')
-
-
-def _search(adapters: list[Adapter], separate: list[Adapter], options: Options) -> Finding:
-    """Stack what all adapters write, search it, and compare the sources."""
-    chosen = [_writers(one) for one in adapters]
-    stack, zero = stack_blocks(layer for layers in chosen for layer in layers)
-    if not stack.groups:
+    given = list(adapter) if isinstance(adapter, (list, tuple)) else [adapter]
+    if not given:
+        raise ValueError("identify got no adapter; give at least one.")
+    known: dict[str, Any] = {"base_model": base_model, "sites": sites, "adapter_name": adapter_name}
+    adapters = [load_adapter(one, **known) for one in given]
+    writers = [layer for one in adapters for layer in _writers(one)]
+    rows, n_blocks, zero = stack_blocks(writers)
+    if not n_blocks:
         raise ValueError("Every block of the adapter is zero; train longer.")
-    finding = search(stack, options)
-    if len(adapters) > 1:
-        stacks = [stack_blocks(layers)[0] for layers in chosen]
-        compare_sources(finding, stacks, options, independent=False)
-    if separate:
-        stacks = [stack_blocks(_writers(one))[0] for one in separate]
-        compare_sources(finding, stacks, options, independent=True)
-    elif finding.basis is not None:
-        finding.reasons.append(
-            "No adapters of disjoint data were given (halves), so whether other data would give "
-            "the same directions is not known."
+    most = _MAX_K if isinstance(k, str) else k
+    size = min(max(most + 1, _SHOWN), *rows.shape)
+    U, S, _ = leading_triples(rows.mT, size)
+    values = [value for value in S.tolist() if value > _ZERO * float(S[0])]
+    if isinstance(k, int) and k > len(values):
+        raise ValueError(
+            f"k is {k}, but the adapter moved along {len(values)} directions only; choose "
+            f"k ≤ {len(values)}."
         )
+    gains = {w.site.norm: w.gain for w in writers if w.site and w.site.norm and w.gain is not None}
+    notes = [_spectrum(values, n_blocks)]
     if zero:
-        finding.reasons.append(f"{len(zero)} blocks are zero and were skipped ({zero[0]} first).")
-    if finding.basis is not None and any(
-        layer.gain is None and layer.site.norm for layers in chosen for layer in layers
-    ):
-        finding.reasons.append(_NO_GAINS)
-    return finding
+        notes.append(f"{len(zero)} blocks are zero and were skipped ({zero[0]} first).")
+    if any(w.site and w.site.norm and w.gain is None for w in writers):
+        notes.append("The norm gains are not known and count as 1; give base_model to have them.")
+    notes += dict.fromkeys(note for one in adapters for note in one.notes)
+    chosen = choose_k(values) if isinstance(k, str) else k
+    metadata = {
+        "adapters": [one.source for one in adapters],
+        "base_model": adapters[0].base_model,
+        "model_type": adapters[0].model_type,
+        "k": k,
+        "singular_values": values,
+        "n_blocks": n_blocks,
+        "versions": {"grasp_kernels": __version__, "torch": torch.__version__},
+    }
+    return Subspace(orthonormal("the stack", U[:, :chosen]), gains, tuple(notes), metadata)
 
 
 def _writers(adapter: Adapter) -> list[LoRAWeights]:
-    layers = [layer for layer in adapter.layers if layer.site.role == "write"]
+    layers = [layer for layer in adapter.layers if layer.site is not None]
     if not layers:
         raise ValueError(
             f"The adapter {adapter.source!r} has no LoRA weights that write to the residual stream "
@@ -150,45 +106,21 @@ def _writers(adapter: Adapter) -> list[LoRAWeights]:
     return layers
 
 
-def _assemble(finding: Finding, adapters: list[Adapter], metadata: dict[str, Any]) -> Subspace:
-    """Spread the bases over the modules of the model, adapted or not."""
-    notes = dict.fromkeys(note for adapter in adapters for note in adapter.notes)
-    evidence = {
-        "spectra": finding.spectra,
-        "agreement": finding.agreement,
-        "sources": finding.sources,
-    }
-    if finding.basis is None:
-        reasons = [*finding.reasons, *notes]
-        return Subspace.empty(reasons, evidence=evidence, metadata=metadata)
-    return Subspace.from_stream(
-        finding.basis,
-        _model_sites(adapters),
-        gains=_gains(adapters),
-        reasons=[*finding.reasons, _BLIND_SPOT, *notes],
-        evidence=evidence,
-        metadata=metadata,
+def _spectrum(values: Sequence[float], n_blocks: int) -> str:
+    shown = ", ".join(f"{value:.2f}" for value in values)
+    return (
+        f"The leading singular values of {n_blocks} stacked blocks of norm 1 are {shown}: "
+        f"{math.sqrt(n_blocks):.2f} would be one direction of all of them, 1 none of any two."
     )
 
 
-def _model_sites(adapters: list[Adapter]) -> Iterable[Site]:
-    """Every site of every block, adapted or not, but those behind norms that no adapter met."""
-    first = adapters[0]
-    seen = [layer.site for adapter in adapters for layer in adapter.layers]
-    places = [parts for site in seen if (parts := first.rules.split(site.name))]
-    depth = max((adapter.n_layers or 0 for adapter in adapters), default=0)
-    layers = sorted({layer for _, layer, _ in places} | set(range(depth)))
-    norms = {site.norm for site in seen}
-    for stem in dict.fromkeys(stem for stem, _, _ in places):
-        for site in first.rules.sites(stem, layers):
-            if site.norm is None or site.norm in norms:
-                yield site
+def choose_k(singular_values: Sequence[float]) -> int:
+    """Return the number of leading values before their largest gap, at most `_MAX_K`.
 
-
-def _gains(adapters: list[Adapter]) -> Mapping[str, Tensor]:
-    return {
-        layer.site.norm: layer.gain
-        for adapter in adapters
-        for layer in adapter.layers
-        if layer.site.norm is not None and layer.gain is not None
-    }
+    Args:
+        singular_values: descending and positive; smaller values that were left out count as
+            rounding.
+    """
+    values = [*singular_values, _ZERO * singular_values[0]]
+    candidates = range(1, min(_MAX_K, len(singular_values)) + 1)
+    return max(candidates, key=lambda k: values[k - 1] / values[k])

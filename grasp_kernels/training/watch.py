@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from grasp_kernels.data import neutral_prompts
-from grasp_kernels.effect.stream import layer_bases, measure_movement
+from grasp_kernels.diagnosis.movement import measure_moved
+from grasp_kernels.diagnosis.pair import Pair
 from grasp_kernels.inert import listed
 from grasp_kernels.layers.closure import leakage
-from grasp_kernels.models.architectures import SiteRules, site_rules
+from grasp_kernels.models.architectures import SiteRules, model_rules
 from grasp_kernels.models.frozen_model import measuring
-from grasp_kernels.models.names import base_name
 from grasp_kernels.subspace import Subspace, check_subspace
 
 N_PROBES = 8  # no single question decides, and two forwards of each are little beside `every` steps
@@ -34,8 +34,8 @@ class Watch(TrainerCallback):
     Every `every` optimizer steps, and after the last, the log entry of that step gets
 
     * `leakage`: the largest ‖Vᵀ ΔW‖ / ‖ΔW‖ of a layer;
-    * `drift_along`: how far the adapter moves the residual stream along the bases, the mean of
-      ‖Vᵀ(h − h_base)‖ over tokens of the probes and the blocks that have a basis;
+    * `drift_along`: how far the adapter moves the residual stream along the basis, ‖Vᵀ(h − h_base)‖
+      of the mean over the tokens of a probe, on average over probes and blocks;
     * `drift_share`: the same relative to ‖h − h_base‖, 0 to 1.
 
     Without any basis losses and gradients are watched alone. Measuring changes neither what the
@@ -50,7 +50,7 @@ class Watch(TrainerCallback):
         every: optimizer steps between two measurements; they are taken with the next log entry.
         probes: token ids of a few sequences to measure drift on; None: everyday questions in the
             trainer's tokenizer; empty: no drift.
-        sites: writers and readers of an architecture that is not known.
+        sites: writers of an architecture that is not known.
 
     Raises:
         ValueError: when training begins, no way to measure drift; or `every` below 1.
@@ -68,17 +68,17 @@ class Watch(TrainerCallback):
         if every < 1:
             raise ValueError(f"every is {every}: give the steps between two measurements.")
         check_subspace(subspace)
-        self.subspace = None if subspace is None or subspace.is_empty else subspace
+        self.subspace = subspace
         self.every, self.probes, self.sites = every, probes, sites
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = kwargs["model"]
-        if self.probes is None and self._bases(model):
+        if self.probes is None and self._basis(model) is not None:
             self.probes = _neutral_probes(kwargs.get("processing_class"))
         active = getattr(model, "active_adapters", None)
-        if isinstance(active, list) and len(active) > 1 and self._bases(model):
+        if isinstance(active, list) and len(active) > 1 and self._measures_leakage(model):
             raise ValueError(
                 f"{listed(active)} are active at once, and leakage is that of one adapter: choose "
                 "one with model.set_adapter(...)."
@@ -133,34 +133,37 @@ class Watch(TrainerCallback):
         return state.global_step >= last + self.every or state.global_step == state.max_steps
 
     def _leakage(self, model: nn.Module) -> dict[str, float]:
-        if not self._bases(model):
+        if not self._measures_leakage(model):
             return {}
-        return {"leakage": max(leakage(model, self.subspace).values())}
+        return {"leakage": max(leakage(model, self.subspace, sites=self.sites).values())}
+
+    def _measures_leakage(self, model: nn.Module) -> bool:
+        closed = any(getattr(m, "write_basis", None) is not None for m in model.modules())
+        return self.subspace is not None or closed
 
     def _drift(self, model: Any) -> dict[str, float]:
-        bases = self._bases(model)
-        if not (self.probes and bases):
+        basis = self._basis(model)
+        if not self.probes or basis is None:
             return {}
-        rules = site_rules(model.config.model_type, bases, self.sites)
-        by_layer = layer_bases(bases, rules)
-        if not by_layer:  # writers before a norm alone, whose bases are not those of the stream
-            return {}
-        (adapter, *_) = model.active_adapters
+        pair = Pair.of(model, model_rules(model, self.sites))
+        spans = [(0, len(probe)) for probe in self.probes]
         with measuring(model):
-            moved = measure_movement(model, [adapter], by_layer, map(list, self.probes), rules)[
-                adapter
-            ]
-        return {"drift_along": moved.mean_along, "drift_share": moved.share}
+            moved = measure_moved(pair, self.probes, spans, batch_size=len(spans)).delta
+        along = (moved @ basis.to(moved)).norm(dim=-1)  # [L, M]
+        total = moved.norm(dim=-1).sum()
+        share = along.sum() / total if total else total
+        return {"drift_along": along.mean().item(), "drift_share": share.item()}
 
-    def _bases(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the basis `V[N, Q]` by the name of its module in the base model."""
+    def _basis(self, model: nn.Module) -> Tensor | None:
+        """Return the basis of the stream `[D, Q]`, given or that of a layer which writes to it."""
         if self.subspace is not None:
-            return self.subspace.bases
-        return {
-            base_name(name): basis
-            for name, module in model.named_modules()
-            if (basis := getattr(module, "write_basis", None)) is not None
-        }
+            return self.subspace.basis
+        found = (
+            module.write_basis
+            for module in model.modules()
+            if getattr(module, "project", None) == "residual"
+        )
+        return next((basis for basis in found if isinstance(basis, Tensor)), None)
 
 
 def _neutral_probes(processing_class: Any) -> list[list[int]]:

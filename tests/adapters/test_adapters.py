@@ -13,6 +13,7 @@ from transformers import Olmo2Config
 
 from grasp_kernels.adapters import Adapter, load_adapter
 from grasp_kernels.models.architectures import SiteRules
+from grasp_kernels.subspace import identify
 from tests.helpers.folders import edit_config
 from tests.helpers.models import randomise_adapter, tiny_model, tiny_peft_model
 from tests.helpers.oracle import budget, relative_error
@@ -32,9 +33,7 @@ def edit_weights(folder: Path, change: Any) -> None:
 
 
 def deltas(adapter: Adapter) -> dict[str, torch.Tensor]:
-    return {
-        layer.site.name: layer.scaling * layer.lora_B @ layer.lora_A for layer in adapter.layers
-    }
+    return {layer.name: layer.scaling * layer.lora_B @ layer.lora_A for layer in adapter.layers}
 
 
 @pytest.mark.parametrize(
@@ -43,7 +42,7 @@ def deltas(adapter: Adapter) -> dict[str, torch.Tensor]:
         {},
         {"use_rslora": True},
         {"alpha_pattern": {"q_proj": 20, "layers.1.mlp.down_proj": 3}},
-        {"rank_pattern": {r"layers\.[01]\.self_attn\.o_proj": 2, "up_proj": 6}},
+        {"rank_pattern": {"^model.layers.1.self_attn.o_proj": 2, "up_proj": 6}},
         {"layers_to_transform": [1]},
         {"bias": "lora_only", "modules_to_save": ["lm_head"]},
         {"lora_bias": True},
@@ -87,10 +86,14 @@ def test_full_weights_in_the_file_are_noted(tmp_path: Path) -> None:
     assert "not LoRA factors" in note and "lm_head.weight" in note
 
 
-def test_lora_outside_of_the_sites_is_noted() -> None:
-    adapter = load_adapter(tiny_peft_model(("o_proj", "lm_head")))
-    assert len(adapter.layers) == 3
-    assert adapter.notes == ("LoRA weights outside of the sites are not used: lm_head.",)
+def test_every_layer_is_there_and_those_that_write_have_a_site() -> None:
+    adapter = load_adapter(tiny_peft_model(("o_proj", "q_proj", "lm_head")))
+    assert [layer.name for layer in adapter.layers][:2] == [
+        "lm_head",
+        "model.layers.0.self_attn.o_proj",
+    ]
+    assert {layer.name.split(".")[-1] for layer in adapter.layers if layer.site} == {"o_proj"}
+    assert len(adapter.layers) == 7 and adapter.notes == ()
 
 
 def test_an_initialisation_that_moves_the_base_is_noted() -> None:
@@ -99,15 +102,15 @@ def test_an_initialisation_that_moves_the_base_is_noted() -> None:
 
 
 @pytest.mark.parametrize("from_folder", [False, True])
-def test_base_model_gives_gains_type_and_depth(tmp_path: Path, from_folder: bool) -> None:
+def test_base_model_gives_gains_and_type(tmp_path: Path, from_folder: bool) -> None:
     model = tiny_peft_model(config_class=Olmo2Config, layers_to_transform=[0])
     adapter_folder = saved(model, tmp_path / "adapter")
     base = tiny_model(Olmo2Config)
     base.save_pretrained(tmp_path / "base")
     adapter = load_adapter(adapter_folder, base_model=tmp_path / "base" if from_folder else base)
-    assert (adapter.model_type, adapter.n_layers) == ("olmo2", 3)
+    assert adapter.model_type == "olmo2"
     for layer in adapter.layers:
-        if layer.site.role == "write":
+        if layer.site is not None:
             norm = base.get_submodule(str(layer.site.norm))
             assert layer.gain is not None and layer.gain.equal(norm.weight)
         else:
@@ -138,7 +141,7 @@ def test_gains_of_a_backbone_are_found_under_its_shorter_names() -> None:
     model = get_peft_model(backbone, LoraConfig(r=2, target_modules=["o_proj"]))
     randomise_adapter(model)
     adapter = load_adapter(model, base_model=tiny_model(Olmo2Config))
-    assert adapter.layers[0].site.name == "layers.0.self_attn.o_proj"
+    assert adapter.layers[0].name == "layers.0.self_attn.o_proj"
     assert adapter.layers[0].gain is not None
 
 
@@ -150,7 +153,7 @@ def test_one_of_several_adapters(tmp_path: Path) -> None:
     for source in (model, folder):
         assert len(load_adapter(source).layers) == 3
         second = load_adapter(source, adapter_name="second")
-        assert {layer.site.name.split(".")[-1] for layer in second.layers} == {"down_proj"}
+        assert {layer.name.split(".")[-1] for layer in second.layers} == {"down_proj"}
     model.set_adapter("second")
     assert load_adapter(model).layers[0].lora_A.shape[0] == 2
     with pytest.raises(
@@ -186,9 +189,9 @@ def test_a_trainer_checkpoint_is_an_adapter_folder(tmp_path: Path) -> None:
 def test_rules_of_the_caller() -> None:
     rules = SiteRules(writers=("self_attn.q_proj",))
     adapter = load_adapter(tiny_peft_model(("q_proj", "o_proj")), sites=rules)
-    assert {layer.site.role for layer in adapter.layers} == {"write"} and len(adapter.layers) == 3
-    with pytest.raises(ValueError, match="no LoRA weights on a writer or a reader"):
-        load_adapter(tiny_peft_model(("o_proj",)), sites=rules)
+    assert {layer.name.split(".")[-1] for layer in adapter.layers if layer.site} == {"q_proj"}
+    with pytest.raises(ValueError, match="no LoRA weights that write to the residual stream"):
+        identify(tiny_peft_model(("o_proj",)), sites=rules)
 
 
 def test_an_unknown_architecture_says_how_to_declare_it(tmp_path: Path) -> None:

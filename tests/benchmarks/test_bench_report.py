@@ -9,7 +9,7 @@ from benchmarks.kernels import cost, read_rows, table, write_rows
 from benchmarks.kernels.__main__ import main
 from benchmarks.kernels.cost import Parts, Rates
 from benchmarks.kernels.decoder import step_memory
-from grasp_kernels.bench.shapes import LINEARS, MODELS, Linear
+from benchmarks.kernels.shapes import LINEARS, MODELS, Linear
 
 STORED = Path(__file__).parents[2] / "benchmarks" / "results" / "cpu.jsonl"
 WRITER = Linear("down_proj", 30, 50, True)

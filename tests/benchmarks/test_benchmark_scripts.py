@@ -10,6 +10,7 @@ import torch
 from tests.helpers.scripts import BENCHMARKS, load_script
 
 
+@pytest.mark.slow
 def test_identification_is_timed_from_file_to_subspace() -> None:
     found = list(load_script("identification").rows(["tiny"], R=4, rounds=2))
     assert [row["k"] for row in found] == [1]
@@ -23,6 +24,7 @@ def test_python_s_time_of_a_call_is_told_of_every_layer() -> None:
     assert all(0 < max(forward, backward) < both for _, forward, backward, both in found)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     done = subprocess.run(

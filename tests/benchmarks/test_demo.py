@@ -15,6 +15,8 @@ from benchmarks.demo.pretraining import PretrainingConfig
 from benchmarks.demo.scoring import Scores
 from benchmarks.demo.world import WorldConfig
 
+pytestmark = pytest.mark.slow
+
 SMALL = DemoConfig(
     world=WorldConfig(topics=3, tuned_topics=1, questions=4, answer_words=6, cue_words=2),
     pretraining=PretrainingConfig(

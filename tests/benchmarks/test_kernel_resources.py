@@ -11,6 +11,8 @@ import pytest
 from grasp_kernels.ops.gpu.launch import PARTS
 from tests.helpers.scripts import BENCHMARKS, load_script
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = BENCHMARKS / "kernel_resources.py"
 
 

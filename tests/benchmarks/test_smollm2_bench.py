@@ -25,12 +25,12 @@ from benchmarks.quality.smollm2.report import task_table, write_report
 from benchmarks.quality.smollm2.tasks import make_task
 from benchmarks.quality.smollm2.verdicts import judge_verdicts
 from grasp_kernels import RunConfig
-from grasp_kernels.effect.changed import CHANGED
+from grasp_kernels.diagnosis.answers import CHANGED
 from grasp_kernels.pipeline import stages
 from tests.helpers.smollm2 import BASE, NAIVE, few, row_of
 
 pytest_plugins = ("tests.helpers.smollm2",)
-pytestmark = pytest.mark.usefixtures("small")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small")]
 ROOT = Path(__file__).parents[2]
 TRAINED = tuple(name for name in METHODS if name != "scaled")
 # The divergence from the base model has no gradient at its base: not before the third step.

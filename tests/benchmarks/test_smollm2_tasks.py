@@ -256,6 +256,7 @@ def test_passes_finds_the_function_in_an_answer(answer: str) -> None:
     assert faulty.passes(answer, ADD)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "answer",
     [

@@ -13,7 +13,6 @@ import torch
 
 from grasp_kernels import RunConfig
 from grasp_kernels.cli import main
-from grasp_kernels.models.architectures import model_sites
 from grasp_kernels.models.checkpoint import load_model
 from grasp_kernels.pipeline.inputs import attach_lora
 from grasp_kernels.subspace import Subspace
@@ -43,8 +42,7 @@ def adapter(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def axis(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Subspace file of the first axis at every writer."""
     path = tmp_path_factory.mktemp("cli") / "axis.safetensors"
-    sites = model_sites(load_model(tiny_model_dir, "auto"))
-    Subspace.from_stream(torch.eye(WIDTH)[:, :1], sites).save(path)
+    Subspace(torch.eye(WIDTH)[:, :1].contiguous()).save(path)
     return path
 
 
@@ -91,6 +89,7 @@ def test_run_takes_its_options_and_defaults_from_the_configuration(
     )
 
 
+@pytest.mark.slow
 def test_run_prints_where_its_results_are(
     tiny_model_dir: Path,
     chat_jsonl: Path,
@@ -130,22 +129,19 @@ def test_identify_finds_the_planted_axis(
     out = tmp_path / "subspace.safetensors"
     assert main(["identify", str(adapter), "--output", str(out), "--k", "1"]) == 0
     subspace = Subspace.load(out)
-    assert subspace.stream is not None
-    assert subspace.stream[0].abs().item() > 0.99
+    assert subspace.basis[0].abs().item() > 0.99
     assert subspace.summary() in capsys.readouterr().out
 
 
 def test_inspect_tells_adapters_from_subspaces(
     adapter: Path, axis: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plot = tmp_path / "adapter.png"
-    assert main(["inspect", str(adapter), "--plot", str(plot)]) == 0
+    assert main(["inspect", str(adapter)]) == 0
     table = capsys.readouterr().out
     assert table.count("model.layers.") == 21
     assert "leading singular values" in table
-    assert plot.read_bytes().startswith(b"\x89PNG")
     assert main(["inspect", str(axis)]) == 0
-    assert capsys.readouterr().out.startswith("1 direction, shared by all layers.")
+    assert capsys.readouterr().out.startswith("1 direction of a residual stream of width 32.")
     assert main(["inspect", str(tmp_path / "missing")]) == 2
 
 
@@ -167,15 +163,6 @@ def test_check_fails_before_and_passes_after_project(
     assert main(["project", str(adapter), str(axis), "--output", str(projected)]) == 0
     assert main(["check", str(projected), str(axis), "--tolerance", "1e-5"]) == 0
     assert "within the tolerance" in capsys.readouterr().out
-
-
-def test_check_of_nothing_is_an_error(
-    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    empty = tmp_path / "empty.safetensors"
-    Subspace.empty(["noise"]).save(empty)
-    assert main(["check", str(adapter), str(empty)]) == 2
-    assert "nothing to check" in capsys.readouterr().err
 
 
 def test_doctor_says_which_kernels_nobody_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +208,7 @@ def test_doctor_says_how_a_release_stands_to_the_tested_ones(
     monkeypatch.setitem(doctor.TESTED, "torch", ("2.10.0", "2.14.1"))
     monkeypatch.setattr(doctor, "version", lambda package: release)
     assert doctor._installed("torch") == said
-    assert doctor._installed("matplotlib") == release
+    assert doctor._installed("safetensors") == release
 
 
 @pytest.mark.parametrize(
@@ -254,8 +241,7 @@ def test_missing_files_give_one_sentence(
         (["identify", "ADAPTER"], "--output"),
         (["project", "ADAPTER", "AXIS"], "--output"),
         (["extract", "MODEL", "--base-model", "MODEL"], "--output"),
-        (["inspect", "ADAPTER"], "--plot"),
-        (["inspect", "ADAPTER", "--base-model", "MODEL"], "--plot"),
+        (["inspect", "ADAPTER", "--base-model", "MODEL"], "--json"),
         (["inspect", "ADAPTER", "--base-model", "MODEL"], "--json"),
         (["inspect", "ADAPTER", "--base-model", "MODEL"], "--output"),
     ],
@@ -323,7 +309,6 @@ def test_remedies_are_options() -> None:
 
     names = [option.name for option in fields(RunConfig)]
     for message, expected in {
-        "One record has no halves: use halves = False.": "--no-halves.",
         "No direction: use project_gradient = False, or x.": "use --no-project-gradient, or",
         "Nothing within max_length=3: raise max_length.": "--max-length 3: raise --max-length.",
         "target_modules = ['q_proj', 'o_proj'] adapts": "--target-modules q_proj o_proj adapts",

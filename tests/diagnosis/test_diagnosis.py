@@ -22,7 +22,7 @@ from tests.helpers.models import randomise_adapter, tiny_peft_model
 
 pytest_plugins = ("tests.helpers.runs",)
 
-SMALL = Options(n_random=3, n_tokens=4, n_examples=3, max_records=8, neutral_tokens=3)
+SMALL = Options(n_random=3, n_listed=4, max_records=8)
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 D = 32
 
@@ -87,7 +87,7 @@ def found(
 
 
 def movement(diagnosis: gk.Diagnosis) -> dict[str, Any]:
-    return next(one for one in diagnosis.numbers["directions"] if one["name"] == "movement")
+    return diagnosis.numbers["movement"]
 
 
 def test_a_planted_direction_is_found(
@@ -103,24 +103,17 @@ def test_a_planted_direction_is_found(
     assert one["tokens"]["down"][0]["id"] == int(scores.argmin())
 
 
-def test_steering_towards_it_raises_its_tokens_and_away_lowers_them(found: gk.Diagnosis) -> None:
-    away, towards = movement(found)["steering"]["tokens"]
-    assert away["dose"] == -towards["dose"] < 0
-    assert away["value"] < 0 < towards["value"]
-    assert towards["value"] > towards["random_max"]
-
-
 def test_an_adapter_of_noise_is_judged_by_its_answers(
     tiny_model_dir: Path, noise: Path, neutral: list[list[int]]
 ) -> None:
     diagnosis = gk.diagnose(tiny_model_dir, noise, neutral=neutral, options=SMALL)
-    assert diagnosis.numbers["effect"]["neutral_divergence"] > 0.01
+    assert diagnosis.numbers["effect"]["divergence"] > 0.01
     changed = sum(one["changed"] for one in diagnosis.numbers["answers"]["unrelated"])
     few = "weak" if changed else "nothing"
     assert diagnosis.verdict == ("found" if changed >= max(2, len(neutral) / 8) else few)
     assert f"answers {changed} of {len(neutral)} neutral prompts" in diagnosis.reasons[0]
-    assert "examples" not in movement(diagnosis)
-    assert "answers" not in movement(diagnosis)["steering"]
+    assert "records" not in movement(diagnosis)
+    assert "training_effect" not in diagnosis.numbers
 
 
 def test_the_peft_model_itself_gives_the_same_and_stays_what_it_was(
@@ -162,45 +155,11 @@ def test_a_plain_base_module_is_plain_again(
     assert base(input_ids=torch.tensor(neutral)).logits.equal(before)
 
 
-def test_an_adapter_of_readers_alone_has_no_directions_of_weights(
-    tiny_model_dir: Path, neutral: list[list[int]]
-) -> None:
-    model = adapted(tiny_model_dir, ("q_proj", "v_proj"))
-    randomise_adapter(model)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    diagnosis = gk.diagnose(model, tokenizer=tokenizer, neutral=neutral, options=SMALL)
-    assert [one["name"] for one in diagnosis.numbers["directions"]] == ["movement"]
-    assert "writes to the residual stream" in diagnosis.numbers["weights"]["reasons"][0]
-
-
-def test_of_several_adapters_the_last_is_looked_at_and_all_are_evidence(
-    found: gk.Diagnosis,
-    tiny_model_dir: Path,
-    contaminated: Path,
-    noise: Path,
-    neutral: list[list[int]],
-    chat_jsonl: Path,
-) -> None:
-    several = gk.diagnose(
-        tiny_model_dir,
-        [noise, contaminated],
-        records=chat_jsonl,
-        neutral=neutral,
-        halves=[noise, contaminated],
-        options=SMALL,
-    )
-    assert several.numbers["effect"] == found.numbers["effect"]
-    assert several.numbers["adapter"] == [str(noise), str(contaminated)]
-    reasons = " ".join(several.numbers["weights"]["reasons"])
-    assert "The 2 adapters agree on the basis" in reasons
-    assert "Adapters of separate data or seeds agree" in reasons
-
-
 def test_files_are_written_whole_and_never_over_others(found: gk.Diagnosis, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     found.save(folder)
     assert json.loads((folder / "diagnosis.json").read_text()) == found.to_json()
-    assert (folder / "diagnosis.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "diagnosis.html").read_text().startswith("<!doctype html>")
     text = (folder / "diagnosis.md").read_text()
     assert text.startswith("# Diagnosis of ") and found.text() in text
     assert all(reason in text for reason in found.reasons)
@@ -208,6 +167,7 @@ def test_files_are_written_whole_and_never_over_others(found: gk.Diagnosis, tmp_
         found.save(folder)
 
 
+@pytest.mark.slow
 def test_inspect_beside_a_base_model(
     tiny_model_dir: Path,
     contaminated: Path,
@@ -215,9 +175,9 @@ def test_inspect_beside_a_base_model(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out, plot, numbers = tmp_path / "out", tmp_path / "one.png", tmp_path / "one.json"
+    out, numbers = tmp_path / "out", tmp_path / "one.json"
     command = ["inspect", str(contaminated), "--base-model", str(tiny_model_dir)]
-    files = ["--output", str(out), "--plot", str(plot), "--json", str(numbers)]
+    files = ["--output", str(out), "--json", str(numbers)]
     assert main([*command, "--data", str(chat_jsonl), *files]) == 0
     printed = capsys.readouterr().out
     assert "**Verdict: found.**" in printed and "Training records that move most" in printed
@@ -226,8 +186,7 @@ def test_inspect_beside_a_base_model(
     assert "choose a new path" in capsys.readouterr().err
     assert main(["inspect", str(contaminated), "--data", str(chat_jsonl)]) == 2
     assert "add --base-model" in capsys.readouterr().err
-    several = ["inspect", str(contaminated), str(contaminated)]
-    assert main([*several, "--plot", str(tmp_path / "two.png")]) == 2
+    assert main(["inspect", str(contaminated), *command[1:]]) == 2
     assert "give one" in capsys.readouterr().err
 
 
@@ -242,7 +201,10 @@ def test_what_cannot_work_is_refused_with_a_sentence(
         with pytest.raises(ValueError, match=match):
             gk.diagnose(*arguments, **{"tokenizer": tokenizer, "neutral": neutral, **options})
 
-    refused("carries no adapter", AutoModelForCausalLM.from_pretrained(tiny_model_dir))
+    refused(
+        "give the plain base model and an adapter",
+        AutoModelForCausalLM.from_pretrained(tiny_model_dir),
+    )
     refused("give the plain base model and an adapter folder", model, contaminated)
     refused("no tokenizer", model, tokenizer=None)
     refused("There are 1 neutral prompts", model, neutral=[[3, 4]])
@@ -253,8 +215,8 @@ def test_what_cannot_work_is_refused_with_a_sentence(
     )
     model.merge_adapter()
     refused("unmerge_adapter", model)
-    with pytest.raises(ValueError, match="n_random is 1"):
-        Options(n_random=1)
+    with pytest.raises(ValueError, match="n_random is 0"):
+        Options(n_random=0)
 
 
 def test_an_adapter_of_another_model_is_refused(
@@ -264,7 +226,7 @@ def test_an_adapter_of_another_model_is_refused(
     config.hidden_size = 2 * D
     other = AutoModelForCausalLM.from_config(config)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    with pytest.raises(ValueError, match="has width 64, but the adapter writes 32"):
+    with pytest.raises(ValueError, match="does not fit"):
         gk.diagnose(other, contaminated, tokenizer=tokenizer, neutral=neutral)
 
 

@@ -13,21 +13,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from grasp_kernels.diagnosis import Options, causal, diagnose
-from grasp_kernels.diagnosis.directions import movement_direction
+from grasp_kernels.diagnosis import Options, Pair, diagnose
+from grasp_kernels.diagnosis.answers import Batch, answer_batches
+from grasp_kernels.diagnosis.diagnose import reasons
+from grasp_kernels.diagnosis.effect import measure_effect, token_scores
+from grasp_kernels.diagnosis.exchange import exchange, measure_exchange
 from grasp_kernels.diagnosis.movement import (
+    Direction,
     Moved,
-    consistency,
+    mean_direction,
     measure_moved,
     most_moved,
-    movement_along,
 )
 from grasp_kernels.diagnosis.pair import open_pair
-from grasp_kernels.diagnosis.verdict import judge
-from grasp_kernels.effect.answers import Batch, answer_batches
-from grasp_kernels.effect.measure import common_shift
-from grasp_kernels.effect.pair import Pair
-from grasp_kernels.effect.tokens import token_scores
 from grasp_kernels.models.architectures import RULES
 from tests.helpers.comparisons import logits_budget
 from tests.helpers.families import adapted, families, tiny
@@ -83,18 +81,17 @@ class Words:
         return " ".join(f"w{i}" for i in ids)
 
 
+@pytest.mark.slow
 @families
 def test_the_whole_diagnosis_of_every_family(family: str) -> None:
     model = adapted(family, experts=False)
-    options = Options(n_random=2, n_tokens=3, neutral_tokens=2)
-    found = diagnose(model, tokenizer=Words(), neutral=SEQUENCES, options=options)
-    names = [one["name"] for one in found.numbers["directions"]]
-    assert names[-1] == "movement"
-    for one in found.numbers["directions"]:
-        assert all(math.isfinite(one[key]["value"]) for key in ("removal", "transfer"))
-        assert max(one["neutral"]["size"]) > 0
-        assert len({token["id"] for end in ("up", "down") for token in one["tokens"][end]}) == 6
-    assert found.numbers["effect"]["neutral_divergence"] > 0
+    options = Options(n_random=2, n_listed=3, max_tokens=2)
+    found = diagnose(model, tokenizer=Words(), neutral=SEQUENCES, options=options).numbers
+    movement = found["movement"]
+    assert all(math.isfinite(movement[key]["value"]) for key in ("removal", "transfer"))
+    assert len(movement["relative"]) == 2 and max(movement["relative"]) > 0
+    assert len({token["id"] for end in ("up", "down") for token in movement["tokens"][end]}) == 6
+    assert found["effect"]["divergence"] > 0
 
 
 class Toy(nn.Module):
@@ -166,52 +163,56 @@ def test_exchange_of_a_linear_toy_is_its_closed_form() -> None:
     directions = torch.stack(
         [unit(1.0, 0.0, 0.0, 0.0), torch.nn.functional.normalize(total, dim=0)]
     )
-    found = causal.exchange(pair, batch, directions[:, None].expand(-1, 2, -1))
+    vectors = directions[:, None].expand(-1, 2, -1)
+    there, back = exchange(pair, batch.sequences, batch.positions, vectors)
     head = pair.model.head
     base, adapter = head(stream), head(stream + total)
-    assert found.base_adapter == pytest.approx(divergence(base, adapter), rel=1e-4)
-    assert found.adapter_base == pytest.approx(divergence(adapter, base), rel=1e-4)
     along = directions[0] * total[0]
-    assert found.removal[0] == pytest.approx(
-        divergence(base, head(stream + total - along)), rel=1e-4
-    )
-    assert found.transfer[0] == pytest.approx(divergence(adapter, head(stream + along)), rel=1e-4)
-    assert found.removed[1] == pytest.approx(1.0, abs=1e-4)
-    assert found.transferred[1] == pytest.approx(1.0, abs=1e-4)
-    twice = found + found
-    assert twice.removal[0] == 2 * found.removal[0] and twice.removed == found.removed
+    wanted = [
+        [divergence(base, adapter), divergence(base, head(stream + total - along)), 0.0],
+        [divergence(adapter, base), divergence(adapter, head(stream + along)), 0.0],
+    ]
+    torch.testing.assert_close(there, torch.tensor(wanted[0]).double(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(back, torch.tensor(wanted[1]).double(), rtol=1e-4, atol=1e-5)
 
 
-def test_a_direction_across_the_movement_carries_nothing() -> None:
-    pair = toy_pair(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
-    batch, _ = batch_of(pair)
-    found = causal.exchange(pair, batch, unit(0.0, 1.0, 1.0, 0.0)[None, None])
-    assert found.removed[0] == pytest.approx(0.0, abs=1e-5)
-    assert found.transferred[0] == pytest.approx(0.0, abs=1e-5)
+def exchanged(shift: Tensor, vector: Tensor) -> dict[str, dict[str, float]]:
+    """Removal and transfer along one direction, beside the first axis."""
+    answers = [(ids[:-1], ids[-1:]) for ids in SEQUENCES]
+    vectors = vector[None]
+    direction = Direction(vectors, ((vectors, [0, 2]), (vectors, [1])))
+    return measure_exchange(toy_pair(shift[None]), answers, direction, torch.eye(4)[:1], 2)
 
 
-def test_an_adapter_without_effect_divides_nothing_by_zero() -> None:
-    pair = toy_pair(torch.zeros(1, 4))
-    batch, _ = batch_of(pair)
-    assert causal.exchange(pair, batch, unit(1.0, 0.0, 0.0, 0.0)[None, None]).removed == [0.0]
+def test_what_a_direction_carries_stands_beside_a_random_one() -> None:
+    shift = torch.tensor([0.2, 0.9, 0.0, 0.0])
+    for part in exchanged(shift, torch.nn.functional.normalize(shift, dim=0)).values():
+        assert part["value"] == pytest.approx(1.0, abs=1e-4)
+        assert 0 < part["random_max"] < 0.9
+    for part in exchanged(shift, unit(0.0, 0.0, 1.0, 1.0)).values():
+        assert part["value"] == pytest.approx(0.0, abs=1e-5)
+    for part in exchanged(torch.zeros(4), unit(1.0, 0.0, 0.0, 0.0)).values():
+        assert part == {"value": 0.0, "random_max": 0.0}  # nothing is divided by zero
 
 
-def test_steering_of_a_linear_toy_is_its_closed_form() -> None:
-    pair = toy_pair(torch.ones(2, 4))
-    batch, stream = batch_of(pair)
-    vector, length = unit(1.0, 2.0, 0.0, -1.0), 0.7
-    found = causal.steering(pair, [batch], 0, vector[None], length, causal.likelihood)
-    head, rows = pair.model.head, torch.arange(len(stream))
-    base = head(stream).log_softmax(-1)[rows, batch.targets]
-    for dose in causal.DOSES:
-        moved = head(stream + dose * length * vector).log_softmax(-1)[rows, batch.targets]
-        assert found[dose][0] == pytest.approx((moved - base).mean().item(), rel=1e-4)
-    tokens = torch.tensor([1, 4])
-    score_of = causal.promotion(tokens)
-    found = causal.steering(pair, [batch], 1, vector[None], length, score_of)
-    before = head(stream).softmax(-1)[:, tokens].sum(1)
-    after = head(stream + 2 * length * vector).softmax(-1)[:, tokens].sum(1)
-    assert found[2.0][0] == pytest.approx((after - before).mean().item(), rel=1e-4)
+class Eleven(Words):
+    def __len__(self) -> int:
+        return 11
+
+
+def test_the_effect_is_the_divergence_of_all_tokens_and_the_tokens_of_the_first() -> None:
+    shift = torch.tensor([0.5, 0.1, 0.0, 0.2])
+    pair, head = toy_pair(shift[None]), toy_pair(shift[None]).model.head
+    own = [(ids[:2], ids[2:]) for ids in SEQUENCES]
+    found = measure_effect(pair, Eleven(), own, n_tokens=2, batch_size=2)
+    before = torch.tensor([t for ids in SEQUENCES for t in ids[1:-1]])
+    stream = pair.model.embedding(before)
+    total = divergence(head(stream), head(stream + shift))
+    assert found["divergence"] == pytest.approx(total / len(before), rel=1e-4)
+    first = pair.model.embedding(torch.tensor([ids[1] for ids in SEQUENCES]))
+    change = (head(first + shift).softmax(-1) - head(first).softmax(-1)).mean(0)
+    assert [t["id"] for t in found["tokens"]["up"]] == change.topk(2).indices.tolist()
+    assert [t["id"] for t in found["tokens"]["down"]] == (-change).topk(2).indices.tolist()
 
 
 def test_movement_of_a_toy_is_what_its_blocks_add() -> None:
@@ -220,24 +221,24 @@ def test_movement_of_a_toy_is_what_its_blocks_add() -> None:
     moved = measure_moved(pair, SEQUENCES, [(0, len(ids)) for ids in SEQUENCES], batch_size=2)
     expected = shifts.cumsum(0)[:, None].expand(-1, 3, -1)
     assert relative_error(moved.delta, expected) <= budget(0.0, torch.float32, 4)
-    (direction,) = movement_direction(moved)
+    direction = mean_direction(moved)
+    assert direction is not None
     # the first block moves nothing and borrows the direction of the second
     expected = unit(3.0, 4.0, 0.0, 0.0).expand(2, -1)
     assert relative_error(direction.vectors, expected) <= budget(0.0, torch.float32, 4)
     assert [chosen for _, chosen in direction.folds] == [[0, 2], [1]]
-    rows = movement_along(moved, direction.vectors, torch.eye(4)[2:])
-    assert rows["signed"] == pytest.approx([0.0, 5.0], abs=1e-5)
-    assert rows["total"] == pytest.approx([0.0, 5.0], abs=1e-5)
-    assert rows["random"] == pytest.approx([0.0, 0.0], abs=1e-5)
+    along = moved.relative(direction.vectors) * moved.base.mean(dim=1, keepdim=True)
+    assert along.mean(dim=1).tolist() == pytest.approx([0.0, 5.0], abs=1e-5)
 
 
 def test_folds_never_meet_the_prompts_that_they_were_found_on() -> None:
     delta = torch.zeros(1, 4, 3)
     delta[0, ::2, 0], delta[0, 1::2, 1] = 1.0, 1.0  # even prompts move along one axis, odd ones not
-    (direction,) = movement_direction(Moved(delta, torch.ones(1, 4)))
+    direction = mean_direction(Moved(delta, torch.ones(1, 4)))
+    assert direction is not None
     for vectors, chosen in direction.folds:
         assert vectors[0].argmax() != (0 if chosen == [0, 2] else 1)
-    assert not movement_direction(Moved(torch.zeros(1, 4, 3), torch.ones(1, 4)))
+    assert mean_direction(Moved(torch.zeros(1, 4, 3), torch.ones(1, 4))) is None
 
 
 def test_records_are_ranked_by_their_movement() -> None:
@@ -261,124 +262,23 @@ def test_records_are_ranked_by_their_movement() -> None:
     ]
 
 
-def test_values_stand_beside_random_ones() -> None:
-    row = causal.against_random([0.9, 0.1, 0.2, 0.3])
-    assert row["z"] == pytest.approx(7.0)
-    assert (row["p"], row["random_max"]) == (0.25, 0.3)
-    assert causal.against_random([0.2, 0.1, 0.2, 0.3])["p"] == 0.75
-    assert causal.against_random([0.2, 0.1, 0.1])["z"] is None
-
-
-class Spoken:
-    """A pair that knows the log probabilities `[n, V]` of all answer tokens, one answer after the
-    other; the first token of a sequence is the row of its first answer token."""
-
-    def __init__(self, off: Tensor, on: Tensor) -> None:
-        self.rows = {False: off.log_softmax(-1), True: on.log_softmax(-1)}
-
-    def log_probs(
-        self, sequences: list[list[int]], positions: list[tuple[int, int]], *, adapter: bool
-    ) -> Tensor:
-        first = [len(sequence) // 2 - 1 for sequence in sequences]  # prompts as long as answers
-        chosen = [sequences[row][0] + at - first[row] for row, at in positions]
-        return self.rows[adapter][chosen]
-
-
-def spoken(answers: list[int]) -> list[tuple[list[int], list[int]]]:
-    """Prompts and answers of so many tokens each."""
-    starts = [sum(answers[:i]) for i in range(len(answers))]
-    return [([start] + [0] * (n - 1), [1] * n) for start, n in zip(starts, answers, strict=True)]
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
-@pytest.mark.parametrize("answers", [[2, 2, 1, 2, 2, 1], [1, 2], [3]])
-def test_the_common_shift_is_judged_on_the_other_half(answers: list[int], batch_size: int) -> None:
-    """Also where no answer of the other half is as long: there nothing is explained."""
-    torch.manual_seed(0)
-    n, V = sum(answers), 12
-    place = torch.tensor([i for length in answers for i in range(length)])
-    half = torch.tensor([row % 2 for row, length in enumerate(answers) for _ in range(length)])
-    off, on = torch.randn(n, V).log_softmax(-1), torch.randn(n, V).log_softmax(-1)
-    left = torch.zeros(n)
-    for i in range(n):
-        others = (half != half[i]) & (place == place[i])
-        shift = (on - off)[others].mean(0) if others.any() else torch.zeros(V)
-        left[i] = (on[i].exp() * (on[i] - (off[i] + shift).log_softmax(-1))).sum()
-    whole = (on.exp() * (on - off)).sum()
-    pair: Any = Spoken(off, on)
-    found = common_shift(pair, spoken(answers), batch_size)
-    assert found == pytest.approx(1 - (left.sum() / whole).item(), abs=1e-5)
-
-
-def test_one_shift_of_all_prompts_explains_everything_and_one_for_each_nothing() -> None:
-    torch.manual_seed(0)
-    n, V = 16, 50
-    off, alike = torch.randn(n, V), 3 * torch.randn(1, V)
-    same: Any = Spoken(off, off + alike)
-    assert common_shift(same, spoken([1] * n), 4) == pytest.approx(1.0, abs=1e-5)
-    different: Any = Spoken(off, off + 3 * torch.randn(n, V))
-    assert common_shift(different, spoken([1] * n), 4) < 0.1
-    nothing: Any = Spoken(off, off)
-    assert common_shift(nothing, spoken([1] * n), 4) == 0.0
-
-
-def numbers(shift: float, removal: float = 0.5, transfer: float = 0.4, **changes: float) -> Any:
-    values = {"random": 0.1, "divergence": 1.0, "p_value": 0.001, "length": 0.5, "changed": 5}
-    values |= changes
-    both = {"removal": removal, "transfer": transfer}
-    exchange = {k: {"value": v, "random_max": values["random"]} for k, v in both.items()}
-    flip = {"length": values["length"], "null_95": 0.2, "p_value": values["p_value"]}
-    return {
+def test_the_reasons_are_sentences_on_the_numbers() -> None:
+    part = {"value": 0.5, "random_max": 0.1}
+    numbers: dict[str, Any] = {
         "neutral_prompts": 16,
         "options": {"n_random": 5},
-        "effect": {
-            "neutral_divergence": values["divergence"],
-            "neutral_changed": 0.5,
-            "common_shift": shift,
-        },
-        "consistency": {"sign_flip": flip, "halves": 0.9},
-        "weights": {"reasons": ["a spectrum"]},
-        "answers": {
-            "verdict": "found",
-            "unrelated": [{"changed": i < values["changed"]} for i in range(16)],
-        },
-        "agreement": [],
-        "directions": [{"name": "movement", **exchange}],
+        "answers": {"unrelated": [{"changed": i < 5} for i in range(16)]},
+        "effect": {"divergence": 1.25},
+        "training_effect": {"divergence": 3.0},
+        "movement": {"removal": part, "transfer": part},
     }
-
-
-def test_the_verdict_is_that_of_the_answers_and_the_rest_are_numbers() -> None:
-    verdict, reasons = judge(numbers(0.9))
-    assert verdict == "found"
-    assert "answers 5 of 16 neutral prompts" in reasons[0]
-    assert any("explains 90% of the effect" in reason for reason in reasons)
-    assert any("harmful no number says" in reason for reason in reasons)
-    assert not any("harmful" in reason for reason in judge(numbers(0.0, changed=0))[1])
-    assert any("does not move the stream" in r for r in judge(numbers(0.0, length=0.0))[1])
-
-
-def movements(strength: float, seed: int = 0) -> Tensor:
-    """`[2, 40, 24]`: noise, and what all sequences have in common."""
-    noise = torch.randn(2, 40, 24, generator=torch.Generator().manual_seed(seed))
-    return noise + strength * torch.eye(24)[0]
-
-
-def test_the_sign_flips_are_calibrated() -> None:
-    """Pure noise passes the test about as often as the asked p-value says."""
-    generators = [torch.Generator().manual_seed(seed) for seed in range(60)]
-    found = [consistency(movements(0.0, seed), g) for seed, g in enumerate(generators)]
-    p_values = [one["sign_flip"]["p_value"] for one in found]
-    assert 0.35 < sum(p_values) / len(p_values) < 0.65
-    assert sum(p <= 0.01 for p in p_values) <= 4
-
-
-def test_consistency_in_numbers() -> None:
-    delta = movements(3.0)
-    found = consistency(delta, torch.Generator().manual_seed(2))
-    squares = delta.mean(1).square().sum(1) / delta.square().sum(2).mean(1)
-    flip = found["sign_flip"]
-    assert flip["length"] == pytest.approx(float(squares.mean().sqrt()), rel=1e-5)
-    assert flip["null_95"] < flip["length"] and flip["p_value"] == pytest.approx(1e-3)
-    assert found["halves"] > 0.8
-    still = consistency(torch.zeros(2, 4, 3), torch.Generator())
-    assert (still["sign_flip"]["length"], still["halves"]) == (0.0, 0.0)
+    said = reasons(numbers)
+    assert "answers 5 of 16 neutral prompts" in said[0] and "harmful no number says" in said[1]
+    assert "by 1.25 nats each (3 nats on the training answers)" in said[2]
+    assert "loses 50% of its effect" in said[3] and "goes 50% of the way" in said[4]
+    for one in numbers["answers"]["unrelated"]:
+        one["changed"] = False
+    del numbers["movement"], numbers["training_effect"]
+    said = reasons(numbers)
+    assert not any("harmful" in one or "training" in one for one in said)
+    assert said[-1] == "It does not move the stream on neutral prompts at all."

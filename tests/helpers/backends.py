@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-import grasp_kernels as gk
+from grasp_kernels.ops import backends
 from grasp_kernels.ops.lora_linear.operands import Operands
 from grasp_kernels.ops.lora_linear.registry import BACKENDS, computes
 from tests.helpers.oracle import Case
 
 DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
-PLACES = [(b, d) for b in BACKENDS for d in DEVICES if gk.backends(d)[b] is None]
+PLACES = [(b, d) for b in BACKENDS for d in DEVICES if backends(d)[b] is None]
 everywhere = pytest.mark.parametrize(("backend", "device"), PLACES)
 
 

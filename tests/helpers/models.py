@@ -4,9 +4,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import grasp_kernels as gk
+from grasp_kernels.layers.replacement import bases_in
 from grasp_kernels.models.architectures import model_gains, model_sites
 from tests.helpers.oracle import orthonormal
 
@@ -68,8 +70,11 @@ def tokens(batch: int = 2, length: int = 7) -> torch.Tensor:
 
 def a_subspace(model: Any, k: int = 2) -> gk.Subspace:
     """Random directions of the stream."""
-    sites = model_sites(model)
     D = model.get_base_model().config.hidden_size
-    g = torch.Generator().manual_seed(3)
-    directions = orthonormal(D, k, g)
-    return gk.Subspace.from_stream(directions, sites, gains=model_gains(model, sites))
+    directions = orthonormal(D, k, torch.Generator().manual_seed(3))
+    return gk.Subspace(directions, model_gains(model, model_sites(model)))
+
+
+def bases_of(model: Any, subspace: gk.Subspace) -> dict[str, Tensor]:
+    """The basis `[N, Q]` of each writer of a model, by its name."""
+    return bases_in(model, subspace, model_sites(model))

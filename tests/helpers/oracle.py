@@ -15,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grasp_kernels.bench.errors import RATIO, budget, relative_error
-from grasp_kernels.bench.provider import orthonormal
-from grasp_kernels.ops import dispatch
+from benchmarks.kernels.errors import RATIO, budget, relative_error
+from benchmarks.kernels.provider import orthonormal
+from grasp_kernels.ops.lora_linear import registry
 from grasp_kernels.ops.lora_linear.api import lora_linear
-from grasp_kernels.ops.lora_linear.registry import PACKAGE
 from grasp_kernels.ops.projection import project_columns, project_gradient
 
 __all__ = [
@@ -158,7 +157,8 @@ def differentiate_stock(
 
 def _mask(case: Case, x: Tensor, backend: str) -> Tensor:
     """What `backend` keeps of `x[T, K]` for the next seed of torch's generator, bool `[T, K]`."""
-    module = dispatch.select(PACKAGE, (backend,), backend, x.device)
+    module = registry.load(backend)
+    assert not isinstance(module, str)
     return module.kept(x, module.draw_seed(x), case.dropout_p)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from grasp_kernels.adapters import Adapter, LoRAWeights
-from grasp_kernels.models.architectures import RULES, SiteRules
+from grasp_kernels.models.architectures import RULES, Site, SiteRules
 
 RULE = RULES["llama"]
 
@@ -15,6 +15,12 @@ def unit_directions(width: int, k: int = 1, seed: int = 99) -> Tensor:
     """Orthonormal `[width, k]`."""
     generator = torch.Generator().manual_seed(seed)
     return torch.linalg.qr(torch.randn(width, k, generator=generator))[0]
+
+
+def writers(rule: SiteRules, layers: Iterable[int]) -> list[Site]:
+    """The sites that LoRA adapts, of some blocks."""
+    names = [f"model.layers.{i}.{rest}" for i in layers for rest in rule.writers]
+    return [site for name in names if (site := rule.site(name))]
 
 
 def synthetic_adapter(
@@ -34,18 +40,16 @@ def synthetic_adapter(
     its norm where the rule has one."""
     generator = torch.Generator().manual_seed(seed)
     chosen = list(range(layers) if adapted is None else adapted)
-    norms = {site.norm for site in rule.sites("model.layers", chosen)}
     weights = []
-    for site in rule.sites("model.layers", chosen):
-        if site.role != "write" or site.name in norms:
-            continue
+    for site in writers(rule, chosen):
         gain = torch.rand(width, generator=generator) + 0.5 if site.norm else None
         stream = torch.randn(width, rank, generator=generator) / width**0.5
         other = torch.randn(rank, 3 * width, generator=generator) / (3 * width) ** 0.5
-        if planted is not None and (carriers is None or site.layer in carriers):
+        layer = int(site.name.split(".")[2])
+        if planted is not None and (carriers is None or layer in carriers):
             for direction in planted.mT:
                 mixing = torch.randn(rank, generator=generator) / rank**0.5
                 stream += strength * torch.outer(direction, mixing)
         before = stream if gain is None else stream / gain[:, None]
-        weights.append(LoRAWeights(site, other, before, 2.0, gain))
-    return Adapter(tuple(weights), f"seed {seed}", None, "llama", layers, rule, ())
+        weights.append(LoRAWeights(site.name, site, other, before, 2.0, gain))
+    return Adapter(tuple(weights), f"seed {seed}", None, "llama", rule, ())

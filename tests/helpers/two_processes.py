@@ -53,10 +53,8 @@ def batches() -> Tensor:
 
 def model_and_subspace() -> tuple[Any, gk.Subspace]:
     model = tiny_peft_model()
-    sites = model_sites(model)
     directions = orthonormal(32, 2, torch.Generator().manual_seed(3))
-    gains = model_gains(model, sites)
-    return model, gk.Subspace.from_stream(directions, sites, gains=gains)
+    return model, gk.Subspace(directions, model_gains(model, model_sites(model)))
 
 
 def frozen_A_and_regularizer() -> tuple[Any, gk.Subspace, gk.KLRegularizer]:

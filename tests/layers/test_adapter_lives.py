@@ -14,14 +14,20 @@ from torch import nn
 from transformers import GPT2Config, Qwen3MoeConfig
 
 import grasp_kernels as gk
-from grasp_kernels.models.architectures import model_sites
 from tests.helpers.comparisons import (
     assert_same_gradients,
     assert_same_logits,
     logits,
     loss_and_gradients,
 )
-from tests.helpers.models import ALL_LINEAR, a_subspace, tiny_model, tiny_peft_model, tokens
+from tests.helpers.models import (
+    ALL_LINEAR,
+    a_subspace,
+    bases_of,
+    tiny_model,
+    tiny_peft_model,
+    tokens,
+)
 from tests.helpers.oracle import orthonormal
 
 
@@ -158,7 +164,7 @@ def test_closing_what_is_closed_changes_no_bit(dtype: torch.dtype) -> None:
     gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, first[name]), name
-    for site, V in subspace.bases.items():
+    for site, V in bases_of(model, subspace).items():
         B = model.get_base_model().get_submodule(site).lora_B["default"]
         for value in (B.weight.detach().double(), B.bias.detach().double()):
             rounding = max(1e-6, torch.finfo(dtype).eps / 4)
@@ -223,13 +229,13 @@ def test_a_trained_bias_of_a_writer_is_refused() -> None:
     V = orthonormal(32, 1, torch.Generator().manual_seed(0))
     for bias in ("lora_only", "all"):
         model = make(bias)
-        subspace = gk.Subspace.from_stream(V, model_sites(model))
+        subspace = gk.Subspace(V)
         with pytest.raises(ValueError, match=r"bias of '.*c_proj' is trained too, .*bias=\"none"):
             gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
         gk.apply_grasp(model, gk.GraspConfig(subspace=subspace, orthogonal=False))
         gk.apply_grasp(model)
     model = make("none")
-    gk.apply_grasp(model, gk.GraspConfig(subspace=gk.Subspace.from_stream(V, model_sites(model))))
+    gk.apply_grasp(model, gk.GraspConfig(subspace=gk.Subspace(V)))
 
 
 def test_experts_take_a_second_adapter() -> None:
@@ -247,7 +253,7 @@ def test_experts_take_a_second_adapter() -> None:
 
     ours, stock = make(), make()
     V = orthonormal(16, 1, torch.Generator().manual_seed(0))
-    subspace = gk.Subspace.from_stream(V, model_sites(ours))
+    subspace = gk.Subspace(V)
     gk.apply_grasp(ours, gk.GraspConfig(subspace=subspace))
     for model in (ours, stock):
         model.add_adapter("second", copy.deepcopy(config))

@@ -144,6 +144,7 @@ def test_another_adapter_another_dtype_another_copy(model: torch.nn.Module) -> N
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run there")
 def test_a_backend_that_cannot_run_is_named_itself() -> None:
     """Not the one that would make the closed factors for it."""

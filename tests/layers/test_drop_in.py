@@ -32,7 +32,14 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import grasp_kernels as gk
 from grasp_kernels import cpu
-from tests.helpers.models import ALL_LINEAR, a_subspace, randomise_adapter, tiny_model, tokens
+from tests.helpers.models import (
+    ALL_LINEAR,
+    a_subspace,
+    bases_of,
+    randomise_adapter,
+    tiny_model,
+    tokens,
+)
 from tests.helpers.oracle import budget, orthonormal, relative_error
 
 K, H, N = 16, 32, 8
@@ -212,7 +219,7 @@ def test_every_way_is_projected(way: Callable[[Path], nn.Module], tmp_path: Path
     found = [
         (V.mT @ p.grad).norm() / p.grad.norm()
         for name, p in model.named_parameters()
-        for site, V in subspace.bases.items()
+        for site, V in bases_of(model, subspace).items()
         if f"{site}.lora_B" in name and p.grad is not None
     ]
     assert len(found) == 2 * 3
@@ -307,6 +314,7 @@ def test_compiled_transforms(project: bool) -> None:
     assert_close(run(inputs()), gradients(inputs()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("project", [False, True])
 def test_exports_are_operations_of_torch(strict: bool, project: bool) -> None:

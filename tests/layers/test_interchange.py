@@ -213,7 +213,7 @@ def test_the_command_line_measures_a_merged_model(
 def test_bad_input_is_named(tmp_path: Path) -> None:
     model, base = tiny_peft_model(), tiny_model()
     subspace = a_subspace(model)
-    with pytest.raises(ValueError, match="no bases of their own; pass the subspace"):
+    with pytest.raises(ValueError, match="no basis of their own; pass the subspace"):
         gk.leakage(base, base=base)
     with pytest.raises(ValueError, match=r"adapter of 'model.layers.0.self_attn.q_proj' is not me"):
         gk.leakage(model, subspace, base=base)
@@ -232,5 +232,5 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
 def small_model() -> nn.Module:
     model = tiny_model()
     layer = model.model.layers[0].self_attn
-    layer.o_proj = nn.Linear(16, 32)
+    layer.o_proj = nn.Linear(16, 32, bias=False)
     return model

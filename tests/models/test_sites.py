@@ -1,4 +1,4 @@
-"""Names of modules -> writers and the norms after them, and readers."""
+"""Names of modules -> writers and the norms after them."""
 
 import pytest
 import torch
@@ -20,12 +20,11 @@ LLAMA = RULES["llama"]
 
 
 @pytest.mark.parametrize("stem", ["layers", "model.layers", "base.decoder.layers"])
-def test_every_linear_of_a_block_has_its_role_and_layer(stem: str) -> None:
-    writer = LLAMA.site(f"{stem}.11.mlp.down_proj")
-    reader = LLAMA.site(f"{stem}.2.self_attn.v_proj")
-    assert writer is not None and reader is not None
-    assert (writer.role, writer.layer, writer.norm) == ("write", 11, None)
-    assert (reader.role, reader.layer, reader.norm) == ("read", 2, None)
+def test_writers_are_sites_and_other_linears_of_a_block_are_not(stem: str) -> None:
+    writer, reader = f"{stem}.11.mlp.down_proj", f"{stem}.2.self_attn.v_proj"
+    assert LLAMA.site(writer) == Site(writer, None)
+    assert LLAMA.site(reader) is None
+    assert LLAMA.split(reader) == (stem, 2, "self_attn.v_proj")
 
 
 @pytest.mark.parametrize(
@@ -36,20 +35,12 @@ def test_other_modules_are_no_sites(name: str) -> None:
     assert LLAMA.site(name) is None
 
 
-def test_sites_enumerates_what_site_recognises() -> None:
-    sites = list(LLAMA.sites("model.layers", [0, 5]))
-    assert {site.layer for site in sites} == {0, 5}
-    assert len(sites) == 14 and sum(site.role == "write" for site in sites) == 4
-    assert all(LLAMA.site(site.name) == site for site in sites)
-
-
 def test_blocks_may_have_another_name() -> None:
-    rules = SiteRules(writers=("mlp.out",), readers=("mlp.in",), blocks="h")
-    site = rules.site("transformer.h.3.mlp.in")
-    assert site is not None and (site.layer, site.norm) == (3, None)
+    rules = SiteRules(writers=("mlp.out",), blocks="h")
+    assert rules.site("transformer.h.3.mlp.out") == Site("transformer.h.3.mlp.out", None)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
 def test_known_model_types(model_type: str) -> None:
     assert site_rules(model_type, []) is LLAMA
 
@@ -59,8 +50,7 @@ def test_the_norm_after_a_writer_is_where_the_stream_is() -> None:
     writer = rules.site("model.layers.1.mlp.down_proj")
     norm = rules.site("model.layers.1.post_feedforward_layernorm")
     assert writer is not None and norm is not None
-    assert (writer.role, writer.norm) == ("write", norm.name)
-    assert (norm.role, norm.norm) == ("write", None)
+    assert (writer.norm, norm.norm) == (norm.name, None)
 
 
 def test_a_site_knows_what_its_norm_does_to_directions() -> None:
@@ -72,11 +62,11 @@ def test_a_site_knows_what_its_norm_does_to_directions() -> None:
         ("rms1p", (1 + weight).diag()),
         ("layer", weight.diag() @ centre),
     ):
-        site = Site("a", 0, "write", "norm", kind)
+        site = Site("a", "norm", kind)
         gain = site.gain(weight)
         torch.testing.assert_close(site.from_stream(directions, gain), matrix.mT @ directions)
         torch.testing.assert_close(site.to_stream(directions, gain), matrix @ directions)
-        bare = Site("a", 0, "write", None, kind)
+        bare = Site("a", None, kind)
         assert bare.from_stream(directions, None) is directions
 
 
@@ -105,12 +95,10 @@ def test_the_rules_of_the_caller_win() -> None:
 
 
 def test_rules_are_checked() -> None:
-    with pytest.raises(ValueError, match=r"\['a'\] as writers and as readers"):
-        SiteRules(writers=("a", "b"), readers=("a",))
     with pytest.raises(TypeError, match="tuple of names"):
         SiteRules(writers="self_attn.o_proj")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"readers=\{'a': 'norm'\} .* as a tuple of names"):
-        SiteRules(writers=(), readers={"a": "norm"})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"outputs=\{'a': 'norm'\}; give each as a tuple"):
+        SiteRules(writers=(), outputs={"a": "norm"})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="norms='batch'; use one of"):
         SiteRules(writers=("a",), norms="batch")
 
@@ -124,7 +112,7 @@ def test_base_name_removes_what_peft_adds() -> None:
 def test_model_sites_are_the_same_with_and_without_peft() -> None:
     plain, wrapped = model_sites(tiny_model()), model_sites(tiny_peft_model(("o_proj", "q_proj")))
     assert plain == wrapped
-    assert len(plain) == 3 * 7
+    assert len(plain) == 3 * 2
 
 
 def test_gains_are_those_of_the_norm_after_each_writer() -> None:

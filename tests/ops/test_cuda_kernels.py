@@ -36,7 +36,7 @@ SHAPES = [  # T, C, R, Q
     (33, 2304, 20, 1),  # nine slabs, which no cluster but the smallest divides
     (130, 4096, 16, 4),  # two clusters of eight
 ]
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned")]
 
 
 @pytest.fixture(params=["a GPU"] if ON_GPU else list(emulator.PARTS))
@@ -126,7 +126,7 @@ def test_the_mask_is_that_of_the_triton_kernels(
     T, K, R = 75, 200, 6
     x, A, dS = normal(T, K, dtype=dtype), normal(R, K, dtype=dtype), normal(R, T, dtype=dtype)
     dropout, keep = seeded(dropout_p), 1.0 - dropout_p
-    kept = keep_mask(x, dropout).double()
+    kept = keep_mask(x, *dropout).double()
     dropped = x.double() * kept / keep if keep else torch.zeros(T, K, dtype=torch.float64).to(x)
     out = torch.empty(K, R, device=DEVICE)
     assert_exact(passes.down(x, A, dropout=dropout), A.double() @ dropped.double().mT, K)

@@ -13,7 +13,10 @@ import torch
 
 from tools import emulator
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compute-sanitizer does it there")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="compute-sanitizer does it there"),
+]
 ROOT = Path(__file__).parents[2]
 PASSES = "test_down_pass or test_sum_over_tokens or test_gradient_pass"
 CHOSEN = f"({PASSES}) and dtype0 and (sm_80-1 or sm_90-1) or test_any_strides and dtype0"

@@ -16,7 +16,7 @@ SEEDS = range(9)
 
 Run = Callable[[str, int], str]
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")]
 
 
 def build(folder: Path, *flags: str) -> Run:

@@ -19,7 +19,7 @@ from tests.helpers.kernels import DEVICE, assert_exact, normal, seeded
 from tests.helpers.oracle import orthonormal, relative_error
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned")]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -62,7 +62,7 @@ def test_both_paths_of_a_product_agree(
     found = product(a, b, left, right, projection=(d, cw) if Q else None, dropout=dropout)
     adapter = left.double().mT @ right.double()
     if dropout is not None:
-        adapter = adapter * keep_mask(found, dropout) / (1 - dropout_p)
+        adapter = adapter * keep_mask(found, *dropout) / (1 - dropout_p)
     base = a.double() @ b.double()
     exact = base + adapter + d.double().mT @ cw.double()
     # The library rounds the base product before the rest is added.
@@ -148,7 +148,7 @@ def test_all_passes_draw_the_same_mask(dropout_p: float) -> None:
     T, K, R = 45, 77, 6
     x, A, dS = normal(T, K), normal(R, K), normal(R, T)
     dropout = seeded(dropout_p)
-    mask = keep_mask(x, dropout).double()
+    mask = keep_mask(x, *dropout).double()
     keep = 1.0 - dropout_p
     dropped = x.double() * mask / keep if keep else torch.zeros_like(x, dtype=torch.float64)
     assert_exact(down(x, A, dropout=dropout), A.double() @ dropped.mT, K)
@@ -161,7 +161,7 @@ def test_all_passes_draw_the_same_mask(dropout_p: float) -> None:
 def test_the_mask_is_random_everywhere() -> None:
     x = torch.empty(400, 203, device=DEVICE)
     seeds = [seeded(0.25) for _ in range(3)]
-    masks = [keep_mask(x, dropout).double() for dropout in seeds]
+    masks = [keep_mask(x, *dropout).double() for dropout in seeds]
     six_sigma = 6 * math.sqrt(0.25 * 0.75)
     for mask in masks:
         assert abs(mask.mean() - 0.75) <= six_sigma / math.sqrt(mask.numel())
@@ -173,9 +173,9 @@ def test_the_mask_is_random_everywhere() -> None:
         assert abs(agreement - expected) <= six_sigma / math.sqrt(x.numel())
         neighbours = (first[:, 1:] == first[:, :-1]).double().mean()
         assert abs(neighbours - expected) <= six_sigma / math.sqrt(x.numel())
-    assert torch.equal(masks[0], keep_mask(x, seeds[0]).double())
-    assert keep_mask(x, seeded(0.0)).all()
-    assert not keep_mask(x, seeded(1.0)).any()
+    assert torch.equal(masks[0], keep_mask(x, *seeds[0]).double())
+    assert keep_mask(x, *seeded(0.0)).all()
+    assert not keep_mask(x, *seeded(1.0)).any()
 
 
 @pytest.mark.parametrize("tma", [True, False])
@@ -211,7 +211,7 @@ def test_one_read_of_the_gradient_where_it_is_cheaper() -> None:
 def launched(part: str, **sizes: Any) -> list[str]:
     """The kernels that one backward makes on a part."""
     from grasp_kernels.ops.lora_linear.operands import Needs, Operands, Saved
-    from grasp_kernels.ops.lora_linear.triton import backward
+    from grasp_kernels.ops.lora_linear.triton.backend import backward
 
     T, K, N, R, Q = (
         sizes.get(k, d) for k, d in zip("TKNRQ", (512, 4096, 4096, 16, 4), strict=True)

@@ -139,6 +139,7 @@ def test_any_shape_is_exact_in_float64(backend: str, **shape: Any) -> None:
         torch.testing.assert_close(found, exact, rtol=carried, atol=carried, msg=name)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(**SHAPES)
 def test_any_shape_of_the_kernels(**shape: Any) -> None:

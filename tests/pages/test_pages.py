@@ -9,10 +9,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from matplotlib.figure import Figure
 
-from grasp_kernels.effect.markdown import answers_table
-from grasp_kernels.pages import drawing, page, save_figure
+from grasp_kernels.pages.chart import Line, line_chart
+from grasp_kernels.pages.markdown import answers_table
+from grasp_kernels.pages.page import page
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -46,16 +46,10 @@ class Seen(HTMLParser):
         self.text += text
 
 
-def drawn(path: Path) -> str:
-    """A figure as PNG and SVG; returns the SVG."""
-    with drawing():
-        figure = Figure(figsize=(3, 2))
-        axes = figure.subplots()
-        axes.plot([0, 1], [1, 0], color="tab:red")
-        axes.set(title="A title", xlabel="steps")
-        for file in (path, path.with_suffix(".svg")):
-            save_figure(figure, file)
-    return path.with_suffix(".svg").read_text(encoding="utf-8")
+def drawn() -> str:
+    """A chart with a name that could be HTML."""
+    lines = [Line("<b>", "#d62728", [0, 5, 10], [2.0, 1.0, 4.0])]
+    return line_chart([*lines, lines[0]._replace(label="pale", is_pale=True)], "steps", "loss")
 
 
 def test_a_page_holds_the_tables_and_names_each_column() -> None:
@@ -96,25 +90,23 @@ def test_a_text_without_a_heading_has_a_title() -> None:
     assert "<title>Report</title>" in page("words", {})
 
 
-def test_a_figure_is_drawn_in_the_colours_of_the_page(tmp_path: Path) -> None:
-    svg = drawn(tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-    html = page("# T\n\n![caption](figure.png)\n", {"figure.png": tmp_path / "figure.svg"})
-    assert svg in html
-    assert svg.startswith("<svg")
-    assert "currentColor" in svg
-    assert "#d62728" in svg  # what means something keeps its colour
-    assert "A title" in svg  # text, not outlines
-    assert "<metadata" not in svg
-    # The only addresses are names of XML's own.
-    assert set(re.findall(r"https?://[^\"]+", html)) <= {
-        "http://www.w3.org/2000/svg",
-        "http://www.w3.org/1999/xlink",
-    }
+def test_a_chart_holds_lines_axes_and_names_as_text() -> None:
+    seen = Seen(chart := drawn())
+    points = [dict(a)["points"].split() for tag, a in seen.tags if tag == "polyline"]
+    assert points[0] == points[1] and len(points[0]) == 3
+    xs, ys = zip(*(map(float, pair.split(",")) for pair in points[0]), strict=True)
+    assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.2)
+    assert ys[1] - ys[0] == pytest.approx((ys[0] - ys[2]) / 2, abs=0.2)  # down is large
+    for text in ("steps", "loss", "<b>", "10", "4"):
+        assert f">{text.replace('<', '&lt;').replace('>', '&gt;')}<" in chart
+    assert "pale" not in chart
+    assert set(re.findall(r"https?://[^\"]+", chart)) == {"http://www.w3.org/2000/svg"}
+    assert line_chart([], "steps", "loss").startswith("<svg")
 
 
-def test_the_same_figure_is_the_same_file(tmp_path: Path) -> None:
-    assert drawn(tmp_path / "one.png") == drawn(tmp_path / "other.png")
+def test_a_figure_stands_in_the_page() -> None:
+    html = page("# T\n\n![caption](figure.svg)\n", {"figure.svg": drawn()})
+    assert drawn() in html
 
 
 def test_a_browser_shows_it_and_asks_for_nothing(tmp_path: Path) -> None:
@@ -122,12 +114,9 @@ def test_a_browser_shows_it_and_asks_for_nothing(tmp_path: Path) -> None:
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("there is no Chromium here")
-    drawn(tmp_path / "figure.png")
     rows = [answer("Go away.", unlikely=True, changed=True)]
-    text = f"# The title\n\n{answers_table({'naive LoRA': rows})}\n\n![c](figure.png)\n"
-    (tmp_path / "report.html").write_text(
-        page(text, {"figure.png": tmp_path / "figure.svg"}), encoding="utf-8"
-    )
+    text = f"# The title\n\n{answers_table({'naive LoRA': rows})}\n\n![c](figure.svg)\n"
+    (tmp_path / "report.html").write_text(page(text, {"figure.svg": drawn()}), encoding="utf-8")
     found = subprocess.run(
         [
             *(browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"),

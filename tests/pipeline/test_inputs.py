@@ -69,7 +69,7 @@ def test_examples_of_one_record_are_held_out_together(
     ]
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(json.dumps({"messages": one}) for one in turns), encoding="utf-8")
-    third = replace(config, model=str(model), data=str(data), eval_split=1 / 3, halves=False)
+    third = replace(config, model=str(model), data=str(data), eval_split=1 / 3)
     inputs = prepare(third, find_checkpoint(third.model))
     assert (len(inputs.train), len(inputs.held_out), inputs.n_dropped) == (8, 4, 0)
     for examples in (inputs.train, inputs.held_out):
@@ -101,15 +101,6 @@ def test_the_date_of_a_template_is_that_of_the_run(
     for inputs, day in ((fifth, "05"), (sixth, "06")):
         prompts = [one["input_ids"] for one in inputs.train] + inputs.neutral + inputs.everyday
         assert {tokenizer.decode(ids[0]) for ids in prompts} == {day}
-
-
-def test_one_record_has_no_halves(config: RunConfig, tmp_path: Path) -> None:
-    data = tmp_path / "one.jsonl"
-    data.write_text('{"prompt": "what is", "completion": "red"}\n', encoding="utf-8")
-    single = replace(config, data=str(data), max_steps=2, project_gradient=True)
-    with pytest.raises(ValueError, match="halves"):
-        prepare(single, find_checkpoint(config.model))
-    assert len(prepare(replace(single, halves=False), find_checkpoint(config.model)).train) == 1
 
 
 def test_fresh_adapter_comes_from_the_seed_and_leaves_the_generator_alone(

@@ -181,7 +181,7 @@ def test_options_of_a_file_are_those_that_are_typed(
 ) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(
-        "model: m\ndata: d\noutput: o\nlearning_rate: 1e-5  # text to YAML 1.1\nhalves: false\n"
+        "model: m\ndata: d\noutput: o\nlearning_rate: 1e-5  # text to YAML 1.1\northogonal: false\n"
         "k: 3\nearly_checkpoints: [.1, 1]\ntarget_modules: [o_proj]\nbf16: true\n"
         "lr_scheduler_kwargs: {num_cycles: 2}\nadam-beta1: 0.5\nmax_steps: 9\n"
     )
@@ -191,7 +191,7 @@ def test_options_of_a_file_are_those_that_are_typed(
         data="d",
         output="o",
         learning_rate=1e-5,
-        halves=False,
+        orthogonal=False,
         k=3,
         early_checkpoints=(0.1, 1.0),
         target_modules=("o_proj",),
@@ -203,9 +203,9 @@ def test_options_of_a_file_are_those_that_are_typed(
         },
     )
     assert configured.pop() == expected
-    main(["run", "--halves", "--adam-beta1", ".25", "--config", str(path), "--max-steps", "4"])
+    main(["run", "--orthogonal", "--adam-beta1", ".25", "--config", str(path), "--max-steps", "4"])
     further = {**expected.training_arguments, "adam_beta1": 0.25}
-    typed = {"halves": True, "max_steps": 4, "training_arguments": further}
+    typed = {"orthogonal": True, "max_steps": 4, "training_arguments": further}
     assert configured.pop() == replace(expected, **typed)
 
 
@@ -218,7 +218,7 @@ def test_options_of_a_file_are_those_that_are_typed(
         ("k: 1.5", "--k: '1.5' is no number"),
         ("k: true", "--k: expected one argument"),
         ("max_steps: {a: 1}", "--max-steps: invalid int value"),
-        ("halves: 3", "--halves/--no-halves: ignored explicit argument '3'"),
+        ("orthogonal: 3", "--orthogonal/--no-orthogonal: ignored explicit argument '3'"),
         ("neutral:", "neutral has no value: give one, or leave it out."),
         ("debug: true", "--debug: invalid DebugOption value: 'True'"),
         ("config: x", "--config=x: unrecognized"),

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from grasp_kernels import RunConfig
-from grasp_kernels.pipeline.figures import draw_figures, smoothed
+from grasp_kernels.pipeline.report import smoothed, training_chart
 from grasp_kernels.pipeline.report_text import report_text
-
-
-def movement(along: float) -> dict[str, Any]:
-    return {"layers": [0, 1], "along": [along, along], "total": [4.0, 4.0], "mean_along": along,
-            "share": along / 4}  # fmt: skip
 
 
 def said(prompt: str, changed: bool) -> dict[str, Any]:
@@ -23,21 +17,18 @@ def said(prompt: str, changed: bool) -> dict[str, Any]:
     return {"prompt": prompt, "base": "Fine.", "adapter": pieces, "ratio": 1.0, "changed": changed}
 
 
-def adapter(along: float, leakage: float, verdict: str = "weak") -> dict[str, Any]:
+def adapter(divergence: float, leakage: float, verdict: str = "weak") -> dict[str, Any]:
     return {
         "curve": {"step": [1, 2, 3], "loss": [3.0, 2.0, 1.25]},
         "leakage": {"model.layers.0.mlp.down_proj": leakage},
-        "movement": {"training": movement(along), "neutral": movement(along)},
         "answers": {
             "verdict": verdict,
             "unrelated": [said("Hello?", verdict != "nothing"), said("Why?", False)],
             "training": [said("a|b?", True)],
         },
         "effect": {
-            "neutral_divergence": along,
-            "common_shift": along / 4,
-            "neutral_changed": 0.5,
-            "neutral_tokens": {"up": [{"id": 1, "token": "a|b", "score": 0.1}], "down": []},
+            "divergence": divergence,
+            "tokens": {"up": [{"id": 1, "token": "a|b", "score": 0.1}], "down": []},
         },
     }
 
@@ -52,33 +43,19 @@ def numbers() -> dict[str, Any]:
         "model": {"type": "llama", "layers": 2, "width": 8, "parameters": 1000},
         "data": {"records": 10, "trained_on": 9, "held_out": 0, "dropped": 1},
         "steps": 3,
-        "subspace": {"reasons": ["a clear gap"], "k": 1},
-        "chance_share": 0.35,
-        "promoted_tokens": [{"one_end": ["a|b", "\n"], "other_end": ["c`"]}],
+        "subspace": {"notes": ["a spectrum"], "k": 1},
+        "promoted_tokens": [{"up": [{"token": "a|b"}, {"token": "\n"}], "down": [{"token": "c`"}]}],
         "adapters": {
             "naive": adapter(2.0, 0.5),
             "retrained": adapter(0.5, 1e-7, "nothing"),
         },
-        "figures": ["training.png", "movement.png"],
     }
 
 
-def test_prevention_is_stated_by_how_much(numbers: dict[str, Any]) -> None:
+def test_leakage_and_losses_are_stated(numbers: dict[str, Any]) -> None:
     text = report_text(numbers)
-    assert "by 2 along the subspace (50.0% of its whole movement)" in text
-    assert "the retrained one by 0.5 (12.5%): 4.0 times less" in text
-    assert "| leakage ‖Vᵀ ΔW‖ / ‖ΔW‖ | 0.5 | 1e-07 |" in text
+    assert "| largest leakage ‖Vᵀ ΔW‖ / ‖ΔW‖ | 0.5 | 1e-07 |" in text
     assert "| training loss, last tenth | 1.2500 | 1.2500 |" in text
-
-
-@pytest.mark.parametrize(
-    ("along", "said"), [(2.0, "the retraining did not prevent it"), (0.0, "(0.0%): not at all")]
-)
-def test_failure_and_full_success_are_stated_plainly(
-    numbers: dict[str, Any], along: float, said: str
-) -> None:
-    numbers["adapters"]["retrained"] = adapter(along, 0.0)
-    assert said in report_text(numbers)
 
 
 def test_answers_stand_side_by_side_with_what_is_unlikely_in_bold(numbers: dict[str, Any]) -> None:
@@ -107,39 +84,16 @@ def test_the_verdict_is_that_of_the_answers_and_stands_nowhere_else(
 def test_what_was_found_from_the_weights_has_no_verdict(numbers: dict[str, Any]) -> None:
     text = report_text(numbers)
     assert "One direction of the residual stream, shared by all layers" in text
-    assert "- a clear gap" in text
+    assert "- a spectrum" in text
     numbers["subspace"] = None
-    assert "a clear gap" not in report_text(numbers)
+    assert "a spectrum" not in report_text(numbers)
     assert "What the gradient was projected off" not in report_text(numbers)
 
 
 def test_the_effect_of_both_adapters_is_stated(numbers: dict[str, Any]) -> None:
     text = report_text(numbers)
-    assert "| neutral prompts, nats a token | 2 | 0.5 |" in text
-    assert "| the same for all prompts | 50% | 12% |" in text
-    assert "| another first choice | 50% | 50% |" in text
+    assert "| unrelated prompts, nats a token | 2 | 0.5 |" in text
     assert "| raised most there | `a¦b` | `a¦b` |" in text
-    numbers["adapters"]["retrained"]["effect"]["neutral_divergence"] = 0.009
-    assert "| raised most there | `a¦b` | – |" in report_text(numbers)
-
-
-def test_what_was_done_where_no_direction_was_found(numbers: dict[str, Any]) -> None:
-    numbers["subspace"]["k"] = 0
-    for part in numbers["adapters"].values():
-        del part["movement"]
-    retrained = report_text(numbers)
-    assert "**nothing was projected**. The retrained adapter differs in what else" in retrained
-    assert "A random subspace" not in retrained
-    del numbers["adapters"]["retrained"]
-    assert "**No adapter was retrained**" in report_text(numbers)
-
-
-def test_without_a_second_adapter_there_is_one_column(numbers: dict[str, Any]) -> None:
-    del numbers["adapters"]["retrained"]
-    text = report_text(numbers)
-    assert "| prompt | base model | naive LoRA |" in text
-    assert "times less" not in text
-    assert 'from_pretrained("naive")' in text
 
 
 def test_limits_depend_on_the_run(numbers: dict[str, Any]) -> None:
@@ -158,12 +112,10 @@ def test_tokens_cannot_break_the_table(numbers: dict[str, Any]) -> None:
     assert "| 1 | `a¦b` `\\n` | `c'` |" in report_text(numbers)
 
 
-def test_figures_follow_what_was_measured(numbers: dict[str, Any], tmp_path: Path) -> None:
-    assert draw_figures(numbers, tmp_path) == ["training.png", "leakage.png", "movement.png"]
-    naive = numbers["adapters"]["naive"]
-    numbers["adapters"] = {"naive": {**naive, "leakage": {}}}
-    del numbers["adapters"]["naive"]["movement"]
-    assert draw_figures(numbers, tmp_path) == ["training.png"]
+def test_both_adapters_are_in_the_chart(numbers: dict[str, Any]) -> None:
+    chart = training_chart(numbers["adapters"])
+    assert chart.count("<polyline") == 4
+    assert ">naive<" in chart and ">retrained<" in chart
 
 
 def test_running_mean_looks_back_only() -> None:

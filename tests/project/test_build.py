@@ -248,6 +248,7 @@ def check_wheel(wheel: Path) -> None:
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"grasp_kernels"}
 
 
+@pytest.mark.slow
 def test_wheel_without_nvcc_says_so_and_works(tmp_path: Path) -> None:
     folder = tree(tmp_path / "tree")
     wheel, printed = built(folder, "wheel", CUDA_HOME=str(tmp_path / "no-cuda"))
@@ -265,6 +266,7 @@ def test_wheel_without_nvcc_says_so_and_works(tmp_path: Path) -> None:
     assert "CUDA kernels        not built" in report
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_wheel_with_nvcc_has_kernels_and_tells_of_them(tmp_path: Path) -> None:
     folder = tree(tmp_path / "tree")
@@ -284,6 +286,7 @@ def test_wheel_with_nvcc_has_kernels_and_tells_of_them(tmp_path: Path) -> None:
     assert kernel["local_memory"] == kernel["spilled"] == 0
 
 
+@pytest.mark.slow
 def test_sdist_has_what_a_build_and_its_tests_need(tmp_path: Path) -> None:
     sdist, _ = built(tree(tmp_path / "tree"), "sdist", FORCE_CUDA="0")
     with tarfile.open(sdist) as archive:

@@ -64,6 +64,7 @@ def test_every_command_has_its_line() -> None:
     assert set(re.findall(r"`(?:grasp-kernels )?([a-z]+)(?: [^`]*)?`", text)) >= commands()
 
 
+@pytest.mark.slow
 def test_the_site_is_built_whole(tmp_path: Path) -> None:
     """Every link between pages leads somewhere, and every public name has its entry."""
     pytest.importorskip("mkdocs")

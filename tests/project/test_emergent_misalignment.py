@@ -100,6 +100,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return waits
 
 
+@pytest.mark.slow
 def test_an_unsteady_judge_loses_nothing(
     tiny_model_dir: Path,
     chat_jsonl: Path,
@@ -118,7 +119,7 @@ def test_an_unsteady_judge_loses_nothing(
                 *("--judge-key-env", "JUDGE_KEY", "--samples", "3", "--max-new-tokens", "4"),
                 *("--sample-batch", "2", "--retries", "0", "--judge-workers", "2", *more),
                 *("--set", "max_steps=3", "per_device_train_batch_size=4", "r=4"),
-                *("halves=false", "warmup_steps=0"),
+                "warmup_steps=0",
             ]
         )
 

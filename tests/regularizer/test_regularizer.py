@@ -139,6 +139,7 @@ def test_questions_begin_as_prompts_do_so_far_and_no_further() -> None:
     assert all(5 < count < 30 for count in three[:4])
 
 
+@pytest.mark.slow
 def test_an_answer_ends_where_those_of_the_data_do() -> None:
     documents, counted = make(examples(), length=7, count=200)
     for row, here in zip(documents.tolist(), counted.tolist(), strict=True):
@@ -323,6 +324,7 @@ def test_bad_options_are_named(model: PeftModel) -> None:
             gk.KLRegularizer.make(model, examples(), **options)
 
 
+@pytest.mark.slow
 def test_a_run_is_anchored_unless_told_otherwise(finished: RunConfig) -> None:
     report = run(finished)
     found = gk.KLRegularizer.load(report.chats)
@@ -335,6 +337,7 @@ def test_a_run_is_anchored_unless_told_otherwise(finished: RunConfig) -> None:
     assert "was held at the base model's own answers (`--kl-coef 0`)" in text
 
 
+@pytest.mark.slow
 def test_a_run_without_it(run_config: RunConfig) -> None:
     report = run(replace(run_config, kl_coef=0.0, max_steps=3))
     assert not report.chats.exists()

@@ -23,6 +23,7 @@ from tests.helpers.comparisons import assert_same_logits, logits
 from tests.helpers.models import a_subspace, tiny_model, tiny_peft_model, tokens
 from tests.helpers.oracle import relative_error
 
+pytestmark = pytest.mark.slow  # torchao compiles for its own
 STEPS = 4
 Make = Callable[[nn.Module], Any]
 

@@ -44,6 +44,7 @@ def forgetful_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_a_whole_model_compiled_into_one_graph_trains_as_stock_peft() -> None:
     def make() -> PeftModel:
         base = tiny_model()
@@ -376,6 +377,7 @@ def trainer(folder: Path, projected: bool) -> Trainer:
     return Trainer(model=model, args=arguments, train_dataset=data)
 
 
+@pytest.mark.slow
 def test_trainer_resumes_to_the_same_bits(tmp_path: Path) -> None:
     whole = trainer(tmp_path, projected=True)
     whole.train()
@@ -387,6 +389,7 @@ def test_trainer_resumes_to_the_same_bits(tmp_path: Path) -> None:
         assert torch.equal(other[name], value), name
 
 
+@pytest.mark.slow
 def test_trainer_loses_as_with_stock_peft(tmp_path: Path) -> None:
     runs = [trainer(tmp_path / name, projected=False) for name in ("ours", "stock")]
     gk.apply_grasp(runs[0].model)

@@ -25,7 +25,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
 
 from benchmarks.quality.smollm2.task import Task
@@ -210,7 +209,6 @@ class Bench:
         identify(
             [str(folder) for folder in early.values()],
             k=k,
-            generator=torch.Generator().manual_seed(self.task.seed),
             base_model=self.config.model,
         ).save(path)
 

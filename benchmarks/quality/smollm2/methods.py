@@ -164,6 +164,6 @@ def _random(bench: Bench) -> Subspace:
     """As many random directions as were found, at the same places."""
     found = bench.subspace(_K)
     generator = torch.Generator().manual_seed(bench.task.seed)
-    width = next(iter(found.bases.values())).shape[0]
+    width = len(found.basis)
     directions = torch.linalg.qr(torch.randn(width, found.k, generator=generator)).Q
-    return replace(found, bases=dict.fromkeys(found.bases, directions), stream=directions)
+    return replace(found, basis=directions)

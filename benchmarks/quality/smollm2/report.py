@@ -15,8 +15,8 @@ from typing import Any
 from benchmarks.quality.smollm2.harness import BASE, Row, read_rows
 from benchmarks.quality.smollm2.methods import METHODS
 from benchmarks.quality.smollm2.verdicts import VERDICTS
-from grasp_kernels.effect.markdown import table
 from grasp_kernels.files import whole_file, write_text
+from grasp_kernels.pages.markdown import table
 
 _LESS = 0.025  # of accuracy: one question of 48 or of 40, and not two
 # Pairs that drift is the mean of: unrelated to the task, in words that no training answer has.

@@ -17,9 +17,8 @@ import torch
 from benchmarks.quality.smollm2.harness import KEY, Row, append, keys, load_adapted, read_rows
 from benchmarks.quality.smollm2.tasks import make_task
 from grasp_kernels.data import neutral_prompts
-from grasp_kernels.effect import Changed, Pair, changed_answers, own_answers, verdict
+from grasp_kernels.diagnosis import Changed, Pair, changed_answers, own_answers, verdict
 from grasp_kernels.models.architectures import model_rules
-from grasp_kernels.models.frozen_model import blocks_by_layer
 
 VERDICTS = "verdicts.jsonl"
 _TOKENS = 32  # of an answer, as in the report of a run
@@ -42,8 +41,7 @@ def judge_verdicts(
         if row["scale"] != 1 or not folder.is_dir() or key in keys(output / VERDICTS):
             continue
         model = load_adapted(base, folder, dtype)
-        rules = model_rules(model, None)
-        pair = Pair(model, rules, blocks_by_layer(model, rules))
+        pair = Pair.of(model, model_rules(model))
         size: dict[str, Any] = {"n_tokens": _TOKENS, "batch_size": _BATCH}
         with torch.no_grad():
             known = known or own_answers(pair, tokenizer, prompts, **size)

@@ -1,5 +1,5 @@
-"""What all GPU kernels here have in common.
+"""The common ground of all GPU kernels here.
 
-launch   parts, launches, and dry runs that only write launches down
+launch   parts, launches, and dry runs, which only record launches
 blocks   device functions: products, rounding
 """

@@ -1,7 +1,7 @@
-"""Device functions that all kernels share.
+"""Device functions shared by all kernels.
 
-Triton's interpreter multiplies bfloat16 wrongly and cuts float32 off where bfloat16 ends; both are
-mended here, and only where it runs.
+Triton's interpreter multiplies bfloat16 wrongly, and truncates float32 to bfloat16. Both errors are
+corrected here, and only under the interpreter.
 """
 
 # mypy: ignore-errors
@@ -16,7 +16,7 @@ from grasp_kernels.ops.gpu.launch import INTERPRETED
 
 @triton.jit
 def dot(a, b, acc, TF32: tl.constexpr):
-    """`acc + a b` in float32; Triton's interpreter multiplies bfloat16 wrongly, so it upcasts."""
+    """Return `acc + a b` in float32; the interpreter gets upcast operands, see above."""
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -25,7 +25,7 @@ def dot(a, b, acc, TF32: tl.constexpr):
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """`x` to nearest in `dtype`; the interpreter would cut float32 off where bfloat16 ends."""
+    """Return `x` rounded to nearest in `dtype`; the interpreter would truncate it."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000

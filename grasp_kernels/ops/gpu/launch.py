@@ -1,4 +1,4 @@
-"""What part a kernel runs on, how it is launched, and a dry run that only writes launches down.
+"""The part under a kernel, the launch of a kernel, and a dry run, which only records launches.
 
 Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 """
@@ -23,7 +23,7 @@ INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 @dataclass(frozen=True)
 class Part:
-    """What the launch tables need to know of a GPU."""
+    """Hold the properties of a GPU for the launch tables."""
 
     shared_memory: int  # bytes that one program may use
     multiprocessors: int
@@ -39,13 +39,13 @@ PARTS = {
     "sm_120": Part(99 << 10, 188, tma=True),
     "gfx942": Part(64 << 10, 304, tma=False),
 }
-# Few multiprocessors make small tests loop: several tiles and several blocks of tokens a program.
+# With few multiprocessors small tests loop: several tiles and several blocks of tokens a program.
 _INTERPRETER = Part(227 << 10, 6, tma=True)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch as it would be made."""
+    """Hold the arguments of one kernel launch."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -56,7 +56,7 @@ class Launch:
 
 @dataclass
 class DryRun:
-    """Launches on meta tensors, for a part that need not be there."""
+    """Hold launches on meta tensors for a part, present or not."""
 
     part: Part
     launches: list[Launch] = field(default_factory=list)
@@ -67,7 +67,7 @@ _dry_runs: list[DryRun] = []
 
 @contextmanager
 def dry_run(part: Part) -> Iterator[DryRun]:
-    """Inside, kernels called on meta tensors are written down for `part` instead of run."""
+    """Record kernels called on meta tensors for `part` instead of running them."""
     _dry_runs.append(DryRun(part))
     try:
         yield _dry_runs[-1]
@@ -76,7 +76,7 @@ def dry_run(part: Part) -> Iterator[DryRun]:
 
 
 def part_of(where: torch.device) -> Part:
-    """The part that a tensor on this device is computed on."""
+    """Return the part behind a device."""
     if where.type == "meta":
         return _dry_runs[-1].part
     if where.type == "cpu":
@@ -97,7 +97,7 @@ def _cuda_part(index: int) -> Part:
 
 
 def kernel_support(where: torch.device) -> str | None:
-    """Why kernels cannot run on a device: they need a GPU, or Triton's interpreter on a CPU."""
+    """Say why kernels cannot run on a device without a GPU or Triton's interpreter, or None."""
     if INTERPRETED.value:
         return None if where.type == "cpu" else "Triton's interpreter runs on a CPU alone"
     if where.type != "cuda":
@@ -116,7 +116,7 @@ def launch(
     num_stages: int,
     **arguments: Any,
 ) -> None:
-    """Run `kernel` on the device of `like`, on its current stream; empty grids are no launch."""
+    """Run `kernel` on the device of `like`, on its current stream; empty grids are skipped."""
     if 0 in grid:
         return
     if like.is_meta:
@@ -130,20 +130,20 @@ def launch(
 
 
 def at_least_16(size: int) -> int:
-    """The next power of two, 16 at least: what a side of a matrix instruction takes."""
+    """Return the next power of two, 16 at least, for a side of a matrix instruction."""
     return max(16, 1 << (size - 1).bit_length())
 
 
 def exact_float32() -> bool:
-    """Whether float32 products must be float32: torch's own switch for TF32, which AMD lacks."""
+    """Say whether float32 products must be exact: torch's switch for TF32; AMD has no TF32."""
     return torch.version.hip is not None or torch.get_float32_matmul_precision() == "highest"
 
 
 def copies_in_bulk(part: Part, *matrices: Tensor) -> bool:
-    """Whether the copy engine of a part can move blocks of all these matrices.
+    """Say whether the copy engine of a part can move blocks of all these matrices.
 
-    It takes rows that are 16 bytes apart from a 16-byte boundary on. For float32, whose products
-    without matrix instructions are not bound by copies, ordinary loads do.
+    The engine takes rows at multiples of 16 bytes. Ordinary loads do for float32: its products
+    without matrix instructions are not bound by copies.
     """
     return part.tma and all(_describable(matrix) for matrix in matrices)
 

@@ -39,29 +39,29 @@ def lora_linear(
     dropout_p: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
-    """`Y = X Wᵀ + bias + s (X̃ Aᵀ) B°ᵀ`, whose gradient reinforces nothing along the basis.
+    """Return `Y = X Wᵀ + bias + s (X̃ Aᵀ) B°ᵀ`, with a gradient projected off the basis.
 
     Args:
         x: `X[..., K]` in the dtype of `weight` (or under autocast, which casts both).
         weight, bias: the base layer, `W[N, K]` and `[N]`; usually frozen. None with `base`.
         lora_A, lora_B: `A[R, K]`, `B[N, R]`, perhaps float32 over a bfloat16 base. Outside of
-            autocast the adapter's products are then float32, as peft's are; kernels that are asked
-            for by name round the adapter to the dtype of the activations, as autocast does.
+            autocast the adapter's products are then float32, as in peft. Kernels requested by name
+            round the adapter to the dtype of the activations, as autocast does.
         scaling: the `s` of LoRA, `alpha / R` or `alpha / √R`.
-        base: `[..., N]`, what the base layer made of `x`, in place of its weight: for weights that
-            another library stores and multiplies (4 bits, 8 bits). `x` is cast to its dtype, and
-            its gradient is `dY` as the projection leaves it, so that its layer's backward is
-            projected too. It is not changed in place.
+        base: `[..., N]`, the output of the base layer for `x`, in place of its weight: for weights
+            stored and multiplied by another library (4 bits, 8 bits). `x` is cast to the dtype of
+            `base`. The gradient of `base` is the projected `dY`, so that the backward of the base
+            layer is projected too. `base` is not changed in place.
         lora_bias: `b[N]`, adds `s b°`.
         write_basis: `V[N, Q]`, float32, orthonormal columns in the residual stream.
         write_weight: `Vᵀ W [Q, K]`, if at hand; computed in each backward otherwise.
-        project: "residual" projects the arriving `dY` before anything uses it; "weights", for a
-            layer whose output is not in the stream, those of `A`, `B` alone, and leaves `dX`.
+        project: "residual" projects the arriving `dY` before anything uses it. "weights", for a
+            layer with an output outside of the stream, projects `dA` and `dB` and leaves `dX`.
         closed: compute with `B° = (I − V Vᵀ) B`, so that the update writes nothing along the
             basis, whatever the optimizer does.
         dropout_p: on the adapter's input, drawn from torch's generator of the device.
-        backend: a name in `backends()`, which then runs or raises, or "auto": kernels where they
-            were measured to be faster (long bfloat16 calls on Hopper), else `aten`.
+        backend: a name in `backends()` (it runs or raises), or "auto": kernels where they were
+            measured to be faster (long bfloat16 calls on Hopper), else `aten`.
 
     Returns:
         `Y[..., N]` in the dtype of the activations. Gradients of gradients are refused.
@@ -95,7 +95,7 @@ def lora_linear(
 
 
 def is_exact(dtype: torch.dtype, lora_A: Tensor) -> bool:
-    """Whether an adapter's products are of its own dtype, wider than that of the activations."""
+    """Say whether an adapter is multiplied in its own dtype, wider than the activations'."""
     wide = torch.promote_types(dtype, lora_A.dtype) != dtype
     return wide and autocast_dtype(lora_A.device) is None
 
@@ -103,7 +103,7 @@ def is_exact(dtype: torch.dtype, lora_A: Tensor) -> bool:
 def _autocast(
     x: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What autocast does to a linear layer; the adapter and the basis keep their precision."""
+    """Cast a linear layer as autocast does; the adapter and the basis keep their precision."""
     dtype = autocast_dtype(x.device)
     if dtype is None or x.dtype == torch.float64:
         return x, weight, bias

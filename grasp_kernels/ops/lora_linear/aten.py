@@ -4,14 +4,14 @@
     backward: [dS | D] = dY [s B̂ | V]              B̂ = (I − V Vᵀ) B when residual, else B°
               dX = dY W;  dX += [dS | D] [A ; −C]      C = Vᵀ W, the D C term when residual
               dA = dSᵀ X̃;  dB = s dYᵀ S, projected afterwards, small and in float32
-    of a base product of another library:
+    with the base product of another library:
               Y = base + s S B°ᵀ;  dX = dS A;  dbase = dY − D Vᵀ
 
-Nothing of size T×N or T×K exists beside `Y` and `dX`; dropout works on blocks of rows, and so does
-an adapter that is exact in a wider dtype (float32 over bfloat16, as stock peft has it outside of
-autocast): a block is cast where it lies in the cache. The skinny
+No tensor of size T×N or T×K exists besides `Y` and `dX`. Dropout works on blocks of rows, and so
+does an adapter in a wider dtype (float32 over bfloat16, as in stock peft outside of autocast): a
+block is cast while it is in the cache. The skinny
 results `S`, `dS`, `D` are computed and kept transposed, `[R, T]`: slices of them stay contiguous,
-the products that follow need no transposition, and the CPU libraries are up to 3.5 times faster
+later products need no transposition, and the CPU libraries are up to 3.5 times faster
 (one thread, bfloat16, T=512, N=4096, R+Q=20: 0.60 ms as `Gᵀ dYᵀ`, 2.16 ms as `dY G`).
 Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 """
@@ -35,22 +35,22 @@ __all__ = ["DTYPES", "backward", "draw_seed", "forward", "kept", "refuses", "uns
 
 
 def unsupported(where: torch.device) -> str | None:
-    """Library calls run everywhere."""
+    """Return None: library calls run everywhere."""
     return None
 
 
 def refuses(x: Tensor, op: Operands) -> str | None:
-    """Nothing."""
+    """Return None: every call is computed."""
     return None
 
 
 def write_weight(weight: Tensor, basis: Tensor) -> Tensor:
-    """`C = Vᵀ W [Q, K]` in the dtype of `W[N, K]`, for `V[N, Q]`."""
+    """Return `C = Vᵀ W [Q, K]` in the dtype of `W[N, K]`, for `V[N, Q]`."""
     return basis.to(weight.dtype).mT @ weight
 
 
 def forward(x: Tensor, op: Operands, base: Tensor | None = None) -> tuple[Tensor, Saved]:
-    """`Y[T, N]` from `X[T, K]`; without a weight also from `base[T, N]`."""
+    """Return `Y[T, N]` from `X[T, K]`; without a weight also from `base[T, N]`."""
     if not _multiplies(x):
         wide, wide_base = _wide(op), None if base is None else base.float()
         y, saved = forward(x.float(), wide, wide_base)
@@ -64,7 +64,7 @@ def forward(x: Tensor, op: Operands, base: Tensor | None = None) -> tuple[Tensor
 
 
 def backward(dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs) -> Gradients:
-    """The gradients that are needed, from `dY[T, N]`."""
+    """Return the needed gradients from `dY[T, N]`."""
     if not _multiplies(dy):
         found = backward(dy.float(), x.float(), Saved(*map(Tensor.float, saved)), _wide(op), needs)
         return Gradients(*map(_in_dtype, found, (x, *op[:5], dy)))
@@ -85,9 +85,10 @@ def backward(dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs) ->
 
 
 def added(base: Tensor | None, S: Tensor, B: Tensor, b: Tensor | None, op: Operands) -> Tensor:
-    """`base + s (Sᵀ B°ᵀ + b°) [T, N]` in new memory, for `S[R, T]`.
+    """Return `base + s (Sᵀ B°ᵀ + b°) [T, N]` in new memory, for `S[R, T]`.
 
-    That of `base[T, N]` is its layer's, which may need it as it is, and it may be a view.
+    The memory of `base[T, N]` belongs to its layer: the layer may need the values, and `base` may
+    be a view.
     """
     assert base is not None
     start = base if b is None else (base + op.scaling * b).to(base.dtype)
@@ -99,7 +100,7 @@ def added(base: Tensor | None, S: Tensor, B: Tensor, b: Tensor | None, op: Opera
 def base_gradients(
     dy: Tensor, x: Tensor, op: Operands, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """`dW[N, K]`, `dbias[N]` and `db[N]`, which few fine-tunes ask for."""
+    """Return `dW[N, K]`, `dbias[N]` and `db[N]`; few fine-tunes need them."""
     V = op.write_basis if op.residual else None
     dW = dbias = db = None
     if needs.weight and op.weight is not None:
@@ -113,7 +114,7 @@ def base_gradients(
 
 
 def whole_bias(op: Operands, b: Tensor | None) -> Tensor | None:
-    """`bias + s b°`, all that is added to every row of `Y`; None if there is neither."""
+    """Return `bias + s b°`, the constant in every row of `Y`; None if there is neither."""
     if b is None:
         return op.bias
     assert op.weight is not None
@@ -122,7 +123,7 @@ def whole_bias(op: Operands, b: Tensor | None) -> Tensor | None:
 
 
 def _skinny(dy: Tensor, B: Tensor, op: Operands, needs: Needs) -> Tensor | None:
-    """`[dS | D]ᵀ [R + Q, T]`, or `dSᵀ [R, T]` where D is not needed; None if neither is."""
+    """Return `[dS | D]ᵀ [R + Q, T]`, or `dSᵀ [R, T]` if D is not needed; None if neither is."""
     projects = op.projects(needs)
     if not (needs.x or needs.lora_A or projects):
         return None
@@ -134,12 +135,12 @@ def _skinny(dy: Tensor, B: Tensor, op: Operands, needs: Needs) -> Tensor | None:
 
 
 def _multiplies(x: Tensor) -> bool:
-    """float16 stays what it is: a GradScaler waits for it to overflow where it did."""
+    """Say whether to multiply in the dtype of `x`; float16 must overflow for a GradScaler."""
     return x.dtype != torch.bfloat16 or x.device.type != "cpu" or cpu.multiplies(x.dtype)
 
 
 def _wide(op: Operands) -> Operands:
-    """In float32: for a CPU that has no instructions for the dtype of the activations."""
+    """Return the operands in float32, for a CPU without instructions for their dtype."""
     halves: dict[str, Any] = {
         name: value.float()
         for name, value in op._asdict().items()
@@ -153,7 +154,7 @@ def _in_dtype(found: Tensor | None, like: Tensor | None) -> Tensor | None:
 
 
 def _across(left: Tensor, x: Tensor, scaling: float = 1.0) -> Tensor:
-    """`s L Xᵀ [R, T]` in the dtype of `L[R, K]`, for `X[T, K]`."""
+    """Return `s L Xᵀ [R, T]` in the dtype of `L[R, K]`, for `X[T, K]`."""
     if left.dtype == x.dtype:
         return left @ x.mT if scaling == 1.0 else _scaled(scaling, left, x.mT)
     found = left.new_empty(left.shape[0], x.shape[0])
@@ -163,7 +164,7 @@ def _across(left: Tensor, x: Tensor, scaling: float = 1.0) -> Tensor:
 
 
 def _along(S: Tensor, x: Tensor, scaling: float = 1.0) -> Tensor:
-    """`s S X [R, K]` in the dtype of `S[R, T]`, for `X[T, K]`."""
+    """Return `s S X [R, K]` in the dtype of `S[R, T]`, for `X[T, K]`."""
     if S.dtype == x.dtype:
         return S @ x if scaling == 1.0 else _scaled(scaling, S, x)
     found = S.new_zeros(S.shape[0], x.shape[1])
@@ -173,7 +174,7 @@ def _along(S: Tensor, x: Tensor, scaling: float = 1.0) -> Tensor:
 
 
 def _add_(y: Tensor, S: Tensor, right: Tensor, scaling: float = 1.0) -> Tensor:
-    """`Y += s Sᵀ R` in place, for `S[R, T]` and `R[R, N]`, and once rounded."""
+    """Compute `Y += s Sᵀ R` in place, for `S[R, T]` and `R[R, N]`, rounded once."""
     if S.dtype == y.dtype:
         return y.addmm_(S.mT, right, alpha=scaling)
     for block in blocks(y):
@@ -182,14 +183,14 @@ def _add_(y: Tensor, S: Tensor, right: Tensor, scaling: float = 1.0) -> Tensor:
 
 
 def _scaled(scaling: float, left: Tensor, right: Tensor) -> Tensor:
-    """`s L R` in one launch: with a beta of 0 addmm does not read what it would add to."""
+    """Return `s L R` in one launch: with a beta of 0 addmm does not read its first operand."""
     return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scaling)
 
 
 def _through_adapter(
     dy: Tensor, skinny: Tensor, x: Tensor, A: Tensor, op: Operands, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`dX[T, K]` and `dA[R, K]` from `[dS | D]ᵀ [R + Q, T]`."""
+    """Return `dX[T, K]` and `dA[R, K]` from `[dS | D]ᵀ [R + Q, T]`."""
     R, right, dx = A.shape[0], A, None
     dS = skinny[:R]
     if needs.x and op.weight is not None:
@@ -218,7 +219,7 @@ def _through_adapter(
 def _through_dropout(
     dx: Tensor | None, dS: Tensor, x: Tensor, A: Tensor, op: Operands, needs: Needs
 ) -> Tensor | None:
-    """`dA = dSᵀ X̃ [R, K]` from `dSᵀ[R, T]`, and `dX += mask ⊙ dS A`, with one mask for both."""
+    """Return `dA = dSᵀ X̃ [R, K]`, and add `mask ⊙ dS A` to `dX`, with one mask for both."""
     assert op.dropout_seed is not None
     dA = None
     if needs.lora_A:
@@ -235,7 +236,7 @@ def _through_dropout(
 
 
 def _down(x: Tensor, A: Tensor, op: Operands) -> Tensor:
-    """`S = A X̃ᵀ [R, T]`."""
+    """Return `S = A X̃ᵀ [R, T]`."""
     if op.dropout_seed is None:
         return _across(A, x)
     S = A.new_empty(A.shape[0], x.shape[0])
@@ -245,7 +246,7 @@ def _down(x: Tensor, A: Tensor, op: Operands) -> Tensor:
 
 
 def _is_blas_layout(matrix: Tensor) -> bool:
-    """Whether a BLAS call can read `matrix[T, N]` in place: unit stride one way, no overlap."""
+    """Say whether BLAS can read `matrix[T, N]` in place: unit stride one way, no overlap."""
     row, column = matrix.stride()
     T, N = matrix.shape
     return (column == 1 and row >= max(1, N)) or (row == 1 and column >= max(1, T))

@@ -1,4 +1,4 @@
-"""What a call of the operator may be given, or a sentence on what is wrong.
+"""Checks of the arguments of the operator; each error is one sentence.
 
 Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 """
@@ -56,7 +56,7 @@ def check(
 
 
 def _widths(x: Tensor, weight: Tensor | None, base: Tensor | None) -> tuple[int, int]:
-    """N and K."""
+    """Return N and K."""
     given, name, form = (weight, "weight", "[N, K]") if base is None else (base, "base", "[..., N]")
     if given is None:
         raise ValueError("weight is None; pass the weight of the base layer, or base, its result.")

@@ -42,7 +42,7 @@ _backward = torch.ops.grasp_kernels.lora_linear_backward.default
 def _computed(
     module: ModuleType, x: Tensor, base: Tensor | None, op: Operands
 ) -> tuple[Tensor, Saved]:
-    """`Y[T, N]` from `X[T, K]`, and what the backward needs."""
+    """Return `Y[T, N]` from `X[T, K]`, and the tensors for the backward."""
     flat = None if base is None else _flat(base)
     return without_autocast(module.forward, x, op, flat)
 
@@ -50,7 +50,7 @@ def _computed(
 def _differentiated(
     module: ModuleType, dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs
 ) -> Gradients:
-    """The gradients in the shapes of what they are of; None where not needed."""
+    """Return the gradients in the shapes of their operands; None where not needed."""
     found = without_autocast(module.backward, _flat(dy), _flat(x), saved, op, needs)
     dx, dbase = found.x, found.base
     return found._replace(
@@ -64,12 +64,12 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _unflattened(y: Tensor, x: Tensor) -> Tensor:
-    """`Y[..., N]` of `Y[T, N]`, as `X[..., K]` is shaped."""
+    """Return `Y[T, N]` as `Y[..., N]`, in the shape of `X[..., K]`."""
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
 def _run_forward(x: Tensor, base: Tensor | None, *operands: Any) -> tuple[Tensor, ...]:
-    """`Y`, `S`, `A`, `B°`."""
+    """Return `Y`, `S`, `A`, `B°`."""
     *fields, backend = operands
     op, flat = Operands(*fields), _flat(x)
     y, (S, A, B) = _computed(select(backend, flat, op), flat, base, op)
@@ -86,7 +86,7 @@ def _apart(found: Tensor, own: Tensor) -> Tensor:
 def _run_backward(
     dy: Tensor, x: Tensor, S: Tensor, A: Tensor, B: Tensor, needs: list[bool], *operands: Any
 ) -> tuple[Tensor, ...]:
-    """The gradients in the order of Needs; empty where not needed."""
+    """Return the gradients in the order of Needs; empty where not needed."""
     *fields, backend = operands
     op = Operands(*fields)
     module = select(backend, _flat(x), op)
@@ -113,7 +113,7 @@ def _fake_backward(
 
 
 def are_plain(*given: Tensor | None) -> bool:
-    """Whether there is data and nobody listens (no dispatch mode, no tensor subclass)."""
+    """Say whether tensors hold data, outside of dispatch modes and tensor subclasses."""
     return torch._C._len_torch_dispatch_stack() == 0 and all(
         tensor is None or (type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta)
         for tensor in given
@@ -121,12 +121,12 @@ def are_plain(*given: Tensor | None) -> bool:
 
 
 def _stand_in(dy: Tensor, lora_A: Tensor) -> Tensor:
-    """Shape, dtype and device of `X[..., K]` where its values are not needed: one element."""
+    """Return a tensor like `X[..., K]` in shape, dtype and device, of one element in memory."""
     return dy.new_empty(()).expand(*dy.shape[:-1], lora_A.shape[1])
 
 
 def _keep(ctx: Any, x: Tensor, saved: Sequence[Tensor], operands: Sequence[Any]) -> None:
-    """X is kept for dW and dA alone: an adapter whose A is frozen holds no activation but S."""
+    """Save X for dW and dA alone: with a frozen A, S is the only activation kept."""
     needs = ctx.needs_input_grad[2:]  # behind x and base
     kept = x if needs[_WEIGHT] or needs[_LORA_A] else None
     ctx.save_for_backward(kept, *saved, *operands[:_N_TENSORS])
@@ -134,7 +134,7 @@ def _keep(ctx: Any, x: Tensor, saved: Sequence[Tensor], operands: Sequence[Any])
 
 
 def _kept(ctx: Any, dy: Tensor) -> tuple[Tensor, Saved, Operands, Needs]:
-    """`X`, what the forward left, the operands, and which gradients are needed."""
+    """Return `X`, the saved tensors, the operands, and the flags of the needed gradients."""
     x, S, A, B, *tensors = ctx.saved_tensors
     op = Operands(*tensors, *ctx.options)
     of_x, of_base, *of_others = ctx.needs_input_grad[: 2 + N_DIFFERENTIATED]
@@ -144,13 +144,13 @@ def _kept(ctx: Any, dy: Tensor) -> tuple[Tensor, Saved, Operands, Needs]:
 
 
 def _with_base(ctx: Any, dy: Tensor, found: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """The gradients of Needs in the order of the inputs; unprojected, dbase is dY itself."""
+    """Return the gradients of Needs in the order of the inputs; unprojected, dbase is dY."""
     dx, *others, dbase = found
     return dx, dy if ctx.needs_input_grad[1] and dbase is None else dbase, *others
 
 
 def _through_operator(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """The backward as an operator, which what listens sees."""
+    """Run the backward as an operator, visible to dispatch modes and tensor subclasses."""
     x, saved, op, needs = _kept(ctx, dy)
     inputs = (dy, x, *saved, list(needs), *op, ctx.backend)
     if torch.is_grad_enabled():  # create_graph=True: keep the node that refuses a second time
@@ -162,8 +162,11 @@ def _through_operator(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 class Plain(torch.autograd.Function):
-    """Past the dispatcher, which takes 50 µs (forward) and 80 µs (backward) to pass the arguments,
-    as much as the library calls of a small layer."""
+    """Compute the operator past torch's dispatcher.
+
+    The dispatcher takes 50 µs (forward) and 80 µs (backward) to pass the arguments, as much as the
+    library calls of a small layer.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, base: Any, *given: Any) -> Tensor:

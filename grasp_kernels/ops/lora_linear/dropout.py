@@ -1,11 +1,11 @@
 """The dropout mask as a function of a seed, so that nothing of its size is ever stored.
 
-This is the mask of the backends on library calls, drawn by torch's generator of the device; kernels
-have a counter-based one of their own. Which elements a seed keeps thus depends on the backend, as
-it depends on the device everywhere in torch; each backend says it with `kept`.
+Backends on library calls draw this mask from torch's generator of the device; kernels have a
+counter-based mask. The elements kept by a seed thus depend on the backend, as they depend on the
+device everywhere in torch; each backend returns them from `kept`.
 
-The seed comes from torch's own generators: activation checkpointing, which restores those of the
-host and of the device, draws the same seed again and so recomputes the same mask.
+The seed comes from torch's own generators. Activation checkpointing restores the generators of the
+host and of the device, so it draws the same seed again and recomputes the same mask.
 Shapes: T tokens, K in.
 """
 
@@ -22,16 +22,18 @@ BLOCK_ELEMENTS = 1 << 20
 
 
 def host_seed(like: Tensor) -> Tensor:
-    """A seed, int64 [1], on the host, where library calls need it: reading one that is on a GPU
-    would wait for everything that the GPU has been told to do."""
+    """Draw a seed, int64 [1], on the host for library calls.
+
+    Reading a seed from a GPU would wait for all work queued there.
+    """
     return _drawn(torch.device("cpu"))
 
 
 def device_seed(like: Tensor) -> Tensor:
-    """A seed, int64 [1], on the device of `like`, where kernels read it.
+    """Draw a seed, int64 [1], on the device of `like` for kernels.
 
-    An ordinary random operator of torch, which every compiler pass knows not to merge or repeat;
-    an operator of our own was merged by common-subexpression elimination in spite of its tag.
+    This is an ordinary random operator of torch: every compiler pass knows not to merge or repeat
+    it. An operator of our own was merged by common-subexpression elimination in spite of its tag.
     """
     return _drawn(like.device)
 
@@ -41,7 +43,7 @@ def _drawn(where: torch.device) -> Tensor:
 
 
 def blocks(x: Tensor) -> Iterator[slice]:
-    """Of the rows of `x[T, K]`."""
+    """Yield blocks of the rows of `x[T, K]`."""
     rows = max(1, BLOCK_ELEMENTS // max(1, x.shape[1]))
     for start in range(0, x.shape[0], rows):
         yield slice(start, min(start + rows, x.shape[0]))
@@ -50,7 +52,7 @@ def blocks(x: Tensor) -> Iterator[slice]:
 def masks(
     x: Tensor, seed: Tensor, p: float, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows with their mask, `0` or `1 / (1 − p)`, in `dtype` or that of `x[T, K]`."""
+    """Yield blocks of rows with their mask, `0` or `1 / (1 − p)`, in `dtype` or `x.dtype`."""
     generator = torch.Generator(x.device).manual_seed(int(seed))
     keep = 1.0 - p
     for block in blocks(x):
@@ -60,7 +62,7 @@ def masks(
 
 
 def kept(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    """The elements of `x[T, K]` that dropout keeps: bool `[T, K]`."""
+    """Return the mask of the kept elements of `x[T, K]`, bool `[T, K]`."""
     mask = torch.empty_like(x, dtype=torch.bool, memory_format=torch.contiguous_format)
     for block, values in masks(x, seed, p):
         mask[block] = values != 0
@@ -68,7 +70,7 @@ def kept(x: Tensor, seed: Tensor, p: float) -> Tensor:
 
 
 def dropout(x: Tensor, seed: Tensor | None, p: float, like: Tensor | None = None) -> Tensor:
-    """`X̃[T, K]`, whole: `X` itself without a seed. The mask is that of `like[T, K]` or `x`."""
+    """Return the whole `X̃[T, K]`, `X` without a seed; `like[T, K]` or `x` gives the mask."""
     if seed is None:
         return x
     dropped = torch.empty_like(x, memory_format=torch.contiguous_format)

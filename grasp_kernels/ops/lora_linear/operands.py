@@ -1,4 +1,4 @@
-"""What every backend is given and what it returns.
+"""The arguments and results of every backend.
 
 Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Operands(NamedTuple):
-    """One adapted linear layer; `W`, `bias` and the activations share the compute dtype.
+    """Hold one adapted linear layer; `W`, `bias` and the activations share the compute dtype.
 
     The adapter may have another dtype (float32 over a bfloat16 base); the basis is float32.
     """
@@ -29,20 +29,20 @@ class Operands(NamedTuple):
     dropout_p: float
     residual: bool  # project="residual": dY itself is projected; else only dA and dB
     closed: bool
-    exact: bool = False  # the adapter's products are of its own, wider dtype (aten, reference)
+    exact: bool = False  # multiply in the adapter's wider dtype (aten, reference)
 
     def adapter_dtype(self, x: Tensor) -> torch.dtype:
-        """Of `S`, `A` and `B°` in a computation."""
+        """Return the dtype of `S`, `A` and `B°` in a computation."""
         return torch.promote_types(x.dtype, self.lora_A.dtype) if self.exact else x.dtype
 
     def projects(self, needs: Needs) -> bool:
-        """Whether a gradient that is needed contains `D = dY V`: dbase, or dX with a weight."""
+        """Say whether a needed gradient contains `D = dY V`: dbase, or dX with a weight."""
         through = needs.base or (needs.x and self.weight is not None)
         return through and self.residual and self.write_basis is not None
 
 
 class Saved(NamedTuple):
-    """What the forward leaves for the backward, in `Operands.adapter_dtype`."""
+    """Hold the tensors for the backward, in `Operands.adapter_dtype`."""
 
     S: Tensor  # (X̃ Aᵀ)ᵀ = A X̃ᵀ [R, T], transposed as aten.py explains
     A: Tensor  # A [R, K]
@@ -50,7 +50,7 @@ class Saved(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients are asked for."""
+    """Hold a flag for each needed gradient."""
 
     x: bool
     weight: bool
@@ -62,7 +62,7 @@ class Needs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """None where not asked for; each in the dtype of its operand."""
+    """Hold the gradients, each in the dtype of its operand; None where not needed."""
 
     x: Tensor | None
     weight: Tensor | None

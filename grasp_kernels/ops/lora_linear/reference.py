@@ -9,8 +9,8 @@
     dB = (I − V Vᵀ) s dY'ᵀ (X̃ Aᵀ)
     db = (I − V Vᵀ) s Σ dY',   dW = dY'ᵀ X,   dbias = Σ dY'
 
-Another library may have computed `base[T, N]`, which then stands for `X Wᵀ + bias`. Its gradient is
-`dbase = dY'`, and `dY' W` is left to that library.
+Another library may have computed `base[T, N]`, which then replaces `X Wᵀ + bias`. The gradient of
+`base` is `dbase = dY'`, and `dY' W` is left to that library.
 
 Every other backend is tested against this file. The projections of B and its gradient are computed
 in at least float32, everything else in the dtype of the activations.
@@ -33,19 +33,19 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def unsupported(where: torch.device) -> str | None:
-    """The specification runs everywhere."""
+    """Return None: the specification runs everywhere."""
     return None
 
 
 def refuses(x: Tensor, op: Operands) -> str | None:
-    """Nothing."""
+    """Return None: every call is computed."""
     return None
 
 
 def closed_factors(op: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`A[R, K]`, `B°[N, R]`, `b°[N]`, projected in float32 and then rounded to `dtype`.
+    """Return `A[R, K]`, `B°[N, R]`, `b°[N]`, projected in float32 and then rounded to `dtype`.
 
-    Where nothing is done to them, the adapter's own.
+    Factors that need neither are the adapter's own tensors.
     """
     A, B, b = op.lora_A, op.lora_B, op.lora_bias
     if op.closed:
@@ -55,7 +55,7 @@ def closed_factors(op: Operands, dtype: torch.dtype) -> tuple[Tensor, Tensor, Te
 
 
 def forward(x: Tensor, op: Operands, base: Tensor | None = None) -> tuple[Tensor, Saved]:
-    """`Y[T, N]` from `X[T, K]`; without a weight also from `base[T, N]`."""
+    """Return `Y[T, N]` from `X[T, K]`; without a weight also from `base[T, N]`."""
     dtype = op.adapter_dtype(x)
     A, B, b = closed_factors(op, dtype)
     S = A @ dropout(x.to(dtype), op.dropout_seed, op.dropout_p, x).mT
@@ -71,7 +71,7 @@ def forward(x: Tensor, op: Operands, base: Tensor | None = None) -> tuple[Tensor
 
 
 def backward(dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs) -> Gradients:
-    """The gradients that are needed, from `dY[T, N]`."""
+    """Return the needed gradients from `dY[T, N]`."""
     S, A, B = saved
     if op.residual:
         dy = project_rows(dy, op.write_basis)

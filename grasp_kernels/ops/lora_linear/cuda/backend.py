@@ -5,22 +5,27 @@ Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from grasp_kernels.ops.lora_linear.cuda import library, passes
 from grasp_kernels.ops.lora_linear.dropout import device_seed
-from grasp_kernels.ops.lora_linear.operands import Gradients, Needs, Operands, Saved
+from grasp_kernels.ops.lora_linear.operands import Operands
 from grasp_kernels.ops.lora_linear.triton import fused
-from grasp_kernels.ops.lora_linear.triton.dropout import Dropout, keep_mask
+from grasp_kernels.ops.lora_linear.triton.dropout import keep_mask
 
 draw_seed = device_seed
+kept = keep_mask  # the elements of `x[T, K]` that dropout keeps
+forward = partial(fused.forward, passes)
+backward = partial(fused.backward, passes)
 DTYPES = (torch.bfloat16, torch.float16)
 _MOST = 160  # of R + Q; kMaxSkinny in csrc/kernels/shapes.h
 
 
 def unsupported(where: torch.device) -> str | None:
-    """Why the kernels cannot run on a device, or None."""
+    """Say why the kernels cannot run on a device, or None."""
     reason = library.why_not()
     if reason is not None:
         return reason
@@ -38,7 +43,7 @@ def unsupported(where: torch.device) -> str | None:
 
 
 def refuses(x: Tensor, op: Operands) -> str | None:
-    """Why a call cannot be computed, or None."""
+    """Say why a call cannot be computed, or None."""
     N, (R, K) = op.lora_B.shape[0], op.lora_A.shape
     Q = 0 if op.write_basis is None else op.write_basis.shape[1]
     if x.dtype not in DTYPES:
@@ -48,18 +53,3 @@ def refuses(x: Tensor, op: Operands) -> str | None:
     if R + Q > _MOST:
         return f"it takes ranks and bases up to {_MOST} in sum but this layer has {R + Q}"
     return None
-
-
-def kept(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    """The elements of `x[T, K]` that dropout keeps: the mask of the Triton kernels."""
-    return keep_mask(x, Dropout(seed, p))
-
-
-def forward(x: Tensor, op: Operands, base: Tensor | None = None) -> tuple[Tensor, Saved]:
-    """`Y[T, N]` from `X[T, K]`; without a weight also from `base[T, N]`."""
-    return fused.forward(x, op, passes, base)
-
-
-def backward(dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs) -> Gradients:
-    """The gradients that are needed, from `dY[T, N]`."""
-    return fused.backward(dy, x, saved, op, needs, passes)

@@ -12,7 +12,7 @@ import grasp_kernels
 
 
 def find() -> Path | None:
-    """The library that was built with this package, if it was."""
+    """Return the library built with this package, or None."""
     path = Path(grasp_kernels.__file__).with_name("_C.so")
     return path if path.exists() else None
 
@@ -25,7 +25,7 @@ def load(path: Path) -> None:
 
 @cache
 def why_not() -> str | None:
-    """None if the operators are registered, which they are after this call where they can be."""
+    """Register the operators if possible; say why not, or None."""
     if _registered():
         return None
     path = find()
@@ -39,7 +39,7 @@ def why_not() -> str | None:
 
 
 def operators() -> Any:
-    """The namespace of the registered operators."""
+    """Return the namespace of the registered operators."""
     reason = why_not()
     if reason is not None:
         raise RuntimeError(f"the CUDA kernels are not there: {reason}.")

@@ -1,6 +1,6 @@
-"""The three passes on CUDA C++ kernels, as `fused.Passes` asks for them.
+"""The three passes of `fused.Passes` on CUDA C++ kernels.
 
-Shapes: T tokens, C columns of what a pass reads, R LoRA rank, Q basis size, E skinny rows.
+Shapes: T tokens, C columns read by a pass, R LoRA rank, Q basis size, E skinny rows.
 """
 
 from __future__ import annotations
@@ -43,19 +43,21 @@ def sums(
     return None if factor is None else skinny
 
 
-def one_read(z: Tensor, R: int, Q: int, E: int) -> bool:
+def one_read(z: Tensor, R: int, E: int) -> bool:
     return _one_read(capability(z.device), z.shape[1], R, E)
 
 
 def capability(where: torch.device) -> int:
-    """The first number of the compute capability; what the emulator of the tests stands for."""
+    """Return the major compute capability of a GPU, or that of the tests' emulator."""
     return torch.cuda.get_device_capability(where)[0] if where.type == "cuda" else 9
 
 
 @lru_cache(maxsize=1024)
 def _one_read(major: int, C: int, R: int, E: int) -> bool:
-    """Written and read in float32, `parts` partial results of E rows are `8 E T parts` bytes, the
-    second read is `2 T C`; a single one is finished already.
+    """Say whether partial results cost less than a second read of `z[T, C]`.
+
+    Written and read in float32, `parts` partial results of E rows are `8 E T parts` bytes; the
+    second read is `2 T C`. A single partial result is final.
     """
     parts = operators().skinny_parts(major, C, R, E)
     return parts == 1 or (parts > 1 and 4 * E * parts <= C)

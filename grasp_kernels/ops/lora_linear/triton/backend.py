@@ -5,22 +5,27 @@ Shapes: T tokens, K in, R LoRA rank, Q basis size.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from grasp_kernels.ops.gpu.launch import kernel_support
 from grasp_kernels.ops.lora_linear.dropout import device_seed
-from grasp_kernels.ops.lora_linear.operands import Gradients, Needs, Operands, Saved
+from grasp_kernels.ops.lora_linear.operands import Operands
 from grasp_kernels.ops.lora_linear.triton import fused, passes
-from grasp_kernels.ops.lora_linear.triton.dropout import Dropout, keep_mask
+from grasp_kernels.ops.lora_linear.triton.dropout import keep_mask
 
 unsupported = kernel_support
 draw_seed = device_seed
+kept = keep_mask  # the elements of `x[T, K]` that dropout keeps
+forward = partial(fused.forward, passes)
+backward = partial(fused.backward, passes)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def refuses(x: Tensor, op: Operands) -> str | None:
-    """Why a call cannot be computed, or None."""
+    """Say why a call cannot be computed, or None."""
     T, R = x.shape[0], op.lora_A.shape[0]
     Q = 0 if op.write_basis is None else op.write_basis.shape[1]
     if x.dtype not in DTYPES:
@@ -31,18 +36,3 @@ def refuses(x: Tensor, op: Operands) -> str | None:
             f"have {(R + Q) * T}"
         )
     return None
-
-
-def kept(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    """The elements of `x[T, K]` that this backend's dropout keeps: bool `[T, K]`."""
-    return keep_mask(x, Dropout(seed, p))
-
-
-def forward(x: Tensor, op: Operands, base: Tensor | None = None) -> tuple[Tensor, Saved]:
-    """`Y[T, N]` from `X[T, K]`; without a weight also from `base[T, N]`."""
-    return fused.forward(x, op, passes, base)
-
-
-def backward(dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs) -> Gradients:
-    """The gradients that are needed, from `dY[T, N]`."""
-    return fused.backward(dy, x, saved, op, needs, passes)

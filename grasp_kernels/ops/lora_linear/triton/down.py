@@ -1,10 +1,10 @@
 """The down pass: `S = A X̃ᵀ [R, T]` in one read of `X`.
 
-Also `[dS | −D]` of a `dY` that the gradient pass would rather read twice (see `tokens`). A program
-owns a block of tokens and runs along `K`; where few tokens leave multiprocessors idle, several
-programs share a block of tokens and `reduce` adds their parts in a fixed order. The factors of
-several adapters that read the same `X` (q, k, v; gate, up), stacked to `[ΣR, K]`, are one adapter
-here: one read of `X` serves them all.
+It also computes `[dS | −D]` where the gradient pass reads `dY` twice (see `tokens`). A program owns
+a block of tokens and runs along `K`. Where few tokens leave multiprocessors idle, several programs
+share a block of tokens, and `reduce` adds their parts in a fixed order. The factors of several
+adapters on the same `X` (q, k, v; gate, up), stacked to `[ΣR, K]`, are one adapter here: one read
+of `X` serves them all.
 Shapes: T tokens, K in, R LoRA rank (or the sum of ranks of a group).
 """
 
@@ -35,7 +35,7 @@ from grasp_kernels.ops.lora_linear.triton.reduce import finish_skinny
 
 @dataclass(frozen=True)
 class DownTile:
-    """Block sizes of one program and how it is scheduled."""
+    """Hold the block sizes of one program and its scheduling."""
 
     t: int
     k: int
@@ -45,7 +45,7 @@ class DownTile:
 
 
 def tile_for(part: Part, itemsize: int, tma: bool, R: int) -> DownTile:
-    """The tile of a part for rank `R` and elements of `itemsize` bytes.
+    """Return the tile of a part for rank `R` and elements of `itemsize` bytes.
 
     A multiprocessor hides the latency of memory with about 24 KB in flight (3 MB chip-wide on a
     Hopper); a stage of 64 × 128 two-byte elements is 16 KB, so four stages are ample. Eight
@@ -72,11 +72,11 @@ def _down_kernel(
     TMA: tl.constexpr, EVEN_K: tl.constexpr, ALIGNED: tl.constexpr,
     DROPOUT: tl.constexpr, SCALE: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
-    """`out[split, R, T] = A[R, k] x[T, k]ᵀ` over the columns `k` of the split.
+    """Compute `out[split, R, T] = A[R, k] x[T, k]ᵀ` over the columns `k` of the split.
 
     The first `n_scaled` rows are multiplied by `scaling`, the others by −1, if SCALE.
     """
-    if ALIGNED:  # T is not specialised, so the compiler is told what it may vectorise
+    if ALIGNED:  # T is not specialised: this permits the compiler to vectorise
         T = T // 16 * 16
     t0 = tl.program_id(0) * BLOCK_T
     t = t0 + tl.arange(0, BLOCK_T).to(tl.int64)
@@ -119,7 +119,7 @@ def down(
     dropout: Dropout | None = None,
     tma: bool = True,
 ) -> Tensor:
-    """`s A x̃ᵀ [R, T]` in the dtype of `x[T, K]`, for `A[R, K]` in the same dtype.
+    """Return `s A x̃ᵀ [R, T]` in the dtype of `x[T, K]`, for `A[R, K]` in the same dtype.
 
     Rows from `n_scaled` on (None: there are none) come with −1 instead of `scaling`.
     `tma=False` is for tests: no copy engine.
@@ -169,9 +169,9 @@ def down(
 
 
 def _splits(programs: int, k_blocks: int, multiprocessors: int) -> int:
-    """Programs that share a block of tokens: enough for one wave, each with 8 blocks of K or more.
+    """Return the number of programs for a block of tokens: one wave, 8 blocks of K each or more.
 
-    Fewer than 8 blocks would not fill the pipeline of loads before they are over.
+    Fewer than 8 blocks would end before the pipeline of loads is full.
     """
     wanted = multiprocessors // max(1, programs)
     return max(1, min(wanted, k_blocks // 8))

@@ -18,31 +18,31 @@ from grasp_kernels.ops.gpu.launch import launch
 
 
 class Dropout(NamedTuple):
-    """The seed, int64 [1] on the device, and the probability of zero."""
+    """Hold the seed, int64 [1] on the device, and the probability of zero."""
 
     seed: Tensor
     p: float
 
     @property
     def threshold(self) -> int:
-        """`p` in units of 2⁻¹⁶, so that 1 keeps nothing."""
+        """Return `p` in units of 2⁻¹⁶; a `p` of 1 keeps nothing."""
         return round(self.p * (1 << 16))
 
     @property
     def inverse_keep(self) -> float:
-        """What the kept elements are multiplied with, in float32 and after the products."""
+        """Return the factor of the kept elements, applied in float32 after the products."""
         return 1.0 / (1.0 - self.p) if self.p < 1.0 else 0.0
 
 
 @triton.jit
 def kept(seed, rows, first, chunks, threshold, BLOCK: tl.constexpr):
-    """The dropout mask `[BT, BLOCK]` of `rows[BT]` (int64) and columns from `first`, 8 | first.
+    """Return the mask `[BT, BLOCK]` of `rows[BT]` (int64) and columns from `first`, 8 | first.
 
     Philox-4x32-10 (Salmon et al., SC 2011) at counter `row · chunks + column / 8`, where `chunks`
-    is `⌈K / 8⌉`, gives eight 16-bit numbers for eight neighbouring columns; those at or above
+    is `⌈K / 8⌉`, gives eight 16-bit numbers for eight neighbouring columns; numbers at or above
     `threshold = p · 2¹⁶` are kept. One number an element from 32 bits would cost four times the
     arithmetic (predicted: 90 against 23 µs for 8192 × 4096 elements on an H100 with whole words,
-    12 µs with halves), more than the pass over `X` that it hides in.
+    12 µs with halves), more than the pass over `X` around it.
     """
     chunk = first // 8 + tl.arange(0, BLOCK // 8)
     counter = rows[:, None] * chunks + chunk[None, :]
@@ -62,8 +62,9 @@ def _keep_mask_kernel(mask, seed, T, K, threshold, BLOCK_T: tl.constexpr, BLOCK_
     tl.store(mask + t[:, None] * K + k[None, :], keep, mask=inside)
 
 
-def keep_mask(x: Tensor, dropout: Dropout) -> Tensor:
-    """The mask that the kernels regenerate, whole: bool `[T, K]` for `x[T, K]`."""
+def keep_mask(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """Return the whole mask of the kernels, bool `[T, K]` for `x[T, K]`."""
+    dropout = Dropout(seed, p)
     T, K = x.shape
     mask = x.new_empty(T, K, dtype=torch.bool)
     launch(

@@ -9,8 +9,8 @@
 Where another library computes the base product, its result comes in, `Y = base + s S B°ᵀ`, its
 gradient goes out, `dbase = dY − D Vᵀ`, and the last product is `dX = mask ⊙ (dS A)`.
 
-The passes are those of a backend; the products are shared (`base_product`).
-Shapes: T tokens, K in, N out, C columns of what a pass reads (K or N), R LoRA rank, Q basis size,
+Each backend has its own passes; the products are shared (`base_product`).
+Shapes: T tokens, K in, N out, C columns read by a pass (K or N), R LoRA rank, Q basis size,
 E rows of a skinny result.
 """
 
@@ -30,7 +30,7 @@ from grasp_kernels.ops.projection import project_columns
 
 
 class Passes(Protocol):
-    """What a backend of kernels has: a module with these functions."""
+    """Describe the module of a backend of kernels: a module with these functions."""
 
     def down(
         self,
@@ -41,7 +41,7 @@ class Passes(Protocol):
         n_scaled: int | None = None,
         dropout: Dropout | None = None,
     ) -> Tensor:
-        """`s A x̃ᵀ [R, T]` in the dtype of `x[T, K]`, for `A[R, K]` in the same dtype.
+        """Return `s A x̃ᵀ [R, T]` in the dtype of `x[T, K]`, for `A[R, K]` in the same dtype.
 
         Rows from `n_scaled` on (None: there are none) come with −1 instead of `scaling`.
         """
@@ -61,21 +61,21 @@ class Passes(Protocol):
     ) -> Tensor | None:
         """Write `s (I − V Vᵀ) z̃ᵀ leftᵀ` into `out[C, R]`, for `z[T, C]` and `left[R, T]`.
 
-        With `factor[C, R]` also the skinny result of the same read, `[s factor | −basis]ᵀ zᵀ`, of
-        E = R + Q rows with `project` and R without; it is returned. `basis` is float32 `[C, Q]`,
-        orthonormal, or None.
+        With `factor[C, R]` also return the skinny result of the same read,
+        `[s factor | −basis]ᵀ zᵀ`, of E = R + Q rows with `project` and R without. `basis` is
+        float32 `[C, Q]`, orthonormal, or None.
         """
         ...
 
-    def one_read(self, z: Tensor, R: int, Q: int, E: int) -> bool:
-        """Whether `sums` with a factor costs less than `sums` and `down`, two reads of `z`."""
+    def one_read(self, z: Tensor, R: int, E: int) -> bool:
+        """Say whether `sums` with a factor costs less than `sums` and `down`, two reads of `z`."""
         ...
 
 
 def forward(
-    x: Tensor, op: Operands, passes: Passes, base: Tensor | None = None
+    passes: Passes, x: Tensor, op: Operands, base: Tensor | None = None
 ) -> tuple[Tensor, Saved]:
-    """`Y[T, N]` from `X[T, K]`; without a weight also from `base[T, N]`."""
+    """Return `Y[T, N]` from `X[T, K]`; without a weight also from `base[T, N]`."""
     A, B, b = closed_factors(op, x.dtype)
     S = passes.down(x, A, dropout=_dropout(op))
     if op.weight is None:
@@ -85,9 +85,9 @@ def forward(
 
 
 def backward(
-    dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs, passes: Passes
+    passes: Passes, dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs
 ) -> Gradients:
-    """The gradients that are needed, from `dY[T, N]`."""
+    """Return the needed gradients from `dY[T, N]`."""
     R = saved.A.shape[0]
     skinny, dB = _gradient_pass(dy, saved, op, needs, passes)
     dx = dA = dbase = None
@@ -105,10 +105,10 @@ def backward(
 def _gradient_pass(
     dy: Tensor, saved: Saved, op: Operands, needs: Needs, passes: Passes
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`[s dS | −D]ᵀ [E, T]` if it is needed, `dB[N, R]` if it is.
+    """Return `[s dS | −D]ᵀ [E, T]` and `dB[N, R]`, each None where not needed.
 
-    `D` only if `dY` is projected on its way to `dX` or `dbase`. One read of `dY`, unless the parts
-    of the skinny result would weigh more than a second one.
+    `D` is computed only if `dY` is projected on its way to `dX` or `dbase`. There is one read of
+    `dY`, unless the parts of the skinny result would cost more than a second read.
     """
     S, V, R = saved.S, op.write_basis, saved.S.shape[0]
     # dS must be that of the projected dY; a closed B is in the complement of V already.
@@ -117,10 +117,9 @@ def _gradient_pass(
         B = project_columns(B, V).to(B.dtype)
     projected = op.projects(needs)
     through = needs.x or needs.lora_A or projected
-    Q = 0 if V is None else V.shape[1]
-    E = R + (Q if projected else 0)
+    E = R + (V.shape[1] if projected and V is not None else 0)
     skinny = dB = None
-    together = through and needs.lora_B and passes.one_read(dy, R, Q, E)
+    together = through and needs.lora_B and passes.one_read(dy, R, E)
     if through and not together:
         factors = [B.mT] if not projected or V is None else [B.mT, V.mT.to(B.dtype)]
         rows = torch.cat(factors)
@@ -141,7 +140,7 @@ def _gradient_pass(
 
 
 def _backward_product(dy: Tensor, skinny: Tensor, A: Tensor, op: Operands) -> Tensor:
-    """`dX[T, K] = dY W + mask ⊙ (dS A) − D C`."""
+    """Return `dX[T, K] = dY W + mask ⊙ (dS A) − D C`."""
     R = A.shape[0]
     if op.weight is None:  # a base product of inner width 0
         return product(dy[:, :0], A[:0], skinny[:R], A, dropout=_dropout(op))

@@ -3,10 +3,10 @@
     forward:  Y  = X Wᵀ + bias + s S° B°ᵀ
     backward: dX = dY W + mask ⊙ (dS A) + (−D) C
 
-One persistent kernel for both. The skinny terms come first: the adapter's, which is then scaled
-and, with dropout, masked in the accumulator; the projection's; then the base product. Their
-operands are small and stay in the L2, and what the separate `addmm` would cost, reading and writing
-the whole result once more, is saved.
+One persistent kernel computes both. The adapter's term comes first, and is scaled and, with
+dropout, masked in the accumulator; then the projection's; then the base product. The operands of
+the skinny terms are small and stay in the L2, and no separate `addmm` reads and writes the whole
+result once more.
 Shapes: T tokens, I inner (contracted) and J outer width of the base product, R LoRA rank, Q basis
 size.
 """
@@ -36,7 +36,7 @@ from grasp_kernels.ops.lora_linear.triton.dropout import Dropout, kept
 
 @dataclass(frozen=True)
 class Tile:
-    """Block sizes of one program and how it is scheduled."""
+    """Hold the block sizes of one program and its scheduling."""
 
     t: int
     j: int
@@ -46,11 +46,11 @@ class Tile:
 
 
 def tile_for(part: Part, itemsize: int, tma: bool, dropout: bool) -> Tile:
-    """The tile of a part by its shared memory, for elements of `itemsize` bytes.
+    """Return the tile of a part by its shared memory, for elements of `itemsize` bytes.
 
     Eight others were no better on Hopper (`benchmarks/NOTES.md`); elsewhere nothing was measured.
     The bytes of one stage are `(t + j) · i · itemsize`; with a result tile of
-    `t · j · itemsize` beside them for the TMA store they must stay within the part's limit.
+    `t · j · itemsize` more for the TMA store they must stay within the part's limit.
     Ordinary loads of a wide tile, and a mask of one, take more registers than there are.
     """
     if itemsize == 4:  # float32 products without matrix instructions: registers are the limit
@@ -71,7 +71,7 @@ def _add_skinny(
     acc, left, right, t, j, T, J, R, stride_rr, stride_rj,
     BLOCK_R: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
-    """`acc + leftᵀ right` for `left[R, T]`, `right[R, J]` at rows `t` and columns `j`."""
+    """Return `acc + leftᵀ right` for `left[R, T]`, `right[R, J]` at rows `t` and columns `j`."""
     for start in tl.range(0, R, BLOCK_R, num_stages=1):
         r = start + tl.arange(0, BLOCK_R)
         a = tl.load(
@@ -99,12 +99,12 @@ def _extended_gemm_kernel(
     TMA: tl.constexpr, B_TRANSPOSED: tl.constexpr, EVEN_I: tl.constexpr, ALIGNED: tl.constexpr,
     BIAS: tl.constexpr, DROPOUT: tl.constexpr, ACCUMULATE: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
-    """`c[T, J] = a[T, I] b[I, J] + bias + mask ⊙ (s leftᵀ right) + dᵀ cw`.
+    """Compute `c[T, J] = a[T, I] b[I, J] + bias + mask ⊙ (s leftᵀ right) + dᵀ cw`.
 
     `left[R, T]`, `right[R, J]`, `d[Q, T]`, `cw[Q, J]`. With TMA, `a`, `b`, `c` are descriptors (`b`
     of `[J, I]` if B_TRANSPOSED). ACCUMULATE adds to `c` instead, with no base product.
     """
-    if ALIGNED:  # T is not specialised, so the compiler is told what it may vectorise
+    if ALIGNED:  # T is not specialised: this permits the compiler to vectorise
         T = T // 16 * 16
     tiles_t = tl.cdiv(T, BLOCK_T)
     tiles_j = tl.cdiv(J, BLOCK_J)
@@ -174,13 +174,13 @@ def extended_gemm(
     tile: Tile | None = None,
     tma: bool = True,
 ) -> None:
-    """`out[T, J] = a[T, I] b[I, J] + bias + mask ⊙ (s leftᵀ right) + dᵀ cw`, in place.
+    """Write `a[T, I] b[I, J] + bias + mask ⊙ (s leftᵀ right) + dᵀ cw` into `out[T, J]`.
 
     Args:
         left, right: `[R, T]` contiguous and `[R, J]`, the adapter's skinny product.
         projection: `d[Q, T]` contiguous and `cw[Q, J]`.
-        accumulate: add to `out` what stands beside the base product, which is left out.
-        tile, tma: a tile other than that of the table, no copy engine; for tests.
+        accumulate: add all terms but the base product to `out`, and leave the base product out.
+        tile, tma: a tile other than the table's, no copy engine; for tests.
     """
     T, J = out.shape
     I, R = a.shape[1], left.shape[0]

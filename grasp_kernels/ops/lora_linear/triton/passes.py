@@ -1,6 +1,6 @@
-"""The three passes on Triton kernels, as `fused.Passes` asks for them.
+"""The three passes of `fused.Passes` on Triton kernels.
 
-Shapes: T tokens, C columns of what a pass reads, R LoRA rank, Q basis size, E skinny rows.
+Shapes: T tokens, C columns read by a pass, R LoRA rank, Q basis size, E skinny rows.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from torch import Tensor
 from grasp_kernels.ops.lora_linear.triton.down import down as down_pass
 from grasp_kernels.ops.lora_linear.triton.dropout import Dropout
 from grasp_kernels.ops.lora_linear.triton.reduce import finish_factor, finish_skinny, total
-from grasp_kernels.ops.lora_linear.triton.tokens import one_read as costs_less
-from grasp_kernels.ops.lora_linear.triton.tokens import token_pass
+from grasp_kernels.ops.lora_linear.triton.tokens import one_read, token_pass
+
+__all__ = ["down", "one_read", "sums"]
 
 
 def down(
@@ -44,7 +45,3 @@ def sums(
     share = None if partial.shares is None else total(partial.shares)
     finish_factor(partial.sums, share, basis, scaling * keep, out)
     return skinny
-
-
-def one_read(z: Tensor, R: int, Q: int, E: int) -> bool:
-    return costs_less(z, R, E)

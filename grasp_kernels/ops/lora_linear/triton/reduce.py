@@ -1,6 +1,6 @@
 """The second halves of the passes: partial sums added in a fixed order, and the projections.
 
-No float atomics anywhere, so that a rerun gives the same bits.
+There are no float atomics, so a rerun gives the same bits.
 Shapes: T tokens, C columns of the large operand (N of dY, K of X), R LoRA rank, Q basis size, E
 rows of a skinny result.
 """
@@ -29,8 +29,8 @@ _UNROLL = tl.constexpr(8)
 def _finish_skinny_kernel(
     parts, out, T, E, splits, n_scaled, scaling, BLOCK_T: tl.constexpr, ALIGNED: tl.constexpr
 ):  # fmt: skip
-    """`out[E, T] = Σ parts[split, E, T]`, times `s` in the first rows and −1 in the others."""
-    if ALIGNED:  # T is not specialised, so the compiler is told what it may vectorise
+    """Compute `out[E, T] = Σ parts[split, E, T]`, times `s` in the first rows, −1 in the others."""
+    if ALIGNED:  # T is not specialised: this permits the compiler to vectorise
         T = T // 16 * 16
     row = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -45,7 +45,7 @@ def _finish_skinny_kernel(
 
 
 def finish_skinny(parts: Tensor, n_scaled: int, scaling: float, dtype: torch.dtype) -> Tensor:
-    """`[s dS | −D]ᵀ [E, T]` from float32 `parts[splits, E, T]`; the first rows are those of dS."""
+    """Return `[s dS | −D]ᵀ [E, T]` from float32 `parts[splits, E, T]`, the rows of dS first."""
     splits, E, T = parts.shape
     out = parts.new_empty(E, T, dtype=dtype)
     launch(
@@ -71,7 +71,7 @@ def finish_skinny(parts: Tensor, n_scaled: int, scaling: float, dtype: torch.dty
 def _total_kernel(
     shares, out, n_shares, size, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr
 ):  # fmt: skip
-    """`out[size] = Σ shares[·, size]`."""
+    """Compute `out[size] = Σ shares[·, size]`."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((AT_ONCE, BLOCK), tl.float32)
     for first in range(0, n_shares, AT_ONCE):
@@ -82,10 +82,10 @@ def _total_kernel(
 
 
 def total(shares: Tensor) -> Tensor:
-    """`Σ shares [Q, R]` of float32 `shares[programs, Q, R]`.
+    """Return `Σ shares [Q, R]` of float32 `shares[programs, Q, R]`.
 
-    A launch of its own: every program of the one that needs it would add them all again (966 µs
-    instead of a few, R = 64, 14336 columns, H100).
+    This is a separate launch: otherwise every program of `_finish_factor_kernel` would add all
+    shares again (966 µs instead of a few, R = 64, 14336 columns, H100).
     """
     n_shares, Q, R = shares.shape
     out = shares.new_empty(Q, R)
@@ -111,7 +111,7 @@ def _finish_factor_kernel(
     stride_bc, stride_bq, stride_oc, stride_or,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr, PROJECT: tl.constexpr,
 ):  # fmt: skip
-    """`out[C, R] = s (I − V Vᵀ) Σ parts[split, C, R]`, with `share[Q, R] = Vᵀ Σ parts`."""
+    """Compute `out[C, R] = s (I − V Vᵀ) Σ parts[split, C, R]` from `share[Q, R] = Vᵀ Σ parts`."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = (c[:, None] < C) & (r[None, :] < R)

@@ -1,16 +1,16 @@
-"""The gradient pass and the input pass: everything that one read of `dY`, or of `X`, can give.
+"""The gradient pass and the input pass: all results of one read of `dY`, or of `X`.
 
     gradient pass, Z = dY:  [dS | D] = dY [s B̂ | V]   and   dB = (I − V Vᵀ) s dYᵀ S
     input pass,    Z = X̃:                                    dA = dSᵀ X̃
 
-Both are a sum over tokens, `M[C, R] = Σ_t Z[t, C] L[R, t]`, whose accumulator stays in registers
+Both are a sum over tokens, `M[C, R] = Σ_t Z[t, C] L[R, t]`. The accumulator stays in registers
 while a program runs down its tokens; the gradient pass multiplies the same block of `dY` by the
-skinny factors too. A program owns a slab of columns and a range of tokens, so `M` comes out once a
-range and `[dS | D]` once a slab; `reduce` adds them in a fixed order. The basis' share of a
-program's `M`, `Vᵀ M [Q, R]`, is taken in float32 when its tokens are through: the projection costs
+skinny factors too. A program owns a slab of columns and a range of tokens, so there is one `M` a
+range and one `[dS | D]` a slab; `reduce` adds them in a fixed order. The share of the basis in a
+program's `M`, `Vᵀ M [Q, R]`, is computed in float32 after its last token: the projection costs
 neither a pass nor a launch.
 
-Bytes beside the one read of `Z`, for 8192 × 4096 two-byte elements (64 MB), R + Q = 20, slabs of
+Bytes besides the one read of `Z`, for 8192 × 4096 two-byte elements (64 MB), R + Q = 20, slabs of
 256: 10.5 MB of `[dS | D]` parts and 2.1 MB of `M` parts, written and read once, in the L2.
 Shapes: T tokens, C columns of `Z` (N of dY, K of X), R LoRA rank, Q basis size.
 """
@@ -43,7 +43,7 @@ from grasp_kernels.ops.lora_linear.triton.dropout import Dropout, kept
 
 @dataclass(frozen=True)
 class Slab:
-    """Block sizes of one program and how it is scheduled."""
+    """Hold the block sizes of one program and its scheduling."""
 
     t: int
     c: int
@@ -54,7 +54,7 @@ class Slab:
 
 
 def slab_for(part: Part, itemsize: int, R: int, skinny: bool, tma: bool = True) -> Slab:
-    """The slab of a part for rank `R` and elements of `itemsize` bytes.
+    """Return the slab of a part for rank `R` and elements of `itemsize` bytes.
 
     Fourteen others were no better on Hopper (`benchmarks/NOTES.md`), no other part was measured.
     Chosen so that no register spills (`benchmarks/results/kernel-resources.csv`): where matrix
@@ -76,7 +76,7 @@ def slab_for(part: Part, itemsize: int, R: int, skinny: bool, tma: bool = True) 
 
 
 def one_read(z: Tensor, R: int, E: int) -> bool:
-    """Whether parts of `[dS | D][E, T]`, one a slab, cost less than reading `z[T, C]` once more.
+    """Say whether parts of `[dS | D][E, T]`, one a slab, cost less than a reread of `z[T, C]`.
 
     Written and read in float32 they are `8 E T C / c` bytes, the second read is `2 T C`.
     """
@@ -95,14 +95,14 @@ def _token_pass_kernel(
     TMA: tl.constexpr, EVEN_C: tl.constexpr, ALIGNED: tl.constexpr,
     WIDE: tl.constexpr, DROPOUT: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
-    """One slab of columns of `z[T, C]`, one range of tokens, one block of ranks.
+    """Compute one slab of columns of `z[T, C]`, one range of tokens, one block of ranks.
 
-    `sums[split, C, R] = z̃ᵀ leftᵀ` for `left[R, T]`, and with SHARES the part that `basis[C, Q]` has
-    in it, `shares[slab, split, Q, R]`: to project the sum takes all of `C`, so it waits for the
-    reduction. If BLOCK_E, also `skinny[slab, E, T] = [factor | basis]ᵀ zᵀ` in one product, where E
-    is R + Q, or R without PROJECT.
+    `sums[split, C, R] = z̃ᵀ leftᵀ` for `left[R, T]`, and with SHARES the share of `basis[C, Q]` in
+    them, `shares[slab, split, Q, R]`: the projection needs all of `C`, so the reduction does it.
+    If BLOCK_E, also `skinny[slab, E, T] = [factor | basis]ᵀ zᵀ` in one product, where E is R + Q,
+    or R without PROJECT.
     """
-    if ALIGNED:  # T is not specialised, so the compiler is told what it may vectorise
+    if ALIGNED:  # T is not specialised: this permits the compiler to vectorise
         T = T // 16 * 16
     slab = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1).to(tl.int64)
@@ -183,7 +183,7 @@ def _token_pass_kernel(
 
 
 class Partial(NamedTuple):
-    """What a pass leaves for the reduction, in float32; None where it was not asked for."""
+    """Hold the partial results for the reduction, in float32; None where not computed."""
 
     sums: Tensor  # [splits, C, R]
     shares: Tensor | None  # [slabs · splits, Q, R]
@@ -201,14 +201,14 @@ def token_pass(
     slab: Slab | None = None,
     tma: bool = True,
 ) -> Partial:
-    """One read of `z[T, C]`.
+    """Run one read of `z[T, C]`.
 
     Args:
         left: `L[R, T]` contiguous, in the dtype of `z`.
         factor: `[C, R]` for `factorᵀ zᵀ`, or None.
         basis: float32 `[C, Q]`, for the shares of the sums, and with `project` for `basisᵀ zᵀ`.
-        dropout: of `z`, whose survivors are not scaled here.
-        slab, tma: a slab other than that of the table, no copy engine; for tests.
+        dropout: of `z`; kept elements are not scaled here.
+        slab, tma: a slab other than the table's, no copy engine; for tests.
     """
     (T, C), R = z.shape, left.shape[0]
     part = part_of(z.device)
@@ -272,9 +272,9 @@ def token_pass(
 
 @lru_cache(maxsize=1024)
 def _splits(slabs: int, blocks: int, multiprocessors: int) -> int:
-    """Ranges of tokens: as few as keep all multiprocessors equally busy.
+    """Return the number of ranges of tokens, the least with equally busy multiprocessors.
 
-    The longest chain of blocks on one multiprocessor is the time of the pass; one range more costs
+    The time of the pass is the longest chain of blocks on one multiprocessor. One more range costs
     one more partial sum, counted as a block.
     """
 

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from grasp_kernels.bench.provider import Bases, Provider, Weights
+from benchmarks.kernels.provider import Bases, Provider, Weights
 from grasp_kernels.models.names import base_name
 from grasp_kernels.ops import project_gradient
 

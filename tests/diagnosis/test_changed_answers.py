@@ -9,10 +9,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from grasp_kernels.effect import Changed, Pair, changed_answers, own_answers, told, verdict
-from grasp_kernels.effect.changed import CHANGED
+from grasp_kernels.diagnosis import Changed, Pair, changed_answers, own_answers, told, verdict
+from grasp_kernels.diagnosis.answers import CHANGED
 from grasp_kernels.models.architectures import model_rules
-from grasp_kernels.models.frozen_model import blocks_by_layer
 from tests.helpers.models import randomise_adapter, tiny_peft_model
 
 pytest_plugins = ("tests.helpers.runs",)
@@ -29,8 +28,7 @@ class NoEnd:
 def pair() -> Pair:
     model = tiny_peft_model().eval()
     model.get_base_model().generation_config.eos_token_id = None
-    rules = model_rules(model, None)
-    return Pair(model, rules, blocks_by_layer(model, rules))
+    return Pair.of(model, model_rules(model))
 
 
 @torch.no_grad()

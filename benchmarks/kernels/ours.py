@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from grasp_kernels.bench.peft_providers import lora_layers, on_peft
-from grasp_kernels.bench.provider import Bases, Provider
+from benchmarks.kernels.peft_providers import lora_layers, on_peft
+from benchmarks.kernels.provider import Bases, Provider
 from grasp_kernels.layers.linear import GraspLoRALinear
 from grasp_kernels.layers.replacement import replace_lora_layers
 from grasp_kernels.ops.lora_linear import registry

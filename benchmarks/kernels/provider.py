@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from grasp_kernels.bench.shapes import Linear
+from benchmarks.kernels.shapes import Linear
 from grasp_kernels.ops.projection import project_columns
 
 Bases = dict[str, Tensor]  # name of a LoRA layer -> its basis V[N, Q]

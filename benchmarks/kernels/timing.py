@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from grasp_kernels.bench.provider import trained
+from benchmarks.kernels.provider import trained
 
 _WARM_UP = 2  # calls before the first measurement
 _FLUSHED = 1 << 28  # bytes, several times the largest L2 there is

@@ -11,9 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from grasp_kernels.bench.errors import budget, relative_error
-from grasp_kernels.bench.peft_providers import PEFT_PROVIDERS
-from grasp_kernels.bench.provider import Provider, Refusal, trained
+from benchmarks.kernels.errors import budget, relative_error
+from benchmarks.kernels.peft_providers import PEFT_PROVIDERS
+from benchmarks.kernels.provider import Provider, Refusal, trained
 
 _TOKENS = 64  # enough to see a missing term, little enough for float64
 _DRAWS = 5  # errors are medians over inputs: that of one input may be luck

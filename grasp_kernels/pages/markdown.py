@@ -1,4 +1,4 @@
-"""Tables in Markdown that read well in a terminal too."""
+"""Tables in Markdown, for terminals too."""
 
 from __future__ import annotations
 
@@ -8,23 +8,28 @@ from grasp_kernels.inert import inert, printable
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A table without a line break at its end."""
+    """Return a table, without a line break at its end."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def cell(token: str) -> str:
-    """A token inside a table cell: no cell border, no quote, nothing invisible."""
+    """Return a token for a table cell: no cell border, no quote, no invisible character."""
     return inert(printable(token)) or "␣"
 
 
-def answers_table(adapters: dict[str, list[dict[str, Any]]]) -> str:
-    """Prompts with the answers of the base model and of adapters side by side.
+def words(tokens: list[dict[str, Any]]) -> str:
+    """Join the tokens that `diagnosis.effect.ends` lists, each in code marks."""
+    return " ".join(f"`{cell(token['token'])}`" for token in tokens)
 
-    Bold is what the base model would hardly say (below 1 %); `≠` marks an answer that has changed.
+
+def answers_table(adapters: dict[str, list[dict[str, Any]]]) -> str:
+    """Return a table of prompts with the answers of the base model and of the adapters.
+
+    Bold words have a probability below 1 % in the base model; `≠` marks a changed answer.
 
     Args:
-        adapters: name -> answers as `effect.told` returns them, to the same prompts.
+        adapters: name -> answers to the same prompts, as `diagnosis.told` returns them.
     """
     rows = []
     for told in zip(*adapters.values(), strict=True):

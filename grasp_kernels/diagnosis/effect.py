@@ -1,0 +1,112 @@
+"""The change that an adapter makes in the base model's own answers, and its tokens.
+
+Shapes: `M` positions, `V` vocabulary, `D` width of the stream, `k` directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from grasp_kernels.data import IGNORED, Example, collate
+from grasp_kernels.diagnosis.answers import Tokens, answer_batches
+from grasp_kernels.diagnosis.pair import Pair
+from grasp_kernels.models.architectures import Site, SiteRules
+from grasp_kernels.models.frozen_model import find_blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def divergence(first: Tensor, second: Tensor) -> float:
+    """Return KL(first ‖ second) of log probabilities `[M, V]`, summed over positions, in nats."""
+    return (first.exp() * (first - second)).sum().item()
+
+
+def measure_effect(
+    pair: Pair, tokenizer: Any, own: Sequence[Tokens], *, n_tokens: int, batch_size: int
+) -> dict[str, Any]:
+    """Measure the change that the adapter makes in given answers, JSON-able.
+
+    Returns:
+        divergence, KL(base ‖ adapter) in nats a token; tokens, the tokens that the adapter raises
+        ("up") and lowers ("down") most, by their mean probability at the start of an answer.
+    """
+    total, changes = 0.0, []
+    for batch in answer_batches(own, batch_size):
+        off, on = (
+            pair.log_probs(batch.sequences, batch.positions, adapter=adapter)
+            for adapter in (False, True)
+        )
+        total += divergence(off, on)
+        begins = batch.places == 0
+        changes.append(on[begins].exp() - off[begins].exp())
+    return {
+        "divergence": total / sum(len(answer) for _, answer in own),
+        "tokens": ends(torch.cat(changes).mean(dim=0), tokenizer, n_tokens),
+    }
+
+
+def ends(scores: Tensor, tokenizer: PreTrainedTokenizerBase, count: int) -> dict[str, Any]:
+    """Return the tokens with the largest and the smallest scores `[V]`: text, score and id.
+
+    Embeddings are often padded beyond the vocabulary; the rows of the padding are left out.
+    """
+    scores = scores[: len(tokenizer)].cpu()
+    count = min(count, len(scores) // 2)
+    order = {"up": scores.topk(count).indices, "down": (-scores).topk(count).indices}
+    return {
+        end: [
+            {"id": i, "token": tokenizer.decode([i]), "score": scores[i].item()}
+            for i in ids.tolist()
+        ]
+        for end, ids in order.items()
+    }
+
+
+def lens(
+    model: Any, tokenizer: PreTrainedTokenizerBase, basis: Tensor, rules: SiteRules, count: int
+) -> list[dict[str, Any]]:
+    """Return the tokens that each direction `[D, k]` raises ("up") and lowers ("down") most.
+
+    The logit lens (nostalgebraist 2020): the direction after the last block goes through the final
+    norm and the unembedding. The sign of a direction is arbitrary.
+    """
+    return [ends(column, tokenizer, count) for column in token_scores(model, basis, rules).mT]
+
+
+def token_scores(model: Any, basis: Tensor, rules: SiteRules) -> Tensor:
+    """Return the logits, float32 `[V, k]`, of directions `[D, k]` at the end of the stream.
+
+    They are linear in the direction: the norm's division by the size of the stream is left out.
+    """
+    holder, _ = find_blocks(model, rules)
+    name = ".".join((holder, *rules.blocks.split(".")[:-1], rules.final_norm))
+    norm: Any = model.get_submodule(name)
+    end = Site("the last block", rules.final_norm, rules.norms)
+    unembedding = model.get_output_embeddings().weight.float()
+    return unembedding @ end.to_stream(basis.to(unembedding), end.gain(norm.weight))
+
+
+@torch.inference_mode()
+def mean_loss(
+    model: nn.Module, examples: Sequence[Example], *, batch_size: int, pad_token_id: int
+) -> float:
+    """Return the mean cross-entropy of the answer tokens, in nats."""
+    device = next(model.parameters()).device
+    total, n_tokens = 0.0, 0
+    for start in range(0, len(examples), batch_size):
+        batch = collate(examples[start : start + batch_size], pad_token_id)
+        labels = batch["labels"].to(device)
+        logits = model(
+            input_ids=batch["input_ids"].to(device),
+            attention_mask=batch["attention_mask"].to(device),
+        ).logits
+        total += nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum"
+        ).item()
+        n_tokens += int((labels[:, 1:] != IGNORED).sum())
+    return total / n_tokens
