@@ -87,7 +87,7 @@ class GraspConfig(Options):
     kl_coef: float = 1.0
     num_documents: int = 512
     max_new_tokens: int = 48
-    num_prompt_tokens: int = 2
+    num_prompt_tokens: int = 0
     kl_batch_size: int | None = None
     measure_steps: int = 50
 

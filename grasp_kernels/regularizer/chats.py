@@ -2,11 +2,10 @@
 
 A chat begins with the frame that all training prompts share: in a chat format, everything before
 the first word of the user. From there an instruction-tuned model makes up the user's turn (Xu et
-al. 2024, arXiv 2406.08464). The turn begins with the first few tokens of a training prompt, so few
-that the model goes on about something else. Without them it hardly makes up questions of the
-training data's shape. The header that all prompts end with follows, and then the model's answer.
-Everyday questions mark the end of the frame where all training prompts share an instruction;
-otherwise the chats would be about the task.
+al. 2024, arXiv 2406.08464), which may begin with the first few tokens of a training prompt. The
+header that all prompts end with follows, and then the model's answer. Everyday questions mark the
+end of the frame where all training prompts share an instruction; otherwise the chats would be about
+the task.
 
 Shapes: `M` documents, `T` tokens of the longest.
 """

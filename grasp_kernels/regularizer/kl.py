@@ -118,7 +118,7 @@ class KLRegularizer:
         neutral: Sequence[Sequence[int]] = (),
         num_documents: int = 1024,
         max_new_tokens: int = 128,
-        num_prompt_tokens: int = 2,
+        num_prompt_tokens: int = 0,
         kl_coef: float = 1.0,
         batch_size: int = 8,
         generate_batch_size: int = 64,
