@@ -8,6 +8,7 @@ import copy
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
@@ -75,7 +76,7 @@ def of_trainer(name: str) -> Make:
     def make(model: nn.Module) -> Any:
         options = {"optim_target_modules": ["lora_A", "lora_B"]} if "galore" in name else {}
         arguments = TrainingArguments(
-            "unused", optim=name, learning_rate=1e-2, weight_decay=0.1, use_cpu=True, **options
+            mkdtemp(), optim=name, learning_rate=1e-2, weight_decay=0.1, use_cpu=True, **options
         )
         return Trainer(model, arguments).create_optimizer()
 
