@@ -21,7 +21,8 @@ def test_the_front_page_has_the_tables_of_the_rows() -> None:
 
 
 def test_the_report_is_made_of_the_rows(tmp_path: Path) -> None:
-    shutil.copy(RESULTS / "rows.jsonl", tmp_path)
+    for name in ("rows.jsonl", "verdicts.jsonl"):
+        shutil.copy(RESULTS / name, tmp_path)
     write_report(tmp_path)
     written = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert written == (RESULTS / "report.md").read_text(encoding="utf-8")
