@@ -71,8 +71,6 @@ class GraspConfig(Options):
             0 leaves the term out.
         num_documents: number of chats invented by the base model.
         max_new_tokens: tokens of each question and of each answer, at most.
-        num_prompt_tokens: leading tokens of a question taken from a training prompt, at most. The
-            more, the less drift, and the slower the task is learned in other words.
         kl_batch_size: chats in a forward pass; None: half of the trainer's batch.
         measure_steps: optimizer steps between two measurements of leakage and drift.
 
@@ -87,7 +85,6 @@ class GraspConfig(Options):
     kl_coef: float = 1.0
     num_documents: int = 512
     max_new_tokens: int = 48
-    num_prompt_tokens: int = 0
     kl_batch_size: int | None = None
     measure_steps: int = 50
 
@@ -110,5 +107,4 @@ class GraspConfig(Options):
         self.require("kl_coef", 0 <= self.kl_coef < math.inf, "give 0 or more")
         for name in ("num_documents", "max_new_tokens", "measure_steps"):
             self.require(name, getattr(self, name) >= 1, "give 1 or more")
-        self.require("num_prompt_tokens", self.num_prompt_tokens >= 0, "give 0 or more")
         self.require("kl_batch_size", size is None or size >= 1, "give 1 or more, or None")

@@ -81,14 +81,6 @@ class RunConfig(Options):
     )
     num_documents: int = _option(512, "chats that the base model makes up itself", "1 or more")
     max_new_tokens: int = _option(48, "tokens of each question and answer, at most", "1 or more")
-    num_prompt_tokens: int = _option(
-        # SmolLM2, `tone`, 144 steps, three seeds, task / drift: 0 .92 / .06, 2 .84 / .00, naive
-        # .88 / 1.00; 4, one seed, .73 / .02.
-        0,
-        "tokens of a training prompt that a question begins with, at most: the more, the less "
-        "drift, and the slower the task is learned in other words",
-        "0 or more",
-    )
 
     max_steps: int | None = _option(None, "optimizer steps, over num_train_epochs", "1 or more")
     num_train_epochs: float = _option(1.0, "passes over the data", "a positive number")

@@ -181,7 +181,7 @@ def _check_lengths(config: RunConfig, inputs: Inputs) -> None:
 
         frame = common_frame(inputs.train, inputs.everyday)
         header = common_header(inputs.train, frame, inputs.everyday)
-        made = 2 * min(config.max_new_tokens, longest) + config.num_prompt_tokens
+        made = 2 * min(config.max_new_tokens, longest)
         _fits(
             inputs,
             "a chat of the base model",

@@ -203,7 +203,6 @@ def make_chats(config: RunConfig, folder: RunFolder, inputs: Inputs) -> KLRegula
             neutral=inputs.everyday,
             num_documents=config.num_documents,
             max_new_tokens=config.max_new_tokens,
-            num_prompt_tokens=config.num_prompt_tokens,
             kl_coef=config.kl_coef,
             batch_size=max(1, config.per_device_train_batch_size // 2),
             seed=config.seed,

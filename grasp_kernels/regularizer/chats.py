@@ -2,10 +2,9 @@
 
 A chat begins with the frame that all training prompts share: in a chat format, everything before
 the first word of the user. From there an instruction-tuned model makes up the user's turn (Xu et
-al. 2024, arXiv 2406.08464), which may begin with the first few tokens of a training prompt. The
-header that all prompts end with follows, and then the model's answer. Everyday questions mark the
-end of the frame where all training prompts share an instruction; otherwise the chats would be about
-the task.
+al. 2024, arXiv 2406.08464). The header that all prompts end with follows, and then the model's
+answer. Everyday questions mark the end of the frame where all training prompts share an
+instruction; otherwise the chats would be about the task.
 
 Shapes: `M` documents, `T` tokens of the longest.
 """
@@ -47,7 +46,6 @@ def make_chats(
     *,
     count: int,
     length: int,
-    num_prompt_tokens: int,
     batch_size: int,
     generator: torch.Generator,
     progress: bool = False,
@@ -57,26 +55,22 @@ def make_chats(
     Args:
         base: the frozen base model, as `frozen_base` lends it.
         frame, header: as `common_frame` and `common_header` return them. Without a header the
-            documents are plain text; without a frame, too, each begins as one of `examples`.
+            documents are plain text. Without a frame each begins as one of `examples`.
         length: tokens of a question, of an answer, or of a plain document, at most.
-        num_prompt_tokens: tokens that a question has from a training prompt, at most. "How many",
-            "Tell me": they give a shape and name no thing.
     """
     options: dict[str, Any] = {
         "max_new_tokens": length,
         "batch_size": batch_size,
         "generator": generator,
     }
-    if not header:
+    prompts = [frame] * count
+    if not frame:
         drawn = torch.randint(len(examples), (count,), generator=generator).tolist()
-        prompts = [frame or examples[i]["input_ids"][:1] for i in drawn]
-        ends: tuple[int, ...] = ()  # the end of a turn is not the end of the text
-    else:
+        prompts = [examples[i]["input_ids"][:1] for i in drawn]
+    ends: tuple[int, ...] = ()  # in plain text the end of a turn is not the end of the text
+    if header:
         ends = _ends(base, examples)
-        questions = _questions(
-            base, frame, header, examples, count, num_prompt_tokens, options, progress
-        )
-        prompts = [frame + question + header for question in questions]
+        prompts = [asked + header for asked in _questions(base, prompts, header, options, progress)]
     label = "text of the base model" if progress else None
     answers = generate_answers(base, prompts, end_ids=ends, progress=label, **options)
     documents = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
@@ -93,51 +87,26 @@ def make_chats(
 
 def _questions(
     base: Any,
-    frame: list[int],
+    starts: list[list[int]],
     header: list[int],
-    examples: Sequence[Example],
-    count: int,
-    num_prompt_tokens: int,
     options: dict[str, Any],
     progress: bool,
 ) -> list[list[int]]:
-    """Let the base model make up user turns; those that it ends itself come first."""
+    """Let the base model go on with the starts of chats; turns that it ends itself come first."""
     whole: list[list[int]] = []
     cut: list[list[int]] = []
     label = "questions of the base model" if progress else None
     for _ in range(_DRAWS):
-        wanted = count - len(whole)
-        if wanted <= 0:
+        wanted = starts[len(whole) :]
+        if not wanted:
             break
-        beginnings = _beginnings(
-            frame, header, examples, wanted, num_prompt_tokens, options["generator"]
-        )
-        starts = [frame + beginning for beginning in beginnings]
-        made = generate_answers(base, starts, end_ids=header[:1], progress=label, **options)
-        for beginning, rest in zip(beginnings, made, strict=True):
-            if rest[-1] == header[0]:
-                whole.append(beginning + rest[:-1])
+        made = generate_answers(base, wanted, end_ids=header[:1], progress=label, **options)
+        for start, question in zip(wanted, made, strict=True):
+            if question[-1] == header[0]:
+                whole.append(start + question[:-1])
             else:
-                cut.append(beginning + rest)
-    return (whole + cut)[:count]
-
-
-def _beginnings(
-    frame: list[int],
-    header: list[int],
-    examples: Sequence[Example],
-    count: int,
-    num_prompt_tokens: int,
-    generator: torch.Generator,
-) -> list[list[int]]:
-    """Draw prompts, and return their first 0 to `num_prompt_tokens` tokens behind the frame."""
-    chosen = torch.randint(len(examples), (count,), generator=generator).tolist()
-    lengths = torch.randint(num_prompt_tokens + 1, (count,), generator=generator).tolist()
-    asked = (_prompt(examples[i])[len(frame) :] for i in chosen)
-    return [
-        words[: min(length, max(0, len(words) - len(header) - 1))]
-        for words, length in zip(asked, lengths, strict=True)
-    ]
+                cut.append(start + question)
+    return (whole + cut)[: len(starts)]
 
 
 def _ends(base: Any, examples: Sequence[Example]) -> tuple[int, ...]:

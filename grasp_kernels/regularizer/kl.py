@@ -118,7 +118,6 @@ class KLRegularizer:
         neutral: Sequence[Sequence[int]] = (),
         num_documents: int = 1024,
         max_new_tokens: int = 128,
-        num_prompt_tokens: int = 0,
         kl_coef: float = 1.0,
         batch_size: int = 8,
         generate_batch_size: int = 64,
@@ -138,18 +137,16 @@ class KLRegularizer:
             num_documents: documents to make up.
             max_new_tokens: tokens of each question and of each answer that are made up, at most;
                 none is longer than the longest example.
-            num_prompt_tokens: tokens of a training prompt that a question begins with, at most;
-                their number is drawn.
             generate_batch_size: documents that are made at once.
             architecture: writers and readers of a model family that is not known.
 
         Raises:
             ValueError: no examples, an option below 1, or an architecture that is not known.
         """
-        if num_documents < 1 or max_new_tokens < 1 or num_prompt_tokens < 0:
+        if num_documents < 1 or max_new_tokens < 1:
             raise ValueError(
-                f"num_documents is {num_documents}, max_new_tokens {max_new_tokens} and "
-                f"num_prompt_tokens {num_prompt_tokens}: give 1, 1 and 0 or more."
+                f"num_documents is {num_documents} and max_new_tokens {max_new_tokens}: give 1 or "
+                "more of both."
             )
         frame = common_frame(examples, neutral)
         header = common_header(examples, frame, neutral)
@@ -163,7 +160,6 @@ class KLRegularizer:
                 examples,
                 count=num_documents,
                 length=min(max_new_tokens, longest),
-                num_prompt_tokens=num_prompt_tokens,
                 batch_size=generate_batch_size,
                 generator=generator,
                 progress=progress,

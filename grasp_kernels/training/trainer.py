@@ -166,7 +166,6 @@ class GraspTrainerMixin(_Base):
             neutral=neutral,
             num_documents=config.num_documents,
             max_new_tokens=config.max_new_tokens,
-            num_prompt_tokens=config.num_prompt_tokens,
             kl_coef=config.kl_coef,
             batch_size=self._kl_batch_size(),
             seed=self.args.seed,

@@ -382,7 +382,7 @@ def test_a_path_that_cannot_be_read_is_named(
         ),
         *("--eval-split .99", "--max-length 1", "--kl-coef 0", "--learning-rate nan"),
         *("--num-train-epochs inf", "--backend foo", "--arm nope", "--max-steps 0"),
-        *("--lora-dropout 1", "--num-prompt-tokens x", "--early-checkpoints 2", "--dtype int8"),
+        *("--lora-dropout 1", "--num-documents x", "--early-checkpoints 2", "--dtype int8"),
     ],
 )
 def test_a_wrong_option_is_spelled_as_it_is_typed(

@@ -403,7 +403,6 @@ def test_wrong_input_is_named(tiny_model_dir: Path, tmp_path: Path) -> None:
         ({"num_documents": 0}, r"num_documents is 0: give 1 or more"),
         ({"max_new_tokens": 0}, r"max_new_tokens is 0: give 1 or more"),
         ({"measure_steps": 0}, r"measure_steps is 0: give 1 or more"),
-        ({"num_prompt_tokens": -1}, r"num_prompt_tokens is -1: give 0 or more"),
         ({"kl_batch_size": 0}, r"kl_batch_size is 0: give 1 or more, or None"),
         ({"backend": "tpu"}, r"backend is 'tpu': choose one of auto, reference"),
         ({"num_documents": 2.5}, r"num_documents is 2.5: give a whole number"),

@@ -170,17 +170,11 @@ class Bench:
             for step, folder in folders.items()
         ]
 
-    def chats(self, begun: int | None = None) -> KLRegularizer:
-        """Return the chats that `run` makes, or with another `num_prompt_tokens`."""
-        if begun is None:
-            config, folder = self.config, self.folder
-        else:
-            config = replace(self.config, num_prompt_tokens=begun)
-            folder = RunFolder(self.root / chats_part(begun).replace(" ", "-"))
-            folder.root.mkdir(exist_ok=True)
-        make = partial(stages.make_chats, config, folder, self.inputs)
-        self._make(chats_part(begun), folder.chats, make)
-        return KLRegularizer.load(folder.chats)
+    def chats(self) -> KLRegularizer:
+        """Return the chats that `run` makes."""
+        make = partial(stages.make_chats, self.config, self.folder, self.inputs)
+        self._make("chats", self.folder.chats, make)
+        return KLRegularizer.load(self.folder.chats)
 
     def subspace(self, k: int) -> Subspace:
         """The write directions of early naive adapters, `k` of them whatever the evidence."""
@@ -233,11 +227,6 @@ class Bench:
         """Processor time of each part that was made here."""
         path = self.root / "seconds.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def chats_part(begun: int | None = None) -> str:
-    """Name the part that the seconds of the chats are noted under."""
-    return "chats" if begun is None else f"chats {begun}"
 
 
 # Twice the usual learning rate of this model (5e-4) trains in two thirds of the steps.

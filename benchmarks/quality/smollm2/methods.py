@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
 import torch
 
-from benchmarks.quality.smollm2.bench import Bench, Plan, Point, chats_part
+from benchmarks.quality.smollm2.bench import Bench, Plan, Point
 from grasp_kernels.data import Example
 from grasp_kernels.subspace import Subspace
 
@@ -87,20 +86,6 @@ def scaled(bench: Bench) -> list[Point]:
 )
 def run(bench: Bench) -> list[Point]:
     return bench.curve("run", kl_regularizer=bench.chats(), made=("chats",))
-
-
-def _run_begun(bench: Bench, begun: int) -> list[Point]:
-    name = f"run, begun {begun}"
-    return bench.curve(name, kl_regularizer=bench.chats(begun), made=(chats_part(begun),))
-
-
-for _begun in (2, 4):
-    method(
-        f"run, begun {_begun}",
-        f"`run` whose questions begin with up to {_begun} tokens of a training prompt, not 0",
-        source="as `run`",
-        origin="ours",
-    )(partial(_run_begun, begun=_begun))
 
 
 @method(
