@@ -72,7 +72,7 @@ class GraspConfig(Options):
         num_documents: number of chats invented by the base model.
         max_new_tokens: tokens of each question and of each answer, at most.
         kl_batch_size: chats in a forward pass; None: half of the trainer's batch.
-        measure_steps: optimizer steps between two measurements of leakage and drift.
+        measure_steps: optimizer steps between two measurements of leakage.
 
     Raises:
         ValueError: an option out of its range, by name and value.

@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 
 from benchmarks.demo.main import run_demo
-from grasp_kernels.cli.options import seed
 from grasp_kernels.cli.run_commands import quieten
+from grasp_kernels.pipeline.config import MOST_SEED
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -18,13 +18,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "do the whole run on its checkpoint and chat file, and score all models.",
     )
     parser.add_argument("--output", default="demo-output", help="folder (default: %(default)s)")
-    parser.add_argument("--seed", type=seed, default=0, help="another seed, another world")
+    parser.add_argument("--seed", type=_seed, default=0, help="another seed, another world")
     options = parser.parse_args(arguments)
     quieten()
     try:
         run_demo(options.output, seed=options.seed)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+
+
+def _seed(text: str) -> int:
+    if not (text.isdecimal() and int(text) <= MOST_SEED):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a seed: give 0 to {MOST_SEED}.")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from grasp_kernels.cli.options import file_to_write, folder_to_write, seed
+from grasp_kernels.cli.options import file_to_write, folder_to_write
 
 _WITH_BASE = ("data", "neutral", "output", "json")
 
@@ -17,15 +17,16 @@ def add_inspect(commands: Any, common: argparse.ArgumentParser) -> None:
         help="show an adapter or a subspace; with --base-model, what the adapter learned unasked",
         description="Adapter: rank, scaling, norm and leading singular values of every layer. "
         "Subspace: its directions and their spectrum. With --base-model the adapter runs beside "
-        "its base model: what both say to unrelated prompts, a verdict, and what the direction "
-        "carries along which these prompts move.",
+        "its base model: what both say to unrelated prompts, and a verdict.",
     )
     parser.add_argument(
         "paths", nargs="+", metavar="ADAPTER_OR_SUBSPACE", help="adapter folder, or subspace file"
     )
     group = parser.add_argument_group("beside the base model")
     group.add_argument("--base-model", metavar="DIR", help="checkpoint of the base model")
-    group.add_argument("--data", metavar="FILE", help="training data, as for run")
+    group.add_argument(
+        "--data", metavar="FILE", help="training data, as for run: some prompts are answered"
+    )
     group.add_argument("--arm", default="auto", metavar="NAME", help="which answer, as for run")
     group.add_argument("--neutral", metavar="FILE", help="unrelated prompts, as for run")
     group.add_argument(
@@ -37,7 +38,6 @@ def add_inspect(commands: Any, common: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--json", type=file_to_write, metavar="FILE", help="write all numbers into this new file"
     )
-    group.add_argument("--seed", default=0, type=seed, metavar="N", help="of random directions")
     parser.set_defaults(command=_inspect)
 
 
@@ -67,8 +67,6 @@ def _show(path: str) -> None:
 def _diagnose(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    import torch
-
     from grasp_kernels.cli.run_commands import quieten
     from grasp_kernels.data import read_records
     from grasp_kernels.diagnosis import diagnose
@@ -85,7 +83,6 @@ def _diagnose(arguments: argparse.Namespace) -> int:
         arguments.paths[0],
         records=records,
         neutral=arguments.neutral,
-        generator=torch.Generator().manual_seed(arguments.seed),
         progress=True,
     )
     print(diagnosis.text())

@@ -11,18 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 from grasp_kernels.files import new_file, new_folder
-from grasp_kernels.pipeline.config import MOST_SEED
 
 
 class UsageError(ValueError):
     """Report arguments that a command does not take."""
-
-
-def seed(text: str) -> int:
-    """Return the value of `--seed`."""
-    if not (text.isdecimal() and int(text) <= MOST_SEED):
-        raise argparse.ArgumentTypeError(f"{text!r} is no seed: give 0 to {MOST_SEED}.")
-    return int(text)
 
 
 def number_of_directions(text: str) -> int | Literal["auto"]:

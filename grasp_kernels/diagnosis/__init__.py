@@ -2,15 +2,19 @@
 
 pair        base model and adapter in one module, with the adapter on or off
 answers     prompts -> answers of both models; the verdict: found, weak or nothing
-effect      change of the base model's own answers; the tokens that change most; the logit lens
-movement    movement of the residual stream: its direction, and the records that move most
-exchange    the part of the effect that the movement along a direction carries
+effect      change of the base model's own answers; the tokens that change most
 diagnose    all of these measurements for one adapter
 report      numbers -> text
 """
 
 from grasp_kernels.diagnosis.answers import Changed, changed_answers, own_answers, told, verdict
-from grasp_kernels.diagnosis.diagnose import Diagnosis, Options, diagnose
+from grasp_kernels.diagnosis.diagnose import (
+    Diagnosis,
+    Options,
+    adapter_numbers,
+    base_answers,
+    diagnose,
+)
 from grasp_kernels.diagnosis.pair import Pair
 
 __all__ = [
@@ -18,6 +22,8 @@ __all__ = [
     "Diagnosis",
     "Options",
     "Pair",
+    "adapter_numbers",
+    "base_answers",
     "changed_answers",
     "diagnose",
     "own_answers",

@@ -1,19 +1,17 @@
 """Base model and adapter -> Diagnosis.
 
-Measurements on a neutral prompt are made at the tokens of the base model's own answer to it. So
-they show the changes that the adapter would make in this answer.
-
-Shapes: `L` blocks, `D` residual width.
+The effect is measured at the tokens of the base model's own answers. So it shows the changes that
+the adapter would make in these answers.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -27,11 +25,8 @@ from grasp_kernels.diagnosis.answers import (
     told,
     verdict,
 )
-from grasp_kernels.diagnosis.effect import lens, measure_effect
-from grasp_kernels.diagnosis.exchange import measure_exchange, random_directions
-from grasp_kernels.diagnosis.movement import Moved, mean_direction, measure_moved, most_moved
+from grasp_kernels.diagnosis.effect import measure_effect
 from grasp_kernels.diagnosis.pair import Pair, open_pair
-from grasp_kernels.models.architectures import SiteRules
 from grasp_kernels.models.checkpoint import find_checkpoint, load_tokenizer
 from grasp_kernels.version import __version__
 
@@ -49,16 +44,14 @@ class Options:
     """Hold the sizes of a diagnosis.
 
     Args:
-        n_random: random directions to compare with.
-        n_listed: tokens and records in each list.
-        max_records: training records that are measured, evenly spread over the data.
-        max_tokens: tokens of an answer of either model, or of a training answer, at most.
+        n_training: training prompts that are answered, evenly spread over the data.
+        n_listed: tokens in each list.
+        max_tokens: tokens of an answer of either model, at most.
         batch_size: sequences in a forward pass.
     """
 
-    n_random: int = 19
+    n_training: int = 8
     n_listed: int = 10
-    max_records: int = 64
     max_tokens: int = 32
     batch_size: int = 8
 
@@ -76,8 +69,7 @@ class Diagnosis:
         verdict: "found", "weak" or "nothing", from the adapter's own answers to neutral prompts,
             see `grasp_kernels.diagnosis.answers.verdict`.
         reasons: the reasons for the verdict, in sentences.
-        numbers: answers of both models, effect on neutral prompts, movement (tokens, removal,
-            transfer, records), options and versions; JSON-able.
+        numbers: answers of both models, effect on neutral prompts, options and versions; JSON-able.
     """
 
     verdict: str
@@ -91,6 +83,7 @@ class Diagnosis:
         return diagnosis_text(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
+        """Return the content of diagnosis.json."""
         return {"verdict": self.verdict, "reasons": list(self.reasons), **self.numbers}
 
     def save(self, folder: str | PathLike[str]) -> None:
@@ -111,13 +104,11 @@ def diagnose(
     tokenizer: Any = None,
     records: Source | Sequence[Record] | None = None,
     neutral: Source | Sequence[Sequence[int]] | None = None,
-    sites: SiteRules | None = None,
     dtype: str = "auto",
-    generator: torch.Generator | None = None,
     progress: bool = False,
     options: Options | None = None,
 ) -> Diagnosis:
-    """Measure whether an adapter learned something besides its task.
+    """Compare an adapter's answers with its base model's, on prompts unrelated to its task.
 
     It needs no labels and no retraining.
 
@@ -126,12 +117,10 @@ def diagnose(
             active. Modules are left as they were.
         adapter: adapter folder; None if `model` is a PeftModel.
         tokenizer: the tokenizer of the model; needed if `model` is a module.
-        records: training data, a file or records; the records that move most are listed.
+        records: training data, a file or records; some of their prompts are answered, too.
         neutral: prompts that are unrelated to the training data, a file (see
             `grasp-kernels run --neutral`) or token ids; everyday questions if None.
-        sites: writers of an architecture that is not known.
         dtype: dtype of the weights, if the model is loaded here.
-        generator: generator of the random directions; seed 0 if None.
         options: sizes, see `Options`.
 
     Raises:
@@ -140,85 +129,76 @@ def diagnose(
     chosen = options or Options()
     if not isinstance(model, nn.Module):
         model = find_checkpoint(str(model))
-    generator = generator or torch.Generator().manual_seed(0)
     reader = _find_tokenizer(model, tokenizer)
-    prompts = _find_neutral(neutral, reader)
-    tasks = _find_tasks(records, reader, chosen)
-    with open_pair(model, adapter, sites=sites, dtype=dtype) as pair:
-        measured = _measured(pair, reader, prompts, tasks, chosen, generator, progress)
+    prompts = {
+        "unrelated": _find_neutral(neutral, reader),
+        "training": _find_training(records, reader, chosen.n_training),
+    }
+    size: dict[str, Any] = {"batch_size": chosen.batch_size, "n_tokens": chosen.max_tokens}
+    with open_pair(model, adapter, dtype=dtype) as pair:
+        said = base_answers(pair, reader, prompts, **size, progress=progress)
+        config = pair.base.config
         numbers = {
             "adapter": str(adapter or pair.model.active_adapters[0]),
-            "model": {"type": pair.base.config.model_type, "layers": len(pair.layers)},
-            "neutral_prompts": len(prompts),
-            "records": len(tasks),
-            **measured,
+            "model": {
+                "type": config.model_type,
+                "layers": config.get_text_config().num_hidden_layers,
+            },
+            "prompts": {kind: len(given) for kind, given in prompts.items()},
+            **adapter_numbers(
+                pair, reader, said, **size, n_listed=chosen.n_listed, progress=progress
+            ),
             "options": asdict(chosen),
-            "seed": generator.initial_seed(),
             "versions": {"grasp_kernels": __version__, "torch": torch.__version__},
         }
     numbers = json.loads(json.dumps(numbers, allow_nan=False))
     return Diagnosis(numbers["answers"]["verdict"], tuple(reasons(numbers)), numbers)
 
 
-class _Task(NamedTuple):
-    """Hold a training record: its number in the data (from 1), its prompt and first answer."""
+def base_answers(
+    pair: Pair, tokenizer: Any, prompts: Mapping[str, Sequence[list[int]]], **size: Any
+) -> dict[str, list[Tokens]]:
+    """Return the prompts of each kind with the answers of the base model; `size` as `own_answers`.
 
-    number: int
-    record: Record
-    tokens: Tokens
+    Args:
+        prompts: token ids of "unrelated" prompts, and of "training" prompts.
+    """
+    return {kind: own_answers(pair, tokenizer, given, **size) for kind, given in prompts.items()}
 
 
-def _measured(
+@torch.no_grad()
+def adapter_numbers(
     pair: Pair,
     tokenizer: Any,
-    prompts: list[list[int]],
-    tasks: list[_Task],
-    options: Options,
-    generator: torch.Generator,
-    progress: bool,
+    said: Mapping[str, list[Tokens]],
+    *,
+    n_listed: int,
+    batch_size: int,
+    **size: Any,
 ) -> dict[str, Any]:
-    """Return all measurements, JSON-able."""
-    size: dict[str, Any] = {"batch_size": options.batch_size, "progress": progress}
-    base = own_answers(pair, tokenizer, prompts, n_tokens=options.max_tokens, **size)
-    changed = changed_answers(pair, tokenizer, base, n_tokens=options.max_tokens, **size)
-    own = [(prompt, answer[:_EFFECT_TOKENS]) for prompt, answer in base]
-    listed: dict[str, Any] = {"n_tokens": options.n_listed, "batch_size": options.batch_size}
-    found: dict[str, Any] = {
-        "answers": {"verdict": verdict(changed), "unrelated": told(changed, tokenizer, prompts)},
-        "effect": measure_effect(pair, tokenizer, own, **listed),
-    }
-    training = [task.tokens for task in tasks]
-    if tasks:
-        found["training_effect"] = measure_effect(pair, tokenizer, training, **listed)
+    """Return the numbers of the active adapter, JSON-able.
 
-    def moved(label: str, answers: Sequence[Tokens]) -> Moved:
-        """Measure the movement over answers, from the token before, which predicts their first."""
-        return measure_moved(
-            pair,
-            [prompt + answer for prompt, answer in answers],
-            [(len(prompt) - 1, len(prompt) + len(answer) - 1) for prompt, answer in answers],
-            batch_size=options.batch_size,
-            progress=label if progress else None,
-        )
+    Args:
+        said: as `base_answers` returns it.
+        n_listed: tokens in each list.
 
-    neutral = moved("neutral prompts", own)
-    direction = mean_direction(neutral)
-    if direction is None:
-        return found
-    vectors = direction.vectors
-    random = random_directions(options.n_random, vectors.shape[1], generator)
-    (tokens,) = lens(pair.base, tokenizer, vectors[-1][:, None], pair.rules, options.n_listed)
-    found["movement"] = {
-        "relative": neutral.relative(vectors).mean(dim=1).tolist(),
-        "tokens": tokens,
-        **measure_exchange(pair, own, direction, random, options.batch_size),
+    Returns:
+        effect: as `measure_effect`, on the unrelated prompts; answers: the verdict, and the answers
+        to each kind of prompts as `told` returns them.
+    """
+    own = [(prompt, answer[:_EFFECT_TOKENS]) for prompt, answer in said["unrelated"]]
+    changed = {
+        kind: changed_answers(pair, tokenizer, base, batch_size=batch_size, **size) if base else []
+        for kind, base in said.items()
     }
-    if tasks:
-        numbered = [(task.number, task.record) for task in tasks]
-        found["movement"]["records"] = most_moved(
-            moved("training answers", training), vectors, numbered, options.n_listed
-        )
-    return found
+    frame = [prompt for prompt, _ in said["unrelated"]]
+    return {
+        "effect": measure_effect(pair, tokenizer, own, n_tokens=n_listed, batch_size=batch_size),
+        "answers": {
+            "verdict": verdict(changed["unrelated"]),
+            **{kind: told(answers, tokenizer, frame) for kind, answers in changed.items()},
+        },
+    }
 
 
 def reasons(numbers: dict[str, Any]) -> list[str]:
@@ -227,7 +207,7 @@ def reasons(numbers: dict[str, Any]) -> list[str]:
     The verdict rests on the adapter's own answers alone: no threshold on the other numbers carries
     over from one model to another.
     """
-    answers, effect = numbers["answers"]["unrelated"], numbers["effect"]
+    answers = numbers["answers"]["unrelated"]
     changed = sum(one["changed"] for one in answers)
     found = [
         f"The adapter answers {changed} of {len(answers)} neutral prompts in a way that is a "
@@ -239,23 +219,10 @@ def reasons(numbers: dict[str, Any]) -> list[str]:
             "Whether that is harmful no number says, for another language or format changes "
             "answers as well: read them below."
         )
-    beside = ""
-    if "training_effect" in numbers:
-        beside = f" ({numbers['training_effect']['divergence']:.3g} nats on the training answers)"
-    found.append(
-        f"It changes the tokens of the base model's own answers to {numbers['neutral_prompts']} "
-        f"neutral prompts by {effect['divergence']:.3g} nats each{beside}."
-    )
-    if "movement" not in numbers:
-        return [*found, "It does not move the stream on neutral prompts at all."]
-    removal, transfer = (numbers["movement"][part] for part in ("removal", "transfer"))
     return [
         *found,
-        f"Without the one direction that they move along the adapter loses {removal['value']:.0%} "
-        f"of its effect on neutral prompts that had no part in finding it (without the best of "
-        f"{numbers['options']['n_random']} random directions {removal['random_max']:.0%}).",
-        f"The base model with that movement alone goes {transfer['value']:.0%} of the way to the "
-        f"adapter (random {transfer['random_max']:.0%}).",
+        f"It changes the tokens of the base model's own answers to them by "
+        f"{numbers['effect']['divergence']:.3g} nats each.",
     ]
 
 
@@ -296,10 +263,10 @@ def _find_neutral(
     return prompts
 
 
-def _find_tasks(
-    given: Source | Sequence[Record] | None, tokenizer: PreTrainedTokenizerBase, options: Options
-) -> list[_Task]:
-    """Return at most `max_records` records, evenly spread over the data; none if `given` is None.
+def _find_training(
+    given: Source | Sequence[Record] | None, tokenizer: PreTrainedTokenizerBase, most: int
+) -> list[list[int]]:
+    """Return token ids of at most `most` prompts, evenly spread over the data; none if None.
 
     Raises:
         ValueError: a record without an answer, by its number.
@@ -307,15 +274,14 @@ def _find_tasks(
     if given is None:
         return []
     records = read_records(str(given)) if isinstance(given, (str, PathLike)) else list(given)
-    count = min(options.max_records, len(records))
-    tasks = []
-    for i in sorted({i * len(records) // count for i in range(count)}):
+    count = min(most, len(records))
+    prompts = []
+    for i in (i * len(records) // count for i in range(count)):
         try:
-            prompt, answer = split_first_answer(records[i], tokenizer)
+            prompt, _ = split_first_answer(records[i], tokenizer)
         except ValueError as error:
             raise ValueError(
                 f"Record {i + 1}: {error} Without records, neutral prompts alone are looked at."
             ) from None
-        tokens = prompt[-_MOST_PROMPT_TOKENS:], answer[: options.max_tokens]
-        tasks.append(_Task(i + 1, records[i], tokens))
-    return tasks
+        prompts.append(prompt[-_MOST_PROMPT_TOKENS:])
+    return prompts

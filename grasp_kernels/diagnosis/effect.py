@@ -1,6 +1,6 @@
 """The change that an adapter makes in the base model's own answers, and its tokens.
 
-Shapes: `M` positions, `V` vocabulary, `D` width of the stream, `k` directions.
+Shapes: `M` positions, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from grasp_kernels.data import IGNORED, Example, collate
 from grasp_kernels.diagnosis.answers import Tokens, answer_batches
 from grasp_kernels.diagnosis.pair import Pair
-from grasp_kernels.models.architectures import Site, SiteRules
-from grasp_kernels.models.frozen_model import find_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,30 +63,6 @@ def ends(scores: Tensor, tokenizer: PreTrainedTokenizerBase, count: int) -> dict
         ]
         for end, ids in order.items()
     }
-
-
-def lens(
-    model: Any, tokenizer: PreTrainedTokenizerBase, basis: Tensor, rules: SiteRules, count: int
-) -> list[dict[str, Any]]:
-    """Return the tokens that each direction `[D, k]` raises ("up") and lowers ("down") most.
-
-    The logit lens (nostalgebraist 2020): the direction after the last block goes through the final
-    norm and the unembedding. The sign of a direction is arbitrary.
-    """
-    return [ends(column, tokenizer, count) for column in token_scores(model, basis, rules).mT]
-
-
-def token_scores(model: Any, basis: Tensor, rules: SiteRules) -> Tensor:
-    """Return the logits, float32 `[V, k]`, of directions `[D, k]` at the end of the stream.
-
-    They are linear in the direction: the norm's division by the size of the stream is left out.
-    """
-    holder, _ = find_blocks(model, rules)
-    name = ".".join((holder, *rules.blocks.split(".")[:-1], rules.final_norm))
-    norm: Any = model.get_submodule(name)
-    end = Site("the last block", rules.final_norm, rules.norms)
-    unembedding = model.get_output_embeddings().weight.float()
-    return unembedding @ end.to_stream(basis.to(unembedding), end.gain(norm.weight))
 
 
 @torch.inference_mode()

@@ -1,7 +1,6 @@
 """A base model and its adapter in one module, lent for measuring: the adapter is on or off.
 
-A forward pass keeps little in memory: functions of the caller read (and change) the block outputs,
-and the unembedding works on the chosen positions alone, so that no `[B, T, V]` logits are made.
+The unembedding works on the chosen positions alone, so that no `[B, T, V]` logits are made.
 
 Shapes: `B` sequences of a batch, `T` tokens of the longest sequence, `M` chosen positions, `V`
 vocabulary.
@@ -12,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -22,14 +21,10 @@ from torch import Tensor, nn
 
 from grasp_kernels.adapters.load import MOVED_BASE, active_adapter, adapter_parts
 from grasp_kernels.inert import listed, printable
-from grasp_kernels.models.architectures import SiteRules, model_rules
 from grasp_kernels.models.checkpoint import find_checkpoint, load_model
 from grasp_kernels.models.frozen_model import (
-    Edit,
-    blocks_by_layer,
     head_at,
     measuring,
-    output_hook,
     pad,
 )
 from grasp_kernels.models.names import base_name, same_module
@@ -40,15 +35,9 @@ Position = tuple[int, int]  # (sequence of the batch, token)
 
 @dataclass(frozen=True)
 class Pair:
-    """Hold a PeftModel with one active adapter, and its decoder blocks by layer."""
+    """Hold a PeftModel with one active adapter."""
 
     model: Any
-    rules: SiteRules
-    blocks: dict[int, nn.Module]
-
-    @property
-    def layers(self) -> list[int]:
-        return list(self.blocks)
 
     @property
     def base(self) -> Any:
@@ -65,25 +54,13 @@ class Pair:
         positions: Sequence[Position],
         *,
         adapter: bool,
-        edits: Mapping[int, Edit] | None = None,
     ) -> Tensor:
         """Return the log probabilities of the next token at the positions, float32 `[M, V]`."""
         ids, mask = pad(self.base, sequences, "right")
         rows, columns = (torch.tensor(index) for index in zip(*positions, strict=True))
-
-        with ExitStack() as stack:
-            stack.enter_context(self.switched(adapter))
-            stack.enter_context(head_at(self.base, (rows, columns)))
-            for layer, edit in (edits or {}).items():
-                hook = output_hook(edit)
-                stack.callback(self.blocks[layer].register_forward_hook(hook).remove)
+        with self.switched(adapter), head_at(self.base, (rows, columns)):
             logits = self.base(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return logits.float().log_softmax(dim=-1)
-
-    @classmethod
-    def of(cls, model: Any, rules: SiteRules) -> Pair:
-        """Make a pair of a loaded PeftModel, without a change to it."""
-        return cls(model, rules, blocks_by_layer(model, rules))
 
 
 @contextmanager
@@ -91,7 +68,6 @@ def open_pair(
     model: nn.Module | str | PathLike[str],
     adapter: str | PathLike[str] | None,
     *,
-    sites: SiteRules | None = None,
     dtype: str = "auto",
 ) -> Iterator[Pair]:
     """Lend base model and adapter for measuring: frozen, in eval mode, put back afterwards.
@@ -118,14 +94,13 @@ def open_pair(
         )
     with measuring(loaded), _adapted(loaded, adapter) as wrapped:
         _check(wrapped)
-        rules = model_rules(wrapped, sites)
         base = wrapped.get_base_model()
         if not hasattr(base, "get_output_embeddings") or base.get_output_embeddings() is None:
             raise TypeError(
-                f"{type(base).__name__} has no unembedding to read directions with: give a causal "
+                f"{type(base).__name__} has no unembedding: give a causal "
                 "language model of transformers."
             )
-        yield Pair(wrapped, rules, blocks_by_layer(base, rules))
+        yield Pair(wrapped)
 
 
 @contextmanager

@@ -77,7 +77,6 @@ class SiteRules:
             such as a mixture of experts. Their gradient is projected, and with it the gradient of
             everything inside. The norms after writers count as such modules without being named.
         norms: the kind of the norms, "rms", "rms1p" (an RMS norm with gain 1 + weight) or "layer".
-        final_norm: name of the norm before the unembedding, next to the blocks.
 
     Raises:
         TypeError, ValueError: not of this form.
@@ -87,7 +86,6 @@ class SiteRules:
     blocks: str = "layers"
     outputs: tuple[str, ...] = ()
     norms: str = "rms"
-    final_norm: str = "norm"
     _norms: dict[str, str | None] = field(init=False, repr=False, compare=False)  # of each site
 
     def __post_init__(self) -> None:
@@ -137,12 +135,8 @@ _WRITERS_BEFORE_NORMS = {
 }
 _OLMO2 = SiteRules(writers=_WRITERS_BEFORE_NORMS)
 _GEMMA2 = replace(_OLMO2, norms="rms1p")
-_GPT2 = SiteRules(
-    writers=("attn.c_proj", "mlp.c_proj"), blocks="h", norms="layer", final_norm="ln_f"
-)
-_GPT_NEOX = SiteRules(
-    writers=("attention.dense", "mlp.dense_4h_to_h"), norms="layer", final_norm="final_layer_norm"
-)
+_GPT2 = SiteRules(writers=("attn.c_proj", "mlp.c_proj"), blocks="h")
+_GPT_NEOX = SiteRules(writers=("attention.dense", "mlp.dense_4h_to_h"))
 # The weights of all experts are one parameter. A block may be dense instead, as in Llama; the
 # shared expert is Qwen2's.
 _MIXTURE = SiteRules(

@@ -1,7 +1,7 @@
 """A frozen causal language model: its own answers, and its residual stream on given answers.
 
-Shapes: `B` sequences of a batch, `T` tokens of the longest of them, `M` sequences in all, `L`
-blocks, `D` residual width.
+Shapes: `B` sequences of a batch, `T` tokens of the longest of them, `V` vocabulary, `D` residual
+width.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from grasp_kernels.models.architectures import SiteRules
-
-# Gets a block's output [B, T, D]; the result replaces the output, None leaves it unchanged.
-Edit = Callable[[Tensor], Tensor | None]
 
 
 @contextmanager
@@ -63,64 +60,22 @@ def frozen_base(model: Any) -> Iterator[Any]:
         base.generation_config = generation_config
 
 
-def stream_means(
-    base: Any,
-    blocks: Mapping[int, nn.Module],
-    sequences: Sequence[Sequence[int]],
-    spans: Sequence[tuple[int, int]],
-    *,
-    batch_size: int,
-    progress: str | None = None,
-) -> Tensor:
-    """Return the mean of the stream after each block over [start, end) of each sequence.
-
-    Only one block's hidden states are held at a time. Padding is on the right, where a causal model
-    does not see it.
-
-    Args:
-        progress: label of the progress bar, None for none.
-
-    Returns:
-        float32 `[L, M, D]` on the CPU, in the order of `blocks`.
-    """
-    rows: dict[int, Tensor] = {}
-    for batch in batches(sequences, batch_size, progress):
-        input_ids, attention_mask = pad(base, [sequences[i] for i in batch], "right")
-        weights = torch.zeros(input_ids.shape, device=input_ids.device)
-        for row, i in enumerate(batch):
-            start, end = spans[i]
-            weights[row, start:end] = 1 / (end - start)
-        means = _block_means(base, blocks, input_ids, attention_mask, weights)
-        rows.update(zip(batch, means.unbind(1), strict=True))
-    return torch.stack([rows[i] for i in range(len(sequences))], dim=1)
-
-
-def _block_means(
-    base: Any,
-    blocks: Mapping[int, nn.Module],
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    weights: Tensor,
-) -> Tensor:
-    """Return sums `[L, B, D]` of the block outputs over tokens, weighted by `weights[B, T]`."""
-
-    def mean(hidden: Tensor) -> Tensor:
-        return torch.einsum("bt,btd->bd", weights.to(hidden.device), hidden.float()).cpu()
-
-    means = block_outputs(base, blocks, input_ids, attention_mask, mean)
-    return torch.stack([means[layer] for layer in blocks])
-
-
 def block_outputs(
-    base: Any,
-    blocks: Mapping[int, nn.Module],
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    reduce: Callable[[Tensor], Tensor] = lambda hidden: hidden,
+    base: Any, blocks: Mapping[int, nn.Module], input_ids: Tensor, attention_mask: Tensor
 ) -> dict[int, Tensor]:
-    """Return the stream `[B, T, D]` after each block by layer, passed through `reduce` at once."""
+    """Return the stream `[B, T, D]` after each block by layer."""
     device = base.get_input_embeddings().weight.device
-    with kept_outputs(blocks, reduce) as kept:
+    kept: dict[int, Tensor] = {}
+
+    def keeper(layer: int) -> Callable[[nn.Module, Any, Any], None]:
+        def keep(_block: nn.Module, _inputs: Any, output: Any) -> None:
+            kept[layer] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+    with ExitStack() as stack:
+        for layer, block in blocks.items():
+            stack.callback(block.register_forward_hook(keeper(layer)).remove)
         # The body without the head: no logits are needed, and they are the largest tensor there.
         base.base_model(
             input_ids=input_ids.to(device),
@@ -128,40 +83,6 @@ def block_outputs(
             use_cache=False,
         )
     return kept
-
-
-@contextmanager
-def kept_outputs(
-    blocks: Mapping[int, nn.Module], reduce: Callable[[Tensor], Tensor] = lambda hidden: hidden
-) -> Iterator[dict[int, Tensor]]:
-    """Yield the stream `[B, T, D]` after each block by layer, passed through `reduce`.
-
-    The dictionary is filled inside the context, from the last forward pass.
-    """
-    kept: dict[int, Tensor] = {}
-
-    def keeper(layer: int) -> Edit:
-        def keep(hidden: Tensor) -> None:
-            kept[layer] = reduce(hidden)
-
-        return keep
-
-    with ExitStack() as stack:
-        for layer, block in blocks.items():
-            stack.callback(block.register_forward_hook(output_hook(keeper(layer))).remove)
-        yield kept
-
-
-def output_hook(edit: Edit) -> Any:
-    """Return a forward hook for applying `edit` to the stream after a decoder block."""
-
-    def hook(_block: nn.Module, _inputs: Any, output: Any) -> Any:
-        changed = edit(output[0] if isinstance(output, tuple) else output)
-        if changed is None or not isinstance(output, tuple):
-            return changed
-        return changed, *output[1:]
-
-    return hook
 
 
 @contextmanager
@@ -187,26 +108,16 @@ def head_at(model: Any, index: Tensor | tuple[Tensor, ...]) -> Iterator[None]:
         hook.remove()
 
 
-def find_blocks(model: nn.Module, rules: SiteRules) -> tuple[str, nn.ModuleList]:
-    """Return the list of decoder blocks and its module's name; peft may wrap the model.
+def blocks_by_layer(model: nn.Module, rules: SiteRules) -> dict[int, nn.Module]:
+    """Return the decoder blocks of a model by layer; peft may wrap the model.
 
     Raises:
         ValueError: no module list of that name.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and name.endswith(f".{rules.blocks}"):
-            return name.removesuffix(f".{rules.blocks}"), module
+            return dict(enumerate(module))
     raise ValueError(f"The model has no module list named {rules.blocks}: declare SiteRules.")
-
-
-def blocks_by_layer(model: nn.Module, rules: SiteRules) -> dict[int, nn.Module]:
-    """Return the decoder blocks of a model by layer; peft may wrap the model.
-
-    Raises:
-        ValueError: as `find_blocks`.
-    """
-    _, blocks = find_blocks(model, rules)
-    return dict(enumerate(blocks))
 
 
 def generate_answers(

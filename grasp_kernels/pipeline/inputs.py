@@ -27,7 +27,7 @@ from grasp_kernels.data import (
 )
 from grasp_kernels.files import about
 from grasp_kernels.inert import reason
-from grasp_kernels.models.architectures import SiteRules, site_rules
+from grasp_kernels.models.architectures import site_rules
 from grasp_kernels.models.checkpoint import (
     device,
     load_config,
@@ -52,7 +52,6 @@ class Inputs:
 
     checkpoint: Path  # local folder of the model
     model_type: str
-    rules: SiteRules
     tokenizer: PreTrainedTokenizerBase
     records: list[Record]
     train: list[Example]
@@ -82,7 +81,7 @@ def prepare(config: RunConfig, checkpoint: Path, day: date | None = None) -> Inp
         ValueError, FileNotFoundError: one sentence on the first error.
     """
     _check_backend(config.backend)
-    model_type, rules = check_model(config, checkpoint)
+    model_type = check_model(config, checkpoint)
     tokenizer = load_tokenizer(checkpoint)
     fix_date(tokenizer, day or date.today())
     records = read_records(config.data, arm=config.arm)
@@ -102,7 +101,6 @@ def prepare(config: RunConfig, checkpoint: Path, day: date | None = None) -> Inp
     inputs = Inputs(
         checkpoint=checkpoint,
         model_type=model_type,
-        rules=rules,
         tokenizer=tokenizer,
         records=records,
         train=train,
@@ -209,8 +207,8 @@ def _check_backend(backend: str) -> None:
         )
 
 
-def check_model(config: RunConfig, checkpoint: Path) -> tuple[str, SiteRules]:
-    """Build the adapted model without weights; return the model type and its `SiteRules`.
+def check_model(config: RunConfig, checkpoint: Path) -> str:
+    """Build the adapted model without weights; return the model type.
 
     Raises:
         ValueError: an unknown architecture, no such target modules, or no writer among them where
@@ -243,7 +241,7 @@ def check_model(config: RunConfig, checkpoint: Path) -> tuple[str, SiteRules]:
             f"target_modules = {list(config.target_modules)} adapts no module that writes to the "
             f"residual stream, to identify from: add one of {', '.join(rules.writers)}."
         )
-    return model_config.model_type, rules
+    return model_config.model_type
 
 
 def attach_lora(model: PreTrainedModel, config: RunConfig, base_name: str) -> PeftModel:

@@ -10,15 +10,14 @@ import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
 from grasp_kernels import leakage
 from grasp_kernels.data import Record, encode, split_first_answer
-from grasp_kernels.diagnosis import Pair, changed_answers, own_answers, told, verdict
-from grasp_kernels.diagnosis.effect import lens, mean_loss, measure_effect
+from grasp_kernels.diagnosis import Pair, adapter_numbers, base_answers
+from grasp_kernels.diagnosis.effect import mean_loss
 from grasp_kernels.files import write_json, write_text
 from grasp_kernels.models.checkpoint import load_model
 from grasp_kernels.pages.chart import Line, line_chart
@@ -28,14 +27,9 @@ from grasp_kernels.pipeline.folder import LOG_NAME, RunFolder
 from grasp_kernels.pipeline.inputs import ANSWER_TOKENS, Inputs
 from grasp_kernels.subspace import Subspace
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-
 # Enough for means that no longer change in their second digit, few enough to take seconds.
 _TRAINING_PROMPTS = 32
-_SHOWN_DIRECTIONS = 4
 _SHOWN_TOKENS = 6
-_ANSWER_TOKENS = 16  # of the base model's own answer that the effect is measured on
 _SHOWN_TRAINING = 8  # prompts of the training data that are answered
 
 
@@ -131,7 +125,6 @@ def _numbers(
         },
         "steps": inputs.steps,
         "subspace": None if subspace is None else _describe(subspace),
-        "promoted_tokens": _tokens(model, inputs, subspace),
         "adapters": adapters,
     }
     _measure_models(model, folders, inputs, config, numbers)
@@ -181,15 +174,6 @@ def smoothed(values: list[float], parts: int = 20) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def _tokens(model: Any, inputs: Inputs, subspace: Subspace | None) -> list[dict[str, Any]]:
-    """Return the tokens of the leading directions, read after the last block."""
-    if subspace is None:
-        return []
-    basis = subspace.basis[:, :_SHOWN_DIRECTIONS]
-    words = lens(model, inputs.tokenizer, basis, inputs.rules, _SHOWN_TOKENS)
-    return words
-
-
 def _measure_models(
     model: Any,
     folders: dict[str, Path],
@@ -207,51 +191,30 @@ def _measure_models(
     peft_model.eval()
     adapters = numbers["adapters"]
     if inputs.held_out:
-        size = {
+        padded = {
             "batch_size": config.per_device_train_batch_size,
             "pad_token_id": inputs.pad_token_id,
         }
         with peft_model.disable_adapter():
-            numbers["base_held_out_loss"] = mean_loss(peft_model, inputs.held_out, **size)
+            numbers["base_held_out_loss"] = mean_loss(peft_model, inputs.held_out, **padded)
         for name in tqdm(folders, desc="held-out loss", unit="adapter"):
             peft_model.set_adapter(name)
-            adapters[name]["held_out_loss"] = mean_loss(peft_model, inputs.held_out, **size)
-    _measure_effects(peft_model, list(folders), inputs, config, adapters)
-
-
-@torch.no_grad()
-def _measure_effects(
-    model: PeftModel,
-    names: list[str],
-    inputs: Inputs,
-    config: RunConfig,
-    adapters: dict[str, Any],
-) -> None:
-    """Add each adapter's answers and its effect on the base model's own answers.
-
-    The prompts are unrelated ones and training prompts; the effect is that on unrelated prompts.
-    """
-    pair = Pair.of(model, inputs.rules)
-    training = _training_prompts(inputs, config)[:_SHOWN_TRAINING]
-    size: dict[str, Any] = {"batch_size": config.per_device_train_batch_size}
-    said = {
-        kind: own_answers(pair, inputs.tokenizer, prompts, n_tokens=ANSWER_TOKENS, **size)
-        for kind, prompts in (("unrelated", inputs.neutral), ("training", training))
+            adapters[name]["held_out_loss"] = mean_loss(peft_model, inputs.held_out, **padded)
+    pair = Pair(peft_model)
+    prompts = {
+        "unrelated": inputs.neutral,
+        "training": _training_prompts(inputs, config)[:_SHOWN_TRAINING],
     }
-    own = [(prompt, answer[:_ANSWER_TOKENS]) for prompt, answer in said["unrelated"]]
-    for name in tqdm(names, desc="answers of the adapters", unit="adapter"):
-        model.set_adapter(name)
-        adapters[name]["effect"] = measure_effect(
-            pair, inputs.tokenizer, own, n_tokens=_SHOWN_TOKENS, **size
+    size: dict[str, Any] = {
+        "batch_size": config.per_device_train_batch_size,
+        "n_tokens": ANSWER_TOKENS,
+    }
+    said = base_answers(pair, inputs.tokenizer, prompts, **size)
+    for name in tqdm(folders, desc="answers of the adapters", unit="adapter"):
+        peft_model.set_adapter(name)
+        adapters[name] |= adapter_numbers(
+            pair, inputs.tokenizer, said, **size, n_listed=_SHOWN_TOKENS
         )
-        changed = {
-            kind: changed_answers(pair, inputs.tokenizer, base, n_tokens=ANSWER_TOKENS, **size)
-            for kind, base in said.items()
-        }
-        adapters[name]["answers"] = {
-            "verdict": verdict(changed["unrelated"]),
-            **{k: told(all_, inputs.tokenizer, inputs.neutral) for k, all_ in changed.items()},
-        }
 
 
 def _training_prompts(inputs: Inputs, config: RunConfig) -> list[list[int]]:

@@ -20,7 +20,6 @@ def report_text(numbers: Numbers) -> str:
         _said(numbers),
         _compared(numbers),
         _identified(numbers),
-        _tokens(numbers),
         _not_shown(numbers),
         _figure(),
         _use(),
@@ -109,24 +108,6 @@ def _final_loss(adapter: dict[str, Any]) -> float:
     losses = adapter["curve"]["loss"]
     last = losses[-max(1, len(losses) // 10) :]
     return sum(last) / len(last)
-
-
-def _tokens(numbers: Numbers) -> str:
-    if not numbers["promoted_tokens"]:
-        return ""
-    rows = [
-        [str(i), words(tokens["up"]), words(tokens["down"])]
-        for i, tokens in enumerate(numbers["promoted_tokens"], start=1)
-    ]
-    return "\n\n".join(
-        [
-            "## What the directions speak of",
-            "Tokens at both ends of each direction, read through the unembedding in the last "
-            "layer. Which end is which is arbitrary, and a direction may matter long before it "
-            "reaches a token.",
-            table(["direction", "one end", "other end"], rows),
-        ]
-    )
 
 
 def _not_shown(numbers: Numbers) -> str:

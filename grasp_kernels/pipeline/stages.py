@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from grasp_kernels.regularizer import KLRegularizer
 
-_MEASUREMENTS = 20  # of leakage and drift in one training
+_MEASUREMENTS = 20  # of leakage in one training
 
 
 def run(config: RunConfig | None = None, /, **options: Any) -> Report:
@@ -147,7 +147,6 @@ def train(
     `work`, `snapshots` and `last_step`.
     """
     from grasp_kernels.pipeline.training import train_adapter
-    from grasp_kernels.training.watch import N_PROBES
 
     retrains = subspace is not None or kl_regularizer is not None
     model = _fresh_adapter(config, inputs)
@@ -166,7 +165,6 @@ def train(
         last_step=last_step,
         grasp=_grasp(config, subspace, inputs) if retrains else None,
         kl_regularizer=kl_regularizer,
-        probes=inputs.neutral[:N_PROBES],
         saved_base_name=_public_name(config),
     )
     del model

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -144,7 +144,6 @@ def train_adapter(
     last_step: int | None = None,
     grasp: GraspConfig | None = None,
     kl_regularizer: KLRegularizer | None = None,
-    probes: Sequence[Sequence[int]] = (),
     saved_base_name: str | None = None,
 ) -> None:
     """Train the adapter of `model` and write it to the folder `out`, whole or not at all.
@@ -158,7 +157,6 @@ def train_adapter(
         snapshots: step -> folder for the adapter after that step.
         grasp: the options of a retraining; None: an ordinary training, on peft's own layers.
         kl_regularizer: the divergence of a retraining; its part of the loss is `kl` in the log.
-        probes: token ids of the prompts for the measurement of drift.
         saved_base_name: name of the base model in `adapter_config.json`.
 
     Raises:
@@ -178,7 +176,6 @@ def train_adapter(
             trainer.callback_handler.callbacks.insert(0, Watch())
         else:
             trainer = _Retrainer(**options, grasp_config=grasp, kl_regularizer=kl_regularizer)
-            trainer.watch.probes = probes
         trainer.remove_callback(PrinterCallback)
         trainer.train_to(last_step, last_checkpoint(work))
     entries = [dict(sorted(e.items())) for e in trainer.state.log_history if "loss" in e]

@@ -39,7 +39,7 @@ class GraspTrainerMixin(_Base):
 
     When the training begins the base model makes up chats. Each step then adds `KL(base ‖ model)`
     on some of them to the loss, and its log entry has `kl`, which `loss` contains. With a subspace
-    the gradient is projected, and some log entries have `leakage` and what else `Watch` measures.
+    the gradient is projected, and some log entries have `leakage`, see `Watch`.
     The training stops on a loss or a gradient that is not finite.
 
     Args:
@@ -72,7 +72,6 @@ class GraspTrainerMixin(_Base):
         self.watch = Watch(
             cast("Subspace | None", self.grasp_config.subspace),  # it is loaded
             every=self.grasp_config.measure_steps,
-            probes=None if self._tokenizer_of_data() else (),
             sites=self.grasp_config.architecture,
         )
         # Before the callbacks that report to a service, which then see its numbers.

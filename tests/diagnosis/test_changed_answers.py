@@ -11,7 +11,6 @@ from transformers import AutoTokenizer
 
 from grasp_kernels.diagnosis import Changed, Pair, changed_answers, own_answers, told, verdict
 from grasp_kernels.diagnosis.answers import CHANGED
-from grasp_kernels.models.architectures import model_rules
 from tests.helpers.models import randomise_adapter, tiny_peft_model
 
 pytest_plugins = ("tests.helpers.runs",)
@@ -28,7 +27,7 @@ class NoEnd:
 def pair() -> Pair:
     model = tiny_peft_model().eval()
     model.get_base_model().generation_config.eos_token_id = None
-    return Pair.of(model, model_rules(model))
+    return Pair(model)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
-"""The whole diagnosis on tiny random models: a planted direction is found, noise is not.
+"""The whole diagnosis on tiny random models: a planted direction is found.
 
-`D` width of the stream, `L` blocks.
+`D` width of the stream.
 """
 
 import json
@@ -22,7 +22,7 @@ from tests.helpers.models import randomise_adapter, tiny_peft_model
 
 pytest_plugins = ("tests.helpers.runs",)
 
-SMALL = Options(n_random=3, n_listed=4, max_records=8)
+SMALL = Options(n_listed=4, n_training=3)
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 D = 32
 
@@ -86,21 +86,16 @@ def found(
     )
 
 
-def movement(diagnosis: gk.Diagnosis) -> dict[str, Any]:
-    return diagnosis.numbers["movement"]
-
-
 def test_a_planted_direction_is_found(
     found: gk.Diagnosis, tiny_model_dir: Path, axis: Tensor
 ) -> None:
     assert found.verdict == "found"
-    one = movement(found)
-    for exchange in (one["removal"], one["transfer"]):
-        assert exchange["value"] > max(0.7, exchange["random_max"])
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     scores = model.lm_head.weight @ (model.model.norm.weight * axis)
-    assert one["tokens"]["up"][0]["id"] == int(scores.argmax())
-    assert one["tokens"]["down"][0]["id"] == int(scores.argmin())
+    raised = [token["id"] for token in found.numbers["effect"]["tokens"]["up"]]
+    assert int(scores.argmax()) in raised and int(scores.argmin()) not in raised
+    assert found.numbers["prompts"] == {"unrelated": 16, "training": 3}
+    assert [len(found.numbers["answers"][kind]) for kind in ("unrelated", "training")] == [16, 3]
 
 
 def test_an_adapter_of_noise_is_judged_by_its_answers(
@@ -112,8 +107,8 @@ def test_an_adapter_of_noise_is_judged_by_its_answers(
     few = "weak" if changed else "nothing"
     assert diagnosis.verdict == ("found" if changed >= max(2, len(neutral) / 8) else few)
     assert f"answers {changed} of {len(neutral)} neutral prompts" in diagnosis.reasons[0]
-    assert "records" not in movement(diagnosis)
-    assert "training_effect" not in diagnosis.numbers
+    assert diagnosis.numbers["answers"]["training"] == []
+    assert "training data, where" not in diagnosis.text()
 
 
 def test_the_peft_model_itself_gives_the_same_and_stays_what_it_was(
@@ -132,7 +127,8 @@ def test_the_peft_model_itself_gives_the_same_and_stays_what_it_was(
     again = gk.diagnose(
         model, tokenizer=tokenizer, records=chat_jsonl, neutral=neutral, options=SMALL
     )
-    assert movement(again) == movement(found)
+    for part in ("effect", "answers"):
+        assert again.numbers[part] == found.numbers[part]
     assert model.training
     assert model(input_ids=ids).logits.equal(before)
     for parameter, (flag, value) in zip(model.parameters(), flags, strict=True):
@@ -180,7 +176,7 @@ def test_inspect_beside_a_base_model(
     files = ["--output", str(out), "--json", str(numbers)]
     assert main([*command, "--data", str(chat_jsonl), *files]) == 0
     printed = capsys.readouterr().out
-    assert "**Verdict: found.**" in printed and "Training records that move most" in printed
+    assert "**Verdict: found.**" in printed and "To prompts of the training data" in printed
     assert json.loads(numbers.read_text()) == json.loads((out / "diagnosis.json").read_text())
     assert main([*command, "--output", str(out)]) == 2
     assert "choose a new path" in capsys.readouterr().err
@@ -215,8 +211,8 @@ def test_what_cannot_work_is_refused_with_a_sentence(
     )
     model.merge_adapter()
     refused("unmerge_adapter", model)
-    with pytest.raises(ValueError, match="n_random is 0"):
-        Options(n_random=0)
+    with pytest.raises(ValueError, match="n_training is 0"):
+        Options(n_training=0)
 
 
 def test_an_adapter_of_another_model_is_refused(

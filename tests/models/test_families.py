@@ -22,7 +22,6 @@ from grasp_kernels.models.architectures import RULES, model_gains, model_sites
 from grasp_kernels.models.names import base_name
 from grasp_kernels.ops import backends
 from grasp_kernels.ops.lora_linear.registry import computes
-from grasp_kernels.training.watch import Watch
 from tests.helpers.comparisons import assert_same_logits, logits, loss_and_gradients
 from tests.helpers.families import FAMILIES, D, adapted, families, tiny
 from tests.helpers.models import a_subspace, tokens
@@ -261,17 +260,6 @@ def test_merged_transposed_weights_are_measured_in_folders_too(tmp_path: Path) -
     assert found.keys() == expected.keys()
     for name, leak in found.items():
         assert leak == pytest.approx(expected[name], rel=1e-4)
-
-
-@pytest.mark.parametrize("given", [False, True])
-def test_drift_before_a_norm_needs_the_subspace(given: bool) -> None:
-    """The bases of such layers are not those of the stream."""
-    model = adapted("gemma2")
-    subspace = a_subspace(model)
-    gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
-    measured = Watch(subspace if given else None, probes=[[1, 2, 3]]).measure(model)
-    assert measured["leakage"] <= 1e-6
-    assert ("drift_along" in measured) == given
 
 
 def test_experts_leak_unless_they_are_closed() -> None:

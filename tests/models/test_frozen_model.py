@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from grasp_kernels.data import encode_prompt
-from grasp_kernels.models.frozen_model import frozen_base, generate_answers, stream_means
+from grasp_kernels.models.frozen_model import block_outputs, frozen_base, generate_answers
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
@@ -71,29 +71,21 @@ def prompts_of(tokenizer: Any) -> list[list[int]]:
     return [encode_prompt([{"role": "user", "content": text}], tokenizer) for text in texts]
 
 
-def measured(model: Any, tokenizer: Any) -> torch.Tensor:
-    """Means of the stream over the model's own sampled answers."""
-    prompts = prompts_of(tokenizer)
+def sampled(model: Any, tokenizer: Any) -> list[list[int]]:
+    """The model's own sampled answers."""
     with frozen_base(model) as base:
-        answers = generate_answers(
+        return generate_answers(
             base,
-            prompts,
+            prompts_of(tokenizer),
             max_new_tokens=N_NEW,
             batch_size=8,
             end_ids=[END],
             generator=torch.Generator().manual_seed(0),
         )
-        sequences = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-        spans = [(len(p), len(s)) for p, s in zip(prompts, sequences, strict=True)]
-        return stream_means(base, blocks_of(base), sequences, spans, batch_size=8)
-
-
-def blocks_of(base: Any) -> dict[int, nn.Module]:
-    return dict(enumerate(base.model.layers))
 
 
 def test_batches_of_one_and_of_many_agree(model: Any, tokenizer: Any) -> None:
-    """Left padding for the answers and right padding for the stream must be invisible."""
+    """Left padding must be invisible."""
     prompts = prompts_of(tokenizer)
     assert len({len(prompt) for prompt in prompts}) > 1
     with frozen_base(model) as base:
@@ -101,24 +93,17 @@ def test_batches_of_one_and_of_many_agree(model: Any, tokenizer: Any) -> None:
             generate_answers(base, prompts, max_new_tokens=N_NEW, batch_size=size, end_ids=[END])
             for size in (N_RECORDS, 1)
         )
-        sequences = [prompt + answer for prompt, answer in zip(prompts, many, strict=True)]
-        spans = [(len(p) - 1, len(s)) for p, s in zip(prompts, sequences, strict=True)]
-        together, alone = (
-            stream_means(base, blocks_of(base), sequences, spans, batch_size=size)
-            for size in (N_RECORDS, 1)
-        )
     assert many == single
     assert len({len(answer) for answer in many}) > 1
-    assert torch.allclose(together, alone, atol=1e-5)
 
 
-def test_stream_means_are_those_of_the_hidden_states(model: Any, tokenizer: Any) -> None:
-    sequence, span = prompts_of(tokenizer)[0], (1, 4)
+def test_block_outputs_are_the_hidden_states(model: Any, tokenizer: Any) -> None:
+    ids = torch.tensor([prompts_of(tokenizer)[0]])
     with frozen_base(model) as base:
-        means = stream_means(base, blocks_of(base), [sequence], [span], batch_size=1)
-        states = base(torch.tensor([sequence]), output_hidden_states=True).hidden_states
+        kept = block_outputs(base, dict(enumerate(base.model.layers)), ids, torch.ones_like(ids))
+        states = base(ids, output_hidden_states=True).hidden_states
     for layer in range(LAYERS - 1):  # the last entry of hidden_states is behind the final norm
-        assert torch.allclose(means[layer, 0], states[layer + 1][0, 1:4].mean(dim=0), atol=1e-5)
+        assert torch.equal(kept[layer], states[layer + 1])
 
 
 def test_answers_end_at_the_first_end_token(model: Any, tokenizer: Any) -> None:
@@ -161,7 +146,7 @@ def test_leaves_no_traces(model: Any, tokenizer: Any) -> None:
     modes = {name: module.training for name, module in model.named_modules()}
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     state = torch.get_rng_state()
-    measured(model, tokenizer)
+    sampled(model, tokenizer)
     assert modes == {name: module.training for name, module in model.named_modules()}
     assert flags == {name: p.requires_grad for name, p in model.named_parameters()}
     assert all(p.grad is None for p in model.parameters())
@@ -171,10 +156,10 @@ def test_leaves_no_traces(model: Any, tokenizer: Any) -> None:
 
 
 def test_dropout_takes_no_part(model: Any, tokenizer: Any) -> None:
-    expected = measured(model, tokenizer)
+    expected = sampled(model, tokenizer)
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
-    assert torch.equal(measured(model.train(), tokenizer), expected)
+    assert sampled(model.train(), tokenizer) == expected
 
 
 def test_is_put_back_after_an_error(model: Any) -> None:
@@ -187,7 +172,7 @@ def test_is_put_back_after_an_error(model: Any) -> None:
 def test_a_peft_model_is_measured_without_its_adapter(model: Any, tokenizer: Any) -> None:
     import peft
 
-    expected = measured(make_model(), tokenizer)
+    expected = sampled(make_model(), tokenizer)
     adapted = peft.get_peft_model(
         model, peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     )
@@ -195,13 +180,9 @@ def test_a_peft_model_is_measured_without_its_adapter(model: Any, tokenizer: Any
     flags = {name: p.requires_grad for name, p in adapted.named_parameters()}
     probe = torch.tensor([prompts_of(tokenizer)[0]])
     before = adapted(probe).logits
-    assert torch.equal(measured(adapted, tokenizer), expected)
+    assert sampled(adapted, tokenizer) == expected
     assert flags == {name: p.requires_grad for name, p in adapted.named_parameters()}
     assert torch.equal(adapted(probe).logits, before)
-
-
-def test_a_bfloat16_stream_is_summed_in_float32(tokenizer: Any) -> None:
-    assert measured(make_model(torch.bfloat16), tokenizer).dtype == torch.float32
 
 
 def test_a_model_that_cannot_generate() -> None:

@@ -44,7 +44,6 @@ def numbers() -> dict[str, Any]:
         "data": {"records": 10, "trained_on": 9, "held_out": 0, "dropped": 1},
         "steps": 3,
         "subspace": {"notes": ["a spectrum"], "k": 1},
-        "promoted_tokens": [{"up": [{"token": "a|b"}, {"token": "\n"}], "down": [{"token": "c`"}]}],
         "adapters": {
             "naive": adapter(2.0, 0.5),
             "retrained": adapter(0.5, 1e-7, "nothing"),
@@ -109,7 +108,9 @@ def test_limits_depend_on_the_run(numbers: dict[str, Any]) -> None:
 
 
 def test_tokens_cannot_break_the_table(numbers: dict[str, Any]) -> None:
-    assert "| 1 | `a¦b` `\\n` | `c'` |" in report_text(numbers)
+    hostile = [{"token": "a|b"}, {"token": "\n"}, {"token": "c`"}]
+    numbers["adapters"]["naive"]["effect"]["tokens"]["up"] = hostile
+    assert "| raised most there | `a¦b` `\\n` `c'` | `a¦b` |" in report_text(numbers)
 
 
 def test_both_adapters_are_in_the_chart(numbers: dict[str, Any]) -> None:

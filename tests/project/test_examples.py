@@ -56,7 +56,6 @@ def test_finetune_along_a_subspace(
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     last = [entry for entry in state["log_history"] if "loss" in entry][-1]
     assert last["leakage"] <= 1e-6
-    assert 0 < last["drift_share"] < 1
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     stock = PeftModel.from_pretrained(base, str(tmp_path / "closed"))
     assert torch.isfinite(stock(input_ids=torch.arange(6)[None]).logits).all()

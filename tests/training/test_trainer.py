@@ -337,7 +337,6 @@ def test_a_trainer_projects_an_adapter_that_came_after(tmp_path: Path) -> None:
     model.set_adapter("later")
     made = trainer(model, tmp_path, grasp_config=None)
     assert len(made.grasp_report.projected) == 3
-    made.watch.probes = [[1, 2, 3]]
     made.train()
     assert max(gk.leakage(model, subspace).values()) <= 1e-6
 
@@ -389,11 +388,9 @@ def test_services_see_all_numbers(tmp_path: Path) -> None:
         grasp_config=gk.GraspConfig(subspace=direction(model), measure_steps=2),
         callbacks=[service],
     )
-    made.watch.probes = [[1, 2, 3]]
     made.train()
     assert all("kl" in entry for entry in service.entries if "loss" in entry)
-    measured = {"leakage", "drift_along", "drift_share"}
-    assert [entry.keys() >= measured for entry in service.entries[:3]] == [False, True, True]
+    assert ["leakage" in entry for entry in service.entries[:3]] == [False, True, True]
 
 
 def test_wrong_input_is_named(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from benchmarks.quality.smollm2.harness import KEY, Row, append, keys, load_adap
 from benchmarks.quality.smollm2.tasks import make_task
 from grasp_kernels.data import neutral_prompts
 from grasp_kernels.diagnosis import Changed, Pair, changed_answers, own_answers, verdict
-from grasp_kernels.models.architectures import model_rules
 
 VERDICTS = "verdicts.jsonl"
 _TOKENS = 32  # of an answer, as in the report of a run
@@ -41,7 +40,7 @@ def judge_verdicts(
         if row["scale"] != 1 or not folder.is_dir() or key in keys(output / VERDICTS):
             continue
         model = load_adapted(base, folder, dtype)
-        pair = Pair.of(model, model_rules(model))
+        pair = Pair(model)
         size: dict[str, Any] = {"n_tokens": _TOKENS, "batch_size": _BATCH}
         with torch.no_grad():
             known = known or own_answers(pair, tokenizer, prompts, **size)
