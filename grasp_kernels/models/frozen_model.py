@@ -6,15 +6,13 @@ width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-
-from grasp_kernels.models.architectures import SiteRules
 
 
 @contextmanager
@@ -60,31 +58,6 @@ def frozen_base(model: Any) -> Iterator[Any]:
         base.generation_config = generation_config
 
 
-def block_outputs(
-    base: Any, blocks: Mapping[int, nn.Module], input_ids: Tensor, attention_mask: Tensor
-) -> dict[int, Tensor]:
-    """Return the stream `[B, T, D]` after each block by layer."""
-    device = base.get_input_embeddings().weight.device
-    kept: dict[int, Tensor] = {}
-
-    def keeper(layer: int) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(_block: nn.Module, _inputs: Any, output: Any) -> None:
-            kept[layer] = output[0] if isinstance(output, tuple) else output
-
-        return keep
-
-    with ExitStack() as stack:
-        for layer, block in blocks.items():
-            stack.callback(block.register_forward_hook(keeper(layer)).remove)
-        # The body without the head: no logits are needed, and they are the largest tensor there.
-        base.base_model(
-            input_ids=input_ids.to(device),
-            attention_mask=attention_mask.to(device),
-            use_cache=False,
-        )
-    return kept
-
-
 @contextmanager
 def head_at(model: Any, index: Tensor | tuple[Tensor, ...]) -> Iterator[None]:
     """Give the head of a causal language model chosen positions alone: no `[B, T, V]` logits.
@@ -106,18 +79,6 @@ def head_at(model: Any, index: Tensor | tuple[Tensor, ...]) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-def blocks_by_layer(model: nn.Module, rules: SiteRules) -> dict[int, nn.Module]:
-    """Return the decoder blocks of a model by layer; peft may wrap the model.
-
-    Raises:
-        ValueError: no module list of that name.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and name.endswith(f".{rules.blocks}"):
-            return dict(enumerate(module))
-    raise ValueError(f"The model has no module list named {rules.blocks}: declare SiteRules.")
 
 
 def generate_answers(

@@ -211,7 +211,7 @@ def check_model(config: RunConfig, checkpoint: Path) -> str:
     """Build the adapted model without weights; return the model type.
 
     Raises:
-        ValueError: an unknown architecture, no such target modules, or no writer among them where
+        ValueError: no such target modules, or an unknown architecture or no writer among them where
             a subspace has to be identified.
     """
     from transformers import AutoModelForCausalLM
@@ -220,7 +220,6 @@ def check_model(config: RunConfig, checkpoint: Path) -> str:
     with torch.device("meta"), reading("config.json", checkpoint):
         model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    rules = site_rules(model_config.model_type, names)
     with torch.device("meta"):
         adapted = attach_lora(model, config, str(checkpoint))
     for lora in adapted.peft_config.values():
@@ -231,12 +230,15 @@ def check_model(config: RunConfig, checkpoint: Path) -> str:
                 f"target_modules = {list(config.target_modules)} adapts {base_name(name)}, an "
                 "embedding, whose adapter could not be looked at afterwards: leave it out."
             )
+    if not config.project_gradient:
+        return model_config.model_type
+    rules = site_rules(model_config.model_type, names)
     sites = (
         rules.site(base_name(name))
         for name, module in adapted.named_modules()
         if hasattr(module, "lora_A")
     )
-    if config.project_gradient and not any(sites):
+    if not any(sites):
         raise ValueError(
             f"target_modules = {list(config.target_modules)} adapts no module that writes to the "
             f"residual stream, to identify from: add one of {', '.join(rules.writers)}."

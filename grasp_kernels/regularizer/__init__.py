@@ -1,8 +1,7 @@
 """The divergence from the base model, on chats that the base model makes up.
 
-chats      chats of the base model, from the frame that all training prompts share
-in_domain  positions that look like those where training answers are decided, which are left out
-kl         the divergence from the base model on the rest, as a loss
+chats  chats of the base model, from the frame that all training prompts share
+kl     the divergence from the base model on the answers, as a loss
 """
 
 from grasp_kernels.regularizer.kl import KLRegularizer

@@ -19,10 +19,8 @@ from torch import Tensor, nn
 
 from grasp_kernels.data import Example
 from grasp_kernels.files import stored_tensors, whole_file
-from grasp_kernels.models.architectures import SiteRules, model_rules
-from grasp_kernels.models.frozen_model import blocks_by_layer, frozen_base, head_at
+from grasp_kernels.models.frozen_model import frozen_base, head_at
 from grasp_kernels.regularizer.chats import common_frame, common_header, make_chats
-from grasp_kernels.regularizer.in_domain import unlike_training
 
 _DRAWS = 1 << 20  # of one training, whose seeds follow each other
 # Tokens whose probabilities are kept at a position.
@@ -122,10 +120,9 @@ class KLRegularizer:
         batch_size: int = 8,
         generate_batch_size: int = 64,
         seed: int = 0,
-        architecture: SiteRules | None = None,
         progress: bool = False,
     ) -> KLRegularizer:
-        """Let the base model make up documents, less the positions like those of the training data.
+        """Let the base model make up documents.
 
         Args:
             model: causal language model of transformers, or a PeftModel (its adapters are
@@ -138,10 +135,9 @@ class KLRegularizer:
             max_new_tokens: tokens of each question and of each answer that are made up, at most;
                 none is longer than the longest example.
             generate_batch_size: documents that are made at once.
-            architecture: writers and readers of a model family that is not known.
 
         Raises:
-            ValueError: no examples, an option below 1, or an architecture that is not known.
+            ValueError: no examples, or an option below 1.
         """
         if num_documents < 1 or max_new_tokens < 1:
             raise ValueError(
@@ -164,25 +160,8 @@ class KLRegularizer:
                 generator=generator,
                 progress=progress,
             )
-            length = made.documents.shape[1]
-            counted = unlike_training(
-                base,
-                blocks_by_layer(base, model_rules(base, architecture)),
-                made,
-                examples,
-                # Records may be far longer than documents.
-                batch_size=max(1, generate_batch_size * min(length, longest) // longest),
-                generator=generator,
-            )
-            if not counted.any():
-                raise ValueError(
-                    f"The base model made up {num_documents} documents, and all of them look like "
-                    "the training data: let it make more, or longer ones."
-                )
-            answers = _likeliest(base, made.documents, counted)
-        return cls(
-            made.documents, counted, *answers, kl_coef=kl_coef, batch_size=batch_size, seed=seed
-        )
+            answers = _likeliest(base, *made)
+        return cls(*made, *answers, kl_coef=kl_coef, batch_size=batch_size, seed=seed)
 
     @property
     def texts(self) -> list[list[int]]:

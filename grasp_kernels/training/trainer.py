@@ -168,7 +168,6 @@ class GraspTrainerMixin(_Base):
             kl_coef=config.kl_coef,
             batch_size=self._kl_batch_size(),
             seed=self.args.seed,
-            architecture=config.architecture,
             progress=not self.args.disable_tqdm,
         )
 
