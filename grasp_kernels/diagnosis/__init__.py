@@ -10,7 +10,6 @@ report      numbers -> text
 from grasp_kernels.diagnosis.answers import Changed, changed_answers, own_answers, told, verdict
 from grasp_kernels.diagnosis.diagnose import (
     Diagnosis,
-    Options,
     adapter_numbers,
     base_answers,
     diagnose,
@@ -20,7 +19,6 @@ from grasp_kernels.diagnosis.pair import Pair
 __all__ = [
     "Changed",
     "Diagnosis",
-    "Options",
     "Pair",
     "adapter_numbers",
     "base_answers",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,28 +37,8 @@ Source = str | PathLike[str]
 
 _EFFECT_TOKENS = 16  # tokens of the base model's own answer; the effect is measured on them
 _MOST_PROMPT_TOKENS = 512  # of a training prompt: its last ones, at most
-
-
-@dataclass(frozen=True)
-class Options:
-    """Hold the sizes of a diagnosis.
-
-    Args:
-        n_training: training prompts that are answered, evenly spread over the data.
-        n_listed: tokens in each list.
-        max_tokens: tokens of an answer of either model, at most.
-        batch_size: sequences in a forward pass.
-    """
-
-    n_training: int = 8
-    n_listed: int = 10
-    max_tokens: int = 32
-    batch_size: int = 8
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}: give at least 1.")
+_TRAINING_PROMPTS = 8  # that are answered, evenly spread over the data
+_LISTED = 10  # tokens at each end of a list
 
 
 @dataclass(frozen=True)
@@ -69,7 +49,7 @@ class Diagnosis:
         verdict: "found", "weak" or "nothing", from the adapter's own answers to neutral prompts,
             see `grasp_kernels.diagnosis.answers.verdict`.
         reasons: the reasons for the verdict, in sentences.
-        numbers: answers of both models, effect on neutral prompts, options and versions; JSON-able.
+        numbers: answers of both models, effect on neutral prompts, versions; JSON-able.
     """
 
     verdict: str
@@ -105,8 +85,9 @@ def diagnose(
     records: Source | Sequence[Record] | None = None,
     neutral: Source | Sequence[Sequence[int]] | None = None,
     dtype: str = "auto",
+    max_new_tokens: int = 32,
+    batch_size: int = 8,
     progress: bool = False,
-    options: Options | None = None,
 ) -> Diagnosis:
     """Compare an adapter's answers with its base model's, on prompts unrelated to its task.
 
@@ -121,20 +102,24 @@ def diagnose(
         neutral: prompts that are unrelated to the training data, a file (see
             `grasp-kernels run --neutral`) or token ids; everyday questions if None.
         dtype: dtype of the weights, if the model is loaded here.
-        options: sizes, see `Options`.
+        max_new_tokens: tokens of an answer of either model, at most.
+        batch_size: sequences in a forward pass.
 
     Raises:
         ValueError, TypeError, FileNotFoundError: one sentence on the error.
     """
-    chosen = options or Options()
+    if max_new_tokens < 1 or batch_size < 1:
+        raise ValueError(
+            f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}: give 1 or more."
+        )
     if not isinstance(model, nn.Module):
         model = find_checkpoint(str(model))
     reader = _find_tokenizer(model, tokenizer)
     prompts = {
         "unrelated": _find_neutral(neutral, reader),
-        "training": _find_training(records, reader, chosen.n_training),
+        "training": _find_training(records, reader),
     }
-    size: dict[str, Any] = {"batch_size": chosen.batch_size, "n_tokens": chosen.max_tokens}
+    size: dict[str, Any] = {"batch_size": batch_size, "n_tokens": max_new_tokens}
     with open_pair(model, adapter, dtype=dtype) as pair:
         said = base_answers(pair, reader, prompts, **size, progress=progress)
         config = pair.base.config
@@ -145,10 +130,7 @@ def diagnose(
                 "layers": config.get_text_config().num_hidden_layers,
             },
             "prompts": {kind: len(given) for kind, given in prompts.items()},
-            **adapter_numbers(
-                pair, reader, said, **size, n_listed=chosen.n_listed, progress=progress
-            ),
-            "options": asdict(chosen),
+            **adapter_numbers(pair, reader, said, **size, n_listed=_LISTED, progress=progress),
             "versions": {"grasp_kernels": __version__, "torch": torch.__version__},
         }
     numbers = json.loads(json.dumps(numbers, allow_nan=False))
@@ -264,9 +246,9 @@ def _find_neutral(
 
 
 def _find_training(
-    given: Source | Sequence[Record] | None, tokenizer: PreTrainedTokenizerBase, most: int
+    given: Source | Sequence[Record] | None, tokenizer: PreTrainedTokenizerBase
 ) -> list[list[int]]:
-    """Return token ids of at most `most` prompts, evenly spread over the data; none if None.
+    """Return token ids of a few prompts, evenly spread over the data; none if None.
 
     Raises:
         ValueError: a record without an answer, by its number.
@@ -274,7 +256,7 @@ def _find_training(
     if given is None:
         return []
     records = read_records(str(given)) if isinstance(given, (str, PathLike)) else list(given)
-    count = min(most, len(records))
+    count = min(_TRAINING_PROMPTS, len(records))
     prompts = []
     for i in (i * len(records) // count for i in range(count)):
         try:

@@ -4,10 +4,9 @@ A *writer* adds its output to the stream (`o_proj`, `down_proj`). There may be a
 writer and the stream, as in Gemma and OLMo. Names are those of the base model:
 "model.layers.0.self_attn.o_proj".
 
-A norm divides by a scale of each token, and apart from that it is linear: `M = diag(γ)` for an RMS
-norm, `M = diag(γ) (I − 1 1ᵀ / D)` for a LayerNorm, which removes the mean first. So a move of the
-writer along `y` moves the stream along `M y`. A writer moves nothing along `v` if and only if its
-output has nothing along `Mᵀ v`.
+An RMS norm divides by a scale of each token, and apart from that it is linear, `M = diag(γ)`. So a
+move of the writer along `y` moves the stream along `M y`. A writer moves nothing along `v` if and
+only if its output has nothing along `Mᵀ v = M v`.
 
 Shapes: `D` width of the stream, `k` directions.
 """
@@ -23,8 +22,7 @@ from torch import Tensor, nn
 from grasp_kernels.models.names import base_name, expert_part, model_names
 from grasp_kernels.models.sharding import whole
 
-# γ is the weight; γ is 1 + weight; γ is the weight and the mean is taken out.
-NORMS = ("rms", "rms1p", "layer")
+NORMS = ("rms", "rms1p")  # γ is the weight; γ is 1 + weight
 
 
 @dataclass(frozen=True)
@@ -43,23 +41,14 @@ class Site:
         """Return `γ[D]` from the weight of the norm."""
         return 1.0 + weight.float() if self.norm_kind == "rms1p" else weight
 
-    def from_stream(self, directions: Tensor, gain: Tensor | None) -> Tensor:
-        """Return `Mᵀ v`: an output with nothing along `Mᵀ v` moves the stream not along `v`."""
-        return self._centred(self._scaled(directions, gain))
+    def scaled(self, directions: Tensor, gain: Tensor | None) -> Tensor:
+        """Return `M v` for `v[D, k]`, the move of the stream by a move of the site's output.
 
-    def to_stream(self, directions: Tensor, gain: Tensor | None) -> Tensor:
-        """Return `M y`, the move of the stream for a move `y[D, k]` of the site's output."""
-        return self._scaled(self._centred(directions), gain)
-
-    def _scaled(self, directions: Tensor, gain: Tensor | None) -> Tensor:
+        It is also the direction at the output that moves the stream along `v`.
+        """
         if self.norm is None or gain is None:
             return directions
         return gain.to(directions)[:, None] * directions
-
-    def _centred(self, directions: Tensor) -> Tensor:
-        if self.norm is None or self.norm_kind != "layer":
-            return directions
-        return directions - directions.mean(dim=0)
 
 
 @dataclass(frozen=True)
@@ -76,7 +65,7 @@ class SiteRules:
         outputs: modules below a block that are not writers, but with an output added to the stream,
             such as a mixture of experts. Their gradient is projected, and with it the gradient of
             everything inside. The norms after writers count as such modules without being named.
-        norms: the kind of the norms, "rms", "rms1p" (an RMS norm with gain 1 + weight) or "layer".
+        norms: the kind of the norms after writers, "rms", or "rms1p" with the gain 1 + weight.
 
     Raises:
         TypeError, ValueError: not of this form.

@@ -6,9 +6,9 @@ Base names are those of the base model: "model.layers.0.self_attn.o_proj".
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
@@ -105,16 +105,6 @@ def adapted_name(name: str, layer: nn.Module) -> str:
     """Return the base name of the module or parameter adapted by the LoRA layer `name`."""
     parameter = getattr(layer, "parameter_name", None)
     return base_name(name) if parameter is None else f"{base_name(name)}.{parameter}"
-
-
-def adapted_layers(model: nn.Module, adapter: str = "default") -> Iterator[tuple[str, Any]]:
-    """Yield the layers with a LoRA adapter of this name, by the name of the adapted module.
-
-    Layers on a parameter, as of stacked experts, are left out: their input is inside the module.
-    """
-    for name, module in model.named_modules():
-        if adapter in getattr(module, "lora_A", ()) and not hasattr(module, "parameter_name"):
-            yield base_name(name), module
 
 
 def model_names(model: nn.Module) -> tuple[str, ...]:

@@ -24,7 +24,6 @@ _RANGES: dict[str, Callable[[Any], bool]] = {
     "0 or more": lambda value: 0 <= value < math.inf,
     "a positive number": lambda value: 0 < value < math.inf,
     "0 or more, below 1": lambda value: 0 <= value < 1,
-    "parts above 0, at most 1": lambda value: 0 < value <= 1,
     _SEEDS: lambda value: 0 <= value <= MOST_SEED,
 }
 
@@ -54,16 +53,6 @@ class RunConfig(Options):
     k: int | Literal["auto"] = _option(
         "auto", "number of directions, or 'auto': up to the largest gap", "1 or more"
     )
-    early_checkpoints: tuple[float, ...] = _option(
-        # Drift as a part of the naive adapter's drift in the world of the demo, mean of 5 seeds (4
-        # for the last): identified after 1/20 of the steps .62, after 1/8 .68, from 1/16, 1/8 and
-        # 1/4 together .68.
-        (1 / 20, 1 / 10),
-        "parts of the naive training after which its adapter is saved to identify from; "
-        "1 is the finished adapter",
-        "parts above 0, at most 1",
-    )
-
     project_gradient: bool = _option(
         # SmolLM2, `tone`: it removes no drift alone, and the divergence leaves none to remove.
         False,
@@ -76,7 +65,7 @@ class RunConfig(Options):
     kl_coef: float = _option(
         1.0,
         "weight of the divergence from the base model in the retraining, on its own answers to "
-        "questions that it makes up itself (less what looks like the training data); 0: none",
+        "questions that it makes up itself; 0: none",
         "0 or more",
     )
     num_documents: int = _option(512, "chats that the base model makes up itself", "1 or more")
@@ -118,11 +107,10 @@ class RunConfig(Options):
     training_arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("early_checkpoints", "target_modules"):
-            value = getattr(self, name)
-            if isinstance(value, str) or not isinstance(value, Sequence):
-                raise ValueError(f"{name} is {value!r}: give a list.")
-            object.__setattr__(self, name, tuple(value))
+        modules = self.target_modules
+        if isinstance(modules, str) or not isinstance(modules, Sequence):
+            raise ValueError(f"target_modules is {modules!r}: give a list.")
+        object.__setattr__(self, "target_modules", tuple(modules))
         for name in ("model", "data", "output", "neutral"):
             value = getattr(self, name)
             if isinstance(value, PathLike):
@@ -132,7 +120,6 @@ class RunConfig(Options):
         for option in OPTIONS:
             self._check_value(option)
         self._check_training_arguments()
-        self.require("early_checkpoints", self.early_checkpoints != (), "give at least one part")
         if self.k != "auto" and self.k > self.r:
             raise ValueError(
                 f"k is {self.k}, above the LoRA rank r = {self.r}: lower k or raise r."
@@ -149,10 +136,7 @@ class RunConfig(Options):
         if choices is not None:
             self.require(option.name, value in choices, f"choose one of {', '.join(choices)}")
         if (within := option.metadata["within"]) is not None:
-            numbers = value if isinstance(value, tuple) else (value,)
-            good = all(
-                _RANGES[within](number) for number in numbers if number not in (None, "auto")
-            )
+            good = value in (None, "auto") or _RANGES[within](value)
             self.require(option.name, good, f"give {within}")
 
     def _check_training_arguments(self) -> None:

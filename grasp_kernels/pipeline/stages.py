@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from grasp_kernels.regularizer import KLRegularizer
 
 _MEASUREMENTS = 20  # of leakage in one training
+_EARLY = (1 / 20, 1 / 10)  # parts of the naive training with an adapter to identify from
 
 
 def run(config: RunConfig | None = None, /, **options: Any) -> Report:
@@ -217,7 +218,7 @@ def early_checkpoints(config: RunConfig, folder: RunFolder, steps: int) -> dict[
     if not config.project_gradient:
         return {}
     first = 2 if warmup_steps(config, steps) else 1
-    at = sorted({max(first, round(part * steps)) for part in config.early_checkpoints})
+    at = sorted({max(first, round(part * steps)) for part in _EARLY})
     return {step: folder.early / f"step-{step}" for step in at}
 
 

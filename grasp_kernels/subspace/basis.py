@@ -75,7 +75,7 @@ class Subspace:
         if gain is not None:
             self._check_gain(str(site.norm), gain)
         wide = self.basis.detach().cpu().double()
-        directions = site.from_stream(wide, gain)
+        directions = site.scaled(wide, gain)
         if directions is wide:  # no norm between site and stream
             return self.basis
         return orthonormal(f"{site.norm!r} (gain folded in)", directions)

@@ -68,7 +68,7 @@ def _block(layer: LoRAWeights) -> Tensor:
     lora_A, lora_B = _of_usual_size(layer.lora_A), _of_usual_size(layer.lora_B)
     block = _root(lora_A @ lora_A.mT) @ lora_B.mT
     assert layer.site is not None
-    return layer.site.to_stream(block.mT * layer.scaling, layer.gain).mT.contiguous()
+    return layer.site.scaled(block.mT * layer.scaling, layer.gain).mT.contiguous()
 
 
 def _of_usual_size(factor: Tensor) -> Tensor:

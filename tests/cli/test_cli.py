@@ -57,7 +57,7 @@ def test_help_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0
-    assert "--early-checkpoints" in done.stdout
+    assert "--target-modules" in done.stdout
 
 
 def test_run_takes_its_options_and_defaults_from_the_configuration(
@@ -75,7 +75,7 @@ def test_run_takes_its_options_and_defaults_from_the_configuration(
     paths = ["run", "--model", "m", "--data", "d", "--output", "o"]
     main(paths)
     assert seen.pop() == RunConfig(model="m", data="d", output="o")
-    options = "--k 3 --no-orthogonal --early-checkpoints 0.1 1 --max-steps 9 --neutral n"
+    options = "--k 3 --no-orthogonal --max-steps 9 --neutral n"
     main([*paths, *options.split(), "--target-modules", "o_proj", "down_proj"])
     assert seen.pop() == RunConfig(
         model="m",
@@ -83,7 +83,6 @@ def test_run_takes_its_options_and_defaults_from_the_configuration(
         output="o",
         k=3,
         orthogonal=False,
-        early_checkpoints=(0.1, 1.0),
         max_steps=9,
         target_modules=("o_proj", "down_proj"),
         neutral="n",

@@ -382,7 +382,7 @@ def test_a_path_that_cannot_be_read_is_named(
         ),
         *("--eval-split .99", "--max-length 1", "--kl-coef 0", "--learning-rate nan"),
         *("--num-train-epochs inf", "--backend foo", "--arm nope", "--max-steps 0"),
-        *("--lora-dropout 1", "--num-documents x", "--early-checkpoints 2", "--dtype int8"),
+        *("--lora-dropout 1", "--num-documents x", "--dtype int8"),
     ],
 )
 def test_a_wrong_option_is_spelled_as_it_is_typed(
@@ -424,7 +424,7 @@ def test_so_is_one_of_the_other_commands(
             ("max_steps", "3"),
         ),
         *(("learning_rate", None), ("warmup_steps", "x"), ("orthogonal", "no"), ("k", True)),
-        *(("target_modules", [3]), ("early_checkpoints", ["x"]), ("neutral", b"x")),
+        *(("target_modules", [3]), ("neutral", b"x")),
     ],
 )
 def test_an_option_of_another_type_is_named(name: str, value: Any) -> None:

@@ -16,13 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import grasp_kernels as gk
 from grasp_kernels.cli import main
-from grasp_kernels.diagnosis import Options
 from grasp_kernels.diagnosis.pair import open_pair
 from tests.helpers.models import randomise_adapter, tiny_peft_model
 
 pytest_plugins = ("tests.helpers.runs",)
 
-SMALL = Options(n_listed=4, n_training=3)
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 D = 32
 
@@ -81,9 +79,7 @@ def neutral(tiny_model_dir: Path) -> list[list[int]]:
 def found(
     tiny_model_dir: Path, contaminated: Path, neutral: list[list[int]], chat_jsonl: Path
 ) -> gk.Diagnosis:
-    return gk.diagnose(
-        tiny_model_dir, contaminated, records=chat_jsonl, neutral=neutral, options=SMALL
-    )
+    return gk.diagnose(tiny_model_dir, contaminated, records=chat_jsonl, neutral=neutral)
 
 
 def test_a_planted_direction_is_found(
@@ -94,14 +90,14 @@ def test_a_planted_direction_is_found(
     scores = model.lm_head.weight @ (model.model.norm.weight * axis)
     raised = [token["id"] for token in found.numbers["effect"]["tokens"]["up"]]
     assert int(scores.argmax()) in raised and int(scores.argmin()) not in raised
-    assert found.numbers["prompts"] == {"unrelated": 16, "training": 3}
-    assert [len(found.numbers["answers"][kind]) for kind in ("unrelated", "training")] == [16, 3]
+    assert found.numbers["prompts"] == {"unrelated": 16, "training": 8}
+    assert [len(found.numbers["answers"][kind]) for kind in ("unrelated", "training")] == [16, 8]
 
 
 def test_an_adapter_of_noise_is_judged_by_its_answers(
     tiny_model_dir: Path, noise: Path, neutral: list[list[int]]
 ) -> None:
-    diagnosis = gk.diagnose(tiny_model_dir, noise, neutral=neutral, options=SMALL)
+    diagnosis = gk.diagnose(tiny_model_dir, noise, neutral=neutral)
     assert diagnosis.numbers["effect"]["divergence"] > 0.01
     changed = sum(one["changed"] for one in diagnosis.numbers["answers"]["unrelated"])
     few = "weak" if changed else "nothing"
@@ -124,9 +120,7 @@ def test_the_peft_model_itself_gives_the_same_and_stays_what_it_was(
     ids = torch.tensor(neutral)
     before = model(input_ids=ids).logits
     flags = [(p.requires_grad, p.clone()) for p in model.parameters()]
-    again = gk.diagnose(
-        model, tokenizer=tokenizer, records=chat_jsonl, neutral=neutral, options=SMALL
-    )
+    again = gk.diagnose(model, tokenizer=tokenizer, records=chat_jsonl, neutral=neutral)
     for part in ("effect", "answers"):
         assert again.numbers[part] == found.numbers[part]
     assert model.training
@@ -143,7 +137,7 @@ def test_a_plain_base_module_is_plain_again(
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     base.train()
     flags = [p.requires_grad for p in base.parameters()]
-    gk.diagnose(base, contaminated, tokenizer=tokenizer, neutral=neutral, options=SMALL)
+    gk.diagnose(base, contaminated, tokenizer=tokenizer, neutral=neutral)
     assert list(base.state_dict()) == names
     assert flags == [p.requires_grad for p in base.parameters()] and all(flags)
     assert all(module.training for module in base.modules())
@@ -211,8 +205,7 @@ def test_what_cannot_work_is_refused_with_a_sentence(
     )
     model.merge_adapter()
     refused("unmerge_adapter", model)
-    with pytest.raises(ValueError, match="n_training is 0"):
-        Options(n_training=0)
+    refused("max_new_tokens is 0 and batch_size 8", model, max_new_tokens=0)
 
 
 def test_an_adapter_of_another_model_is_refused(
@@ -241,9 +234,7 @@ def test_a_name_on_the_hub_is_looked_up_once(
         return str(tiny_model_dir)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    again = gk.diagnose(
-        "somebody/something", contaminated, records=chat_jsonl, neutral=neutral, options=SMALL
-    )
+    again = gk.diagnose("somebody/something", contaminated, records=chat_jsonl, neutral=neutral)
     assert asked == ["somebody/something"]
     assert again.numbers["effect"] == found.numbers["effect"]
 

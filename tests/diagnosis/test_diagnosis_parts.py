@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from grasp_kernels.diagnosis import Options, Pair, diagnose
+from grasp_kernels.diagnosis import Pair, diagnose
 from grasp_kernels.diagnosis.diagnose import reasons
 from grasp_kernels.diagnosis.effect import measure_effect
 from grasp_kernels.diagnosis.pair import open_pair
@@ -54,11 +54,10 @@ class Words:
 @families
 def test_the_whole_diagnosis_of_every_family(family: str) -> None:
     model = adapted(family, experts=False)
-    options = Options(n_listed=3, max_tokens=2)
-    found = diagnose(model, tokenizer=Words(), neutral=SEQUENCES, options=options).numbers
+    found = diagnose(model, tokenizer=Words(), neutral=SEQUENCES, max_new_tokens=2).numbers
     effect = found["effect"]
     assert found["model"]["layers"] == 2
-    assert len({token["id"] for end in ("up", "down") for token in effect["tokens"][end]}) == 6
+    assert len({token["id"] for end in ("up", "down") for token in effect["tokens"][end]}) == 20
     assert math.isfinite(effect["divergence"]) and effect["divergence"] > 0
 
 

@@ -95,7 +95,6 @@ def small_run(model: Path, data: Path, output: Path) -> RunConfig:
         "lora_dropout": 0.1,
         "project_gradient": True,
         "k": 1,
-        "early_checkpoints": (0.2,),
         "eval_split": 0.1,
     }
     return RunConfig(model=str(model), data=str(data), output=str(output), **settings)

@@ -26,7 +26,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import grasp_kernels as gk
 from grasp_kernels.models.architectures import model_gains, model_sites
-from grasp_kernels.models.names import adapted_layers
 from tests.helpers.models import tiny_peft_model
 from tests.helpers.oracle import orthonormal
 
@@ -61,7 +60,7 @@ def frozen_A_and_regularizer() -> tuple[Any, gk.Subspace, gk.KLRegularizer]:
     """An adapter whose A is frozen and whose B starts at zero, and a divergence."""
     model, subspace = model_and_subspace()
     generator = torch.Generator().manual_seed(11)
-    for _, layer in adapted_layers(model):
+    for layer in (m for m in model.modules() if hasattr(m, "lora_A")):
         layer.lora_B["default"].weight.data.zero_()
         layer.lora_A["default"].weight.requires_grad_(False)
     documents = torch.randint(0, 64, (8, 9), generator=generator)

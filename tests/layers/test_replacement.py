@@ -392,7 +392,7 @@ def test_an_unknown_architecture_says_how_to_declare_it() -> None:
         ValueError, match=r"'opt' with modules \['fc1', 'fc2', .*'layers'.*sites=SiteRules\("
     ):
         gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
-    rules = SiteRules(writers=("self_attn.out_proj", "fc2"), norms="layer")
+    rules = SiteRules(writers=("self_attn.out_proj", "fc2"))
     assert (
         gk.apply_grasp(model, gk.GraspConfig(subspace=subspace, architecture=rules)).projected
         == names

@@ -182,7 +182,7 @@ def test_options_of_a_file_are_those_that_are_typed(
     path = tmp_path / "run.yaml"
     path.write_text(
         "model: m\ndata: d\noutput: o\nlearning_rate: 1e-5  # text to YAML 1.1\northogonal: false\n"
-        "k: 3\nearly_checkpoints: [.1, 1]\ntarget_modules: [o_proj]\nbf16: true\n"
+        "k: 3\ntarget_modules: [o_proj]\nbf16: true\n"
         "lr_scheduler_kwargs: {num_cycles: 2}\nadam-beta1: 0.5\nmax_steps: 9\n"
     )
     main(["run", "--config", str(path)])
@@ -193,7 +193,6 @@ def test_options_of_a_file_are_those_that_are_typed(
         learning_rate=1e-5,
         orthogonal=False,
         k=3,
-        early_checkpoints=(0.1, 1.0),
         target_modules=("o_proj",),
         max_steps=9,
         training_arguments={

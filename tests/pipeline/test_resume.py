@@ -133,7 +133,7 @@ def test_half_written_checkpoints_are_removed(tmp_path: Path) -> None:
     [
         ({"learning_rate": 1e-3}, "learning_rate = 0.02, not 0.001"),
         ({"k": "auto"}, "k = 1, not 'auto'"),
-        ({"early_checkpoints": (0.5,)}, r"early_checkpoints = \[0.2\], not \[0.5\]"),
+        ({"target_modules": ("q_proj",)}, r"target_modules = \['all-linear'\], not \['q_proj'\]"),
     ],
 )
 def test_another_run_in_the_same_folder_is_refused(

@@ -181,8 +181,6 @@ def test_wrong_input_is_found_before_training(
         ({"k": "many"}, "k is 'many'"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"per_device_train_batch_size": 0}, "batch_size is 0"),
-        ({"early_checkpoints": ()}, "early_checkpoints is"),
-        ({"early_checkpoints": (1.5,)}, "early_checkpoints is"),
         ({"target_modules": "q_proj"}, "target_modules is 'q_proj': give a list"),
         ({"lora_dropout": 1.0}, "dropout is 1.0"),
         ({"project_gradient": False, "kl_coef": 0}, "make the retraining the naive one again"),
@@ -260,8 +258,9 @@ def test_number_of_steps(options: dict[str, Any], n_examples: int, steps: int) -
 
 def test_early_checkpoints_by_step(run_config: RunConfig) -> None:
     folder = RunFolder(run_config.output)
-    parts = replace(run_config, early_checkpoints=(1.0, 0.001, 0.5, 0.002))
-    assert list(early_checkpoints(replace(parts, warmup_steps=0), folder, 100)) == [1, 50, 100]
+    without = replace(run_config, warmup_steps=0)
+    assert list(early_checkpoints(without, folder, 100)) == [5, 10]
+    assert list(early_checkpoints(without, folder, 12)) == [1]
     # the first step of a warm-up changes nothing
-    assert list(early_checkpoints(replace(parts, warmup_steps=5), folder, 100)) == [2, 50, 100]
-    assert early_checkpoints(replace(parts, project_gradient=False), folder, 100) == {}
+    assert list(early_checkpoints(replace(without, warmup_steps=5), folder, 12)) == [2]
+    assert early_checkpoints(replace(without, project_gradient=False), folder, 100) == {}
