@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MixtralConfig
+from transformers import MixtralConfig, OPTConfig
 
 from grasp_kernels import RunConfig
 from grasp_kernels.files import write_json
@@ -143,3 +143,12 @@ def test_lora_on_fused_experts_is_refused_before_training(
             check_model(config, tmp_path)
     else:
         assert check_model(config, tmp_path) == "mixtral"
+
+
+def test_a_run_without_a_projection_takes_an_unknown_architecture(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "ffn_dim": 16, "word_embed_proj_dim": 16, "num_attention_heads": 2}
+    OPTConfig(**sizes, num_hidden_layers=1, vocab_size=16).save_pretrained(tmp_path)
+    config = RunConfig(model=str(tmp_path), data="d", output="o", target_modules=("fc2",))
+    assert check_model(config, tmp_path) == "opt"
+    with pytest.raises(ValueError, match="'opt'"):
+        check_model(replace(config, project_gradient=True), tmp_path)

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    MambaConfig,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -367,6 +368,33 @@ def test_a_model_that_the_trainer_makes_is_on_our_layers(tmp_path: Path) -> None
     last = [entry for entry in made.state.log_history if "loss" in entry][-1]
     assert last["leakage"] <= 1e-6
     assert last["kl"] > 0
+
+
+def test_a_trainer_without_a_subspace_takes_an_unknown_architecture(tmp_path: Path) -> None:
+    """A state space model: nothing is known of its blocks."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "state_size": 4}
+    base = AutoModelForCausalLM.from_config(MambaConfig(**sizes))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["in_proj", "x_proj"]))
+    made = trainer(model, tmp_path, grasp_config=gk.GraspConfig(**SMALL))
+    made.train()
+    assert all(e["kl"] >= 0 for e in made.state.log_history if "loss" in e)
+    assert made.state.log_history[-2]["kl"] > 0
+    found = gk.diagnose(model, tokenizer=_NoWords(), neutral=[[1, 2, 3], [4, 5]], max_new_tokens=4)
+    assert found.verdict in ("found", "weak", "nothing")
+    with pytest.raises(ValueError, match=r"'mamba'"):
+        gk.apply_grasp(model, gk.GraspConfig(subspace=gk.Subspace(torch.eye(32)[:, :1])))
+
+
+class _NoWords:
+    """As much of a tokenizer as a diagnosis asks for."""
+
+    eos_token_id = 1
+
+    def __len__(self) -> int:
+        return 64
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        return " ".join(map(str, ids))
 
 
 class Service(TrainerCallback):
