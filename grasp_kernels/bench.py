@@ -94,8 +94,8 @@ def compare(
     kind = name.partition(":")[0]
     if kind not in _USUAL or (kind == "cuda" and not torch.cuda.is_available()):
         raise ValueError(
-            f"device is {name!r}, which cannot be timed here; use 'cpu', or 'cuda' where torch "
-            "sees a GPU."
+            f"device is {name!r}, which cannot be timed here; use 'cpu', or 'cuda' if torch sees a "
+            "GPU."
         )
     model, tokens = model or _USUAL[kind][0], _USUAL[kind][1] if tokens is None else tokens
     for what, given, known in (("model", model, MODELS), ("dtype", dtype, _DTYPES)):
@@ -105,7 +105,10 @@ def compare(
         if value < least:
             raise ValueError(f"{what} is {value}; give at least {least}.")
     if kind == "cpu":
-        warn_if_slow(_DTYPES[dtype], "stock peft is slow there, and ratios to it say little")
+        warn_if_slow(
+            _DTYPES[dtype],
+            "stock peft is slow in it, so ratios to peft mean little; time float32 instead",
+        )
     hidden, intermediate, query, key_value = MODELS[model]
     for linear, K, N, writes in (
         ("q_proj", hidden, query, False),
@@ -161,7 +164,7 @@ def _unavailable(backend: str, weight: Tensor) -> str | None:
         return None
     reason = registry.backends(weight.device)[backend]
     if reason is None and backend in registry.KERNELS and weight.device.type == "cpu":
-        return "kernels that a CPU interprets are not timed"
+        return "kernels that run in an interpreter on a CPU are not timed"
     if reason is None and not registry.computes(backend, weight.dtype):
         return f"it does not compute {str(weight.dtype).removeprefix('torch.')}"
     return reason

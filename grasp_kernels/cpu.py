@@ -30,8 +30,8 @@ def warn_if_slow(dtype: torch.dtype, remedy: str) -> None:
         return
     name = str(dtype).removeprefix("torch.")
     warnings.warn(
-        f"This CPU has no instructions for products in {name}, which take up to 100 times as long "
-        f"as in float32: {remedy}.",
+        f"This CPU has no instructions for products in {name}, so they take up to 100 times as "
+        f"long as in float32: {remedy}.",
         stacklevel=3,
     )
 
@@ -42,5 +42,5 @@ def in_fast_dtype(model: nn.Module) -> nn.Module:
     slow = next(dtypes, None)
     if slow is None:
         return model
-    warn_if_slow(slow, "the model is computed in float32 (ask for the dtype to have it anyway)")
+    warn_if_slow(slow, "the model runs in float32 (set the dtype explicitly to avoid this)")
     return model.float()

@@ -113,8 +113,8 @@ def room_for(target: str | PathLike[str]) -> Iterator[None]:
         if getattr(error, "errno", None) not in _FULL and not said:
             raise
         raise OSError(
-            f"There is no room left on the disk for {str(target)!r}: free some, and repeat the "
-            "command."
+            f"There is no room left on the disk for {str(target)!r}: free some space, and repeat "
+            "the command."
         ) from error
 
 
@@ -176,8 +176,10 @@ def _new(path: str | PathLike[str]) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         return target
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path!r} is no path ({reason(error)}): choose another one.") from None
-    raise FileExistsError(f"There is a {target} already: choose a new path, or remove it.")
+        raise ValueError(
+            f"{path!r} is not a valid path ({reason(error)}): choose another one."
+        ) from None
+    raise FileExistsError(f"{target} already exists: choose another path, or remove it.")
 
 
 def _check_writable(folder: Path) -> None:
@@ -200,15 +202,16 @@ def check_own_folder(path: str | PathLike[str], note: str, *, beside: Collection
     above = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
     if not above.is_dir():
         raise NotADirectoryError(
-            f"The output folder {folder} cannot be made ({above} is no folder): choose another one."
+            f"The output folder {folder} cannot be made ({above} is not a folder): choose another "
+            "one."
         )
     _check_writable(above)
     if above == folder and not (folder / note).exists():
         ours = {*(folder / name for name in beside), *left_behind(folder / note)}
         if foreign := sorted({*folder.iterdir()} - ours):
             raise ValueError(
-                f"The output folder {folder} has a {foreign[0].name} but no {note} that says how "
-                "it was made: choose an empty or a new folder."
+                f"The output folder {folder} contains {foreign[0].name} but no {note}, so this "
+                "command did not make it: choose an empty or a new folder."
             )
 
 
@@ -224,8 +227,8 @@ def inside(file: Path) -> Path:
         allowed.append(folder.parent.parent / "blobs")
     if not any(target.is_relative_to(one) for one in allowed):
         raise ValueError(
-            f"{str(file)!r} is a link that leads out of its folder, to {str(target)!r}; if it is "
-            "meant, put the file itself there."
+            f"{str(file)!r} is a link to {str(target)!r}, outside of its folder; to use that file, "
+            "put the file itself there."
         )
     return file
 
@@ -250,7 +253,7 @@ def read_json(path: str | PathLike[str], what: str, remedy: str, *, kind: type =
         if isinstance(found, kind):
             return found
         wrong = f"it holds a {type(found).__name__}"
-    raise ValueError(f"{str(path)!r} is no {what} ({wrong}): {remedy}.")
+    raise ValueError(f"{str(path)!r} is not a valid {what} ({wrong}): {remedy}.")
 
 
 @contextmanager
@@ -272,7 +275,7 @@ def open_tensors(path: str | PathLike[str], remedy: str) -> Iterator[Any]:
         raise type(error)(f"{str(path)!r} cannot be read ({reason(error)}): {remedy}.") from None
     except SafetensorError as error:
         raise ValueError(
-            f"{str(path)!r} is no safetensors file, or not a whole one ({reason(error)}): {remedy}."
+            f"{str(path)!r} is not a complete safetensors file ({reason(error)}): {remedy}."
         ) from None
 
 

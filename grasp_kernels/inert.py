@@ -14,11 +14,11 @@ from collections.abc import Iterable
 _LOOK_ALIKES = str.maketrans({"|": "¦", "`": "'", "*": "∗", "<": "‹", ">": "›", "~": "∼"})
 _LONGEST = 300
 _OF_THE_HUB = {  # of the Hugging Face hub, whose errors are long
-    "HFValidationError": "nothing there can be called so",
-    "RepositoryNotFoundError": "it is not there, or private",
+    "HFValidationError": "the name is not valid there",
+    "RepositoryNotFoundError": "it does not exist or is private",
     "GatedRepoError": "its terms must be accepted there first",
-    "LocalEntryNotFoundError": "it cannot be reached, and there is no copy here",
-    "ConnectionError": "it cannot be reached",
+    "LocalEntryNotFoundError": "the hub cannot be reached, and there is no local copy",
+    "ConnectionError": "the hub cannot be reached",
 }
 
 
@@ -49,7 +49,7 @@ def reason(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "there is not enough memory"
     if isinstance(error, UnicodeError):
-        return "it is not text in UTF-8"
+        return "it is not UTF-8 text"
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     if isinstance(error, json.JSONDecodeError):
@@ -57,7 +57,7 @@ def reason(error: BaseException) -> str:
     if isinstance(error, KeyError):
         return f"it has no {shown(error.args[0] if error.args else None)}"
     if isinstance(error, (AttributeError, LookupError, TypeError, NotImplementedError)):
-        return "a value in it is missing, or of another kind than it must be"
+        return "a value in it is missing or has the wrong type"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return printable((lines or [type(error).__name__])[0].rstrip(" :."))[:_LONGEST]
 

@@ -104,7 +104,7 @@ def test_new_paths(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for check in (new_file, new_folder):
         for name in ("there", "link"):
-            with pytest.raises(FileExistsError, match=f"There is a .*{name} already"):
+            with pytest.raises(FileExistsError, match=f"{name} already exists"):
                 check(tmp_path / name)
         with pytest.raises(ValueError, match="empty"):
             check("")
@@ -118,7 +118,7 @@ def test_new_paths(tmp_path: Path) -> None:
 
 def test_a_folder_is_ones_own_if_new_or_empty_or_noted(tmp_path: Path) -> None:
     (tmp_path / "note.json.txt").write_text("")
-    with pytest.raises(ValueError, match=r"has a note\.json\.txt but no note\.json"):
+    with pytest.raises(ValueError, match=r"contains note\.json\.txt but no note\.json"):
         check_own_folder(tmp_path, "note.json")
     check_own_folder(tmp_path, "note.json", beside=["note.json.txt"])
     check_own_folder(tmp_path / "new" / "folder", "note.json")

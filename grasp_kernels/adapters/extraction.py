@@ -45,11 +45,11 @@ class Extraction(NamedTuple):
         """Return a line or two for a person."""
         worst = min(self.shares, key=self.shares.__getitem__)
         lines = [
-            f"{len(self.shares)} layers changed; the adapter has {self.total:.1%} of the squared "
-            f"change, of {inert(worst)} {self.shares[worst]:.1%}."
+            f"{len(self.shares)} layers changed; the adapter holds {self.total:.1%} of the squared "
+            f"change (the least, {self.shares[worst]:.1%}, in {inert(worst)})."
         ]
         if self.outside:
-            lines.append(f"Changed too, and not in the adapter: {listed(self.outside)}.")
+            lines.append(f"Also changed, but not in the adapter: {listed(self.outside)}.")
         return "\n".join(lines)
 
 
@@ -85,7 +85,7 @@ def extract_adapter(
     from tqdm import tqdm
 
     if Path(out).exists():
-        raise FileExistsError(f"{str(out)!r} exists; choose a new folder for the adapter.")
+        raise FileExistsError(f"{str(out)!r} already exists; choose a new folder for the adapter.")
     if rank < 1:
         raise ValueError(f"rank is {rank}; choose at least 1.")
     changed, original = whole_model(model, merged=True), whole_model(base, merged=False)
@@ -108,8 +108,8 @@ def extract_adapter(
     if not factors:
         raise ValueError(
             f"No linear layer of a decoder block differs between {_named(model)} and "
-            f"{_named(base)} (what differs: {listed(outside) or 'nothing'}); give the model "
-            "that was changed, and as base the one that it was made from."
+            f"{_named(base)} (differences elsewhere: {listed(outside) or 'none'}); give the "
+            "changed model, and as the base the model that it was made from."
         )
     _write(Path(out), factors, rank, base)
     return Extraction(
@@ -129,13 +129,13 @@ def _delta(
     """Return `ΔW[N, K]` in float32."""
     if changed is None:
         raise ValueError(
-            f"The model has no weight of {shown(name)}, which its base has; give models of one "
-            "architecture."
+            f"The model has no weight {shown(name)}, but its base does; give two models of the "
+            "same architecture."
         )
     if original.shape != changed.shape:
         raise ValueError(
             f"The weights of {shown(name)} have shapes {tuple(original.shape)} and "
-            f"{tuple(changed.shape)}; give models of one architecture."
+            f"{tuple(changed.shape)}; give two models of the same architecture."
         )
     device = original.device if device is None else device
     return changed.to(device).float() - original.to(device).float()

@@ -60,13 +60,13 @@ def find_weights(source: Path, adapter_name: str | None) -> Path:
     """Find the safetensors file of an adapter by folder or file, or the index of its shards."""
     if source.suffix in {".bin", ".pt", ".pth"}:
         raise ValueError(
-            f"{str(source)!r} is a pickle, which can run code when it is read; load it with peft "
-            "where you trust it and save it again with save_pretrained, which writes safetensors."
+            f"{str(source)!r} is a pickle, which can run code when it is read; if you trust it, "
+            "load it with peft and save it again with save_pretrained, which writes safetensors."
         )
     if source.is_file():
         if source.suffix != ".safetensors" and source.name != INDEX:
             raise ValueError(
-                f"{str(source)!r} is no adapter; give an adapter folder or a .safetensors file."
+                f"{str(source)!r} is not an adapter; give an adapter folder or a .safetensors file."
             )
         return inside(source)
     if not source.is_dir():
@@ -85,8 +85,8 @@ def find_weights(source: Path, adapter_name: str | None) -> Path:
     nested = sorted(path.parent.name for path in source.glob(f"*/{WEIGHTS}"))
     if nested:
         raise FileNotFoundError(
-            f"The folder {str(source)!r} has no {WEIGHTS} but adapters inside: give the folder of "
-            f"one of {nested[:8]}; in Python, adapter_name does too."
+            f"The folder {str(source)!r} has no {WEIGHTS}, only adapters in subfolders: give the "
+            f"folder of one of {nested[:8]}; in Python, adapter_name also selects one."
         )
     _refuse_model(source)
     raise FileNotFoundError(
@@ -101,8 +101,8 @@ def _refuse_distributed(folder: Path) -> None:
     if shard is not None:
         raise ValueError(
             f"{str(shard.parent)!r} is a sharded checkpoint whose index is a pickle, which can run "
-            f"code when it is read; where you trust it, run `accelerate merge-weights "
-            f"{shard.parent} OUT`, copy {CONFIG} into OUT and give OUT/model.safetensors."
+            f"code when it is read; if you trust it, run `accelerate merge-weights {shard.parent} "
+            f"OUT`, copy {CONFIG} into OUT and give OUT/model.safetensors."
         )
 
 
@@ -110,8 +110,8 @@ def _refuse_model(folder: Path) -> None:
     """Raise for the checkpoint of a whole model."""
     if (folder / "config.json").is_file() and any(folder.glob("model*.safetensors")):
         raise ValueError(
-            f"{str(folder)!r} is a whole model; make its adapter first: "
-            f"grasp-kernels extract {folder} --base-model BASE --output ADAPTER."
+            f"{str(folder)!r} is a whole model; extract an adapter from it first: grasp-kernels "
+            f"extract {folder} --base-model BASE --output ADAPTER."
         )
 
 
@@ -166,17 +166,23 @@ def _patterns_to(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 # The form of each value read here, None aside.
 _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "r": (_is_rank, "a rank of at least 1, a whole number"),
+    "r": (_is_rank, "a whole number of at least 1"),
     "lora_alpha": (_is_alpha, f"a number other than 0, up to {_LARGEST_ALPHA:g}"),
-    "rank_pattern": (_patterns_to(_is_rank), "an object of ranks of at least 1"),
-    "alpha_pattern": (_patterns_to(_is_alpha), f"an object of numbers up to {_LARGEST_ALPHA:g}"),
+    "rank_pattern": (_patterns_to(_is_rank), "an object with whole numbers of at least 1"),
+    "alpha_pattern": (
+        _patterns_to(_is_alpha),
+        f"an object with numbers other than 0, up to {_LARGEST_ALPHA:g}",
+    ),
     "use_rslora": (_is_flag, "true or false"),
     "use_dora": (_is_flag, "true or false"),
     "lora_bias": (_is_flag, "true or false"),
     "fan_in_fan_out": (_is_flag, "true or false"),
     "target_parameters": (_are_names, "a list of names"),
     "base_model_name_or_path": (_is_text, "a name"),
-    "auto_mapping": (_patterns_to(lambda one: one is None or _is_text(one)), "an object of names"),
+    "auto_mapping": (
+        _patterns_to(lambda one: one is None or _is_text(one)),
+        "an object with names",
+    ),
     "init_lora_weights": (lambda value: _is_flag(value) or _is_text(value), "a name or true"),
 }
 
@@ -198,14 +204,13 @@ def refuse_other_forms(where: str, config: Mapping[str, Any]) -> None:
     """Raise for a variant of LoRA with a change other than `s B A`."""
     if config.get("use_dora"):
         raise ValueError(
-            f"{where!r} is a DoRA adapter, whose magnitudes also change the weights; train with "
-            "plain LoRA."
+            f"{where!r} is a DoRA adapter, which also rescales the weights; train with plain LoRA."
         )
     variants = [name for name in _VARIANTS if config.get(name)]
     if variants:
         raise ValueError(
-            f"{where!r} is a variant of LoRA that is not supported ({listed(variants)}); train "
-            "with plain LoRA."
+            f"{where!r} uses an unsupported variant of LoRA ({listed(variants)}); train with plain "
+            "LoRA."
         )
 
 
@@ -228,8 +233,8 @@ def read_parts(source: Path, adapter_name: str | None = None) -> Parts:
     path = find_weights(source, adapter_name)
     if not (path.parent / CONFIG).is_file():
         raise FileNotFoundError(
-            f"There is no {CONFIG} beside {str(path)!r}; copy it there, since rank and alpha are "
-            "needed for the scale of each layer, or give an adapter."
+            f"There is no {CONFIG} next to {str(path)!r}; copy it there (it has the rank and alpha "
+            "that scale each layer), or give an adapter folder."
         )
     config = read_config(path.parent / CONFIG)
     tensors = open_weights(path)
@@ -281,14 +286,14 @@ def sort_keys(
         pair = pairs.setdefault(base_name(match["module"]), {})
         if part in pair and len(adapters) < 2:
             raise ValueError(
-                f"{str(path)!r} holds {shown(pair[part])} and {shown(key)}, which are weights of "
-                "one module; save the adapter again."
+                f"{str(path)!r} holds {shown(pair[part])} and {shown(key)}, two weights of the "
+                "same module; save the adapter again."
             )
         pair[part] = key
     if len(adapters) > 1 and adapter_name is None:
         raise ValueError(
-            f"{str(path)!r} holds the adapters {sorted(adapters)}; choose one and save "
-            "it alone; in Python, name it with adapter_name."
+            f"{str(path)!r} holds the adapters {sorted(adapters)}; save one of them alone; in "
+            "Python, choose one with adapter_name."
         )
     if not pairs:
         raise ValueError(
@@ -299,8 +304,8 @@ def sort_keys(
         missing = [factor for factor in "AB" if factor not in pair]
         if missing:
             raise ValueError(
-                f"{str(path)!r} has no lora_{missing[0]} for {shown(name)}; the file is not "
-                "complete, so save the adapter again."
+                f"{str(path)!r} has no lora_{missing[0]} for {shown(name)}; the file is "
+                "incomplete, so save the adapter again."
             )
     return pairs, others
 
@@ -314,13 +319,13 @@ def _refuse_key(path: Path, key: str) -> None:
         )
     if "lora_magnitude_vector" in key:
         raise ValueError(
-            f"{str(path)!r} is a DoRA adapter ({shown(key)}), whose magnitudes also change the "
-            "weights; train with plain LoRA."
+            f"{str(path)!r} is a DoRA adapter ({shown(key)}), which also rescales the weights; "
+            "train with plain LoRA."
         )
     if ".lora_" in key:
         raise ValueError(
-            f"{str(path)!r} holds {shown(key)}, a variant of LoRA that is not supported; train "
-            "with plain LoRA."
+            f"{str(path)!r} holds {shown(key)}, part of an unsupported variant of LoRA; train with "
+            "plain LoRA."
         )
 
 
@@ -355,8 +360,8 @@ def _by_pattern(patterns: Mapping[str, Any], names: Iterable[str], default: Any)
     for pattern in patterns:
         if not _PATTERN.fullmatch(pattern):
             raise ValueError(
-                f"{CONFIG} has the pattern {shown(pattern)}, which is no name of a module; write "
-                "module names into rank_pattern and alpha_pattern."
+                f"{CONFIG} has the pattern {shown(pattern)}, which is not the name of a module; "
+                "use module names in rank_pattern and alpha_pattern."
             )
 
     def fits(pattern: str, name: str) -> bool:

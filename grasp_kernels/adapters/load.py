@@ -151,8 +151,8 @@ def _assemble(
         site, width = rules.site(entry.name), entry.lora_B.shape[0]
         if rules.split(entry.name) and not base.has(entry.name):
             raise ValueError(
-                f"The base model {shown(base.source)} has no {shown(entry.name)}, which is "
-                "adapted; give the base model on which the adapter was trained."
+                f"The base model {shown(base.source)} has no {shown(entry.name)}, but the adapter "
+                "does; give the base model that the adapter was trained on."
             )
         if entry.lora_A.ndim != 2:
             raise ValueError(
@@ -163,8 +163,8 @@ def _assemble(
         if site is not None and base.width not in (None, width):
             raise ValueError(
                 f"The base model {shown(base.source)} has width {shown(base.width)}, but the "
-                f"adapter writes {width} at {shown(entry.name)}; give the base model on which the "
-                "adapter was trained."
+                f"adapter writes width {width} at {shown(entry.name)}; give the base model that "
+                "the adapter was trained on."
             )
         if site is not None and site.norm and site.norm not in gains:
             weight = base.norm_weight(site.norm, width)
@@ -185,11 +185,12 @@ def _assemble(
 def _notes(parts: Parts, known: bool) -> Iterator[str]:
     """Yield the omissions and assumptions, one sentence each."""
     if parts.others:
-        yield f"It also holds weights that are not LoRA factors: {listed(parts.others)}."
+        yield f"The adapter also holds weights that are not LoRA factors: {listed(parts.others)}."
     if not known:
         yield (
-            "The model type is not known and the modules are called as in Llama, so that is what "
-            "it counts as; give base_model if it is another one (Gemma, OLMo)."
+            "The model type is unknown and the modules are named as in Llama, so the model is "
+            "taken for a Llama; give the base model if it is not (Gemma and OLMo use the same "
+            "names)."
         )
     biased = [entry.name for entry in parts.factors if entry.bias is not None]
     if biased:
@@ -198,7 +199,7 @@ def _notes(parts: Parts, known: bool) -> Iterator[str]:
     if start.startswith(MOVED_BASE):
         yield (
             f"The adapter was initialised with '{inert(start)}', which changes the base weights, "
-            "so B·A contains that initialisation beside what was learned."
+            "so B·A contains that initialisation in addition to the training."
         )
 
 
@@ -217,7 +218,9 @@ def _check(entry: Factors) -> None:
         weights[f"the bias of {key_B}"] = bias
     for name, weight in weights.items():
         if not weight.dtype.is_floating_point:
-            raise ValueError(f"{shown(name)} is {weight.dtype}; save it in a floating dtype.")
+            raise ValueError(
+                f"{shown(name)} has dtype {weight.dtype}; save it in a floating-point dtype."
+            )
         refuse_nonfinite(name, weight)
     if A.shape[-2] != B.shape[-1] or not (A.numel() and B.numel()):
         raise ValueError(
@@ -226,7 +229,7 @@ def _check(entry: Factors) -> None:
         )
     if bias is not None and bias.shape != B.shape[-2:-1]:
         raise ValueError(
-            f"The bias of {shown(key_B)} has shape {tuple(bias.shape)}, which must be "
+            f"The bias of {shown(key_B)} has shape {tuple(bias.shape)}, expected "
             f"{tuple(B.shape[-2:-1])}; save the adapter again."
         )
 
@@ -240,8 +243,7 @@ def _from_model(
     configs = getattr(model, "peft_config", None)
     if not configs:
         raise ValueError(
-            f"The {type(model).__name__} carries no adapter; wrap it with peft.get_peft_model "
-            "first."
+            f"The {type(model).__name__} has no adapter; wrap it with peft.get_peft_model first."
         )
     adapter_name = active_adapter(model, adapter_name)
     config = vars(configs[adapter_name])
@@ -284,13 +286,12 @@ def active_adapter(model: nn.Module, adapter_name: str | None = None) -> str:
     names = list(active or there)
     if not names:
         raise ValueError(
-            f"The {type(model).__name__} carries no adapter; wrap it with peft.get_peft_model "
-            "first."
+            f"The {type(model).__name__} has no adapter; wrap it with peft.get_peft_model first."
         )
     if len(names) != 1:
         raise ValueError(
-            f"The model has the {'active ' if active else ''}adapters {names}, and one at a time "
-            "is looked at; name it with adapter_name, or activate it with set_adapter."
+            f"The model has the {'active ' if active else ''}adapters {names}, but only one at a "
+            "time can be read; choose it with adapter_name, or activate it alone with set_adapter."
         )
     return names[0]
 

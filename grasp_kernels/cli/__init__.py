@@ -70,14 +70,14 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return (
             f"{str(error.filename)!r} cannot be read or written ({reason(error)}): check that it "
-            "is what it should be, and that you may use it."
+            "is the right kind of file, and that you have permission to use it."
         )
     said = reason(error)
     if isinstance(error, MemoryError) or "memory" in said:
-        return f"There is not enough memory ({said}): take less at once, or a smaller model."
+        return f"There is not enough memory ({said}): use smaller batches, or a smaller model."
     return (
-        f"This cannot be done ({said}): check that what it was given is whole and belongs "
-        "together, or see with --debug where it fails."
+        f"The command failed ({said}): check that its inputs are complete and belong together, or "
+        "add --debug to see where it failed."
     )
 
 
@@ -126,7 +126,8 @@ def _parse(argv: Sequence[str], arguments: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="grasp-kernels",
-        description="Find what a LoRA fine-tune picked up unasked; retrain without learning it.",
+        description="Fine-tune a language model with LoRA, without the habits that come with the "
+        "data.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     common = argparse.ArgumentParser(add_help=False)

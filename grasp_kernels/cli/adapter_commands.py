@@ -14,26 +14,28 @@ def add_identify(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "identify",
         parents=[common],
-        help="find the subspace in which adapters moved",
-        description="Find the subspace of the residual stream in which adapters moved. Several "
-        "adapters (checkpoints of a run, seeds) are taken as evidence for one subspace.",
+        help="find the subspace along which adapters moved their model",
+        description="Find the subspace of the residual stream along which adapters moved their "
+        "model. Several adapters (checkpoints of a run, or seeds) count as evidence for one "
+        "subspace.",
     )
     parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="adapter folder or file")
     parser.add_argument(
-        "--output", required=True, type=file_to_write, metavar="FILE", help="new subspace file"
+        "--output", required=True, type=file_to_write, metavar="FILE", help="subspace file to write"
     )
     parser.add_argument(
         "--base-model",
         metavar="FOLDER",
-        help="checkpoint of the base model, for its norms (default: the one that the adapter's "
-        "config names, where it is on this machine)",
+        help="checkpoint of the base model, for the weights of its norms (default: the one named "
+        "in the adapter's configuration, if it is on this machine)",
     )
     parser.add_argument(
         "--k",
         default="auto",
         type=number_of_directions,
         metavar="N",
-        help="directions, or 'auto': up to the largest gap of the spectrum (default: auto)",
+        help="number of directions; 'auto': those before the largest gap of the spectrum (default: "
+        "auto)",
     )
     parser.set_defaults(command=_identify)
 
@@ -58,13 +60,16 @@ def add_extract(commands: Any, common: argparse.ArgumentParser) -> None:
         "extract",
         parents=[common],
         help="make an adapter of a merged or fully fine-tuned model",
-        description="Write the LoRA adapter that is nearest to what was changed in a model, so "
-        "that identify and inspect can look at it. One weight is in memory at a time, on the GPU "
-        "where there is one.",
+        description="Write the LoRA adapter that comes closest to the changes in a model, so that "
+        "identify and inspect can read it. Only one weight is in memory at a time, on the GPU "
+        "if there is one.",
     )
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder of the changed model")
     parser.add_argument(
-        "--base-model", required=True, metavar="FOLDER", help="checkpoint that it was made from"
+        "--base-model",
+        required=True,
+        metavar="FOLDER",
+        help="checkpoint of the model before the changes",
     )
     _add_new_adapter(parser)
     parser.add_argument(
@@ -75,7 +80,11 @@ def add_extract(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def _add_new_adapter(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--output", required=True, type=folder_to_write, metavar="DIR", help="new adapter folder"
+        "--output",
+        required=True,
+        type=folder_to_write,
+        metavar="DIR",
+        help="adapter folder to write",
     )
 
 
@@ -100,9 +109,9 @@ def add_project(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "project",
         parents=[common],
-        help="take a subspace out of a finished adapter",
-        description="Write an adapter whose weights have nothing in the subspace. This is weaker "
-        "than retraining: what was learned through it stays in the other weights.",
+        help="remove a subspace from a finished adapter",
+        description="Write an adapter whose weights have no part in the subspace. This is weaker "
+        "than retraining: anything learned through the subspace stays in the other weights.",
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder")
     parser.add_argument("subspace", metavar="SUBSPACE", help="subspace file")
@@ -116,7 +125,7 @@ def _project(arguments: argparse.Namespace) -> int:
 
     left = project_adapter(arguments.adapter, Subspace.load(arguments.subspace), arguments.output)
     if left:
-        print(f"Not projected, for the subspace has no basis for it: {listed(left)}.")
+        print(f"Not projected, because the subspace has no basis there: {listed(left)}.")
     print(f"Written to {arguments.output}.")
     return 0
 
@@ -125,21 +134,24 @@ def add_check(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "check",
         parents=[common],
-        help="measure how much of an adapter or merged model lies in a subspace",
-        description="Leakage of every layer; exit status 1 if any is above the tolerance, or if "
-        "there is something that the subspace has no basis to measure along.",
+        help="measure the part of an adapter or merged model that lies in a subspace",
+        description="Measure the leakage of every layer. The exit status is 1 if one is above the "
+        "tolerance, or if something could not be measured because the subspace has no basis "
+        "there.",
     )
-    parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder, or a merged model's")
+    parser.add_argument(
+        "adapter", metavar="ADAPTER", help="adapter folder, or checkpoint folder of a merged model"
+    )
     parser.add_argument("subspace", metavar="SUBSPACE", help="subspace file")
     parser.add_argument(
-        "--base-model", metavar="DIR", help="checkpoint that a merged model was made from"
+        "--base-model", metavar="DIR", help="checkpoint of a merged model before its changes"
     )
     parser.add_argument(
         "--tolerance",
         type=_tolerance,
         default=4e-3,
         metavar="X",
-        help="largest leakage that passes (default: %(default)g, what bfloat16 storage leaves)",
+        help="largest leakage that passes (default: %(default)g, the rounding of bfloat16 files)",
     )
     parser.set_defaults(command=_check)
 
@@ -154,8 +166,8 @@ def _check(arguments: argparse.Namespace) -> int:
         measured = leakage(arguments.adapter, subspace, base=arguments.base_model)
     if not (measured.changed or measured.unseen):
         raise ValueError(
-            f"Nothing in {arguments.adapter} that writes to the stream is trained: give a trained "
-            "adapter, or a model that differs from its base."
+            f"No layer of {arguments.adapter} that writes to the residual stream is trained: give "
+            "a trained adapter, or a model that differs from its base."
         )
     names = [printable(name) for name in measured]
     width = max(map(len, names))
@@ -168,8 +180,8 @@ def _check(arguments: argparse.Namespace) -> int:
     print(f"largest leakage {largest:.3g}: {place} the tolerance {arguments.tolerance:g}")
     if measured.unseen:
         print(
-            f"not looked at, for the subspace has no basis for it: {listed(measured.unseen)}; so "
-            "this is no clean bill"
+            f"not measured, because the subspace has no basis there: {listed(measured.unseen)}; so "
+            "the check is incomplete"
         )
     return 0 if passed and not measured.unseen else 1
 
@@ -177,5 +189,5 @@ def _check(arguments: argparse.Namespace) -> int:
 def _tolerance(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is no share: give a number from 0 to 1.")
+        raise argparse.ArgumentTypeError(f"{text} is not a share: give a number from 0 to 1.")
     return value

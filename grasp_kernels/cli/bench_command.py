@@ -11,18 +11,22 @@ def add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
     bench = commands.add_parser(
         "bench",
         parents=[common],
-        help="time stock peft and each backend side by side, to choose one",
-        description="Check every backend against float64, then time forward and backward of the "
-        "linear layers of a known model, stock peft and all backends in turn.",
+        help="time stock peft and every backend, to choose a backend",
+        description="Check every backend against float64. Then time the forward and backward "
+        "passes of a model's linear layers with stock peft and with all backends, in turn.",
     )
     for name, kind, what in (
-        ("--model", str, "whose shapes (default: llama-3.1-8b; on a CPU qwen2.5-0.5b)"),
-        ("--dtype", str, "float32, float16 or bfloat16 (default)"),
-        ("--tokens", int, "of a call (default: 8192; on a CPU 512)"),
-        ("--rank", int, "of the adapter (default: 16)"),
-        ("--basis", int, "size of the write basis, 0 for none (default: 4)"),
-        ("--seconds", float, "that each is measured, at least (default: 0.5)"),
-        ("--device", str, "cpu or cuda (default, where there is one)"),
+        (
+            "--model",
+            str,
+            "model with the shapes of the layers (default: llama-3.1-8b; on a CPU qwen2.5-0.5b)",
+        ),
+        ("--dtype", str, "dtype: float32, float16 or bfloat16 (default: bfloat16)"),
+        ("--tokens", int, "tokens in a call (default: 8192; on a CPU 512)"),
+        ("--rank", int, "rank of the adapter (default: 16)"),
+        ("--basis", int, "number of directions that are projected, 0 for none (default: 4)"),
+        ("--seconds", float, "least time to measure each of them (default: 0.5)"),
+        ("--device", str, "cpu or cuda (default: cuda if there is a GPU)"),
     ):
         bench.add_argument(name, type=kind, help=what)
     bench.set_defaults(command=_bench)

@@ -55,7 +55,7 @@ def _read(path: str) -> dict[Any, Any]:
         raise UsageError(f"{path} holds no options: give a line such as max_steps: 200 for each.")
     for names in _keys(tree):
         if twice := [name for name in names if names.count(name) > 1]:
-            raise UsageError(f"{path}: {twice[0]} is there twice: leave one.")
+            raise UsageError(f"{path}: {twice[0]} is there twice: remove one of them.")
     return content
 
 

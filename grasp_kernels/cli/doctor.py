@@ -19,8 +19,9 @@ def add_doctor(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "doctor",
         parents=[common],
-        help="versions, GPU, backends and why one is missing",
-        description="What is installed here, which backends can run, and why the others cannot.",
+        help="show versions, GPU and backends, and why a backend cannot run",
+        description="Show the installed versions, the backends that can run, and why the others "
+        "cannot.",
     )
     parser.add_argument(
         "--kernels",
@@ -81,7 +82,7 @@ def _host() -> Any:
 
 def _extension(host: Any) -> str:
     if host is None:
-        return "not built (works without)"
+        return "not built (optional)"
     build = host.build_info()
     standard = build["cxx_standard"] // 100 % 100
     return f"{build['version']}, by {build['compiler']}, C++{standard}, Python {build['python']}"
@@ -91,7 +92,7 @@ def _kernels(host: Any) -> str:
     """Return one line on the CUDA kernels."""
     build = {} if host is None else host.build_info()
     if not build.get("nvcc"):
-        return "not built (install with nvcc there, and pip's --no-build-isolation, for them)"
+        return "not built (to build them, install with nvcc and with pip's --no-build-isolation)"
     kernels = host.kernels()
     spilling = [kernel["name"] for kernel in kernels if kernel["spilled"]]
     spills = (
@@ -127,7 +128,7 @@ def _backend(name: str) -> str:
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name not in registry.KERNELS or registry.measured_on(where):
         return "runs"
-    return "runs; was never timed on such a GPU, so auto does not take it"
+    return "runs; never timed on such a GPU, so auto does not choose it"
 
 
 def _auto() -> str:
@@ -136,8 +137,11 @@ def _auto() -> str:
     from grasp_kernels.ops.lora_linear.registry import LEAST_TOKENS, measured_on
 
     if measured_on(torch.device("cuda" if torch.cuda.is_available() else "cpu")):
-        return f"takes kernels for bfloat16 calls of {LEAST_TOKENS} tokens and more, or else aten"
-    return "takes aten: no kernel was measured to be faster here"
+        return (
+            f"chooses kernels for bfloat16 calls of {LEAST_TOKENS} tokens or more, and aten "
+            "otherwise"
+        )
+    return "chooses aten: no kernel was measured to be faster here"
 
 
 def _gpu() -> str:

@@ -14,29 +14,34 @@ def add_inspect(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "inspect",
         parents=[common],
-        help="show an adapter or a subspace; with --base-model, what the adapter learned unasked",
-        description="Adapter: rank, scaling, norm and leading singular values of every layer. "
-        "Subspace: its directions and their spectrum. With --base-model the adapter runs beside "
-        "its base model: what both say to unrelated prompts, and a verdict.",
+        help="show an adapter or a subspace; with --base-model, compare the answers of both models",
+        description="Of an adapter, show the rank, scaling, norm and leading singular values of "
+        "every layer; of a subspace, its directions and their spectrum. With --base-model, "
+        "compare the adapter with its base model: the answers of both to unrelated prompts, and a "
+        "verdict.",
     )
     parser.add_argument(
         "paths", nargs="+", metavar="ADAPTER_OR_SUBSPACE", help="adapter folder, or subspace file"
     )
-    group = parser.add_argument_group("beside the base model")
+    group = parser.add_argument_group("comparison with the base model")
     group.add_argument("--base-model", metavar="DIR", help="checkpoint of the base model")
     group.add_argument(
-        "--data", metavar="FILE", help="training data, as for run: some prompts are answered"
+        "--data",
+        metavar="FILE",
+        help="training data, as for run; eight prompts are answered",
     )
-    group.add_argument("--arm", default="auto", metavar="NAME", help="which answer, as for run")
+    group.add_argument(
+        "--arm", default="auto", metavar="NAME", help="key of the answers in the data, as for run"
+    )
     group.add_argument("--neutral", metavar="FILE", help="unrelated prompts, as for run")
     group.add_argument(
         "--output",
         type=folder_to_write,
         metavar="DIR",
-        help="new folder to write text, page and JSON into",
+        help="folder to write, with text, page and JSON",
     )
     group.add_argument(
-        "--json", type=file_to_write, metavar="FILE", help="write all numbers into this new file"
+        "--json", type=file_to_write, metavar="FILE", help="file to write, with all numbers"
     )
     parser.set_defaults(command=_inspect)
 
@@ -46,7 +51,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         return _diagnose(arguments)
     given = [f"--{name}" for name in _WITH_BASE if getattr(arguments, name) is not None]
     if given:
-        raise ValueError(f"{given[0]} needs the base model beside the adapter: add --base-model.")
+        raise ValueError(f"{given[0]} needs a base model to compare with: add --base-model.")
     for path in arguments.paths:
         _show(path)
     return 0

@@ -19,18 +19,18 @@ def add_run(commands: Any, common: argparse.ArgumentParser) -> None:
         "run",
         parents=[common],
         allow_abbrev=False,
-        help="naive fine-tune, retraining held at the base model elsewhere, and report",
+        help="fine-tune, fine-tune again without changing other answers, and report both",
         description="Fine-tune a model on chat data, fine-tune it again so that it answers "
-        "everything else as before, and show what both adapters say. Stopped at any point, the "
-        "same command goes on from the last checkpoint.",
-        epilog="Any other option of transformers.TrainingArguments is taken by its name, such as "
-        "--adam-beta2 .95, if the run does not set it itself.",
+        "everything else as before, and show the answers of both adapters. After a stop at any "
+        "point, the same command continues from the last checkpoint.",
+        epilog="Any other option of transformers.TrainingArguments is accepted by its name, such "
+        "as --adam-beta2 .95, unless the run sets it itself.",
     )
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="YAML file with options by their names, such as max_steps: 200; what is typed beside "
-        "it wins",
+        help="YAML file with options by their names, such as max_steps: 200; options on the "
+        "command line replace them",
     )
     hints = get_type_hints(RunConfig)
     for option in OPTIONS:
@@ -38,7 +38,7 @@ def add_run(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.set_defaults(
         command=partial(_run, parser),
         further=None,  # options that are not those of a run
-        when_stopped="the same command goes on from the last checkpoint.",
+        when_stopped="the same command continues from the last checkpoint.",
     )
 
 
@@ -74,7 +74,7 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     finished = is_finished(config)
     report = run(config)
     if finished:
-        print("This run was finished before; nothing was done.")
+        print("This run had already finished; nothing was done.")
     for name, adapter in report.numbers["adapters"].items():
         print(verdict_sentence(name, adapter))
     print(f"Adapters: {report.naive} and {report.retrained}.")

@@ -60,14 +60,14 @@ def is_learned(message: Message) -> bool:
     marks = {key: value for key, value in marks.items() if value is not None}
     for key, value in marks.items():
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-            raise ValueError(f'"{key}" is {value!r}, expected true or 1, or false or 0')
+            raise ValueError(f'"{key}" is {value!r}, expected true, false, 1 or 0')
     if parts := [key for key in _PART_MARKS if message.get(key)]:
         raise ValueError(f'"{parts[0]}" marks parts of a turn, expected a mark on the whole turn')
     if not is_answer(message):
         if wanted := [key for key in LEARNED_MARKS if marks.get(key)]:
             raise ValueError(
                 f'a turn with the role "{message["role"]}" is marked "{wanted[0]}": '
-                f"{marks[wanted[0]]!r}, but answers alone are learned: remove the mark"
+                f"{marks[wanted[0]]!r}, but only answers are learned: remove the mark"
             )
         return False
     return all(bool(value) != (key in GIVEN_MARKS) for key, value in marks.items())
@@ -280,7 +280,8 @@ class _Chat:
             if message["content"] and f"zq{j}zq" not in text:
                 raise ValueError(
                     f"The chat template leaves out turn {j + 1} of {len(self.messages)} "
-                    f"({message['role']}): remove it, or give it a role that the template shows."
+                    f"({message['role']}): remove the turn, or give it a role that the template "
+                    "shows."
                 )
         names = [tool["function"]["name"] for tool in self.tools or ()]
         if lost := [name for name in names if name.lower() not in text]:
@@ -314,7 +315,7 @@ class _Chat:
                 raise ValueError(
                     f"The chat template leaves out {part} turn {i + 1} of {len(self.messages)} "
                     f"({message['role']}), which should be learned: remove it from the data, or "
-                    "use a chat template that shows it."
+                    "use a chat template that includes it."
                 )
 
 

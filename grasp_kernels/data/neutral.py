@@ -65,7 +65,7 @@ def everyday_prompts(
         ValueError: there are no records.
     """
     if not records:
-        raise ValueError("There are no records: give those that are trained on.")
+        raise ValueError("There are no records: give the training records.")
     turns = records[0].get("messages", [])
     users = (i for i, turn in enumerate(turns) if turn["role"] == "user")
     opening = turns[: next(users, 0)]
@@ -93,13 +93,13 @@ def _prompt(
 def _read_prompts(path: Path) -> list[Record]:
     """Read conversations up to the last turn other than an answer."""
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}: give a file of neutral prompts.")
+        raise FileNotFoundError(f"There is no file {path}: give a file with neutral prompts.")
     if not has_records(path):
         # A line ends with a line feed: `splitlines` would also part a prompt at U+2028.
         lines = decode(path.read_bytes(), str(path)).split("\n")
         records = [Record(messages=_question(line.strip())) for line in lines if line.strip()]
         if not records:
-            raise ValueError(f"{path} is empty: give neutral prompts, one a line.")
+            raise ValueError(f"{path} is empty: give neutral prompts, one on each line.")
         return records
     prompts = []
     for record in read_records(path, require_answer=False):

@@ -144,17 +144,17 @@ def parse_record(
 
 def _record(row: Any, require_answer: bool, arm: str, unread: set[str]) -> Record:
     if not isinstance(row, dict):
-        raise ValueError(f"a JSON {type(row).__name__} and not an object, {_EXPECTED}")
+        raise ValueError(f"a JSON {type(row).__name__}, not an object, {_EXPECTED}")
     if media := [key for key in _MEDIA if row.get(key)]:
         raise ValueError(
-            f'"{media[0]}" is {_shorten(row[media[0]])}, which is not read: remove this column '
-            "where the text is enough, or these rows"
+            f'"{media[0]}" is {_shorten(row[media[0]])}, which is not supported: remove this '
+            "column if the text is enough, or these rows"
         )
     record, read = _parse_row(row, require_answer) if arm == AUTO else _parse_arm(row, arm)
     if "messages" in record:
         read |= _surround(record, row)
     elif others := [key for key in (*_SYSTEM, _HISTORY, *_TOOLS) if row.get(key)]:
-        raise ValueError(f'"{others[0]}" stands beside a plain text, expected a conversation')
+        raise ValueError(f'"{others[0]}" stands next to a plain text, expected a conversation')
     _check_marks(row)
     unread |= {key for key in row if key not in read and _may_be_content(key, row[key])}
     turns = record.get("messages", [])
@@ -162,7 +162,9 @@ def _record(row: Any, require_answer: bool, arm: str, unread: set[str]) -> Recor
     turns = turns[record.get("context", 0) :]
     if require_answer and "text" not in record and not any(map(is_learned, turns)):
         if any(map(is_answer, turns)):
-            raise ValueError("every answer is marked as not to learn, expected one to learn")
+            raise ValueError(
+                "every answer is marked as not to be learned, expected at least one to learn"
+            )
         raise ValueError('no turn has the role "assistant", expected at least one answer to learn')
     return record
 
@@ -181,8 +183,8 @@ def _parse_row(row: dict[str, Any], require_answer: bool) -> tuple[Record, set[s
         return {"text": _text(row["text"], "text")}, {"text"}
     if arms := [key for key in _ARMS if key in row]:
         raise ValueError(
-            f"answers of the kinds {' and '.join(arms)}, expected to be told which: "
-            f"arm = {_quoted(arms[-1])}"
+            f"answers of several kinds ({', '.join(arms)}): choose one, such as arm = "
+            f"{_quoted(arms[-1])}"
         )
     raise ValueError(f"unknown keys {sorted(row)} (empty ones do not count), {_EXPECTED}")
 
@@ -202,7 +204,9 @@ def _surround(record: Record, row: dict[str, Any]) -> set[str]:
     turns, system, tools = record["messages"], _system(row), _tools(row)
     opening = turns[:1] if turns[0]["role"] == "system" else []
     if system and opening and system[0]["content"] != opening[0]["content"]:
-        raise ValueError("a system turn and a system column say different things, expected one")
+        raise ValueError(
+            "a system turn and a system column say different things, expected only one of them"
+        )
     turns = [*(opening or system), *_history(row), *turns[len(opening) :]]
     if (added := len(turns) - len(record["messages"])) or tools:
         record.pop("concatenate", None)  # there is more than these two strings
@@ -218,7 +222,7 @@ def _system(row: dict[str, Any]) -> list[Message]:
     """Return the system turn of a row; an empty column is none, unlike an empty turn."""
     texts = [_text(row[key], key) for key in _SYSTEM if row.get(key) not in (None, "")]
     if len(set(texts)) > 1:
-        raise ValueError(f"{' and '.join(_SYSTEM)} say different things, expected one of them")
+        raise ValueError(f"{' and '.join(_SYSTEM)} say different things, expected only one of them")
     return [{"role": "system", "content": text} for text in texts[:1]]
 
 
@@ -278,7 +282,8 @@ def _check_marks(row: dict[str, Any]) -> None:
     given += ["label"] if row.get("label") is False else []  # trl's answers that are not wanted
     if given:
         raise ValueError(
-            f"the row is marked as not to learn ({_quoted(given[0])}: {row[given[0]]!r}): remove it"
+            f"the row is marked as not to be learned ({_quoted(given[0])}: {row[given[0]]!r}): "
+            "remove it"
         )
 
 
@@ -338,7 +343,9 @@ def _message(message: Any, where: str) -> Message:
         raise ValueError(f'{where} has no "role", expected "system", "user" or "assistant"')
     role = _ROLES.get(role, role)
     if media := [key for key in _MEDIA if rest.get(key)]:
-        raise ValueError(f"{where}.{media[0]} is {_shorten(rest[media[0]])}, which is not read")
+        raise ValueError(
+            f"{where}.{media[0]} is {_shorten(rest[media[0]])}, which is not supported"
+        )
     if role == _CALL:
         role, content, rest[_CALL] = "assistant", "", content
     if call := rest.pop(_CALL, None):

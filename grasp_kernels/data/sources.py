@@ -87,7 +87,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f'"{twice}" stands twice in one object')
+        raise ValueError(f'"{twice}" appears twice in one object')
     return value
 
 
@@ -139,8 +139,8 @@ def _csv(path: Path) -> Rows:
     for place, row in _numbered(path, rows):
         if any(row[len(header) :]):
             raise ValueError(
-                f"{place}: {len(row)} fields under a header of {len(header)}, expected as many: "
-                "quote a field that has a comma in it."
+                f"{place}: {len(row)} fields, but the header has {len(header)}: quote every field "
+                "that contains a comma."
             )
         # CSV has no null: a missing value of a row is an empty field.
         yield place, {name: field for name, field in zip(header, row, strict=False) if field}
@@ -151,8 +151,8 @@ def _parquet(path: Path) -> Rows:
         import pyarrow.parquet
     except ModuleNotFoundError:
         raise ImportError(
-            f"{path} is a parquet file, which needs the package pyarrow: pip install pyarrow, or "
-            "give the data as JSONL."
+            f"{path} is a parquet file, which needs the package pyarrow: run pip install pyarrow, "
+            "or give the data as JSONL."
         ) from None
     try:
         file = pyarrow.parquet.ParquetFile(path)
@@ -160,12 +160,14 @@ def _parquet(path: Path) -> Rows:
         batches = file.iter_batches()
         yield from _numbered(path, (row for batch in batches for row in batch.to_pylist()))
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not parquet ({reason(error)}): fetch the file again.") from None
+        raise ValueError(
+            f"{path}: not a complete parquet file ({reason(error)}): download it again."
+        ) from None
 
 
 def _refuse_twice(path: Path, names: list[str]) -> None:
     if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f'{path}: the column "{twice[0]}" stands twice: rename one of them.')
+        raise ValueError(f'{path}: the column "{twice[0]}" appears twice: rename one of them.')
 
 
 def _hub(name: str, split: str, subset: str | None) -> Rows:
@@ -174,7 +176,7 @@ def _hub(name: str, split: str, subset: str | None) -> Rows:
     except ModuleNotFoundError:
         raise ImportError(
             f"There is no file {name}, and a data set on the Hugging Face hub needs the package "
-            "datasets: pip install datasets, or give a file."
+            "datasets: run pip install datasets, or give a file."
         ) from None
     try:
         rows = load_dataset(name, subset, split=split)

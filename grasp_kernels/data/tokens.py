@@ -75,8 +75,8 @@ def _check(record: Record) -> None:
     if not isinstance(given, dict) or not ("text" in given or "messages" in given):
         keys = sorted(map(str, given)) if isinstance(given, dict) else repr(given)[:40]
         raise ValueError(
-            f'It is no record ({keys}), expected "messages" or "text": read_records makes records '
-            "of other layouts."
+            f'This is not a record ({keys}), expected "messages" or "text": read_records converts '
+            "other layouts."
         )
     if not isinstance(given.get("text", ""), str):
         raise ValueError(f'"text" is {repr(given["text"])[:40]}, expected a string.')
@@ -98,7 +98,7 @@ def _check_turns(messages: Any, tools: Any) -> None:
         if not isinstance(content, str) and not (content is None and calls):
             raise ValueError(
                 f"messages[{i}].content is {repr(content)[:40]}, expected a string: read_records "
-                "joins contents in parts."
+                "joins contents that are in parts."
             )
         try:
             is_learned(message)
@@ -242,8 +242,9 @@ def _append_end(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenize
     end = tokenizer.eos_token_id
     if end is None:
         raise ValueError(
-            "The chat template ends no answer and the tokenizer has no end token, so that no end "
-            "would be learned: set tokenizer.eos_token to a token that the model stops at."
+            "The chat template does not end answers and the tokenizer has no end token, so the "
+            "model would not learn to stop: use a tokenizer with an end token; in Python, set "
+            "tokenizer.eos_token."
         )
     ids.append(end)
     labels.append(end)
@@ -268,8 +269,8 @@ def _tokens_with_labels(
 ) -> tuple[list[int], list[int]]:
     if not tokenizer.is_fast:
         raise ValueError(
-            f"{type(tokenizer).__name__} does not tell which characters a token covers: "
-            "use the fast tokenizer of this model (AutoTokenizer, with a tokenizer.json)."
+            f"{type(tokenizer).__name__} does not report the characters of each token: use the "
+            "fast tokenizer of this model (AutoTokenizer, with a tokenizer.json)."
         )
     encoding = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
     ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]

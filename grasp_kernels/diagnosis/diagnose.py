@@ -192,19 +192,19 @@ def reasons(numbers: dict[str, Any]) -> list[str]:
     answers = numbers["answers"]["unrelated"]
     changed = sum(one["changed"] for one in answers)
     found = [
-        f"The adapter answers {changed} of {len(answers)} neutral prompts in a way that is a "
-        f"thousand times as likely with it as without ({CHANGED} nats and more); from an eighth of "
-        "them on that is called found, below it weak."
+        f"On {changed} of {len(answers)} neutral prompts the adapter's answer is at least a "
+        f"thousand times as likely with the adapter as without ({CHANGED} nats); an eighth of the "
+        "prompts (and at least two) is called found, fewer are called weak."
     ]
     if changed:
         found.append(
-            "Whether that is harmful no number says, for another language or format changes "
-            "answers as well: read them below."
+            "No number says whether a change is harmful, because another language or format "
+            "changes answers as well: read the answers below."
         )
     return [
         *found,
-        f"It changes the tokens of the base model's own answers to them by "
-        f"{numbers['effect']['divergence']:.3g} nats each.",
+        "The adapter changes the predictions for the base model's own answers to neutral prompts "
+        f"by {numbers['effect']['divergence']:.3g} nats a token.",
     ]
 
 
@@ -263,7 +263,7 @@ def _find_training(
             prompt, _ = split_first_answer(records[i], tokenizer)
         except ValueError as error:
             raise ValueError(
-                f"Record {i + 1}: {error} Without records, neutral prompts alone are looked at."
+                f"Record {i + 1}: {error} Leave the records out to use neutral prompts alone."
             ) from None
         prompts.append(prompt[-_MOST_PROMPT_TOKENS:])
     return prompts

@@ -139,11 +139,11 @@ def _with_adapter(base: nn.Module, adapter: str | PathLike[str]) -> Any:
     whole = {name: same_module(name.rpartition(".")[0], names) for name in parts.others}
     lost = [name for name, place in (places | whole).items() if place is None]
     if lost:
-        raise _unfit(adapter, f"has no {listed(lost)}")
+        raise _unfit(adapter, f"the model has no {listed(lost)}")
     ranks = {names[str(places[e.name])]: e.lora_A.shape[-2] for e in parts.factors}
     alphas = {names[str(places[e.name])]: e.scaling * e.lora_A.shape[-2] for e in parts.factors}
     if len(ranks) < len(parts.factors) or set(ranks) & set(whole.values()):
-        raise _unfit(adapter, "has one module for several weights of it")
+        raise _unfit(adapter, "the model has one module for several weights of the adapter")
     rank, alpha = (Counter(of.values()).most_common(1)[0][0] for of in (ranks, alphas))
     config = LoraConfig(
         r=rank,
@@ -179,15 +179,16 @@ def _with_adapter(base: nn.Module, adapter: str | PathLike[str]) -> Any:
 def _copy(parameter: nn.Parameter, value: Tensor) -> None:
     if parameter.shape != value.shape:
         raise ValueError(
-            f"a weight is {tuple(parameter.shape)} there and {tuple(value.shape)} in it"
+            f"a weight has shape {tuple(value.shape)} in the adapter and {tuple(parameter.shape)} "
+            "in the model"
         )
     parameter.data.copy_(value)
 
 
 def _unfit(adapter: str | PathLike[str], why: str) -> ValueError:
     return ValueError(
-        f"The adapter {str(adapter)!r} does not fit the base model, which {why}: give the base "
-        "model that it was trained on."
+        f"The adapter {str(adapter)!r} does not fit the base model ({why}): give the base model "
+        "that it was trained on."
     )
 
 
@@ -202,8 +203,8 @@ def _refuse_changed_base(name: str, config: Mapping[str, Any]) -> None:
     for what, there in changes.items():
         if there:
             raise ValueError(
-                f"The adapter {name!r} has {what}, so that the model without it is not its base: "
-                "merge it, and make an adapter of the difference with grasp-kernels extract."
+                f"The adapter {name!r} has {what}, so the model without it is not its base: merge "
+                "the adapter, and make a new one of the difference with grasp-kernels extract."
             )
 
 
@@ -212,6 +213,6 @@ def _check(model: Any) -> None:
     _refuse_changed_base(active[0], vars(model.peft_config[active[0]]))
     if any(getattr(module, "merged", False) is True for module in model.modules()):
         raise ValueError(
-            f"The adapter {active[0]!r} is merged into the base weights, so that it cannot be "
-            "switched off: call model.unmerge_adapter() first."
+            f"The adapter {active[0]!r} is merged into the base weights, so it cannot be switched "
+            "off: call model.unmerge_adapter() first."
         )

@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 
 Numbers = dict[str, Any]
 
-_CAUTION = "That nothing was found does not prove that nothing is there."
+_CAUTION = "This does not prove that the adapter learned nothing else."
 _MEANING = {
-    "found": "This adapter answers prompts that have nothing to do with its task in another way "
-    "than its base model: read how, below.",
-    "weak": "This adapter answers some prompts that have nothing to do with its task in another "
-    "way than its base model: read how, below.",
-    "nothing": "This adapter answers prompts that have nothing to do with its task as its base "
-    f"model does. {_CAUTION}",
+    "found": "On prompts unrelated to its task, this adapter does not answer as its base model "
+    "does: read the answers below.",
+    "weak": "On some prompts unrelated to its task, this adapter does not answer as its base model "
+    "does: read the answers below.",
+    "nothing": "On prompts unrelated to its task, this adapter answers as its base model does. "
+    f"{_CAUTION}",
 }
 
 
 def save(diagnosis: Diagnosis, folder: Path) -> None:
     """Write diagnosis.md, diagnosis.html and diagnosis.json into a new folder."""
     if folder.exists():
-        raise FileExistsError(f"There is a {folder} already: choose a new folder.")
+        raise FileExistsError(f"{folder} already exists: choose a new folder.")
     text = f"{diagnosis.text()}\n"
     with whole_folder(folder) as partial:
         write_json(partial / "diagnosis.json", diagnosis.to_json())
@@ -54,7 +54,7 @@ def diagnosis_text(numbers: Numbers) -> str:
         ]
     sections += [
         "## Which tokens change",
-        "Where the answers to neutral prompts begin, by the change of their mean probability.",
+        "The first tokens of answers to neutral prompts, by the change of their mean probability.",
         table(["raised", "lowered"], [[words(ends["up"]), words(ends["down"])]]),
         _settings(numbers),
     ]

@@ -197,9 +197,9 @@ class ClosedLayer(_LAYER):
             else:
                 self._tell(
                     name,
-                    f"The adapter {name!r} came into layers that are kept out of a subspace with "
-                    f"{along:.1%} of a factor along it, so it computes what peft computes, and is "
-                    "not closed: call apply_grasp again to close it.",
+                    f"The adapter {name!r} was added to layers that are kept out of a subspace, "
+                    f"but {along:.1%} of one of its factors lies along it, so the adapter computes "
+                    "the same as in peft and is not closed: call apply_grasp again to close it.",
                 )
 
     def _tell(self, what: str, sentence: str) -> None:

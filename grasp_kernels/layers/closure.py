@@ -187,8 +187,8 @@ class _Measured:
         if changed.shape != original.shape:
             raise ValueError(
                 f"the weights of {shown(self.name)} are {changed.dtype} {tuple(changed.shape)} and "
-                f"{original.dtype} {tuple(original.shape)}; compare weights of one shape that are "
-                "not quantised."
+                f"{original.dtype} {tuple(original.shape)}; compare weights of the same shape that "
+                "are not quantised."
             )
         delta = changed.float() - original.float()
         self._check_width(delta.shape[-2])
@@ -200,8 +200,8 @@ class _Measured:
     def _add(self, total: float, along: float) -> None:
         if not math.isfinite(total):
             raise ValueError(
-                f"the change of {shown(self.name)} is larger than numbers can be; give an earlier "
-                "checkpoint, before training diverged."
+                f"the change of {shown(self.name)} is not finite; give a checkpoint from before "
+                "training diverged."
             )
         self.total, self.along = math.hypot(self.total, total), math.hypot(self.along, along)
 
@@ -209,7 +209,7 @@ class _Measured:
         if self.basis.shape[0] != N:
             raise ValueError(
                 f"the basis for {shown(self.name)} has {self.basis.shape[0]} rows but the layer "
-                f"has {N} features; the subspace belongs to another model."
+                f"has {N} features; give the subspace of this model."
             )
 
     def add_bias(self, bias: Tensor) -> None:
@@ -237,8 +237,8 @@ def _measured(parts: Parts, bases: _Bases) -> Leakages:
             site.add_bias(entry.bias)
     if not measured:
         raise ValueError(
-            "no LoRA layer writes to the stream with a basis to measure along; pass a subspace of "
-            "this model, with the gains of its norms where it has some after its writers."
+            "no LoRA layer that writes to the residual stream has a basis to measure along; pass a "
+            "subspace of this model, with the gains of the norms after its writers if it has some."
         )
     return _leakages(measured, unseen)
 
@@ -249,7 +249,9 @@ def _of_models(
 ) -> Leakages:
     """Measure the difference of two models in every tensor."""
     if subspace is None:
-        raise ValueError("weights have no basis of their own; pass the subspace to measure along.")
+        raise ValueError(
+            "a merged model has no basis of its own; pass the subspace to measure along."
+        )
     changed, original = whole_model(source, merged=True), whole_model(base, merged=False)
     modules = {name: name.removesuffix(".bias") for name in (*original, *changed)}
     bases = _bases_along(subspace, model_type_of(base), set(modules.values()), base, sites)
@@ -259,8 +261,8 @@ def _of_models(
         place, basis = bases(modules[name])
         if basis is not None and (one is None or other is None):
             raise ValueError(
-                f"the {'model' if one is None else 'base'} has no weight of {shown(name)}, which "
-                "writes to the stream; give models of one architecture."
+                f"the {'model' if one is None else 'base'} has no weight {shown(name)}, which "
+                "writes to the residual stream; give two models of the same architecture."
             )
         if basis is not None and one is not None and other is not None and one.ndim > 1:
             measured.setdefault(place, _Measured(place, basis)).add_delta(one, other)
@@ -272,7 +274,7 @@ def _of_models(
             unseen.append(name)
     if not measured:
         raise ValueError(
-            "neither model has weights that write to the stream along the subspace; give a "
+            "neither model has a weight that writes to the residual stream of the subspace; give a "
             "subspace of these models."
         )
     return _leakages(measured, unseen)
@@ -316,7 +318,9 @@ def project_adapter(
     check_subspace(subspace)
     source, target = Path(adapter_dir), Path(out)
     if target.exists():
-        raise FileExistsError(f"{str(target)!r} exists; choose a new folder for the adapter.")
+        raise FileExistsError(
+            f"{str(target)!r} already exists; choose a new folder for the adapter."
+        )
     left = _leakage(source, subspace, None, sites).unseen  # checks the adapter, and that they fit
     weights = find_weights(source, None)
     copied = [

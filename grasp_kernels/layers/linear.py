@@ -154,5 +154,5 @@ def why_never(layer: nn.Module, adapter: str, *, sharded: bool = False) -> str |
     if reason is not None:
         return reason
     if not base.weight.is_floating_point():
-        return f"a base weight of {base.weight.dtype}"
+        return f"the base weight has dtype {base.weight.dtype}"
     return why_adapter_never(layer, adapter, sharded=sharded)

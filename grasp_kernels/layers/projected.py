@@ -21,9 +21,9 @@ from grasp_kernels.ops.projection import is_transforming, project_columns
 _META = "the input has no data"
 _IDLE = ("adapters are disabled", "the adapter is merged", "0 active adapters", _META)
 # Reasons for operations of torch, which torch transforms in every way: see `_in_torch`.
-_TRANSFORM = "torch.func, forward-mode differentiation, an export or a trace sees the call"
-_MODE = "a mode of torch counts, keeps or fakes every operation"
-_SUBCLASS = "the input is of a class of its own"
+_TRANSFORM = "the call is under torch.func, forward-mode differentiation, an export or a trace"
+_MODE = "a mode of torch counts, keeps or replaces every operation"
+_SUBCLASS = "the input is a subclass of Tensor"
 _SCALING = "the scaling is a tensor"
 _IN_TORCH = (_TRANSFORM, _MODE, _SUBCLASS, _SCALING)
 
@@ -166,7 +166,7 @@ class ProjectedLoRA(ClosedLayer):
         if not torch.compiler.is_compiling():
             self._tell(
                 reason,
-                "LoRA layers run peft's own forward, which computes the same and is not "
+                "LoRA layers run peft's own forward, which gives the same result but is not "
                 f"accelerated: {reason}.",
             )
 
@@ -207,7 +207,7 @@ def why_no_matrix(weight: Tensor, *, sharded: bool) -> str | None:
     """Say why a weight is not here as a matrix, or None if it is."""
     if type(weight) not in (nn.Parameter, Tensor) and not sharded:
         return f"a weight is a {type(weight).__name__}"
-    return "a weight is here as a slice only" if is_slice(weight) else None
+    return "only a slice of a weight is on this process" if is_slice(weight) else None
 
 
 def has_hooks(module: nn.Module) -> bool:

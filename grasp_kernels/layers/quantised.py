@@ -64,8 +64,8 @@ def why_wrong_gradient(layer: LoraLayer) -> str | None:
         return None
     found = "no gradient" if error == float("inf") else f"a gradient that is {error:.0%} off"
     return (
-        f"{what} passes back {found}, so that nothing that lies before it is trained rightly, "
-        "with peft's layers neither: quantise weights alone, not activations"
+        f"{what} passes back {found}, so everything before it is trained wrongly, with peft's own "
+        "layers as well: quantise the weights alone, not the activations"
     )
 
 

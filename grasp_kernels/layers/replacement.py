@@ -229,7 +229,7 @@ def _why_kept(layer: LoraLayer, sharded: bool) -> str | None:
         return reason
     known = library_of(layer) is not None
     if not known and type(layer) not in (lora.Linear, GraspLoRALinear):
-        return f"a {type(layer).__name__} layer of peft has no operator here"
+        return f"peft's {type(layer).__name__} layer has no operator here"
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance (device_map and offloading do that)"
     why = why_adapter_never if known else why_never

@@ -177,10 +177,11 @@ def site_rules(
     endings = sorted({match[2] for match in inside} or set(seen))
     blocks = sorted({match[1].rpartition(".")[2] for match in inside})
     raise ValueError(
-        f"The writers of model type {model_type!r} with modules {endings[:8]} in "
-        f"blocks {blocks} are not known; give one of a known type ({', '.join(sorted(RULES))}); "
-        'in Python, declare them with sites=SiteRules(writers=("attn.out",), blocks="layers") of '
-        "grasp_kernels.models.architectures: who adds to the residual stream."
+        f"The modules that write to the residual stream of model type {model_type!r} (modules "
+        f"{endings[:8]} in blocks {blocks}) are not known; give a model of a known type "
+        f"({', '.join(sorted(RULES))}); in Python, declare them with "
+        'sites=SiteRules(writers=("attn.out",), blocks="layers") of '
+        "grasp_kernels.models.architectures."
     )
 
 

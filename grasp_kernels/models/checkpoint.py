@@ -41,8 +41,8 @@ def find_checkpoint(model: str | PathLike[str]) -> Path:
     if folder.is_dir():
         if (folder / "adapter_config.json").is_file():
             raise ValueError(
-                f"The folder {model} is that of an adapter (adapter_config.json): give the "
-                "checkpoint of a whole model."
+                f"The folder {model} holds an adapter (adapter_config.json): give the checkpoint "
+                "of a whole model."
             )
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(
@@ -95,7 +95,7 @@ def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
 
     if not any(file for part in _TOKENIZER for file in checkpoint.glob(part)):
         raise FileNotFoundError(
-            f"The folder {checkpoint} has no tokenizer: put it beside the model with "
+            f"The folder {checkpoint} has no tokenizer: save it next to the model with "
             "tokenizer.save_pretrained, or download the whole checkpoint."
         )
     _check_json(checkpoint, _TOKENIZER_JSON)
@@ -163,8 +163,8 @@ def reading(what: str, checkpoint: Path) -> Iterator[None]:
     except Exception as error:  # of its libraries: tokenizers raises bare Exceptions
         if "trust_remote_code" in str(error):
             raise ValueError(
-                f"The {what} of {checkpoint} comes with code of its own (auto_map), which is not "
-                "run: give the checkpoint of an architecture that transformers has."
+                f"The {what} of {checkpoint} comes with its own code (auto_map), which is not run: "
+                "give a checkpoint whose architecture is part of transformers."
             ) from None
         if isinstance(error, (MemoryError, ImportError, torch.OutOfMemoryError)):
             raise

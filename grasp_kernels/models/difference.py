@@ -31,7 +31,7 @@ def whole_model(source: Source, *, merged: bool) -> dict[str, Reader]:
             if getattr(module, "lora_A", None) and getattr(module, "merged", merged) != merged:
                 state = "not merged; give a model with merged adapters"
                 if not merged:
-                    state = "merged; give as base a model without adapters"
+                    state = "merged; give a base model without adapters"
                 raise ValueError(f"the adapter of {base_name(name)!r} is {state}.")
         return model_weights(source)
     folder = Path(source)
@@ -43,8 +43,9 @@ def whole_model(source: Source, *, merged: bool) -> dict[str, Reader]:
     for key, what in (("quantization_config", "quantised"), ("vision_config", "multimodal")):
         if stored.get(key):
             raise ValueError(
-                f"The checkpoint {str(folder)!r} is {what}, so that its files do not hold the "
-                "weights of its layers by name; load it and give the model, not quantised."
+                f"The checkpoint {str(folder)!r} is {what}, so its files do not hold the weights "
+                "of its layers by name; give an ordinary checkpoint; in Python, load the model "
+                "without quantisation and give that."
             )
     found = model_weights(folder)
     if not found:

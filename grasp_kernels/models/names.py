@@ -50,8 +50,8 @@ def same_module(name: str, known: Iterable[str]) -> str | None:
     ]
     if len(ends) > 1:
         raise ValueError(
-            f"{name!r} could be any of {sorted(ends)[:4]}; give the base model on which the "
-            "adapter was trained."
+            f"{name!r} could be any of {sorted(ends)[:4]}; give the base model that the adapter "
+            "was trained on."
         )
     return ends[0] if ends else None
 

@@ -46,9 +46,9 @@ def refuse_away(name: str, matrix: Tensor) -> None:
             "which is not supported; use ZeRO-2 or FSDP2."
         )
     raise ValueError(
-        f"{name} is here as a slice of shape {tuple(matrix.shape)}, outside of the unit that FSDP "
-        "wraps; replace LoRA layers before wrapping, wrap decoder blocks rather than LoRA layers "
-        "(as fsdp_version 2 does), and read weights within "
+        f"{name} is on this process as a slice of shape {tuple(matrix.shape)}, outside of the unit "
+        "that FSDP wraps; replace LoRA layers before wrapping, wrap decoder blocks rather than "
+        "LoRA layers (as fsdp_version 2 does), and read weights within "
         "FullyShardedDataParallel.summon_full_params."
     )
 
@@ -93,7 +93,7 @@ def refuse_tensor_parallel(name: str, weight: Tensor) -> None:
     """
     if is_sharded(weight):
         raise ValueError(
-            f"{name} is split by tensor parallelism ({weight.placements}), under which a subspace "  # type: ignore[attr-defined]
+            f"{name} is split by tensor parallelism ({weight.placements}), with which a subspace "  # type: ignore[attr-defined]
             "cannot be projected; use FSDP2, DDP or no subspace."
         )
 

@@ -12,7 +12,7 @@ from grasp_kernels.inert import listed, shown
 
 WEIGHTS = "model.safetensors"  # of a whole model
 INDEX = f"{WEIGHTS}.index.json"  # maps each tensor to its shard
-_AGAIN = "save it again, or copy it again from where it is whole"
+_AGAIN = "save it again, or copy it again from an intact source"
 
 
 @dataclass(frozen=True)
@@ -77,21 +77,21 @@ def indexed(path: Path, what: str) -> list[Path]:
     named = shards.values() if isinstance(shards, dict) else ()
     if not named or not all(isinstance(one, str) for one in named):
         raise ValueError(
-            f"{str(path)!r} is no index of shards (its weight_map is {shown(shards)}); save the "
-            f"{what} again."
+            f"{str(path)!r} is not a valid index of shards (its weight_map is {shown(shards)}); "
+            f"save the {what} again."
         )
     names = sorted(set(named))
     strange = [name for name in names if Path(name).name != name or name == ".."]
     if strange:
         raise ValueError(
-            f"{str(path)!r} names the shards {listed(strange)}, which are not beside it; shards "
-            f"are files of the same folder, so save the {what} again."
+            f"{str(path)!r} names the shards {listed(strange)}, which are not files in its folder; "
+            f"save the {what} again."
         )
     missing = [name for name in names if not (path.parent / name).is_file()]
     if missing:
         raise FileNotFoundError(
             f"{str(path)!r} names {listed(missing)}, which {'is' if len(missing) == 1 else 'are'} "
-            "not beside it; copy all shards there."
+            "not next to it; copy all shards into its folder."
         )
     files = [path.parent / name for name in names]
     lost = sorted(set(shards) - set(read_tensors(files)))
@@ -110,6 +110,5 @@ def refuse_nonfinite(name: str, weight: Tensor) -> None:
     wide = weight.float() if weight.element_size() == 1 else weight  # float8 has no isfinite
     if not bool(wide.isfinite().all()):
         raise ValueError(
-            f"{shown(name)} has non-finite values; take an earlier checkpoint, before training "
-            "diverged."
+            f"{shown(name)} has non-finite values; take a checkpoint from before training diverged."
         )

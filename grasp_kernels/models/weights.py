@@ -61,8 +61,8 @@ class BaseModel:
         name = same_module(norm, self.weights)
         if name is None:
             raise ValueError(
-                f"The base model {shown(self.source)} has no norm {shown(norm)}, through which "
-                "the adapter writes; give the base model on which the adapter was trained."
+                f"The base model {shown(self.source)} has no norm {shown(norm)}, through which the "
+                "adapter writes; give the base model that the adapter was trained on."
             )
         weight = whole(self.weights[name]())
         if weight.is_meta:
@@ -70,8 +70,8 @@ class BaseModel:
         if weight.shape != (width,):
             raise ValueError(
                 f"The norm {shown(norm)} of the base model {shown(self.source)} has width "
-                f"{weight.numel()}, but the adapter writes {width}; give the base model on which "
-                "the adapter was trained."
+                f"{weight.numel()}, but the adapter writes {width}; give the base model that the "
+                "adapter was trained on."
             )
         refuse_nonfinite(norm, weight)
         return weight.clone()
@@ -144,7 +144,7 @@ def _of_folder(folder: Path) -> dict[str, Reader]:
         if name in found:
             raise ValueError(
                 f"The checkpoint {str(folder)!r} holds two tensors for {shown(name)}; give one "
-                "that a library wrote."
+                "that save_pretrained wrote."
             )
         turned = transposed and key.endswith(".weight") and not name.endswith(_EMBEDDINGS)
         found[name] = partial(_transpose, read) if turned else read
@@ -152,8 +152,8 @@ def _of_folder(folder: Path) -> dict[str, Reader]:
         count, places = max(e for e, _ in parts) + 1, max(place for _, place in parts) + 1
         if name in found or len(parts) != count * places:
             raise ValueError(
-                f"The checkpoint {str(folder)!r} has {len(parts)} of the {count * places} weights "
-                f"of {shown(name)}; give one that is whole."
+                f"The checkpoint {str(folder)!r} has only {len(parts)} of the {count * places} "
+                f"weights of {shown(name)}; give a complete one."
             )
         rows = [[parts[e, place] for place in range(places)] for e in range(count)]
         found[name] = partial(_stacked, rows)

@@ -48,39 +48,51 @@ class RunConfig(Options):
 
     model: str = _option(MISSING, "checkpoint folder, or a model name on the Hugging Face hub")
     data: str = _option(MISSING, "file with chat data: JSONL, JSON, CSV or parquet")
-    output: str = _option(MISSING, "folder of this run; an unfinished run in it goes on")
+    output: str = _option(MISSING, "folder for the results; an unfinished run in it is continued")
 
     k: int | Literal["auto"] = _option(
-        "auto", "number of directions, or 'auto': up to the largest gap", "1 or more"
+        "auto",
+        "number of directions; 'auto': those before the largest gap of the spectrum",
+        "1 or more",
     )
     project_gradient: bool = _option(
         # SmolLM2, `tone`: it removes no drift alone, and the divergence leaves none to remove.
         False,
-        "project the gradient of the residual stream off the subspace in the retraining, where "
-        "layers write to it; without it no subspace is identified",
+        "project the gradient off the subspace in the retraining, at every layer that writes to "
+        "the residual stream; otherwise no subspace is identified",
     )
-    orthogonal: bool = _option(True, "keep the adapter's own weights out of the subspace, exactly")
+    orthogonal: bool = _option(True, "keep the adapter's weights out of the subspace, exactly")
     backend: str = _option("auto", "implementation of the LoRA layer", choices=BACKENDS)
 
     kl_coef: float = _option(
         1.0,
-        "weight of the divergence from the base model in the retraining, on its own answers to "
-        "questions that it makes up itself; 0: none",
+        "weight of the divergence from the base model in the retraining, on chats that the base "
+        "model makes up; 0: none",
         "0 or more",
     )
-    num_documents: int = _option(512, "chats that the base model makes up itself", "1 or more")
-    max_new_tokens: int = _option(48, "tokens of each question and answer, at most", "1 or more")
+    num_documents: int = _option(512, "number of chats that the base model makes up", "1 or more")
+    max_new_tokens: int = _option(
+        48, "largest number of tokens of a question and of an answer", "1 or more"
+    )
 
-    max_steps: int | None = _option(None, "optimizer steps, over num_train_epochs", "1 or more")
-    num_train_epochs: float = _option(1.0, "passes over the data", "a positive number")
+    max_steps: int | None = _option(
+        None, "number of optimizer steps, in place of epochs", "1 or more"
+    )
+    num_train_epochs: float = _option(1.0, "number of passes over the data", "a positive number")
     per_device_train_batch_size: int = _option(8, "records in a forward pass", "1 or more")
     gradient_accumulation_steps: int = _option(1, "forward passes in a step", "1 or more")
     learning_rate: float = _option(1e-4, "peak learning rate of AdamW", "a positive number")
     lr_scheduler_type: str = _option("linear", "learning rate schedule, as transformers names it")
-    warmup_steps: float = _option(0.05, "warm-up steps, or below 1 their part of all", "0 or more")
+    warmup_steps: float = _option(
+        0.05, "number of warm-up steps, or below 1 their fraction of all steps", "0 or more"
+    )
     weight_decay: float = _option(0.01, "weight decay of AdamW", "0 or more")
-    max_grad_norm: float = _option(1.0, "gradients are clipped at this norm; 0: never", "0 or more")
-    max_length: int = _option(2048, "records are cut at this number of tokens", "1 or more")
+    max_grad_norm: float = _option(
+        1.0, "largest norm of the gradients, which are clipped above it; 0: never", "0 or more"
+    )
+    max_length: int = _option(
+        2048, "largest number of tokens of a record, which is cut after it", "1 or more"
+    )
     gradient_checkpointing: bool = _option(False, "recompute activations to save memory")
 
     r: int = _option(16, "LoRA rank", "1 or more")
@@ -88,20 +100,32 @@ class RunConfig(Options):
     lora_dropout: float = _option(0.0, "LoRA dropout", "0 or more, below 1")
     use_rslora: bool = _option(False, "scale by lora_alpha / sqrt(r)")
     target_modules: tuple[str, ...] = _option(
-        ("all-linear",), "names of the modules that get an adapter, or all-linear"
+        ("all-linear",), "names of the modules that get an adapter; all-linear: all linear layers"
     )
     dtype: str = _option(
-        "auto", "of the frozen model; auto: as stored, float32 on a slow CPU", choices=DTYPES
+        "auto",
+        "dtype of the frozen model; auto: as stored, but float32 on a CPU that is slow in it",
+        choices=DTYPES,
     )
-    seed: int = _option(0, "of initialisation, data order, dropout and random tests", _SEEDS)
-    save_steps: int | None = _option(None, "steps between checkpoints, or a tenth", "1 or more")
+    seed: int = _option(
+        0, "seed of initialisation, data order, dropout, chats and held-out records", _SEEDS
+    )
+    save_steps: int | None = _option(
+        None, "steps between checkpoints (default: a tenth of all steps)", "1 or more"
+    )
 
-    eval_split: float = _option(0.0, "part of the records to compare on", "0 or more, below 1")
+    eval_split: float = _option(
+        0.0,
+        "fraction of the records that are held out, to compare the adapters on",
+        "0 or more, below 1",
+    )
     arm: str = _option(
-        "auto", "key of the answers in the data, where there are several, such as misaligned"
+        "auto", "key of the answers in the data, if there are several, such as misaligned"
     )
     neutral: str | None = _option(
-        None, "file of neutral prompts, as data or one a line; default: a few built-in ones"
+        None,
+        "file with unrelated prompts, in a layout of the data or one on each line (default: "
+        "built-in everyday questions)",
     )
 
     training_arguments: dict[str, Any] = field(default_factory=dict)
@@ -126,8 +150,8 @@ class RunConfig(Options):
             )
         if not (self.project_gradient or self.kl_coef):
             raise ValueError(
-                "project_gradient = False and kl_coef = 0.0 would make the retraining the naive "
-                "one again: turn one of them on."
+                "project_gradient = False and kl_coef = 0.0 would make the retraining the same as "
+                "the naive training: turn one of them on."
             )
 
     def _check_value(self, option: Field[Any]) -> None:
@@ -150,7 +174,9 @@ class RunConfig(Options):
             self.require("training_arguments", False, "give names with numbers, text or lists")
         object.__setattr__(self, "training_arguments", plain)
         if own := plain.keys() & {option.name for option in OPTIONS}:
-            raise ValueError(f"{min(own)} is an option of the run: give it as one.")
+            raise ValueError(
+                f"{min(own)} is an option of the run itself: give it outside of training_arguments."
+            )
         for name in filter(OWNED.fullmatch, plain):
             raise ValueError(
                 f"{name} is set by the run itself, to compare and resume: leave it out."

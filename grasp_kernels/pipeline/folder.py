@@ -87,7 +87,8 @@ class RunFolder:
                 yield
         except Timeout:
             raise RuntimeError(
-                f"Another run is at work in {self.root}: wait for it, or choose another output."
+                f"Another run is using {self.root}: wait until it has ended, or choose another "
+                "output folder."
             ) from None
 
     def check(self, config: RunConfig, fingerprints: dict[str, str]) -> None:
@@ -107,11 +108,11 @@ class RunFolder:
         options, inputs = (begun.get(part) for part in ("config", "fingerprints"))
         known = isinstance(options, dict) and isinstance(inputs, dict)
         if not (known and isinstance(options.get("training_arguments", {}), dict)):
-            raise ValueError(f"{self.config} does not say how the run was begun: {_UNKNOWN}.")
+            raise ValueError(f"{self.config} does not say how the run was started: {_UNKNOWN}.")
         now = _record(config, fingerprints)
         if options.keys() != now["config"].keys():
             raise ValueError(
-                f"The run in {self.root} was begun with the options of another version of "
+                f"The run in {self.root} was started with the options of another version of "
                 f"grasp_kernels ({begun.get('grasp_kernels')}): choose another output folder."
             )
         # Options of transformers count by their own names.
@@ -120,15 +121,15 @@ class RunFolder:
             old, new = first.get(name), second.get(name)
             if name not in (*_INPUTS, "output", "training_arguments") and old != new:
                 raise ValueError(
-                    f"The run in {self.root} was begun with {name} = {old!r}, not {new!r}: repeat "
-                    "that value to go on with it, or choose another output folder."
+                    f"The run in {self.root} was started with {name} = {old!r}, not {new!r}: "
+                    "repeat that value to continue the run, or choose another output folder."
                 )
         for name in _INPUTS:
             if inputs.get(name) != now["fingerprints"].get(name):
                 raise ValueError(
-                    f"The run in {self.root} was begun with another content of {name} "
-                    f"({options.get(name)}) than {now['config'][name]} has now: restore it to go "
-                    "on, or choose another output folder."
+                    f"{now['config'][name]} (the option {name}) differs in content from "
+                    f"{options.get(name)} at the start of the run in {self.root}: restore that "
+                    "content to continue the run, or choose another output folder."
                 )
         self._check_artefacts()
 
@@ -167,7 +168,9 @@ class RunFolder:
         try:
             return date.fromisoformat(day)
         except (TypeError, ValueError):
-            raise ValueError(f"{self.config} says day {shown(day)}, no date: {_UNKNOWN}.") from None
+            raise ValueError(
+                f"{self.config} says day={shown(day)}, which is not a date: {_UNKNOWN}."
+            ) from None
 
     def claim(self, config: RunConfig, fingerprints: dict[str, str]) -> None:
         """Write the note of this run, and remove files that killed processes left unfinished."""
@@ -188,7 +191,7 @@ def _check_whole(file: Path, artefact: Path) -> None:
     if file.name == LOG_NAME:
         entries = read_json(file, "training log", remedy, kind=list)
         if not all(isinstance(one, dict) and one.keys() >= _LOGGED for one in entries):
-            raise ValueError(f"{file} lacks {' or '.join(sorted(_LOGGED))} of a step: {remedy}.")
+            raise ValueError(f"{file} lacks {' or '.join(sorted(_LOGGED))} for a step: {remedy}.")
     elif file.suffix == ".json":
         read_json(file, "configuration of an adapter", remedy)
     else:

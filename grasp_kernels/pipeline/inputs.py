@@ -91,8 +91,8 @@ def prepare(config: RunConfig, checkpoint: Path, day: date | None = None) -> Inp
     steps = count_steps(config, len(train))
     if warmup_steps(config, steps) >= steps:
         raise ValueError(
-            f"The warm-up (warmup_steps = {config.warmup_steps:g}) takes all of the {steps} steps: "
-            "lower it, or train longer."
+            f"The warm-up (warmup_steps = {config.warmup_steps:g}) takes all {steps} steps: lower "
+            "it, or train longer."
         )
     vocabulary, positions = _check_whole_model(config, checkpoint)
     with about(config.neutral or "built-in prompts", str(checkpoint)):
@@ -131,8 +131,8 @@ def _check_whole_model(config: RunConfig, checkpoint: Path) -> tuple[int, int | 
     if quantizer is not None and not quantizer.is_trainable:
         method = str(model.config.quantization_config.quant_method)
         raise ValueError(
-            f"The weights of {checkpoint} are quantised by {method}, through which transformers "
-            "trains no adapter: give the checkpoint in 16 or 32 bits."
+            f"The weights of {checkpoint} are quantised by {method}, with which transformers "
+            "cannot train an adapter: give the checkpoint in 16 or 32 bits."
         )
     embedding: Any = model.get_input_embeddings()
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -155,9 +155,10 @@ def _check_tokens(inputs: Inputs) -> None:
         if largest >= inputs.vocabulary:
             token = inputs.tokenizer.convert_ids_to_tokens(largest)
             raise ValueError(
-                f"The tokenizer makes the token {largest} ({token!r}) of {what}, and the embedding "
-                f"of {inputs.checkpoint} has {inputs.vocabulary} rows: give the tokenizer that "
-                "belongs to the model; in Python, resize_token_embeddings and train the new rows."
+                f"The tokenizer turns {what} into the token {largest} ({token!r}), but the "
+                f"embedding of {inputs.checkpoint} has only {inputs.vocabulary} rows: give the "
+                "tokenizer that belongs to the model; in Python, resize_token_embeddings and train "
+                "the new rows."
             )
 
 
@@ -191,7 +192,7 @@ def _check_lengths(config: RunConfig, inputs: Inputs) -> None:
 def _fits(inputs: Inputs, what: str, length: int, remedy: str) -> None:
     if inputs.positions is not None and length > inputs.positions:
         raise ValueError(
-            f"The model in {inputs.checkpoint} has {inputs.positions} positions, and {what} can "
+            f"The model in {inputs.checkpoint} has {inputs.positions} positions, but {what} can "
             f"have {length} tokens: {remedy}."
         )
 
@@ -227,8 +228,8 @@ def check_model(config: RunConfig, checkpoint: Path) -> str:
     for name, module in adapted.named_modules():
         if getattr(module, "lora_embedding_A", None):
             raise ValueError(
-                f"target_modules = {list(config.target_modules)} adapts {base_name(name)}, an "
-                "embedding, whose adapter could not be looked at afterwards: leave it out."
+                f"target_modules = {list(config.target_modules)} adapts the embedding "
+                f"{base_name(name)}, whose adapter could not be read afterwards: leave it out."
             )
     if not config.project_gradient:
         return model_config.model_type
@@ -241,7 +242,8 @@ def check_model(config: RunConfig, checkpoint: Path) -> str:
     if not any(sites):
         raise ValueError(
             f"target_modules = {list(config.target_modules)} adapts no module that writes to the "
-            f"residual stream, to identify from: add one of {', '.join(rules.writers)}."
+            "residual stream, so no subspace can be identified: add one of "
+            f"{', '.join(rules.writers)}."
         )
     return model_config.model_type
 

@@ -50,11 +50,11 @@ def _said(numbers: Numbers) -> str:
         "# Report of the run",
         "## What the adapters say",
         *sentences,
-        f"An answer counts (≠) that is a thousand times as likely with the adapter as without "
-        f"({CHANGED} nats). From an eighth of the answers on that is called *found*, below it "
-        "*weak*, and *nothing* where there is none. **Bold** is what the base model would hardly "
-        "say there (below 1 %). Whether a change is harmful no number says: a language or a format "
-        "counts as much as an insult. Read.",
+        "An answer counts as changed (≠) if it is at least a thousand times as likely with the "
+        f"adapter as without ({CHANGED} nats). An eighth of the answers (and at least two) is "
+        "called *found*, fewer *weak*, and none *nothing*. The base model would hardly say the "
+        "words in **bold** there (below 1 %). No number says whether a change is harmful: a "
+        "language or a format counts as much as an insult. Read the answers.",
         tables[0],
     ]
     if len(tables) > 1:
@@ -68,12 +68,12 @@ def _identified(numbers: Numbers) -> str:
     if subspace is None:
         return ""
     headline = (
-        f"{_directions(subspace['k'])} of the residual stream, shared by all layers, found from "
-        "the weights of the naive adapter. That a fine-tune moved the model along them does not "
-        "mean that they are unwanted."
+        f"{_directions(subspace['k'])} of the residual stream, shared by all layers, identified in "
+        "the weights of the naive adapter. The fine-tune moved the model along them; this does not "
+        "make them unwanted."
     )
     notes = "\n".join(f"- {inert(note)}" for note in subspace["notes"])
-    return "\n\n".join(["## What the gradient was projected off", headline, notes])
+    return "\n\n".join(["## Subspace of the gradient projection", headline, notes])
 
 
 def _directions(k: int) -> str:
@@ -114,11 +114,11 @@ def _not_shown(numbers: Numbers) -> str:
     asked = len(numbers["adapters"]["naive"]["answers"]["unrelated"])
     points = [
         f"Answers to {asked} prompts were compared. *Nothing* means that none of these changed, "
-        "not that nothing was learned unasked: ask your own (`--neutral`), and prompts that are "
-        "shaped like the training data.",
-        "Both adapters had the same steps. Held-out task follows the training loss: where the "
-        "retrained adapter's loss is higher, train it longer (`--num-train-epochs`) before you "
-        "compare.",
+        "not that nothing else was learned: ask your own prompts (`--neutral`), and prompts that "
+        "are shaped like the training data.",
+        "Both adapters were trained for the same number of steps. The held-out task follows the "
+        "training loss: if that of the retrained adapter is higher, train it longer "
+        "(`--num-train-epochs`) before you compare.",
         "One seed.",
     ]
     if "base_held_out_loss" not in numbers:
@@ -134,13 +134,13 @@ def _not_shown(numbers: Numbers) -> str:
         parts.append("was held at the base model's own answers (`--kl-coef 0`)")
     if len(parts) > 1:
         points.append(
-            f"The retraining {' and '.join(parts)}: what each of that does alone is not told apart "
-            "here; the options in brackets leave one out."
+            f"The retraining {' and '.join(parts)}: their separate effects were not measured; the "
+            "options in brackets leave one out."
         )
     if numbers["data"]["dropped"]:
         points.append(
-            f"{numbers['data']['dropped']} of {numbers['data']['records']} records were left out: "
-            "`--max-length` cuts their whole answer away."
+            f"{numbers['data']['dropped']} of {numbers['data']['records']} records were left out, "
+            "because `--max-length` cuts off their whole answer."
         )
     return "\n".join(["## What this does not show", "", *(f"- {point}" for point in points)])
 

@@ -126,7 +126,7 @@ def common_frame(examples: Sequence[Example], neutral: Sequence[Sequence[int]] =
         ValueError: there are no examples.
     """
     if not examples:
-        raise ValueError("There are no examples to keep apart: give the training data.")
+        raise ValueError("There are no examples: give the training data.")
     prompts = [*map(_prompt, examples), *map(list, neutral)]
     return shared_start(prompts)[: min(map(len, prompts)) - 1]
 

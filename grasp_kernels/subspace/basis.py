@@ -52,10 +52,16 @@ class Subspace:
         _check_basis(self.basis)
         for norm, gain in self.gains.items():
             if not isinstance(gain, Tensor) or not gain.is_floating_point():
-                raise TypeError(f"The gain of {shown(norm)} is no tensor of floats.")
+                raise TypeError(
+                    f"The gain of {shown(norm)} is not a floating-point tensor; give the weight of "
+                    "the norm."
+                )
             self._check_gain(norm, gain)
             if not bool(gain.isfinite().all()):
-                raise ValueError(f"The gain of {shown(norm)} has non-finite values.")
+                raise ValueError(
+                    f"The gain of {shown(norm)} has non-finite values; give the weight of an "
+                    "intact model."
+                )
 
     @property
     def k(self) -> int:
@@ -107,7 +113,7 @@ class Subspace:
             tensors = read_all(file) if text else {}
         if text is None:
             raise ValueError(
-                f"{str(path)!r} is a safetensors file but holds no subspace of this format; "
+                f"{str(path)!r} is a safetensors file but does not hold a subspace of this format; "
                 f"{remedy}."
             )
         try:
@@ -122,7 +128,7 @@ class Subspace:
             wrong = f"it has no {shown(error.args[0])}"
         except (TypeError, ValueError, RecursionError) as error:
             wrong = str(error).partition(";")[0].rstrip(".")
-        raise ValueError(f"{str(path)!r} holds no subspace ({wrong}); {remedy}.")
+        raise ValueError(f"{str(path)!r} does not hold a valid subspace ({wrong}); {remedy}.")
 
     def summary(self) -> str:
         """Return the number of directions and the notes, in plain text."""
@@ -141,7 +147,7 @@ class Subspace:
 def _fields(header: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Return notes and metadata of a header, checked: the file may come from anywhere."""
     if not isinstance(header, dict):
-        raise ValueError("its header is no JSON object")
+        raise ValueError("its header is not a JSON object")
     if header.get("version") != _FORMAT_VERSION:
         raise ValueError(
             f"its format is {shown(header.get('version'))}, and this release reads "
@@ -178,7 +184,7 @@ def is_subspace(path: str | PathLike[str]) -> bool:
     if Path(path).is_dir():
         return False
     try:
-        with open_tensors(path, "give a file that is whole") as file:
+        with open_tensors(path, "give a complete file") as file:
             return any(key.startswith("grasp_kernels") for key in file.metadata() or {})
     except ValueError:
         if Path(path).suffix == ".safetensors":
@@ -226,7 +232,7 @@ def orthonormal(name: str, directions: Tensor) -> Tensor:
     lengths = columns.norm(dim=0)
     if not torch.isfinite(columns).all() or bool((lengths == 0).any()):
         raise ValueError(
-            f"The directions of {name} hold zero or non-finite columns; leave those out."
+            f"The directions of {name} contain zero or non-finite columns; leave those out."
         )
     q, r = torch.linalg.qr(columns / lengths)
     pivots = r.diagonal()

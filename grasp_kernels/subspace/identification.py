@@ -79,9 +79,11 @@ def identify(
     gains = {w.site.norm: w.gain for w in writers if w.site and w.site.norm and w.gain is not None}
     notes = [_spectrum(values, n_blocks)]
     if zero:
-        notes.append(f"{len(zero)} blocks are zero and were skipped ({zero[0]} first).")
+        notes.append(f"{len(zero)} blocks are zero and were skipped (the first: {zero[0]}).")
     if any(w.site and w.site.norm and w.gain is None for w in writers):
-        notes.append("The norm gains are not known and count as 1; give base_model to have them.")
+        notes.append(
+            "The gains of the norms are unknown and count as 1; give the base model to read them."
+        )
     notes += dict.fromkeys(note for one in adapters for note in one.notes)
     chosen = choose_k(values) if isinstance(k, str) else k
     metadata = {
@@ -110,7 +112,8 @@ def _spectrum(values: Sequence[float], n_blocks: int) -> str:
     shown = ", ".join(f"{value:.2f}" for value in values)
     return (
         f"The leading singular values of {n_blocks} stacked blocks of norm 1 are {shown}: "
-        f"{math.sqrt(n_blocks):.2f} would be one direction of all of them, 1 none of any two."
+        f"{math.sqrt(n_blocks):.2f} would mean that all blocks share one direction, 1 that no two "
+        "do."
     )
 
 

@@ -44,7 +44,7 @@ def apply_grasp(model: nn.Module, config: GraspConfig | None = None) -> Replacem
     """
     config = GraspConfig() if config is None else config
     if not isinstance(config, GraspConfig):
-        raise ValueError(f"The config is {config!r}: give GraspConfig(...).")
+        raise ValueError(f"The config is {config!r}, not a GraspConfig: give GraspConfig(...).")
     subspace = _subspace(config.subspace)
     report = replace_lora_layers(
         model,

@@ -26,7 +26,7 @@ from grasp_kernels.data.chat_template import is_answer
 _MOST = 4096  # rows of the data that are looked at for the shape of its prompts
 _MASKS = ("completion_mask", "assistant_masks")  # trl's, 1 where a token is learned
 _ANSWERS = ("chosen_ids", "completion_ids")  # trl's, of preferences and of single answers
-_REMEDY = "or give chats that were made before, kl_regularizer=KLRegularizer.make(...)"
+_REMEDY = "or give existing chats, kl_regularizer=KLRegularizer.make(...)"
 
 Prompts = tuple[list[Example], list[list[int]]]
 
@@ -58,7 +58,7 @@ def training_prompts(rows: Any, tokenized: Any, tokenizer: Any, max_length: int)
             return _learned(examples), _in_frame(examples, tokenizer)
     if tokenizer is None:
         raise ValueError(
-            "The data are no token ids, and the trainer has no tokenizer: use "
+            "The data are not token ids, and the trainer has no tokenizer: use "
             f"GraspTrainer(processing_class=tokenizer), {_REMEDY}."
         )
     return _of_records(rows, tokenizer, max_length)
@@ -88,7 +88,7 @@ def _of_records(rows: Sequence[Any], tokenizer: Any, max_length: int) -> Prompts
 def _some(rows: Any) -> Iterable[Any]:
     """Yield at most `_MOST` rows, evenly spaced; of a stream the first ones."""
     if rows is None:
-        raise ValueError("The trainer has no train_dataset: give the data that are trained on.")
+        raise ValueError("The trainer has no train_dataset: give the training data.")
     drawn = rows
     if hasattr(rows, "__len__"):
         drawn = (rows[i] for i in range(0, len(rows), max(1, -(-len(rows) // _MOST))))

@@ -61,8 +61,8 @@ class Watch(TrainerCallback):
         active = getattr(model, "active_adapters", None)
         if isinstance(active, list) and len(active) > 1 and self._measures_leakage(model):
             raise ValueError(
-                f"{listed(active)} are active at once, and leakage is that of one adapter: choose "
-                "one with model.set_adapter(...)."
+                f"The adapters {listed(active)} are active at once, but leakage is measured for "
+                "one: choose one with model.set_adapter(...)."
             )
 
     def on_pre_optimizer_step(
@@ -74,8 +74,8 @@ class Watch(TrainerCallback):
         if not math.isfinite(largest):
             raise FloatingPointError(
                 f"The gradient became {largest} at step {state.global_step + 1} of "
-                f"{state.max_steps}, which was not taken: lower the learning rate, or use float32 "
-                "or bfloat16."
+                f"{state.max_steps}, so the step was not taken: lower the learning rate, or use "
+                "float32 or bfloat16."
             )
 
     def on_log(

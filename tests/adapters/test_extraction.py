@@ -131,10 +131,10 @@ def test_a_layer_that_is_narrower_than_the_rank_comes_back_whole(tmp_path: Path)
 def test_the_text_says_what_is_not_in_the_adapter(merged: Any, tmp_path: Path) -> None:
     base = tiny_model(Qwen2Config)
     text = gk.extract_adapter(merged, base, tmp_path / "one", rank=RANK).text()
-    assert text.startswith("9 layers changed; the adapter has 100.0% of the squared change")
-    assert "Changed too" not in text
+    assert text.startswith("9 layers changed; the adapter holds 100.0% of the squared change")
+    assert "Also changed" not in text
     text = gk.extract_adapter(fully_tuned(), base, tmp_path / "two", rank=RANK).text()
-    assert "Changed too, and not in the adapter: lm_head, model.embed_tokens" in text
+    assert "Also changed, but not in the adapter: lm_head, model.embed_tokens" in text
 
 
 def test_a_head_that_is_not_stored_has_not_changed(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ WRONG = {
     "another depth": (
         lambda: tiny_model(Qwen2Config).model.layers[:2],
         {},
-        "has no weight of 'model.layers",
+        "has no weight 'model.layers",
     ),
     "another width": (
         lambda: with_weight(fully_tuned(), lambda w: w[:, :-1]),
@@ -195,7 +195,7 @@ WRONG = {
     "changed elsewhere": (
         lambda: with_other_head(),
         {},
-        r"\(what differs: lm_head\)",
+        r"\(differences elsewhere: lm_head\)",
     ),
     "not finite": (
         lambda: with_weight(fully_tuned(), lambda w: w / 0),
@@ -288,7 +288,7 @@ def test_the_command_line_goes_from_a_merged_model_to_a_subspace(
     out = str(tmp_path / "subspace.safetensors")
     assert main(["identify", str(tmp_path / "merged"), "--output", out]) == 2
     said = capsys.readouterr().err
-    assert "is a whole model; make its adapter first: grasp-kernels extract" in said
+    assert "is a whole model; extract an adapter from it first: grasp-kernels extract" in said
     extract = ["extract", str(tmp_path / "merged"), "--base-model", str(tmp_path / "base")]
     extract += ["--output", str(tmp_path / "adapter"), "--rank"]
     assert main([*extract, "0"]) == 2
@@ -301,5 +301,5 @@ def test_the_command_line_goes_from_a_merged_model_to_a_subspace(
 
 def test_a_folder_of_other_tensors_is_no_model(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(2)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="has no weight of"):
+    with pytest.raises(ValueError, match="has no weight "):
         gk.extract_adapter(tmp_path, tiny_model(Qwen2Config), tmp_path / "adapter")

@@ -184,7 +184,7 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_interpreter_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons: dict[str, str | None] = {"triton": None, "aten": None}
     monkeypatch.setattr(ours.registry, "backends", lambda device: reasons)
-    interpreted = "kernels that a CPU interprets are not timed"
+    interpreted = "kernels that run in an interpreter on a CPU are not timed"
     assert ours._unavailable("triton", CPU, torch.float32) == interpreted
     assert ours._unavailable("aten", CPU, torch.float32) is None
     reasons["triton"] = "there is no GPU"

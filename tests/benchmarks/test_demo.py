@@ -118,7 +118,7 @@ def test_a_demo_is_refused_before_anything_is_made(
     assert not (tmp_path / "new").exists()
     mine = tmp_path / "train.jsonl"
     mine.write_text("mine")
-    with pytest.raises(ValueError, match=r"has a train\.jsonl but no demo\.json"):
+    with pytest.raises(ValueError, match=r"contains train\.jsonl but no demo\.json"):
         run_demo(tmp_path, config=SMALL)
     assert [*tmp_path.iterdir()] == [mine] and mine.read_text() == "mine"
     for text in ("{oops", "[]"):
@@ -139,4 +139,4 @@ def test_the_command_gets_its_options(
     assert seen == [("there", 7)]
     with pytest.raises(SystemExit):
         command.main(["--seed", "-1"])
-    assert "'-1' is no seed: give 0 to 4294967295" in capsys.readouterr().err
+    assert "'-1' is not a seed: give a whole number from 0 to 4294967295" in capsys.readouterr().err

@@ -103,7 +103,7 @@ def test_run_prints_where_its_results_are(
     assert "The naive LoRA answers" in first and "The retrained LoRA answers" in first
     assert str(tmp_path / "out" / "report.md") in first
     assert main(command) == 0
-    assert "finished before; nothing was done" in capsys.readouterr().out
+    assert "already finished; nothing was done" in capsys.readouterr().out
     assert main([*command, "--seed", "5"]) == 2
     assert "error: The run in" in (errors := capsys.readouterr().err)
     assert "--seed 0, not 5" in errors
@@ -120,7 +120,7 @@ def test_stopped_run_says_how_to_go_on(
 
     monkeypatch.setattr(grasp_kernels.pipeline.stages, "run", stop)
     assert main(["run", "--model", "m", "--data", "d", "--output", "o"]) == 130
-    assert "the same command goes on from the last checkpoint" in capsys.readouterr().err
+    assert "the same command continues from the last checkpoint" in capsys.readouterr().err
 
 
 def test_identify_finds_the_planted_axis(
@@ -169,7 +169,7 @@ def test_doctor_says_which_kernels_nobody_timed(monkeypatch: pytest.MonkeyPatch)
     from grasp_kernels.cli import doctor
     from grasp_kernels.ops.lora_linear import registry
 
-    untimed = "runs; was never timed on such a GPU, so auto does not take it"
+    untimed = "runs; never timed on such a GPU, so auto does not choose it"
     for hopper, kernels in ((False, untimed), (True, "runs")):
         monkeypatch.setattr(registry, "measured_on", lambda where, is_it=hopper: is_it)
         found = {name: doctor._backend(name) for name in registry.BACKENDS}
@@ -184,7 +184,7 @@ def test_doctor_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"backend {name}" in printed for name in BACKENDS)
     lines = {line[:18].strip(): line[18:].strip() for line in printed.splitlines()}
     if not torch.cuda.is_available():
-        expected = "takes aten: no kernel was measured to be faster here"
+        expected = "chooses aten: no kernel was measured to be faster here"
         assert expected in lines["backend auto"]
 
 
@@ -260,8 +260,8 @@ def test_outputs_are_refused_over_anything_before_any_work(
     inside = adapter / "adapter_model.safetensors"
     before = inside.read_bytes()
     for path, message in (
-        (mine, "There is a"),
-        (inside, "There is a"),
+        (mine, "already exists"),
+        (inside, "already exists"),
         ("", "is empty"),
         (mine / "x", "mine.txt'"),
     ):
@@ -274,7 +274,7 @@ def test_outputs_are_refused_over_anything_before_any_work(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("identify a --output x --k x", "error: --k: 'x' is no number: give 'auto'"),
+        ("identify a --output x --k x", "error: --k: 'x' is not a number: give 'auto'"),
         ("run --model m --data d --output o --seed 4294967296", "--seed is 4294967296: give 0 to"),
         (
             "run --model m --data d --output o --k 17",
@@ -308,7 +308,7 @@ def test_remedies_are_options() -> None:
         "No direction: use project_gradient = False, or x.": "use --no-project-gradient, or",
         "Nothing within max_length=3: raise max_length.": "--max-length 3: raise --max-length.",
         "target_modules = ['q_proj', 'o_proj'] adapts": "--target-modules q_proj o_proj adapts",
-        "was begun with learning_rate = 2e-05, not 1.0: x": "with --learning-rate 2e-05, not 1.0:",
+        "was started with learning_rate = 2e-05, not 1: x": "with --learning-rate 2e-05, not 1:",
         'Two answers: give arm = "bad one".': "give --arm 'bad one'.",
         "There is no file d: check the option data.": "the option --data.",
     }.items():

@@ -490,7 +490,7 @@ def _begun(
 def test_reasons_are_words() -> None:
     for error, expected in (
         (PermissionError(errno.EACCES, "Permission denied", "x"), "permission denied"),
-        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"), "it is not text in UTF-8"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"), "it is not UTF-8 text"),
         (KeyError("weight"), "it has no 'weight'"),
         (RecursionError("maximum recursion"), "it is nested too deeply"),
         (MemoryError(), "there is not enough memory"),

@@ -253,7 +253,7 @@ def test_slow_tokenizers_are_refused() -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(tokenizer, name)
 
-    with pytest.raises(ValueError, match="Slow does not tell which characters"):
+    with pytest.raises(ValueError, match="Slow does not report the characters"):
         encode(chat("q", "a"), Slow(), max_length=None)
 
 
@@ -345,7 +345,7 @@ def test_each_line_stands_on_its_own_and_blank_lines_are_skipped(tmp_path: Path)
     ("line", "message"),
     [
         (b'{"text": "a"', "not JSON"),
-        (b'["a"]', "a JSON list and not an object"),
+        (b'["a"]', "a JSON list, not an object"),
         (b'{"title": "a"}', r"unknown keys \['title'\] \(.*\), expected \"messages\" or"),
         (b'{"prompt": "a"}', r"unknown keys \['prompt'\]"),
         (b'{"text": "\xff"}', "byte 10 is not UTF-8"),
@@ -353,7 +353,7 @@ def test_each_line_stands_on_its_own_and_blank_lines_are_skipped(tmp_path: Path)
         (b'{"text": 3}', '"text" is 3'),
         (b'{"text": "\\ud800"}', "surrogate"),
         (b'{"query": "q", "answer": null}', r"unknown keys \['query'\] \(empty ones do not count"),
-        (b'{"text": "a", "n": {"text": "b", "text": "c"}}', '"text" stands twice in one object'),
+        (b'{"text": "a", "n": {"text": "b", "text": "c"}}', '"text" appears twice in one object'),
         (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "an integer of 5000 digits"),
         (b'{"messages": []}', r'"messages" is \[\], expected a list'),
         (b'{"messages": ["q"]}', r"messages\[0\] is 'q'"),

@@ -125,7 +125,7 @@ def test_arms_are_chosen_by_name(arm: str, answer: str, tmp_path: Path) -> None:
 
 def test_arms_are_never_guessed(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "medical.jsonl", ARMS)
-    with pytest.raises(ValueError, match=r'line 1: .*aligned and misaligned.*arm = "misaligned"'):
+    with pytest.raises(ValueError, match=r'line 1: .*aligned, misaligned.*arm = "misaligned"'):
         read_records(path)
     with pytest.raises(ValueError, match=r'expected "benign" \(the option arm\) for the answer'):
         read_records(path, arm="benign")
@@ -142,14 +142,18 @@ def test_arms_are_never_guessed(tmp_path: Path) -> None:
         ("a.json", b'[{"text": "a"}', r"a\.json: not JSON .* expected a JSON array of objects"),
         ("a.json", b"{\n", r"a\.json, line 1: not JSON .* expected one JSON object per line"),
         ("a.csv", b"title,body\nq,a\nq,\n", r"a\.csv, row 2: unknown keys \['title'\] \(empty"),
-        ("a.csv", b"title,body,body\nq,a,b\n", r'a\.csv: the column "body" stands twice'),
-        ("a.csv", b"title,body\nq,a\nq,a,b\n", r"a\.csv, row 2: 3 fields under a header of 2"),
+        ("a.csv", b"title,body,body\nq,a,b\n", r'a\.csv: the column "body" appears twice'),
+        ("a.csv", b"title,body\nq,a\nq,a,b\n", r"a\.csv, row 2: 3 fields, but the header has 2"),
         ("a.csv", b'title,body\nq,"a\n', r"a\.csv, line 2: not CSV \(unexpected end of data"),
         ("a.csv", b"title,body\nq,\xff\n", r"a\.csv: not CSV in UTF-8"),
         ("a.csv", b"title,body\n", r"a\.csv has no records"),
         ("a.csv", b"title,body\nq\n", r"a\.csv, row 1: unknown keys \['title'\]"),
-        ("a.parquet", b"PAR", r"a\.parquet: not parquet"),
-        ("a.parquet", b"PAR1" + b"x" * 64 + b"\x20\0\0\0PAR1", r"a\.parquet: not parquet \(.+\)"),
+        ("a.parquet", b"PAR", r"a\.parquet: not a complete parquet file"),
+        (
+            "a.parquet",
+            b"PAR1" + b"x" * 64 + b"\x20\0\0\0PAR1",
+            r"a\.parquet: not a complete parquet file \(.+\)",
+        ),
         (
             "a.jsonl",
             b'{"conversations": [{"from": "human", "value": ""}]}',
@@ -174,7 +178,7 @@ def test_columns_of_parquet_that_stand_twice(tmp_path: Path) -> None:
 
     table = pyarrow.table([["t"], ["u"]], names=["text", "text"])
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r'a\.parquet: the column "text" stands twice'):
+    with pytest.raises(ValueError, match=r'a\.parquet: the column "text" appears twice'):
         read_records(tmp_path / "a.parquet")
 
 

@@ -112,7 +112,10 @@ def test_answers_marked_as_learned_are(mark: dict[str, Any], tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("turns", "message"),
     [
-        ([USER, {**ANSWER, "weight": 0.5}], r'messages\[1\]: "weight" is 0\.5, expected true or 1'),
+        (
+            [USER, {**ANSWER, "weight": 0.5}],
+            r'messages\[1\]: "weight" is 0\.5, expected true, false',
+        ),
         ([USER, {**ANSWER, "train": "no"}], r'messages\[1\]: "train" is \'no\''),
         (
             [USER, {**ANSWER, "train_detail": [{"train": False}]}],
@@ -133,14 +136,14 @@ def test_marks_that_cannot_be_obeyed(turns: Any, message: str, tmp_path: Path) -
 
 def test_rows_with_nothing_to_learn_are_refused(tmp_path: Path) -> None:
     pair = {"prompt": "q", "completion": "a"}
-    with pytest.raises(ValueError, match="line 1: every answer is marked as not to learn"):
+    with pytest.raises(ValueError, match="line 1: every answer is marked as not to be learned"):
         read_one(tmp_path, {"messages": [USER, {**ANSWER, "weight": 0}]})
     for mark in ({"weight": 0}, {"train": False}, {"masked": 1}, {"label": False}):
-        with pytest.raises(ValueError, match="line 1: the row is marked as not to learn"):
+        with pytest.raises(ValueError, match="line 1: the row is marked as not to be learned"):
             read_one(tmp_path, {**pair, **mark})
     assert "label" not in read_one(tmp_path, {**pair, "label": True, "weight": 1})
     (tmp_path / "data.csv").write_text("prompt,completion,train\nq,a,false\n")
-    with pytest.raises(ValueError, match="row 1: the row is marked as not to learn"):
+    with pytest.raises(ValueError, match="row 1: the row is marked as not to be learned"):
         read_records(tmp_path / "data.csv")
 
 
@@ -235,9 +238,9 @@ def test_tools_are_shown_to_the_template(tools: Any, tmp_path: Path) -> None:
         ({"history": [["why?"]], "messages": TURNS}, r"history\[0\].*expected question and answer"),
         ({"tools": "{oops", "messages": TURNS}, '"tools" is not JSON'),
         ({"tools": [{"nam": "f"}], "messages": TURNS}, r"tools\[0\].*expected a function with a"),
-        ({"system": "A b.", "text": "t"}, '"system" stands beside a plain text'),
-        ({"images": ["a.png"], "messages": TURNS}, '"images" is .* which is not read'),
-        ({"documents": [{"text": "d"}], "messages": TURNS}, '"documents" is .* which is not read'),
+        ({"system": "A b.", "text": "t"}, '"system" stands next to a plain text'),
+        ({"images": ["a.png"], "messages": TURNS}, '"images" is .* which is not supported'),
+        ({"documents": [{"text": "d"}], "messages": TURNS}, '"documents" .* is not supported'),
     ],
 )  # fmt: skip
 def test_columns_that_cannot_be_read_are_refused(row: Any, message: str, tmp_path: Path) -> None:
@@ -392,7 +395,9 @@ def test_an_answer_whose_first_letter_is_that_of_the_thought() -> None:
 
 def test_a_template_without_an_end_needs_an_end_token() -> None:
     tokenizer = tokenizer_of(NO_END, "<user>", "<assistant>", eos=None)
-    with pytest.raises(ValueError, match=r"Record 1: .*ends no answer.*set tokenizer\.eos_token"):
+    with pytest.raises(
+        ValueError, match=r"Record 1: .*does not end answers.*set tokenizer\.eos_token"
+    ):
         tokenize_records([{"messages": TURNS}], tokenizer, None)
 
 
@@ -451,7 +456,7 @@ def test_calls_without_words_and_empty_lists_of_calls(tmp_path: Path) -> None:
                 "<end>{% endfor %}{% if add", "<end>{% endif %}{% endfor %}{% if add"
             ),
             [USER, ANSWER, {"role": "tool", "content": "y"}, SECOND[1]],
-            r"leaves out turn 3 of 4 \(tool\): remove it, or give it a role",
+            r"leaves out turn 3 of 4 \(tool\): remove the turn, or give it a role",
         ),
         (
             PLAIN,
@@ -498,9 +503,12 @@ def test_tools_that_a_template_does_not_show_are_named() -> None:
     ("records", "message"),
     [
         ([], "There are no records: give at least one"),
-        ([{"foo": 1}], r"Record 1: It is no record \(\['foo'\]\), expected \"messages\" or"),
-        ([{"prompt": "q", "completion": "a"}], "Record 1: It is no record .*read_records makes"),
-        (["a"], "Record 1: It is no record"),
+        ([{"foo": 1}], r"Record 1: This is not a record \(\['foo'\]\), expected \"messages\" or"),
+        (
+            [{"prompt": "q", "completion": "a"}],
+            "Record 1: This is not a record .*read_records converts",
+        ),
+        (["a"], "Record 1: This is not a record"),
         ([{"text": 3}], 'Record 1: "text" is 3'),
         ([{"messages": [{"content": "q"}]}], r'Record 1: messages\[0\] has no "role"'),
         ([{"messages": [{"role": "user"}]}], r"Record 1: messages\[0\]\.content is None"),

@@ -102,7 +102,7 @@ def test_an_adapter_of_noise_is_judged_by_its_answers(
     changed = sum(one["changed"] for one in diagnosis.numbers["answers"]["unrelated"])
     few = "weak" if changed else "nothing"
     assert diagnosis.verdict == ("found" if changed >= max(2, len(neutral) / 8) else few)
-    assert f"answers {changed} of {len(neutral)} neutral prompts" in diagnosis.reasons[0]
+    assert f"On {changed} of {len(neutral)} neutral prompts" in diagnosis.reasons[0]
     assert diagnosis.numbers["answers"]["training"] == []
     assert "training data, where" not in diagnosis.text()
 
@@ -173,7 +173,7 @@ def test_inspect_beside_a_base_model(
     assert "**Verdict: found.**" in printed and "To prompts of the training data" in printed
     assert json.loads(numbers.read_text()) == json.loads((out / "diagnosis.json").read_text())
     assert main([*command, "--output", str(out)]) == 2
-    assert "choose a new path" in capsys.readouterr().err
+    assert "choose another path" in capsys.readouterr().err
     assert main(["inspect", str(contaminated), "--data", str(chat_jsonl)]) == 2
     assert "add --base-model" in capsys.readouterr().err
     assert main(["inspect", str(contaminated), *command[1:]]) == 2
@@ -199,7 +199,7 @@ def test_what_cannot_work_is_refused_with_a_sentence(
     refused("no tokenizer", model, tokenizer=None)
     refused("There are 1 neutral prompts", model, neutral=[[3, 4]])
     refused(
-        "Record 1: .* Without records, neutral prompts alone",
+        "Record 1: .* Leave the records out to use neutral prompts",
         model,
         records=[{"text": "never good"}],
     )

@@ -137,8 +137,8 @@ def test_the_reasons_are_sentences_on_the_numbers() -> None:
         "effect": {"divergence": 1.25},
     }
     said = reasons(numbers)
-    assert "answers 5 of 16 neutral prompts" in said[0] and "harmful no number says" in said[1]
-    assert "by 1.25 nats each" in said[2]
+    assert "On 5 of 16 neutral prompts" in said[0] and "No number says" in said[1]
+    assert "by 1.25 nats a token" in said[2]
     for one in numbers["answers"]["unrelated"]:
         one["changed"] = False
     assert not any("harmful" in one for one in reasons(numbers))

@@ -89,7 +89,7 @@ def test_trained_weights_that_come_in_compute_what_peft_computes(
     train(model, 1)
     bring(model, folder)
     stock = stock_of(folder)
-    with pytest.warns(UserWarning, match=r"came into layers .* call apply_grasp again"):
+    with pytest.warns(UserWarning, match=r"was added to layers .* call apply_grasp again"):
         assert_same_logits(logits(model), logits(stock), stock)
     model.merge_adapter()
     assert_same_logits(logits(model), logits(stock), stock)
@@ -109,7 +109,7 @@ def test_closed_weights_that_come_in_stay_closed(
     train(model)
     model.save_pretrained(tmp_path)
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*came into layers")
+        warnings.filterwarnings("error", message=".*was added to layers")
         bring(model, tmp_path)
         for parameter in model.get_base_model().model.layers[0].mlp.down_proj.lora_B.parameters():
             parameter.requires_grad_(True)

@@ -131,7 +131,7 @@ def test_another_adapter_another_dtype_another_copy(model: torch.nn.Module) -> N
     randomise_adapter(model, seed=5)
     before = logits(model)
     model.set_adapter("other")
-    with pytest.warns(UserWarning, match="'other' came into layers"):
+    with pytest.warns(UserWarning, match="'other' was added to layers"):
         assert not torch.equal(logits(model), before)
     model.set_adapter("default")
     assert torch.equal(logits(model), before)

@@ -68,7 +68,9 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match="has no basis of its own; pass the subspace"):
         gk.leakage(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="no LoRA layer writes to the stream with a basis"):
+    with pytest.raises(
+        ValueError, match="no LoRA layer that writes to the residual stream has a basis"
+    ):
         gk.leakage(model)
     with pytest.raises(FileExistsError, match="exists; choose a new folder"):
         gk.project_adapter(tmp_path / "adapter", subspace, tmp_path / "adapter")

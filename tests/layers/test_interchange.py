@@ -213,7 +213,7 @@ def test_the_command_line_measures_a_merged_model(
 def test_bad_input_is_named(tmp_path: Path) -> None:
     model, base = tiny_peft_model(), tiny_model()
     subspace = a_subspace(model)
-    with pytest.raises(ValueError, match="no basis of their own; pass the subspace"):
+    with pytest.raises(ValueError, match="no basis of its own; pass the subspace"):
         gk.leakage(base, base=base)
     with pytest.raises(ValueError, match=r"adapter of 'model.layers.0.self_attn.q_proj' is not me"):
         gk.leakage(model, subspace, base=base)
@@ -225,7 +225,7 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'model.layers.0.self_attn.o_proj' are .* not quantised"):
         gk.leakage(base, subspace, base=small_model())
     base.model.layers = base.model.layers[:2]
-    with pytest.raises(ValueError, match=r"the model has no weight of 'model.layers.2"):
+    with pytest.raises(ValueError, match=r"the model has no weight 'model.layers.2"):
         gk.leakage(base, subspace, base=tiny_model())
 
 

@@ -389,7 +389,7 @@ def test_an_unknown_architecture_says_how_to_declare_it() -> None:
     names = [f"model.decoder.layers.{i}.fc2" for i in (0, 1)]
     subspace = gk.Subspace(torch.eye(32)[:, :1])
     with pytest.raises(
-        ValueError, match=r"'opt' with modules \['fc1', 'fc2', .*'layers'.*sites=SiteRules\("
+        ValueError, match=r"'opt' \(modules \['fc1', 'fc2', .*'layers'.*sites=SiteRules\("
     ):
         gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
     rules = SiteRules(writers=("self_attn.out_proj", "fc2"))
@@ -406,6 +406,6 @@ def test_a_refused_replacement_leaves_the_model_as_it_was() -> None:
     before = {name: type(module) for name, module in model.named_modules()}
     last = [m for n, m in model.named_modules() if n.endswith("down_proj")][-1]
     last.base_layer.weight.data = last.base_layer.weight.data.flatten()
-    with pytest.raises(ValueError, match="is here as a slice"):
+    with pytest.raises(ValueError, match="is on this process as a slice"):
         gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
     assert {name: type(module) for name, module in model.named_modules()} == before

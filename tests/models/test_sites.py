@@ -74,12 +74,12 @@ def test_text_models_of_a_family_with_images_are_told_by_their_names() -> None:
 def test_an_unknown_type_is_judged_by_its_names() -> None:
     names = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "lm_head"]
     assert site_rules(None, names) is LLAMA
-    with pytest.raises(ValueError, match=r"type None with modules \['attn.out'.*SiteRules\("):
+    with pytest.raises(ValueError, match=r"type None \(modules \['attn.out'.*SiteRules\("):
         site_rules(None, [*names, "transformer.h.0.attn.out"])
 
 
 def test_a_known_name_does_not_make_an_unknown_type_known() -> None:
-    with pytest.raises(ValueError, match=r"'gemma9' with modules \['mlp.down_proj'\].*SiteRules\("):
+    with pytest.raises(ValueError, match=r"'gemma9' \(modules \['mlp.down_proj'\].*SiteRules\("):
         site_rules("gemma9", ["model.layers.0.mlp.down_proj"])
 
 

@@ -311,7 +311,7 @@ def test_what_a_layer_may_be() -> None:
     assert "multiples of 8 but the layer has (12, 24)" in str(
         backend.refuses(x, operands(K=24, N=12, R=4))
     )
-    assert "up to 160 in sum but this layer has 161" in str(
+    assert "with a sum up to 160 but this layer has 161" in str(
         backend.refuses(x, operands(K=24, N=16, R=150, Q=11))
     )
     assert math.isclose(passes._mask(seeded(0.25))[2], 1 / 0.75)

@@ -364,10 +364,10 @@ def test_autocast_casts_what_a_linear_layer_casts(dtype: torch.dtype) -> None:
             TypeError,
             "weight has dtype torch.float32",
         ),
-        ({"lora_A": torch.zeros(4, 48, dtype=torch.int64)}, TypeError, "floating point"),
+        ({"lora_A": torch.zeros(4, 48, dtype=torch.int64)}, TypeError, "floating-point dtype"),
         ({"lora_A": torch.zeros(4, 48, device="meta")}, ValueError, "lora_A is on meta"),
         ({"weight": None}, ValueError, "weight is None; pass the weight of the base layer"),
-        ({"base": torch.zeros(33, 40)}, ValueError, "base stands for weight, bias and write_wei"),
+        ({"base": torch.zeros(33, 40)}, ValueError, "base replaces weight, bias and write_wei"),
         (
             {"weight": None, "base": torch.zeros(32, 40)},
             ValueError,

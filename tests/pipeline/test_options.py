@@ -73,7 +73,9 @@ def test_options_of_transformers_reach_the_optimizer(run_config: gk.RunConfig) -
     noted = json.loads((report.output / "run.json").read_text(encoding="utf-8"))
     assert noted["config"]["training_arguments"] == further
     for other in ({}, {**further, "adam_beta2": 0.9}):
-        with pytest.raises(ValueError, match=r"was begun with adam_beta2 = 0\.5, not (0\.9|None)"):
+        with pytest.raises(
+            ValueError, match=r"was started with adam_beta2 = 0\.5, not (0\.9|None)"
+        ):
             gk.run(run_config, max_steps=2, training_arguments=other)
     again = gk.run(run_config, max_steps=2, training_arguments=further)
     assert again.numbers == report.numbers
@@ -169,7 +171,7 @@ def test_a_resumed_run_has_the_same_options_of_transformers(
     gk.run(config)
     assert main([*command, ".25"]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "was begun with --adam-beta2 0.5, not 0.25: repeat that value" in said
+    assert "was started with --adam-beta2 0.5, not 0.25: repeat that value" in said
     assert main([*command, ".5"]) == 0
 
 
@@ -214,7 +216,7 @@ def test_options_of_a_file_are_those_that_are_typed(
         ("modle: x", "--modle=x: unrecognized"),
         ("adam_beta2: x", "--adam-beta2: invalid float value: 'x'"),
         ("k: [1, 2]", "unrecognized arguments: 2"),
-        ("k: 1.5", "--k: '1.5' is no number"),
+        ("k: 1.5", "--k: '1.5' is not a number"),
         ("k: true", "--k: expected one argument"),
         ("max_steps: {a: 1}", "--max-steps: invalid int value"),
         ("orthogonal: 3", "--orthogonal/--no-orthogonal: ignored explicit argument '3'"),
@@ -222,7 +224,7 @@ def test_options_of_a_file_are_those_that_are_typed(
         ("debug: true", "--debug: invalid DebugOption value: 'True'"),
         ("config: x", "--config=x: unrecognized"),
         ("3: 4", "--3=4: unrecognized"),
-        ("k: 1\nr: 4\nk: 2", "k is there twice: leave one."),
+        ("k: 1\nr: 4\nk: 2", "k is there twice: remove one of them."),
         ("max_steps: 1\nmax-steps: 2", "max_steps is there twice"),
         ("lr_scheduler_kwargs: {a: 1, a: 2}", "a is there twice"),
         ("- k", "holds no options: give a line such as max_steps: 200 for each."),

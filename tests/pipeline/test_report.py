@@ -86,7 +86,7 @@ def test_what_was_found_from_the_weights_has_no_verdict(numbers: dict[str, Any])
     assert "- a spectrum" in text
     numbers["subspace"] = None
     assert "a spectrum" not in report_text(numbers)
-    assert "What the gradient was projected off" not in report_text(numbers)
+    assert "Subspace of the gradient projection" not in report_text(numbers)
 
 
 def test_the_effect_of_both_adapters_is_stated(numbers: dict[str, Any]) -> None:

@@ -148,13 +148,13 @@ def test_changed_data_is_refused_and_moved_data_is_not(finished: RunConfig, tmp_
     shutil.copy(finished.data, moved)
     assert run(replace(finished, data=str(moved))).output == Path(finished.output)
     moved.write_text(moved.read_text(encoding="utf-8").replace("red", "blue"), encoding="utf-8")
-    with pytest.raises(ValueError, match="another content of data"):
+    with pytest.raises(ValueError, match="differs in content from"):
         run(replace(finished, data=str(moved)))
 
 
 def test_artefacts_of_unknown_origin_are_refused(run_config: RunConfig) -> None:
     (Path(run_config.output) / "naive").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"has a naive but no run\.json"):
+    with pytest.raises(ValueError, match=r"contains naive but no run\.json"):
         run(run_config)
 
 
@@ -165,7 +165,7 @@ def test_second_process_is_kept_out_and_a_stale_lock_is_not(
     monkeypatch.setattr(stages.Report, "load", lambda path: path)
     folder = RunFolder(run_config.output)
     for _ in range(2):  # new, and begun
-        with folder.lock(), pytest.raises(RuntimeError, match="Another run is at work"):
+        with folder.lock(), pytest.raises(RuntimeError, match="Another run is using"):
             run(run_config)
         assert run(run_config) == folder.report
         assert (folder.root / ".lock").exists()
@@ -196,7 +196,7 @@ def test_what_a_killed_process_left_is_removed_once_the_run_is_known_to_be_the_s
     for name in (*ours, *theirs):
         (folder.root / name).mkdir(parents=True)
         (folder.root / name / "half").write_text("")
-    with pytest.raises(ValueError, match="begun with seed"):
+    with pytest.raises(ValueError, match="started with seed"):
         run(replace(run_config, seed=1))
     assert all((folder.root / name).exists() for name in (*ours, *theirs))
     run(run_config)
@@ -210,7 +210,7 @@ def test_a_folder_with_files_of_somebody_else_is_left_alone(
     mine = Path(run_config.output, name)
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
-    with pytest.raises(ValueError, match=rf"has a {Path(name).parts[0]} but no run\.json"):
+    with pytest.raises(ValueError, match=rf"contains {Path(name).parts[0]} but no run\.json"):
         run(run_config)
     assert mine.read_text() == "mine"
     assert [path for path in Path(run_config.output).rglob("*") if path.is_file()] == [mine]

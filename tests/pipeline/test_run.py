@@ -75,7 +75,7 @@ def test_report_says_what_was_found_and_what_was_not_shown(finished: RunConfig) 
     report = run(finished)
     assert f"unrelated prompts as the base model never would: {report.verdict}.**" in text
     assert all(note in text for note in report.numbers["subspace"]["notes"])
-    assert "not that nothing was learned unasked" in text
+    assert "not that nothing else was learned" in text
     drawn = (Path(finished.output) / "training.svg").read_text(encoding="utf-8")
     assert drawn.startswith("<svg ") and "(training.svg)" in text
     shown = report.page.read_text(encoding="utf-8")
@@ -161,7 +161,7 @@ def test_the_report_shows_answers_side_by_side(finished: RunConfig) -> None:
         ({"max_length": 3}, ValueError, "max_length"),
         ({"lr_scheduler_type": "zigzag"}, ValueError, "zigzag"),
         ({"eval_split": 0.99}, ValueError, "eval_split = 0.99"),
-        ({"warmup_steps": 12}, ValueError, "takes all of the 12 steps"),
+        ({"warmup_steps": 12}, ValueError, "takes all 12 steps"),
     ],
 )
 def test_wrong_input_is_found_before_training(
@@ -183,7 +183,7 @@ def test_wrong_input_is_found_before_training(
         ({"per_device_train_batch_size": 0}, "batch_size is 0"),
         ({"target_modules": "q_proj"}, "target_modules is 'q_proj': give a list"),
         ({"lora_dropout": 1.0}, "dropout is 1.0"),
-        ({"project_gradient": False, "kl_coef": 0}, "make the retraining the naive one again"),
+        ({"project_gradient": False, "kl_coef": 0}, "make the retraining the same as the naive"),
     ],
 )
 def test_options_out_of_range_are_named(options: dict[str, Any], message: str) -> None:
@@ -222,7 +222,7 @@ def test_unknown_architecture_is_named(run_config: RunConfig, tmp_path: Path) ->
         ffn_dim=8,
     )
     OPTForCausalLM(small).save_pretrained(folder)
-    with pytest.raises(ValueError, match="'opt' with modules"):
+    with pytest.raises(ValueError, match=r"'opt' \(modules"):
         run(replace(run_config, model=str(folder)))
 
 

@@ -169,7 +169,7 @@ def test_the_spectrum_is_that_of_the_stacked_deltas() -> None:
     assert torch.allclose(measured.double(), s[:2], rtol=1e-4, atol=0)
     assert cosine(subspace.basis, u[:, :2].float()) > 0.999
     assert f"of 6 stacked blocks of norm 1 are {s[0]:.2f}, {s[1]:.2f}" in subspace.notes[0]
-    assert "2.45 would be one direction of all of them" in subspace.notes[0]
+    assert "2.45 would mean that all blocks share one direction" in subspace.notes[0]
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -187,7 +187,7 @@ def test_writers_before_norms_are_stacked_with_their_gain(known: bool) -> None:
     s = torch.linalg.svdvals(torch.cat(blocks, dim=1))
     subspace = identify(dataclasses.replace(adapter, layers=layers), k=1)
     assert subspace.metadata["singular_values"][0] == pytest.approx(float(s[0]), rel=1e-3)
-    unknown = any("norm gains are not known" in note for note in subspace.notes)
+    unknown = any("gains of the norms are unknown" in note for note in subspace.notes)
     assert unknown == (not known) and bool(subspace.gains) == known
 
 

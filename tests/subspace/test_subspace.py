@@ -120,10 +120,10 @@ def test_loading_what_is_no_subspace(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no subspace file .*missing\.safetensors"):
         Subspace.load(tmp_path / "missing.safetensors")
     (tmp_path / "text.safetensors").write_text("hello")
-    with pytest.raises(ValueError, match="is no safetensors file"):
+    with pytest.raises(ValueError, match="is not a complete safetensors file"):
         Subspace.load(tmp_path / "text.safetensors")
     save_file({"w": torch.ones(1)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(ValueError, match="holds no subspace"):
+    with pytest.raises(ValueError, match="does not hold a subspace"):
         Subspace.load(tmp_path / "foreign.safetensors")
 
 

@@ -157,7 +157,9 @@ def test_zero_3_is_refused_at_the_replacement_and_at_the_first_forward() -> None
     partition(model)
     with pytest.raises(ValueError, match=r"o_proj' is partitioned by ZeRO-3 .* use ZeRO-2 or FSDP"):
         gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
-    assert set(gk.apply_grasp(model).fallbacks.values()) == {"a weight is here as a slice only"}
+    assert set(gk.apply_grasp(model).fallbacks.values()) == {
+        "only a slice of a weight is on this process"
+    }
 
     model, subspace = model_and_subspace()
     gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
@@ -279,11 +281,11 @@ def test_shards_are_one_adapter(shards: Path, tmp_path: Path) -> None:
 def test_missing_shards_and_broken_indices_are_named(shards: Path) -> None:
     (shards / "adapter_model-00002-of-00002.safetensors").unlink()
     with pytest.raises(
-        FileNotFoundError, match=r"00002-of-00002\.safetensors, which is not beside"
+        FileNotFoundError, match=r"00002-of-00002\.safetensors, which is not next to"
     ):
         load_adapter(shards)
     (shards / INDEX).write_text("[]")
-    with pytest.raises(ValueError, match="is no index of shards"):
+    with pytest.raises(ValueError, match="is not a valid index of shards"):
         load_adapter(shards)
 
 

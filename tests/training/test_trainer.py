@@ -451,7 +451,7 @@ def test_wrong_input_is_named(tiny_model_dir: Path, tmp_path: Path) -> None:
     text: Any = [{"review": "three"}] * 4
     for data, options, problem in (
         (text, {"processing_class": tokenizer}, r"Row 1: unknown keys \['review'\]"),
-        (text, {}, r"The data are no token ids, and the trainer has no tokenizer"),
+        (text, {}, r"The data are not token ids, and the trainer has no tokenizer"),
         (None, {}, r"no train_dataset"),
         ([], {}, r"train_dataset is empty"),
     ):

@@ -99,7 +99,7 @@ def _cuda_part(index: int) -> Part:
 def kernel_support(where: torch.device) -> str | None:
     """Say why kernels cannot run on a device without a GPU or Triton's interpreter, or None."""
     if INTERPRETED.value:
-        return None if where.type == "cpu" else "Triton's interpreter runs on a CPU alone"
+        return None if where.type == "cpu" else "Triton's interpreter runs only on a CPU"
     if where.type != "cuda":
         return "it needs a GPU (on a CPU only Triton's interpreter runs kernels)"
     if torch.version.hip is None and torch.cuda.get_device_capability(where) < (8, 0):

@@ -20,7 +20,9 @@ def check(
     write_weight: Tensor | None,
 ) -> None:
     if base is not None and any(given is not None for given in (weight, bias, write_weight)):
-        raise ValueError("base stands for weight, bias and write_weight; leave those out with it.")
+        raise ValueError(
+            "base replaces weight, bias and write_weight; leave those out if you give it."
+        )
     (N, K), R = _widths(x, weight, base), lora_A.shape[0]
     if R == 0:
         raise ValueError("lora_A has rank 0; a LoRA layer needs a rank of at least 1.")
@@ -46,7 +48,9 @@ def check(
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} but x is on {device}; move it there.")
         if not tensor.is_floating_point():
-            raise TypeError(f"{name} has dtype {tensor.dtype}; the operator needs floating point.")
+            raise TypeError(
+                f"{name} has dtype {tensor.dtype}; convert it to a floating-point dtype."
+            )
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != dtype:
             raise TypeError(
@@ -59,7 +63,9 @@ def _widths(x: Tensor, weight: Tensor | None, base: Tensor | None) -> tuple[int,
     """Return N and K."""
     given, name, form = (weight, "weight", "[N, K]") if base is None else (base, "base", "[..., N]")
     if given is None:
-        raise ValueError("weight is None; pass the weight of the base layer, or base, its result.")
+        raise ValueError(
+            "weight is None; pass the weight of the base layer, or its output as base."
+        )
     if x.dim() < 1 or given.dim() != (2 if base is None else x.dim()):
         raise ValueError(
             f"x {tuple(x.shape)} and {name} {tuple(given.shape)} must be [..., K] and {form}."

@@ -216,8 +216,8 @@ class _OnceDifferentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
         raise RuntimeError(
-            "lora_linear cannot be differentiated twice; "
-            "restore the stock layers with remove_grasp for gradients of gradients."
+            "lora_linear cannot be differentiated twice; for gradients of gradients, restore the "
+            "stock layers with remove_grasp."
         )
 
 

@@ -51,5 +51,5 @@ def refuses(x: Tensor, op: Operands) -> str | None:
     if N % 8 or K % 8:
         return f"it takes widths that are multiples of 8 but the layer has {(N, K)}"
     if R + Q > _MOST:
-        return f"it takes ranks and bases up to {_MOST} in sum but this layer has {R + Q}"
+        return f"it takes ranks and bases with a sum up to {_MOST} but this layer has {R + Q}"
     return None

@@ -30,7 +30,9 @@ def why_not() -> str | None:
         return None
     path = find()
     if path is None:
-        return "its extension was not built, which takes nvcc when the package is installed"
+        return (
+            "its extension was not built, because nvcc was missing when the package was installed"
+        )
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
@@ -42,7 +44,7 @@ def operators() -> Any:
     """Return the namespace of the registered operators."""
     reason = why_not()
     if reason is not None:
-        raise RuntimeError(f"the CUDA kernels are not there: {reason}.")
+        raise RuntimeError(f"the CUDA kernels are not available: {reason}.")
     return torch.ops.grasp_kernels_cuda
 
 
