@@ -3,7 +3,6 @@
 load        model, folder or file -> Adapter
 files       peft's files
 extraction  a merged or fully fine-tuned model and its base -> an adapter folder
-inspection  a table of an adapter
 """
 
 from grasp_kernels.adapters.load import Adapter, LoRAWeights, load_adapter

@@ -145,7 +145,10 @@ def base_answers(
     Args:
         prompts: token ids of "unrelated" prompts, and of "training" prompts.
     """
-    return {kind: own_answers(pair, tokenizer, given, **size) for kind, given in prompts.items()}
+    return {
+        kind: own_answers(pair, tokenizer, given, **size) if given else []
+        for kind, given in prompts.items()
+    }
 
 
 @torch.no_grad()

@@ -305,8 +305,6 @@ def test_names_in_files_forge_no_line_of_an_audit(
     edit_json(adapter / CONFIG, base_model_name_or_path=FOREIGN)
     gk.Subspace(subspace.basis, notes=(FOREIGN,)).save(tmp_path / "s")
     commands = (
-        ["inspect", str(adapter)],
-        ["inspect", str(tmp_path / "s")],
         ["identify", str(adapter), "--k", "1", "--output", str(tmp_path / "t")],
         ["check", str(adapter), str(tmp_path / "s")],
         ["project", str(adapter), str(tmp_path / "s"), "--output", str(tmp_path / "out")],
@@ -328,13 +326,10 @@ def test_answers_and_reasons_forge_no_line_of_a_report() -> None:
         "adapter": FOREIGN,
         "verdict": "weak",
         "reasons": [FOREIGN],
-        "answers": {"unrelated": [told]},
+        "answers": {"unrelated": [told], "training": [told]},
         "effect": {"tokens": {way: [{"token": FOREIGN, "score": 0.1}] for way in ("up", "down")}},
         "model": {"type": FOREIGN, "layers": 1},
-        "neutral_prompts": 1,
-        "records": 0,
-        "options": {"n_random": 3},
-        "seed": 0,
+        "prompts": {"unrelated": 1, "training": 1},
         "versions": {"grasp_kernels": "1", "torch": "2"},
     }
     text = diagnosis_text(numbers)

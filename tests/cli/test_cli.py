@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -133,25 +135,20 @@ def test_identify_finds_the_planted_axis(
     assert subspace.summary() in capsys.readouterr().out
 
 
-def test_inspect_tells_adapters_from_subspaces(
-    adapter: Path, axis: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_inspect_finds_the_base_model_that_an_adapter_names(
+    adapter: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["inspect", str(adapter)]) == 0
-    table = capsys.readouterr().out
-    assert table.count("model.layers.") == 21
-    assert "leading singular values" in table
-    assert main(["inspect", str(axis)]) == 0
-    assert capsys.readouterr().out.startswith("1 direction of a residual stream of width 32.")
-    assert main(["inspect", str(tmp_path / "missing")]) == 2
-
-
-def test_singular_values_are_those_of_the_whole_change(adapter: Path) -> None:
-    from grasp_kernels.adapters import load_adapter
-    from grasp_kernels.adapters.inspection import singular_values
-
-    layer = load_adapter(adapter).layers[3]
-    change = layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
-    torch.testing.assert_close(singular_values(layer), torch.linalg.svdvals(change)[:4])
+    named, config = tmp_path / "named", json.loads((adapter / "adapter_config.json").read_text())
+    shutil.copytree(adapter, named)
+    for base, status, said in (
+        (str(tiny_model_dir), 0, "**Verdict: "),
+        ("somebody/something", 2, "'somebody/something', which is not a folder here: add --base-"),
+        (None, 2, "None, which is not a folder here: add --base-model"),
+    ):
+        config["base_model_name_or_path"] = base
+        (named / "adapter_config.json").write_text(json.dumps(config))
+        assert main(["inspect", str(named)]) == status
+        assert said in "".join(capsys.readouterr())
 
 
 def test_check_fails_before_and_passes_after_project(
@@ -325,6 +322,6 @@ def test_debug_shows_the_traceback() -> None:
 def test_library_that_is_missing_is_named_with_its_remedy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "grasp_kernels.subspace.basis", None)
-    assert main(["inspect", "anything"]) == 2
+    monkeypatch.setitem(sys.modules, "grasp_kernels.subspace", None)
+    assert main(["identify", "anything", "--output", "x.safetensors"]) == 2
     assert "install grasp_kernels with its extra 'train'" in capsys.readouterr().err

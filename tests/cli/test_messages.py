@@ -128,7 +128,7 @@ FILES = {
     "merged/model.safetensors": (EXTRACT,),
     "adapter/adapter_config.json": (PROJECT,),
     ADAPTER: (IDENTIFY, "inspect adapter"),
-    "s.safetensors": (PROJECT, "inspect s.safetensors"),
+    "s.safetensors": (PROJECT, CHECK),
     "chat.jsonl": (INSPECT,),
     "neutral.jsonl": (INSPECT,),
 }
@@ -291,7 +291,7 @@ VALUES: dict[str, tuple[str, Change, str]] = {
     "two adapters in a file": ("inspect adapter", two_in_one_file, "['a', 'b']"),
     "an adapter below": ("inspect adapter", one_below, "['named']"),
     "an untrained adapter": (
-        "inspect adapter",
+        IDENTIFY,
         lambda root: save_file(
             {k: t * ("lora_A" in k) for k, t in load_file(root / ADAPTER).items()}, root / ADAPTER
         ),
@@ -398,8 +398,6 @@ def test_a_wrong_option_is_spelled_as_it_is_typed(
         "check adapter s.safetensors --tolerance nan",
         "extract merged --base-model model --output o --rank 0",
         "identify adapter --output o.safetensors --k 99",
-        "inspect adapter --data chat.jsonl",
-        "inspect adapter adapter --base-model model",
         "bench --model x",
         "bench --dtype x",
         "bench --rounds 1",
@@ -520,5 +518,5 @@ def test_what_a_library_raises_is_never_all_that_is_said(
     def fails(*arguments: Any, **options: Any) -> Any:
         raise error
 
-    monkeypatch.setattr("grasp_kernels.adapters.load_adapter", fails)
-    refused("inspect adapter", here, capsys, "adapter")
+    monkeypatch.setattr("grasp_kernels.subspace.identify", fails)
+    refused("identify adapter --output o.safetensors", here, capsys, "adapter")

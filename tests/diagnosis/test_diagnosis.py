@@ -174,10 +174,6 @@ def test_inspect_beside_a_base_model(
     assert json.loads(numbers.read_text()) == json.loads((out / "diagnosis.json").read_text())
     assert main([*command, "--output", str(out)]) == 2
     assert "choose another path" in capsys.readouterr().err
-    assert main(["inspect", str(contaminated), "--data", str(chat_jsonl)]) == 2
-    assert "add --base-model" in capsys.readouterr().err
-    assert main(["inspect", str(contaminated), *command[1:]]) == 2
-    assert "give one" in capsys.readouterr().err
 
 
 def test_what_cannot_work_is_refused_with_a_sentence(
