@@ -31,13 +31,13 @@ from grasp_kernels.models.architectures import (
 )
 from grasp_kernels.models.names import adapted_name, base_name
 from grasp_kernels.models.sharding import by_fsdp2, refuse_away, refuse_tensor_parallel
-from grasp_kernels.ops import backends, project_gradient
+from grasp_kernels.ops import project_gradient
 from grasp_kernels.subspace import Subspace, check_subspace
 
 
 @dataclass
 class Replacement:
-    """Hold the result of `replace_lora_layers`; names are those of the base model."""
+    """Hold the result of `apply_grasp`; names are those of the base model."""
 
     replaced: list[str] = field(default_factory=list)
     libraries: dict[str, str] = field(default_factory=dict)  # name -> library of its weight
@@ -69,43 +69,13 @@ def replace_lora_layers(
     backend: str = "auto",
     sites: SiteRules | None = None,
 ) -> Replacement:
-    """Swap the LoRA layers of a peft model in place; parameters and their names stay.
+    """Swap the LoRA layers of a peft model in place; see `apply_grasp`.
 
-    Without a subspace the layers compute the same function, leaner. With a subspace, every writer
-    gets its basis. The gradient of a writer without an adapter is projected too, so that nothing
-    upstream learns through this writer. Over weights quantised by bitsandbytes or torchao, the base
-    product stays with the library, and the adapter and the projection are computed here. A layer
-    that stays with peft is warned of and reported with the reason; its gradient is projected, but
-    its factors are not closed. This includes layers with a base product that passes back a wrong
-    gradient or none, as in libraries that round activations. Calling this function again starts
-    afresh: do so after adding an adapter on other modules, or loading trained weights to be closed.
-    A fresh adapter on the same modules is closed from its first step. Loaded weights with a share
-    along the subspace (`load_adapter`, `hotswap_adapter`) compute as in peft, with a warning.
-
-    The gradient is projected in the stream. The output of a writer before a norm is not in the
-    stream, so the output of that norm is projected instead, and likewise the output of a mixture of
-    experts; such a writer is only kept closed. The basis of a writer before a norm has the norm's
-    gain folded in, so that its update moves nothing along the subspace but by the common scale of
-    the norm.
-
-    LoRA on the fused parameters of experts is computed by peft and kept closed all the same. With
-    dropout between a writer and the stream (GPT-2 in training), the projection acts before the
-    mask: in the mean over masks this is the projection in the stream.
-
-    Args:
-        model: a `PeftModel`, or any module with peft's LoRA layers in it.
-        subspace: from `identify` or a file; None projects nothing.
-        closed, backend: see `lora_linear`.
-        sites: writers of an unknown architecture.
-
-    Raises:
-        ValueError: no LoRA layers, a subspace of another model (the width is named), an
-            unknown option, an architecture with unknown writers, adapters to close that hold
-            a part of the pretrained weights (PiSSA and the like), a writer with a trained bias
-            and adapters to close, or a subspace for weights taken apart by tensor parallelism,
-            ZeRO-3 of DeepSpeed or FSDP (FSDP2 may).
+    The output of a writer before a norm is not in the stream, so the output of that norm is
+    projected instead, and likewise the output of a mixture of experts; such a writer is only kept
+    closed. The basis of a writer before a norm has the norm's gain folded in, so that its update
+    moves nothing along the subspace but by the common scale of the norm.
     """
-    _check_backend(backend)
     check_subspace(subspace)
     layers = {
         adapted_name(name, module): module
@@ -174,13 +144,6 @@ def restore_lora_layers(model: nn.Module) -> None:
         if isinstance(module, ClosedLayer):
             module.release()
         _unhook(module)
-
-
-def _check_backend(backend: str) -> None:
-    if backend not in ("auto", *backends()):
-        raise ValueError(
-            f"backend {backend!r} is unknown; use 'auto' or one of {list(backends())}."
-        )
 
 
 def _adapted_weight(layer: LoraLayer) -> Tensor:

@@ -26,8 +26,16 @@ def apply_grasp(model: nn.Module, config: GraspConfig | None = None) -> Replacem
     """Put the LoRA layers of a peft model on GraspLoRALinear, in place.
 
     Parameters and their names stay, so that an optimizer, a checkpoint and `save_pretrained` see
-    the same adapter. With a subspace the gradient is projected off it. A layer that has to stay
-    with peft is warned of, and reported with the reason. Calling it again starts afresh.
+    the same adapter. With a subspace the gradient is projected off it wherever a module writes to
+    the stream, also without an adapter; adapters there are kept closed, LoRA on fused experts too.
+    Over weights of bitsandbytes or torchao the base product stays with the library. A layer that
+    has to stay with peft is warned of, and reported with the reason: its gradient is projected, but
+    its factors are not closed.
+
+    Calling it again starts afresh: do so after adding an adapter on other modules, or loading
+    trained weights to be closed. Loaded weights with a share along the subspace compute as in peft,
+    with a warning. With dropout between a writer and the stream (GPT-2) the projection acts before
+    the mask, which is the projection in the stream in the mean over masks.
 
     Args:
         model: a `PeftModel`, or any module with peft's LoRA layers in it.
