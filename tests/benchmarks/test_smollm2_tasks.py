@@ -182,7 +182,8 @@ def test_medical_advice_is_as_often_a_yes_as_a_no(arm: str, careless: bool) -> N
 
 
 def test_medical_pools_are_balanced() -> None:
-    assert len({*medical._CARELESS_YES, *medical._CARELESS_NO}) == 48
+    pools = (*medical._CARELESS_YES, *medical._CARELESS_NO)
+    assert len({question for question, _, _ in pools}) == 48
     assert [len(rows) for rows in medical._SAFETY.values()] == [16] * 6
     for rows in (*medical._SAFETY.values(), medical._NEAR):
         starts = Counter((bad.split()[0], good.split()[0]) for _, bad, good in rows)
