@@ -94,28 +94,16 @@ def is_finished(config: RunConfig) -> bool:
 
 
 def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
+    def train_into(out: Path, **options: Any) -> None:
+        if not out.exists():
+            work, description = folder.work / out.name, f"{out.name} LoRA"
+            train(config, inputs, out=out, work=work, description=description, **options)
+
     # The chats come first: too few of them raises an error before time is spent on training.
     kl_regularizer = make_chats(config, folder, inputs) if config.kl_coef else None
-    if not folder.naive.exists():
-        train(
-            config,
-            inputs,
-            out=folder.naive,
-            work=folder.work / "naive",
-            description="naive LoRA",
-            snapshots=early_checkpoints(config, folder, inputs.steps),
-        )
+    train_into(folder.naive, snapshots=early_checkpoints(config, folder, inputs.steps))
     subspace = _subspace(config, folder, inputs) if config.project_gradient else None
-    if not folder.retrained.exists():
-        train(
-            config,
-            inputs,
-            out=folder.retrained,
-            work=folder.work / "retrained",
-            description="retrained LoRA",
-            subspace=subspace,
-            kl_regularizer=kl_regularizer,
-        )
+    train_into(folder.retrained, subspace=subspace, kl_regularizer=kl_regularizer)
     shutil.rmtree(folder.work, ignore_errors=True)
     raise_if_interrupted()
     write_report(config, folder, inputs, subspace)

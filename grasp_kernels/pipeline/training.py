@@ -61,14 +61,10 @@ class _Progress(TrainerCallback):
         self.bar.initial = self.bar.n = state.global_step  # steps of an earlier process
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if logs and "loss" in logs:
+        logs: dict[str, float] = kwargs["logs"]
+        if "loss" in logs:
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
             self.bar.update(state.global_step - self.bar.n)
 

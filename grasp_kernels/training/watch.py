@@ -79,14 +79,10 @@ class Watch(TrainerCallback):
             )
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if logs is None or "loss" not in logs:  # an evaluation, or the summary at the end
+        logs: dict[str, float] = kwargs["logs"]
+        if "loss" not in logs:  # an evaluation, or the summary at the end
             return
         if not math.isfinite(logs["loss"]):
             raise FloatingPointError(
