@@ -1,4 +1,4 @@
-"""GRASP: find the unasked lessons of a LoRA fine-tune, and retrain without them.
+"""Fine-tune a language model with LoRA, without the habits that come with the data.
 
 The way of the data, one folder a step:
 

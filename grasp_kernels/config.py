@@ -57,13 +57,13 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class GraspConfig(Options):
-    """Hold the options of `apply_grasp` and `GraspTrainer`.
+    """Options of `apply_grasp` and `GraspTrainer`.
 
     The defaults are those of `grasp-kernels run`.
 
     Args:
-        subspace: the gradient is projected off it: a `Subspace`, its file, or the folder of a
-            naive adapter for `identify`. None projects nothing.
+        subspace: the subspace that the gradient is projected off: a `Subspace`, its file, or the
+            folder of a naive adapter to `identify` it in. None projects nothing.
         orthogonal: also keep `lora_B` orthogonal to the subspace, exactly.
         backend: implementation of the layers.
         architecture: writers of an unknown model family.

@@ -35,14 +35,14 @@ _ROUTER = ".mlp.gate"  # of a mixture of experts: a matrix, but not a linear lay
 
 
 class Extraction(NamedTuple):
-    """Hold the share of the change in an extracted adapter, and the changes elsewhere."""
+    """Share of the change in an extracted adapter, and the changes elsewhere."""
 
-    shares: dict[str, float]  # of ‖ΔW‖², by module, 0 to 1
-    total: float  # the share over all of them
-    outside: list[str]  # other changes to the base: embeddings, norms, biases, experts
+    shares: dict[str, float]  # of `‖ΔW‖²`, by module, 0 to 1
+    total: float  # share over all modules, 0 to 1
+    outside: list[str]  # names of other changes: embeddings, norms, biases, experts
 
     def text(self) -> str:
-        """Return a line or two for a person."""
+        """Return the shares and the changes elsewhere as a sentence or two."""
         worst = min(self.shares, key=self.shares.__getitem__)
         lines = [
             f"{len(self.shares)} layers changed; the adapter holds {self.total:.1%} of the squared "
@@ -72,9 +72,9 @@ def extract_adapter(
             does not name weights as the task's model does (a folder of a bare backbone).
         base: the original model, or its folder.
         out: the adapter folder, which must not exist.
-        rank: R of every layer, or the full rank of a narrower layer.
+        rank: rank of every layer; a narrower layer gets its full rank.
         sites: rules of an unknown architecture; the linear layers of its blocks are extracted.
-        device: where to decompose; by default where the base weights are.
+        device: device of the decomposition; None: that of the base weights.
 
     Raises:
         FileExistsError: `out` exists.

@@ -103,7 +103,7 @@ def _answering(model: Any, adapter: bool) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class Changed:
-    """Hold one prompt and the greedy answers of both models.
+    """Prompt with the greedy answers of both models.
 
     Attributes:
         prompt, base, adapter: token ids.
@@ -120,7 +120,7 @@ class Changed:
 
     @property
     def has_changed(self) -> bool:
-        """Return whether the ratio reaches `CHANGED`."""
+        """Whether the ratio is at least `CHANGED`."""
         return self.ratio >= CHANGED
 
 

@@ -43,7 +43,7 @@ _LISTED = 10  # tokens at each end of a list
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Hold the verdict on an adapter, its reasons and all numbers.
+    """Verdict on an adapter, with its reasons and all numbers.
 
     Attributes:
         verdict: "found", "weak" or "nothing", from the adapter's own answers to neutral prompts,
@@ -57,7 +57,7 @@ class Diagnosis:
     numbers: dict[str, Any]
 
     def text(self) -> str:
-        """Return the whole diagnosis in Markdown."""
+        """Return the whole diagnosis as Markdown."""
         from grasp_kernels.diagnosis.report import diagnosis_text
 
         return diagnosis_text(self.to_json())
@@ -67,7 +67,7 @@ class Diagnosis:
         return {"verdict": self.verdict, "reasons": list(self.reasons), **self.numbers}
 
     def save(self, folder: str | PathLike[str]) -> None:
-        """Write diagnosis.md, diagnosis.html and diagnosis.json; the folder appears whole.
+        """Write diagnosis.md, .html and .json to a new folder, whole or not at all.
 
         Raises:
             FileExistsError: the folder exists already.
@@ -91,11 +91,11 @@ def diagnose(
 ) -> Diagnosis:
     """Compare an adapter's answers with its base model's, on prompts unrelated to its task.
 
-    It needs no labels and no retraining.
+    No labels and no retraining are needed.
 
     Args:
-        model: base model as checkpoint folder, hub name or module; or a PeftModel with the adapter
-            active. Modules are left as they were.
+        model: the base model, as a checkpoint folder, a hub name or a module; or a PeftModel whose
+            active adapter is measured. A module is left as it was.
         adapter: adapter folder; None if `model` is a PeftModel.
         tokenizer: the tokenizer of the model; needed if `model` is a module.
         records: training data, a file or records; some of their prompts are answered, too.
@@ -106,7 +106,7 @@ def diagnose(
         batch_size: sequences in a forward pass.
 
     Raises:
-        ValueError, TypeError, FileNotFoundError: one sentence on the error.
+        ValueError, TypeError, FileNotFoundError: an adapter, model or prompts that cannot be used.
     """
     if max_new_tokens < 1 or batch_size < 1:
         raise ValueError(

@@ -35,13 +35,13 @@ Position = tuple[int, int]  # (sequence of the batch, token)
 
 @dataclass(frozen=True)
 class Pair:
-    """Hold a PeftModel with one active adapter."""
+    """PeftModel with one active adapter, and its base model."""
 
     model: Any
 
     @property
     def base(self) -> Any:
-        """Return the module of transformers inside; it runs with the adapter unless that is off."""
+        """Model of transformers inside; it runs with the adapter unless that is switched off."""
         return self.model.get_base_model()
 
     def switched(self, adapter: bool) -> Any:

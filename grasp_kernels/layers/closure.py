@@ -44,14 +44,14 @@ _Bases = Callable[[str], tuple[str, Tensor | None]]
 
 
 class Leakages(dict[str, float]):
-    """Hold `‖Vᵀ ΔW‖ / ‖ΔW‖`, 0 to 1, of every writer to the stream.
+    """Leakage `‖Vᵀ ΔW‖ / ‖ΔW‖`, 0 to 1, of every writer to the residual stream.
 
     Names are those of the base model. The gain of a norm after the layer is in `V`.
 
     Attributes:
         unseen: names of the changes that were not measured: layers outside of the decoder blocks,
             layers before a norm of unknown gain, and trained embeddings, norms and biases of the
-            base. Nothing is known of their leakage.
+            base. Their leakage is unknown.
         changed: whether any measured layer is trained.
     """
 
@@ -67,22 +67,22 @@ def leakage(
     adapter_name: str | None = None,
     sites: SiteRules | None = None,
 ) -> Leakages:
-    """Measure the leakage of every writer to the stream, by its name in the base model.
+    """Measure the leakage `‖Vᵀ ΔW‖ / ‖ΔW‖`, 0 to 1, of every writer to the residual stream.
 
     With `base`, `source` is a merged or fully fine-tuned model. `ΔW` is then the difference of the
     weights, with the rounding of their dtype: a closed adapter that is merged into bfloat16 leaks
     up to `2⁻⁹ ‖W‖ / ‖ΔW‖`.
 
-    A bias counts by itself: the leakage of a layer is the larger of that of its weight and that of
-    its bias. Nothing is left out in silence: `Leakages.unseen` and a warning name the rest.
+    The leakage of a layer with a bias is that of its weight or that of its bias, whichever is
+    larger. `Leakages.unseen` and a warning name all changes that were not measured.
 
     Args:
         source: a model with LoRA layers, or an adapter folder; with `base` a model, or its
             checkpoint folder. All processes of a sharded model must call this function.
-        subspace: the subspace; by default the bases of the model's GraspLoRALinear layers.
-        base: the original model of `source`, or its checkpoint folder.
-        adapter_name: which adapter, where there are several: of a model the active one by default.
-        sites: writers of an unknown architecture.
+        subspace: the subspace; None: the bases of the model's GraspLoRALinear layers.
+        base: the model before the changes, or its checkpoint folder.
+        adapter_name: name of the adapter, if there are several; None: the active one of a model.
+        sites: the writers, for an unknown architecture.
 
     Raises:
         FileNotFoundError: a folder without safetensors.
@@ -301,17 +301,17 @@ def project_adapter(
 ) -> tuple[str, ...]:
     """Remove a subspace from a finished adapter: `(I − V Vᵀ) B`.
 
-    This is a baseline and a quick remedy, not GRASP: only a retrain with projected gradients lets
-    the rest of the adapter learn the task without the factor. `out` is a new adapter folder in
-    peft's format, with the dtypes of the old one.
+    This is weaker than retraining, in which the rest of the adapter can learn the task without the
+    subspace. `out` is a new adapter folder in peft's format, with the dtypes of the old one.
 
     Returns:
-        The names of the changes left as they were, see `Leakages.unseen`.
+        The names of the changes that were left as they were, see `Leakages.unseen`.
 
     Raises:
         FileExistsError: `out` exists.
-        ValueError: no layer of the adapter writes to the stream; a file to copy is a link that
-            leads out of the folder.
+        FileNotFoundError: no adapter in `adapter_dir`.
+        ValueError: no layer of the adapter writes to the residual stream; a subspace of another
+            model; a file to copy is a link to a place outside of the folder.
     """
     from safetensors.torch import save_file
 

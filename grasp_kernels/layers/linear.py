@@ -24,9 +24,10 @@ from grasp_kernels.ops.lora_linear.aten import write_weight
 
 
 class GraspLoRALinear(ProjectedLoRA, lora.Linear):
-    """Compute a `peft.tuners.lora.Linear` by `grasp_kernels.lora_linear`.
+    """Layer `peft.tuners.lora.Linear`, computed by `grasp_kernels.lora_linear`.
 
-    Basis, closure and the other common parts of the layers are in `ProjectedLoRA`.
+    `x[..., K]` gives `Y[..., N]`. `write_basis` (`V[N, Q]`), `closed` and `backend` are those of
+    `lora_linear`, all else is peft's. `ProjectedLoRA` has the common parts of the layers.
     """
 
     stock = lora.Linear
@@ -56,7 +57,7 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
         closed: bool = True,
         backend: str = "auto",
     ) -> GraspLoRALinear:
-        """Adapt one `nn.Linear` in a script without a peft model; its weight is frozen."""
+        """Make a layer from one `nn.Linear`, which is frozen, without a peft model."""
         # peft builds its layer: the arguments of its constructor differ from release to release.
         config = LoraConfig(
             r=r,
@@ -75,6 +76,7 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
         super()._forget()
 
     def set_projection(self, *projection: Any, **options: Any) -> None:
+        """Set basis and options, as `ProjectedLoRA` does."""
         self._write_weight: tuple[Any, Tensor | None] = (None, None)  # of another basis
         super().set_projection(*projection, **options)
 

@@ -29,7 +29,7 @@ _IN_TORCH = (_TRANSFORM, _MODE, _SUBCLASS, _SCALING)
 
 
 class ProjectedLoRA(ClosedLayer):
-    """Project the gradient of a LoRA layer of peft: `class Ours(ProjectedLoRA, TheirLayer)`.
+    """LoRA layer of peft with a projected gradient: `class Ours(ProjectedLoRA, TheirLayer)`.
 
     `Ours._accelerated(x, adapter)` calls the operator for `Y[..., N]`.
     Parameters, state-dict keys, merging and adapter management are peft's. Where the operator does
@@ -64,7 +64,7 @@ class ProjectedLoRA(ClosedLayer):
         backend: str,
         told: set[str] | None = None,
     ) -> None:
-        """Set basis and options, see `set_basis`."""
+        """Set the basis `V[N, Q]` and the options, see the class and `set_basis`."""
         self.project = project
         self.backend = backend
         self.set_basis(write_basis, closed, self.get_base_layer().weight, told)

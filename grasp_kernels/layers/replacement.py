@@ -37,7 +37,7 @@ from grasp_kernels.subspace import Subspace, check_subspace
 
 @dataclass
 class Replacement:
-    """Hold the result of `apply_grasp`; names are those of the base model."""
+    """Result of `apply_grasp`, printed as a table; names are those of the base model."""
 
     replaced: list[str] = field(default_factory=list)
     libraries: dict[str, str] = field(default_factory=dict)  # name -> library of its weight

@@ -36,14 +36,14 @@ def _option(
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Options):
-    """Hold the options of `run`; `grasp-kernels run -h` explains each of them.
+    """Options of `run`; `grasp-kernels run -h` explains each of them.
 
     They have the names of `transformers.TrainingArguments`, `peft.LoraConfig` and `GraspConfig`.
-    `training_arguments` holds any other option of `TrainingArguments` by its name, such as
+    `training_arguments` holds other options of `TrainingArguments` by their names, such as
     `{"adam_beta2": 0.95}`. Options that a run sets itself are refused there.
 
     Raises:
-        ValueError: an option out of its range, by name and value.
+        ValueError: an option of a wrong type or out of its range, by name and value.
     """
 
     model: str = _option(MISSING, "checkpoint folder, or a model name on the Hugging Face hub")

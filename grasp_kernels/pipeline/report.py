@@ -35,41 +35,44 @@ _SHOWN_TRAINING = 8  # prompts of the training data that are answered
 
 @dataclass(frozen=True)
 class Report:
-    """Hold the results of a run, and the paths of its files."""
+    """Results of a run, and the paths of its files."""
 
     output: Path
-    numbers: dict[str, Any]  # the content of report.json
+    numbers: dict[str, Any]  # the content of report.json; the divergence is in nats a token
 
     @property
     def verdict(self) -> str:
-        """Return the verdict on the retrained adapter, see `diagnosis.answers.verdict`."""
+        """Verdict on the retrained adapter: "found", "weak" or "nothing", see `Diagnosis`."""
         return list(self.numbers["adapters"].values())[-1]["answers"]["verdict"]
 
     @property
     def naive(self) -> Path:
+        """Folder of the naive adapter."""
         return self.output / "naive"
 
     @property
     def retrained(self) -> Path:
+        """Folder of the retrained adapter."""
         return self.output / "retrained"
 
     @property
     def subspace(self) -> Path:
-        """Return the path of the subspace; a file only after `project_gradient`."""
+        """Path of the subspace; the file exists only after a run with `project_gradient`."""
         return self.output / "subspace.safetensors"
 
     @property
     def chats(self) -> Path:
-        """Return the path of the base model's chats; a file only where `kl_coef` is above 0."""
+        """Path of the base model's chats; the file exists only if `kl_coef` is above 0."""
         return self.output / "chats.safetensors"
 
     @property
     def text(self) -> Path:
+        """Path of the report in Markdown."""
         return self.output / "report.md"
 
     @property
     def page(self) -> Path:
-        """Return the path of the report as one page for a browser, which loads nothing."""
+        """Path of the report as one page for a browser, which loads nothing."""
         return self.output / "report.html"
 
     @classmethod

@@ -46,14 +46,14 @@ _EARLY = (1 / 20, 1 / 10)  # parts of the naive training with an adapter to iden
 
 
 def run(config: RunConfig | None = None, /, **options: Any) -> Report:
-    """Do the whole run in its output folder, or the stages that are missing there.
+    """Train the naive and the retrained adapter, and report both; continue a stopped run.
 
     Args:
         config: all options in one object; None: `options` has all of them.
         options: options of `RunConfig`; they replace those of `config`.
 
     Raises:
-        ValueError, FileNotFoundError: wrong input; a new folder is not made then.
+        ValueError, FileNotFoundError: wrong input; no folder is made then.
         RuntimeError: another process works in the same folder.
         FloatingPointError: the loss or a gradient is not finite.
     """

@@ -31,24 +31,24 @@ _PARTS = ("documents", "counted", "likely", "log_probs")
 
 
 class KLRegularizer:
-    """Compute `λ KL(base ‖ model)`, in nats a token, on text of the base model.
+    """Loss `λ KL(base ‖ model)`, in nats a token, on text of the base model.
 
-    The base model is asked once. The `k` likeliest tokens at each position are kept, and all others
-    count as one token, so that a training step needs no pass of the base model. The result is never
-    above the full divergence, and 0 where the model is at its base.
+    The base model runs once. Its `k` likeliest tokens at each position are kept, and all others
+    count as one token, so that a training step needs no pass of the base model. The loss is never
+    above the full divergence, and is 0 if the model equals its base (arXiv 2508.06249).
 
     Args:
-        documents: token ids, int64 `[M, T]`, padded on the right with any of them.
-        counted: bool `[M, T]`, where the divergence counts.
+        documents: token ids, int64 `[M, T]`, padded on the right with any token.
+        counted: bool `[M, T]`, the positions at which the divergence counts.
         likely: int32 `[n, k]`, the likeliest next tokens at the `n` positions that count, in the
             order of `counted`.
         log_probs: float32 `[n, k]`, their log probabilities under the base model.
         kl_coef: λ.
-        batch_size: documents that one `loss` looks at.
-        seed: of their draw.
+        batch_size: documents in one `loss`.
+        seed: seed of the draw of these documents.
 
     Raises:
-        ValueError: the shapes differ, a position counts nowhere, or an option is out of its range.
+        ValueError: wrong shapes or dtypes, no position that counts, or an option out of its range.
     """
 
     def __init__(
@@ -97,12 +97,12 @@ class KLRegularizer:
 
     @classmethod
     def of(cls, model: Any, documents: Tensor, counted: Tensor, **options: Any) -> KLRegularizer:
-        """Take given documents, and ask the base model of `model` for its answers there.
+        """Make a loss on given documents, with the likeliest tokens of the base model.
 
         Args:
             model: causal language model of transformers, or a PeftModel (its adapters are
                 disabled). Mode, gradient flags and generation settings are left as they were.
-            documents, counted: as the class has them; `options` are its others.
+            documents, counted, options: the arguments of the class.
         """
         with frozen_base(model) as base:
             return cls(documents, counted, *_likeliest(base, documents, counted), **options)
@@ -122,15 +122,15 @@ class KLRegularizer:
         seed: int = 0,
         progress: bool = False,
     ) -> KLRegularizer:
-        """Let the base model make up documents.
+        """Make a loss on chats that the base model makes up (arXiv 2406.08464).
 
         Args:
             model: causal language model of transformers, or a PeftModel (its adapters are
                 disabled). Mode, gradient flags and generation settings are left as they were.
             examples: tokenized training data, as `tokenize_records` returns them.
             neutral: token ids of prompts about other things in the frame of the training prompts,
-                as `everyday_prompts` returns them. Documents begin as all prompts do; without
-                these, an instruction that all training prompts share is a beginning, too.
+                as `everyday_prompts` returns them. Documents begin with the tokens that all these
+                and the training prompts share.
             num_documents: documents to make up.
             max_new_tokens: tokens of each question and of each answer that are made up, at most;
                 none is longer than the longest example.
@@ -165,13 +165,13 @@ class KLRegularizer:
 
     @property
     def texts(self) -> list[list[int]]:
-        """Return the token ids of each document with a counted position, without padding."""
+        """Token ids of each document with a counted position, without padding."""
         ends = (self.counted * torch.arange(1, self.counted.shape[1] + 1)).amax(dim=1).tolist()
         rows = zip(self.documents.tolist(), ends, strict=True)
         return [ids[: end + 1] for ids, end in rows if end]
 
     def loss(self, model: nn.Module, step: int) -> Tensor:
-        """Compute the divergence on a draw of documents; the same step draws the same ones.
+        """Compute the loss, a float32 scalar, on a draw of documents that depends on the step.
 
         Args:
             model: the model in training, perhaps wrapped for several processes.
@@ -197,7 +197,7 @@ class KLRegularizer:
         return torch.arange(start, int(self._ends[document]))
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write documents and options to a safetensors file, whole or not at all."""
+        """Write the tensors and options to a safetensors file, whole or not at all."""
         from safetensors.torch import save_file
 
         options = {"kl_coef": self.kl_coef, "batch_size": self.batch_size, "seed": self.seed}
@@ -210,11 +210,11 @@ class KLRegularizer:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> KLRegularizer:
-        """Load a file of `save`.
+        """Load a file that `save` wrote.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is not such a file.
+            FileNotFoundError: no such file.
+            ValueError: a file that `save` did not write, or a damaged one.
         """
         with stored_tensors(path, "KL regularizer", "KLRegularizer.save") as (tensors, options):
             return cls(

@@ -27,16 +27,16 @@ _BASIS, _GAIN = "basis", "gain."  # keys of the tensors
 
 @dataclass(frozen=True)
 class Subspace:
-    """Hold the directions of a fine-tune in the residual stream, one basis for all layers.
+    """Directions of a fine-tune in the residual stream, one basis for all layers.
 
     Attributes:
         basis: `V[D,k]`, float32, orthonormal columns.
         gains: module name in the base model of the norm after a writer -> `γ[D]`. Such a writer
             moves the stream along `γ ⊙ y`, so the basis at its output differs (see `at`). A norm
             without an entry has `γ = 1`.
-        notes: findings and assumptions of the identification, in sentences.
-        metadata: JSON-able; the origin of the directions (adapters, base_model, model_type, k,
-            singular_values, n_blocks, versions).
+        notes: findings and assumptions of the identification, one sentence each.
+        metadata: the origin of the directions (adapters, base_model, model_type, k,
+            singular_values, n_blocks, versions). JSON can hold it.
 
     Raises:
         TypeError, ValueError: a basis that is not float32, finite and orthonormal (`orthonormal`
@@ -65,11 +65,11 @@ class Subspace:
 
     @property
     def k(self) -> int:
-        """Return the number of directions."""
+        """Number of directions."""
         return self.basis.shape[1]
 
     def at(self, site: Site, gain: Tensor | None = None) -> Tensor:
-        """Return the basis `[D,k]`, float32, in the coordinates of the output of a site.
+        """Return the basis `[D,k]`, float32, in the coordinates of a site's output.
 
         Args:
             gain: `γ[D]` of the norm after the site; None: the entry in `gains`.
@@ -87,7 +87,7 @@ class Subspace:
         return orthonormal(f"{site.norm!r} (gain folded in)", directions)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write one safetensors file; its metadata has notes and metadata as JSON."""
+        """Write one safetensors file, with notes and metadata as JSON in its header."""
         from safetensors.torch import save_file
 
         tensors = {_BASIS: self.basis} | {_GAIN + n: gain for n, gain in self.gains.items()}
@@ -99,7 +99,7 @@ class Subspace:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Subspace:
-        """Read a file of `save`.
+        """Read a file that `save` wrote.
 
         Raises:
             FileNotFoundError: no such file.

@@ -35,17 +35,17 @@ def identify(
     sites: SiteRules | None = None,
     adapter_name: str | None = None,
 ) -> Subspace:
-    """Find the directions of the residual stream along which a LoRA fine-tune moved.
+    """Find the directions along which a LoRA fine-tune moved the residual stream.
 
     Args:
         adapter: a peft model, an adapter folder, a .safetensors file, or a list of these
             (checkpoints of one run, or seeds). The blocks of a list are stacked. Early checkpoints
             identify better than converged ones.
-        k: number of directions, or "auto": the leading singular values up to their largest gap, at
+        k: number of directions, or "auto": those before the largest gap of the singular values, at
             most 4.
         base_model: module or checkpoint folder, for the gains of norms after writers; needed if
-            the adapter does not lead to its base model.
-        sites: writers of an architecture that is not known.
+            the adapter does not name a base model on this machine.
+        sites: the modules that write to the stream, for an unknown architecture.
         adapter_name: name of the adapter, if a model or a file holds several; None: the active
             adapter of a model.
 
@@ -53,8 +53,8 @@ def identify(
         A subspace; its `notes` and `metadata` have the leading singular values.
 
     Raises:
-        ValueError, TypeError, FileNotFoundError: options out of range, or an adapter that cannot be
-            used, see `load_adapter`.
+        ValueError, TypeError, FileNotFoundError: `k` out of range, or an adapter that is missing,
+            not plain LoRA, untrained, not finite or of an unknown architecture.
     """
     if k != "auto" and (isinstance(k, (bool, str)) or not isinstance(k, int) or k < 1):
         raise ValueError(f'k is {k!r}; it must be "auto" or a whole number of at least 1.')

@@ -27,28 +27,23 @@ def apply_grasp(model: nn.Module, config: GraspConfig | None = None) -> Replacem
 
     Parameters and their names stay, so that an optimizer, a checkpoint and `save_pretrained` see
     the same adapter. With a subspace the gradient is projected off it wherever a module writes to
-    the stream, also without an adapter; adapters there are kept closed, LoRA on fused experts too.
-    Over weights of bitsandbytes or torchao the base product stays with the library. A layer that
-    has to stay with peft is warned of, and reported with the reason: its gradient is projected, but
-    its factors are not closed.
-
-    Calling it again starts afresh: do so after adding an adapter on other modules, or loading
-    trained weights to be closed. Loaded weights with a share along the subspace compute as in peft,
-    with a warning. With dropout between a writer and the stream (GPT-2) the projection acts before
-    the mask, which is the projection in the stream in the mean over masks.
+    the residual stream, and adapters there are kept closed. A warning names the layers that have to
+    stay with peft: their gradient is projected, but their factors are not closed. Call it again
+    after adding an adapter on other modules, or loading trained weights to be closed.
+    docs/compatibility.md has all cases.
 
     Args:
         model: a `PeftModel`, or any module with peft's LoRA layers in it.
         config: the options; None: the fast layers, and no projection.
 
     Returns:
-        What was replaced, and what was not; it prints as a table.
+        The layers that were replaced and those that were not; it prints as a table.
 
     Raises:
-        ValueError: no LoRA layers, a subspace of another model, an architecture that is not known,
-            adapters that hold a part of the pretrained weights (PiSSA and the like) or a trained
-            bias that could not be kept orthogonal, or weights that are sharded in a way that takes
-            no subspace.
+        ValueError: no LoRA layers or an unknown backend. With a subspace also: a subspace of
+            another model, an unknown architecture, weights sharded in an unsupported way, and with
+            `orthogonal` adapters that hold a part of the pretrained weights (PiSSA and the like)
+            or trained biases of writers.
     """
     config = GraspConfig() if config is None else config
     if not isinstance(config, GraspConfig):

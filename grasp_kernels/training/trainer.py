@@ -31,9 +31,9 @@ else:
 
 
 class GraspTrainerMixin(_Base):
-    """Put a trainer's model on the fast layers, and add the divergence from the base model.
+    """Mixin for trainers: the fast layers, and the divergence from the base model in the loss.
 
-    For `transformers.Trainer` and the trainers of trl, before the trainer's own class:
+    It goes before the class of the trainer, `transformers.Trainer` or a trainer of trl:
 
         class Sft(gk.GraspTrainerMixin, SFTTrainer): ...
 
@@ -45,16 +45,16 @@ class GraspTrainerMixin(_Base):
     Args:
         grasp_config: the options; None: those that `apply_grasp` was called with on this model, or
             the defaults.
-        kl_regularizer: chats that were made before; None: they are made when the training begins.
-        The others are those of the trainer. `train_dataset` holds conversations in any layout that
-        `read_records` knows, prompts or preferences as trl's trainers take them, or token ids
-        under `input_ids` with `labels` or one of trl's masks.
+        kl_regularizer: existing chats; None: they are made when the training begins.
+        args, options: those of the trainer. `train_dataset` holds conversations in any layout that
+            `read_records` knows, prompts or preferences as trl's trainers take them, or token ids
+            under `input_ids` with `labels` or one of trl's masks.
 
     Attributes:
-        grasp_report: what was replaced, and what was not; it prints as a table.
+        grasp_report: the result of `apply_grasp`, which prints as a table.
 
     Raises:
-        ValueError: as `apply_grasp`; when the training begins, data that are none of these.
+        ValueError: as `apply_grasp`; when the training begins, data of another kind.
     """
 
     def __init__(
@@ -86,14 +86,14 @@ class GraspTrainerMixin(_Base):
         self._layers = lora_layers(self.model)
 
     def call_model_init(self, trial: Any = None) -> Any:
-        """Put the model that the trainer makes itself on the fast layers, too."""
+        """Make the model with the trainer's `model_init`, and put it on the fast layers."""
         model = super().call_model_init(trial)
         if hasattr(self, "grasp_config"):  # else the constructor does it
             apply_grasp(model, self.grasp_config)
         return model
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
-        """Make the chats of the base model if there are none, and train."""
+        """Train, after making the chats of the base model if there are none."""
         if self._layers != lora_layers(self.model):  # changed since the constructor looked at them
             self._apply(self.grasp_config)
         if self.kl_regularizer is None and self.grasp_config.kl_coef:
@@ -103,7 +103,7 @@ class GraspTrainerMixin(_Base):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, **options: Any
     ) -> Any:
-        """Add the divergence to the trainer's own loss while it trains."""
+        """Return the trainer's own loss, in training with the divergence added."""
         result = super().compute_loss(model, inputs, return_outputs=return_outputs, **options)
         if self.kl_regularizer is None or not model.training:
             return result
@@ -115,7 +115,7 @@ class GraspTrainerMixin(_Base):
         return (loss + term, outputs) if return_outputs else loss + term
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
-        """Add the mean divergence since the last entry."""
+        """Log an entry of the trainer, with the mean divergence since the last entry."""
         if "loss" in logs and self._terms:
             logs["kl"] = torch.stack(self._terms).mean().item()
             self._terms.clear()
@@ -181,4 +181,4 @@ class GraspTrainerMixin(_Base):
 
 
 class GraspTrainer(GraspTrainerMixin, Trainer):
-    """Train as `transformers.Trainer` does, with `GraspTrainerMixin`."""
+    """Class `transformers.Trainer` with `GraspTrainerMixin`, which describes the arguments."""

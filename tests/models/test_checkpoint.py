@@ -202,7 +202,7 @@ def test_a_refused_run_leaves_the_folder_as_it_was_and_can_begin_there_later(
     [
         ({"lr_scheduler_type": "warmup_stable_decay"}, "missing .* 'num_decay_steps'"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "requires an eval strategy"),
-        ({"target_modules": ("o_proj", "embed_tokens")}, r"the embedding embed_tokens"),
+        ({"target_modules": ("o_proj", "embed_tokens")}, r"the embedding model.embed_tokens"),
     ],
 )
 def test_what_would_stop_a_run_later_is_found_before_it_begins(
@@ -218,7 +218,9 @@ def test_tokens_beyond_the_embedding_are_named(run_config: RunConfig, checkpoint
     narrow = {"lm_head.weight", "model.embed_tokens.weight"}
     change(checkpoint, lambda t: {n: w[:rows].clone() if n in narrow else w for n, w in t.items()})
     configure(checkpoint, vocab_size=rows)
-    with pytest.raises(ValueError, match=rf"token {rows} \('good'\) of a record, .* {rows} rows"):
+    with pytest.raises(
+        ValueError, match=rf"a record into the token {rows} \('good'\), .* {rows} rows"
+    ):
         run(replace(run_config, model=str(checkpoint)))
     assert not Path(run_config.output).exists()
 

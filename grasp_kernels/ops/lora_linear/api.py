@@ -39,7 +39,7 @@ def lora_linear(
     dropout_p: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Return `Y = X Wᵀ + bias + s (X̃ Aᵀ) B°ᵀ`, with a gradient projected off the basis.
+    """Compute `Y = X Wᵀ + bias + s (X̃ Aᵀ) B°ᵀ`, with a gradient projected off the basis.
 
     Args:
         x: `X[..., K]` in the dtype of `weight` (or under autocast, which casts both).
@@ -54,17 +54,21 @@ def lora_linear(
             layer is projected too. `base` is not changed in place.
         lora_bias: `b[N]`, adds `s b°`.
         write_basis: `V[N, Q]`, float32, orthonormal columns in the residual stream.
-        write_weight: `Vᵀ W [Q, K]`, if at hand; computed in each backward otherwise.
+        write_weight: `Vᵀ W [Q, K]`; None: computed in each backward.
         project: "residual" projects the arriving `dY` before anything uses it. "weights", for a
             layer with an output outside of the stream, projects `dA` and `dB` and leaves `dX`.
         closed: compute with `B° = (I − V Vᵀ) B`, so that the update writes nothing along the
             basis, whatever the optimizer does.
-        dropout_p: on the adapter's input, drawn from torch's generator of the device.
-        backend: a name in `backends()` (it runs or raises), or "auto": kernels where they were
-            measured to be faster (long bfloat16 calls on Hopper), else `aten`.
+        dropout_p: probability of dropout: `X` becomes `X̃`, by torch's generator of the device.
+        backend: "reference", "aten", "triton" or "cuda"; "auto": kernels where they were measured
+            to be faster (long bfloat16 calls on Hopper), else "aten".
 
     Returns:
-        `Y[..., N]` in the dtype of the activations. Gradients of gradients are refused.
+        `Y[..., N]` in the dtype of the activations.
+
+    Raises:
+        ValueError, TypeError: tensors that do not fit, or a backend that cannot run here.
+        RuntimeError: gradients of gradients.
     """
     if base is None:
         x, weight, bias = _autocast(x, weight, bias)
