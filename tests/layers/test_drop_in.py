@@ -70,8 +70,9 @@ def ours(project: bool = False, closed: bool = True, **options: Any) -> PeftMode
     return model
 
 
-def assert_close(found: Any, expected: Any) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    """Two computations in float32, of which each may round as sums of H numbers do."""
+    assert relative_error(found, expected) <= 2 * budget(0.0, torch.float32, H)
 
 
 # --- the names that peft asks for
@@ -441,7 +442,8 @@ def test_a_tensor_as_scaling(scale: Tensor) -> None:
         (found, ours_gradients) = scaled(model, scale)
     expected, gradients = scaled(two_layers(), scale)
     assert_close(found, expected)
-    assert_close(ours_gradients, gradients)
+    for one, other in zip(ours_gradients, gradients, strict=True):
+        assert_close(one, other)
 
 
 def test_a_compiled_model_is_not_compiled_again_by_a_hotswap(tmp_path: Path) -> None:
