@@ -77,6 +77,7 @@ class Encoded(torch.nn.Module):
         return torch.stack([self.decoder(h.roll(i, 0)) for i in range(times)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("times", [1, 2])
 def test_layers_that_run_unequally_often(fused: bool, times: int) -> None:

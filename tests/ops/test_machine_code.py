@@ -15,7 +15,7 @@ import triton
 from build_support import extensions
 from tests.helpers.nvcc import needs_nvcc
 
-pytestmark = needs_nvcc
+pytestmark = [pytest.mark.slow, needs_nvcc]
 OBJECTS = Path(__file__).parents[2] / extensions.OBJECTS / "csrc"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 PASSES = ("gradient", "input", "down")

@@ -53,12 +53,12 @@ def budgets_of(case: Case, backend: str) -> dict[str, float]:
 
 WITH_FLOAT64 = tuple(name for name in BACKENDS if name not in KERNELS)
 PROJECTED = Case(Q=4)
-ANY_DTYPE = [(b, d, case.dtype) for b, d, case in in_dtypes(PROJECTED)]
 # One case a feature, then the products that interact: the projection with closure and dropout.
 CASES = [
     Case(),
     Case(T=0, Q=1),
-    Case(T=1, R=1, Q=1),
+    Case(T=1, Q=1),
+    Case(R=1, Q=1),
     Case(R=3, Q=1),
     Case(K=160, N=144, R=12, Q=32),
     Case(T=130, K=136, N=120, R=128, Q=4),
@@ -67,15 +67,15 @@ CASES = [
     Case(expanded_dy=True, Q=4),
     Case(base=True),
     Case(base=True, T=0, Q=1),
-    Case(base=True, T=1, R=1, Q=1),
+    Case(base=True, T=1, Q=1),
     Case(base=True, T=257, K=136, N=120, R=16, Q=4, lora_bias=True),
     Case(base=True, expanded_dy=True, Q=4),
-    *(
+    *(  # any three of these four options in all combinations
         replace(PROJECTED, project=project, closed=closed, dropout_p=p, base=base)
         for project in ("residual", "weights")
         for closed in (True, False)
         for p in (0.0, 0.3)
-        for base in (False, True)
+        for base in [(project == "weights") ^ (not closed) ^ (p > 0)]
     ),
 ]
 MIXED = [
@@ -149,7 +149,7 @@ def test_any_shape_of_the_kernels(**shape: Any) -> None:
         torch.testing.assert_close(found, exact, rtol=carried, atol=carried, msg=name)
 
 
-@pytest.mark.parametrize(("backend", "device", "dtype"), ANY_DTYPE)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("term", "shows_in", "case"),
     [
@@ -166,12 +166,10 @@ def test_any_shape_of_the_kernels(**shape: Any) -> None:
     ],
 )
 def test_a_missing_term_would_be_over_budget(
-    term: str, shows_in: str, case: Case, dtype: torch.dtype, backend: str, device: str
+    term: str, shows_in: str, case: Case, dtype: torch.dtype
 ) -> None:
-    """The test of the test: against an oracle without the term, the backend must fail."""
-    case = replace(case, dtype=dtype, device=device)
-    worse = check_against_oracle(case, backend, without=term)
-    assert shows_in in worse
+    """The test of the test: against an oracle without the term, the reference must fail."""
+    assert shows_in in check_against_oracle(replace(case, dtype=dtype), "reference", without=term)
 
 
 @pytest.mark.parametrize("backend", WITH_FLOAT64)
@@ -195,7 +193,8 @@ def test_gradcheck(backend: str, Q: int, dropout_p: float, base: bool) -> None:
             backend=backend,
         )
 
-    assert torch.autograd.gradcheck(run, [inputs[name].requires_grad_() for name in names])
+    leaves = [inputs[name].requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)  # along random directions
 
 
 @everywhere

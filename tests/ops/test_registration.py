@@ -44,10 +44,8 @@ def registered_arguments(case: Case, backend: str) -> tuple[Any, ...]:
     "case",
     [
         Case(),
-        PROJECTED,
         replace(PROJECTED, dropout_p=0.5),
         replace(PROJECTED, closed=False, project="weights"),
-        replace(PROJECTED, base=True),
         replace(PROJECTED, base=True, dropout_p=0.5, project="weights"),
     ],
     ids=str,

@@ -56,8 +56,16 @@ def test_every_option_of_transformers_is_taken_or_owned() -> None:
     assert {"adam_beta2", "label_smoothing_factor", "optim", "bf16", "torch_compile"} <= taken
 
 
-def test_options_of_transformers_reach_the_optimizer(run_config: gk.RunConfig) -> None:
+def test_options_of_transformers_reach_the_optimizer(
+    tiny_model_dir: Path, chat_jsonl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     further = {"adam_beta2": 0.5, "optim": "sgd", "optim_args": "momentum=0.25"}
+    files = {"model": tiny_model_dir, "data": chat_jsonl, "output": tmp_path / "out"}
+    config = gk.RunConfig(
+        **{name: str(path) for name, path in files.items()},
+        max_steps=2,
+        training_arguments=further,
+    )
     seen: list[dict[str, Any]] = []
 
     class Momentum(torch.optim.SGD):
@@ -67,8 +75,8 @@ def test_options_of_transformers_reach_the_optimizer(run_config: gk.RunConfig) -
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.optim.SGD", Momentum)
-        report = gk.run(run_config, max_steps=2, training_arguments=further)
-    assert [one["momentum"] for one in seen] == [0.25] * len(seen) and len(seen) >= 4
+        report = gk.run(config)
+    assert [one["momentum"] for one in seen] == [0.25] * 4
     assert report.numbers["config"]["training_arguments"] == further
     noted = json.loads((report.output / "run.json").read_text(encoding="utf-8"))
     assert noted["config"]["training_arguments"] == further
@@ -76,9 +84,15 @@ def test_options_of_transformers_reach_the_optimizer(run_config: gk.RunConfig) -
         with pytest.raises(
             ValueError, match=r"was started with adam_beta2 = 0\.5, not (0\.9|None)"
         ):
-            gk.run(run_config, max_steps=2, training_arguments=other)
-    again = gk.run(run_config, max_steps=2, training_arguments=further)
-    assert again.numbers == report.numbers
+            gk.run(config, training_arguments=other)
+    assert gk.run(config).numbers == report.numbers
+    command = ["run", "--max-steps", "2", "--optim", "sgd", "--optim-args", "momentum=0.25"]
+    for name, path in files.items():
+        command += [f"--{name}", str(path)]
+    assert main([*command, "--adam-beta2", ".25"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "was started with --adam-beta2 0.5, not 0.25: repeat that value" in said
+    assert main([*command, "--adam-beta2", ".5"]) == 0
 
 
 def test_a_schedule_with_what_it_needs(run_config: gk.RunConfig, tmp_path: Path) -> None:
@@ -154,25 +168,6 @@ def test_they_are_typed_by_their_names(
         assert main([*COMMAND, *wrong.split()]) == 2
         assert error(capsys).startswith(message)
     assert configured == []
-
-
-def test_a_resumed_run_has_the_same_options_of_transformers(
-    tiny_model_dir: Path, chat_jsonl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = ["run", "--model", str(tiny_model_dir), "--data", str(chat_jsonl)]
-    command += ["--output", str(tmp_path / "out"), "--max-steps", "2", "--adam-beta2"]
-    config = gk.RunConfig(
-        model=str(tiny_model_dir),
-        data=str(chat_jsonl),
-        output=str(tmp_path / "out"),
-        max_steps=2,
-        training_arguments={"adam_beta2": 0.5},
-    )
-    gk.run(config)
-    assert main([*command, ".25"]) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert "was started with --adam-beta2 0.5, not 0.25: repeat that value" in said
-    assert main([*command, ".5"]) == 0
 
 
 # --- a file
@@ -267,16 +262,16 @@ def test_a_file_that_is_not_there_or_leaves_something_out(
 # --- Python, and other versions
 
 
-def test_run_takes_options_or_a_configuration(
-    run_config: gk.RunConfig, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_run_takes_options_or_a_configuration(run_config: gk.RunConfig) -> None:
     options = {option.name: getattr(run_config, option.name) for option in OPTIONS}
-    with pytest.raises(ValueError, match="max_steps is 0"):
-        gk.run(**{**options, "max_steps": 0})
-    with pytest.raises(ValueError, match="max_steps is 0"):
-        gk.run(run_config, max_steps=0)
-    report = gk.run(**{**options, "max_steps": 2, "kl_coef": 0})
-    assert isinstance(report, gk.Report) and report.numbers["steps"] == 2
+    for other, message in (
+        ({"max_steps": 0}, "max_steps is 0"),
+        ({"data": "nowhere"}, "There is no file nowhere"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            gk.run(**{**options, **other})
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            gk.run(run_config, **other)
 
 
 def test_a_run_of_another_version_is_named(run_config: gk.RunConfig) -> None:
