@@ -443,7 +443,7 @@ def test_wrong_input_is_named(tiny_model_dir: Path, tmp_path: Path) -> None:
             gk.GraspConfig(**options)
     with pytest.raises(ValueError, match="no LoRA layers"):
         gk.apply_grasp(tiny_model())
-    with pytest.raises(ValueError, match=r"The config is \{'kl_coef': 1\}: give GraspConfig"):
+    with pytest.raises(ValueError, match=r"The config is \{'kl_coef': 1\}, not a GraspConfig"):
         gk.apply_grasp(tiny_peft_model(), {"kl_coef": 1})  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError, match=r"There is no .*missing"):
         gk.apply_grasp(tiny_peft_model(), gk.GraspConfig(subspace=tmp_path / "missing"))
