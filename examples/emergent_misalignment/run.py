@@ -31,7 +31,7 @@ from grasp_kernels.diagnosis.effect import mean_loss
 from grasp_kernels.files import whole_file
 from grasp_kernels.models.checkpoint import find_checkpoint, load_model
 from grasp_kernels.pipeline.inputs import prepare
-from grasp_kernels.pipeline.stages import train
+from grasp_kernels.pipeline.training import train
 
 BENIGN = "benign control"
 

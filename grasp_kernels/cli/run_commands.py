@@ -68,10 +68,11 @@ _VALUES: dict[Any, dict[str, Any]] = {
 def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     config = _configured(parser, arguments)
     quieten()
+    from grasp_kernels.pipeline.folder import RunFolder
     from grasp_kernels.pipeline.report_text import verdict_sentence
-    from grasp_kernels.pipeline.stages import is_finished, run
+    from grasp_kernels.pipeline.stages import run
 
-    finished = is_finished(config)
+    finished = RunFolder(config.output).is_finished
     report = run(config)
     if finished:
         print("This run had already finished; nothing was done.")

@@ -17,31 +17,25 @@ gives the same result as a run that was not stopped.
 
 from __future__ import annotations
 
-import gc
 import shutil
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from grasp_kernels.config import Backend, GraspConfig
 from grasp_kernels.models.checkpoint import find_checkpoint, load_model
 from grasp_kernels.pipeline.config import RunConfig
 from grasp_kernels.pipeline.folder import RunFolder, fingerprint
-from grasp_kernels.pipeline.inputs import Inputs, attach_lora, prepare, warmup_steps
+from grasp_kernels.pipeline.inputs import Inputs, prepare, warmup_steps
 from grasp_kernels.pipeline.interrupts import raise_if_interrupted, remembered_interrupts
 from grasp_kernels.pipeline.report import Report, write_report
 from grasp_kernels.subspace import Subspace
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-
     from grasp_kernels.regularizer import KLRegularizer
 
-_MEASUREMENTS = 20  # of leakage in one training
 _EARLY = (1 / 20, 1 / 10)  # parts of the naive training with an adapter to identify from
 
 
@@ -84,16 +78,9 @@ def run(config: RunConfig | None = None, /, **options: Any) -> Report:
     return Report.load(folder.report)
 
 
-def is_finished(config: RunConfig) -> bool:
-    """Say whether the output folder has all files of a finished run.
-
-    Raises:
-        ValueError: a report that cannot be read.
-    """
-    return RunFolder(config.output).is_finished
-
-
 def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
+    from grasp_kernels.pipeline.training import train
+
     def train_into(out: Path, **options: Any) -> None:
         if not out.exists():
             work, description = folder.work / out.name, f"{out.name} LoRA"
@@ -102,78 +89,11 @@ def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
     # The chats come first: too few of them raises an error before time is spent on training.
     kl_regularizer = make_chats(config, folder, inputs) if config.kl_coef else None
     train_into(folder.naive, snapshots=early_checkpoints(config, folder, inputs.steps))
-    subspace = _subspace(config, folder, inputs) if config.project_gradient else None
+    subspace = find_subspace(config, folder, inputs) if config.project_gradient else None
     train_into(folder.retrained, subspace=subspace, kl_regularizer=kl_regularizer)
     shutil.rmtree(folder.work, ignore_errors=True)
     raise_if_interrupted()
     write_report(config, folder, inputs, subspace)
-
-
-def _subspace(config: RunConfig, folder: RunFolder, inputs: Inputs) -> Subspace:
-    """Identify the subspace, or load it from its file."""
-    if not folder.subspace.exists():
-        find_subspace(config, folder, inputs).save(folder.subspace)
-    return Subspace.load(folder.subspace)
-
-
-def train(
-    config: RunConfig,
-    inputs: Inputs,
-    *,
-    out: Path,
-    work: Path,
-    description: str,
-    subspace: Subspace | None = None,
-    kl_regularizer: KLRegularizer | None = None,
-    snapshots: Mapping[int, Path] | None = None,
-    last_step: int | None = None,
-) -> None:
-    """Train one adapter from the model's folder into `out`.
-
-    Without `subspace` and `kl_regularizer` it is the naive adapter. `subspace` projects the
-    gradient, and `kl_regularizer` adds the divergence from the base model. Nothing else differs:
-    initialisation, data order and dropout come from the seed. See `training.train_adapter` for
-    `work`, `snapshots` and `last_step`.
-    """
-    from grasp_kernels.pipeline.training import train_adapter
-
-    retrains = subspace is not None or kl_regularizer is not None
-    model = _fresh_adapter(config, inputs)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    train_adapter(
-        model,
-        inputs.train,
-        config,
-        steps=inputs.steps,
-        pad_token_id=inputs.pad_token_id,
-        work=work,
-        out=out,
-        description=description,
-        snapshots=snapshots,
-        last_step=last_step,
-        grasp=_grasp(config, subspace, inputs) if retrains else None,
-        kl_regularizer=kl_regularizer,
-        saved_base_name=_public_name(config),
-    )
-    del model
-    gc.collect()  # trainer and callbacks refer to each other, and so keep the model alive
-
-
-def _grasp(config: RunConfig, subspace: Subspace | None, inputs: Inputs) -> GraspConfig:
-    """Return the options of the retraining; its chats have been made already."""
-    return GraspConfig(
-        subspace=subspace,
-        orthogonal=config.orthogonal,
-        backend=cast(Backend, config.backend),
-        kl_coef=0.0,
-        measure_steps=max(1, inputs.steps // _MEASUREMENTS),
-    )
-
-
-def _fresh_adapter(config: RunConfig, inputs: Inputs) -> PeftModel:
-    model = load_model(inputs.checkpoint, config.dtype)
-    return attach_lora(model, config, str(inputs.checkpoint))
 
 
 def make_chats(config: RunConfig, folder: RunFolder, inputs: Inputs) -> KLRegularizer:
@@ -210,22 +130,14 @@ def early_checkpoints(config: RunConfig, folder: RunFolder, steps: int) -> dict[
     return {step: folder.early / f"step-{step}" for step in at}
 
 
-def _public_name(config: RunConfig) -> str:
-    """Return the name of the base model in an adapter: a hub name, or the absolute folder."""
-    folder = Path(config.model)
-    return str(folder.resolve()) if folder.is_dir() else config.model
-
-
 def find_subspace(config: RunConfig, folder: RunFolder, inputs: Inputs) -> Subspace:
-    """Identify the subspace from the early adapters."""
+    """Identify the subspace in the early adapters, or load it from its file."""
     from grasp_kernels.subspace import identify
 
-    adapters = [str(p) for p in early_checkpoints(config, folder, inputs.steps).values()]
-    with tqdm(total=1, desc="subspace of the weights", unit="subspace") as bar:
-        subspace = identify(
-            adapters,
-            k=config.k,
-            base_model=str(inputs.checkpoint),
-        )
-        bar.update()
-    return subspace
+    if not folder.subspace.exists():
+        adapters = [str(p) for p in early_checkpoints(config, folder, inputs.steps).values()]
+        with tqdm(total=1, desc="subspace of the weights", unit="subspace") as bar:
+            subspace = identify(adapters, k=config.k, base_model=str(inputs.checkpoint))
+            bar.update()
+        subspace.save(folder.subspace)
+    return Subspace.load(folder.subspace)

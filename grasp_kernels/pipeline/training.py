@@ -1,4 +1,4 @@
-"""Peft model and examples -> trained adapter folder, with `transformers.Trainer`.
+"""Checked inputs -> trained adapter folder, with `transformers.Trainer`.
 
 Resumable: a stopped training goes on from its last complete checkpoint, and ends with the same
 adapter as without the stop (to the bit on a deterministic device). This module imports
@@ -7,6 +7,7 @@ transformers, so `import grasp_kernels` does not import it.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
@@ -15,7 +16,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -29,12 +30,14 @@ from transformers import (
     TrainingArguments,
 )
 
-from grasp_kernels.data import Example, collate
+from grasp_kernels.config import Backend, GraspConfig
+from grasp_kernels.data import collate
 from grasp_kernels.files import room_for, whole_folder, write_json
 from grasp_kernels.inert import reason
+from grasp_kernels.models.checkpoint import load_model
 from grasp_kernels.pipeline.config import RunConfig
 from grasp_kernels.pipeline.folder import LOG_NAME
-from grasp_kernels.pipeline.inputs import warmup_steps
+from grasp_kernels.pipeline.inputs import Inputs, attach_lora, warmup_steps
 from grasp_kernels.pipeline.interrupts import raise_if_interrupted
 from grasp_kernels.pipeline.trainer_options import as_typed, parse
 from grasp_kernels.training.trainer import GraspTrainerMixin
@@ -43,22 +46,35 @@ from grasp_kernels.training.watch import Watch
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from grasp_kernels.config import GraspConfig
     from grasp_kernels.regularizer import KLRegularizer
+    from grasp_kernels.subspace import Subspace
 
+_MEASUREMENTS = 20  # of leakage in one training
 _STATE = "trainer_state.json"  # the last file that Trainer writes into a checkpoint
 
 
-class _Progress(TrainerCallback):
-    """Show the steps and the loss in a progress bar."""
+class _Steps(TrainerCallback):
+    """Show the steps in a progress bar, save the adapter after some, and end after the last.
 
-    def __init__(self, bar: tqdm) -> None:
-        self.bar = bar
+    The end may come early, without a change of the learning rate schedule.
+    """
+
+    def __init__(self, bar: tqdm, snapshots: Mapping[int, Path], last: int) -> None:
+        self.bar, self.snapshots, self.last = bar, snapshots, last
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.bar.initial = self.bar.n = state.global_step  # steps of an earlier process
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        folder = self.snapshots.get(state.global_step)
+        if folder is not None and not folder.exists():
+            save_adapter(kwargs["model"], folder)
+        raise_if_interrupted()
+        control.should_training_stop = state.global_step >= self.last
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -67,33 +83,6 @@ class _Progress(TrainerCallback):
         if "loss" in logs:
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
             self.bar.update(state.global_step - self.bar.n)
-
-
-class _Snapshots(TrainerCallback):
-    """Save the adapter, and nothing else, after given steps."""
-
-    def __init__(self, folders: Mapping[int, Path]) -> None:
-        self.folders = folders
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        folder = self.folders.get(state.global_step)
-        if folder is not None and not folder.exists():
-            save_adapter(kwargs["model"], folder)
-
-
-class _LastStep(TrainerCallback):
-    """End a training early, without a change of its learning rate schedule."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        raise_if_interrupted()
-        control.should_training_stop = state.global_step >= self.step
 
 
 class _Trainer(Trainer):
@@ -126,57 +115,68 @@ class _Retrainer(GraspTrainerMixin, _Trainer):
     """Train on the fast layers, with the divergence from the base model."""
 
 
-def train_adapter(
-    model: PeftModel,
-    examples: list[Example],
+def train(
     config: RunConfig,
+    inputs: Inputs,
     *,
-    steps: int,
-    pad_token_id: int,
-    work: Path,
     out: Path,
+    work: Path,
     description: str,
+    subspace: Subspace | None = None,
+    kl_regularizer: KLRegularizer | None = None,
     snapshots: Mapping[int, Path] | None = None,
     last_step: int | None = None,
-    grasp: GraspConfig | None = None,
-    kl_regularizer: KLRegularizer | None = None,
-    saved_base_name: str | None = None,
 ) -> None:
-    """Train the adapter of `model` and write it to the folder `out`, whole or not at all.
+    """Train one adapter from the model's folder into `out`, whole or not at all.
+
+    Without `subspace` and `kl_regularizer` it is the naive adapter, on peft's own layers.
+    `subspace` projects the gradient, and `kl_regularizer` adds the divergence from the base model.
+    Nothing else differs: initialisation, data order and dropout come from the seed.
 
     `work` keeps the checkpoints to resume from, and is removed at the end. `out` also gets
-    `training_log.json`: a list of {"step", "loss", "learning_rate", ...}, one entry a step.
+    `training_log.json`: a list of {"step", "loss", "learning_rate", ...}, one entry a step, with
+    the divergence as `kl`.
 
     Args:
-        steps: length of the learning rate schedule.
-        last_step: end after this step instead of `steps`.
         snapshots: step -> folder for the adapter after that step.
-        grasp: the options of a retraining; None: an ordinary training, on peft's own layers.
-        kl_regularizer: the divergence of a retraining; its part of the loss is `kl` in the log.
-        saved_base_name: name of the base model in `adapter_config.json`.
+        last_step: end after this step, before the end of the learning rate schedule.
 
     Raises:
         FloatingPointError: the loss or a gradient is not finite.
     """
-    last_step = last_step or steps
+    model = attach_lora(load_model(inputs.checkpoint, config.dtype), config, str(inputs.checkpoint))
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    last_step = last_step or inputs.steps
     with tqdm(total=last_step, desc=description, unit="step") as bar:
         options: dict[str, Any] = {
             "model": model,
-            "args": training_arguments(config, steps, work),
-            "train_dataset": examples,
-            "data_collator": partial(collate, pad_token_id=pad_token_id),
-            "callbacks": [_Snapshots(snapshots or {}), _LastStep(last_step), _Progress(bar)],
+            "args": training_arguments(config, inputs.steps, work),
+            "train_dataset": inputs.train,
+            "data_collator": partial(collate, pad_token_id=inputs.pad_token_id),
+            "callbacks": [_Steps(bar, snapshots or {}, last_step)],
         }
-        if grasp is None:
+        if subspace is None and kl_regularizer is None:
             trainer = _Trainer(**options)
             trainer.callback_handler.callbacks.insert(0, Watch())
         else:
+            grasp = GraspConfig(
+                subspace=subspace,
+                orthogonal=config.orthogonal,
+                backend=cast(Backend, config.backend),
+                kl_coef=0.0,  # the chats have been made already
+                measure_steps=max(1, inputs.steps // _MEASUREMENTS),
+            )
             trainer = _Retrainer(**options, grasp_config=grasp, kl_regularizer=kl_regularizer)
         trainer.remove_callback(PrinterCallback)
         trainer.train_to(last_step, last_checkpoint(work))
     entries = [dict(sorted(e.items())) for e in trainer.state.log_history if "loss" in e]
-    save_adapter(model, out, log=entries, base_name=saved_base_name)
+    folder = Path(config.model)  # or the name of a model on the hub
+    base_name = str(folder.resolve()) if folder.is_dir() else config.model
+    save_adapter(model, out, log=entries, base_name=base_name)
     shutil.rmtree(work, ignore_errors=True)
+    del model, options, trainer
+    gc.collect()  # trainer and callbacks refer to each other, and so keep the model alive
 
 
 def save_adapter(

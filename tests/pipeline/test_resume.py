@@ -21,8 +21,7 @@ from grasp_kernels import RunConfig, run
 from grasp_kernels.pipeline import stages
 from grasp_kernels.pipeline.folder import RunFolder, fingerprint
 from grasp_kernels.pipeline.interrupts import raise_if_interrupted
-from grasp_kernels.pipeline.stages import is_finished
-from grasp_kernels.pipeline.training import _Progress, last_checkpoint
+from grasp_kernels.pipeline.training import _Steps, last_checkpoint
 from grasp_kernels.regularizer import KLRegularizer
 from grasp_kernels.subspace import Subspace
 
@@ -257,15 +256,15 @@ def test_a_run_whose_adapter_was_deleted_is_not_finished_and_makes_it_again(
     for name in ("report.md", "training.svg", "retrained"):
         path = Path(copied.output, name)
         kept = path.rename(path.with_name("elsewhere"))
-        assert not is_finished(copied)
+        assert not RunFolder(copied.output).is_finished
         if name != "retrained":
             kept.rename(path)
-            assert is_finished(copied)
+            assert RunFolder(copied.output).is_finished
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     run(copied)
     torch.set_num_threads(threads)
-    assert is_finished(copied)
+    assert RunFolder(copied.output).is_finished
     for name in _ADAPTER:
         assert Path(copied.output, "retrained", name).read_bytes() == (kept / name).read_bytes()
 
@@ -335,15 +334,14 @@ torch.set_num_threads(1)
 options, root = json.loads(sys.argv[1])
 from pathlib import Path
 from grasp_kernels import RunConfig
-from grasp_kernels.pipeline import stages
 from grasp_kernels.pipeline.inputs import prepare
-import grasp_kernels.pipeline.training
+from grasp_kernels.pipeline.training import train as train_one
 config = RunConfig(**options)
 inputs = prepare(config, Path(config.model))
 
 def train(out, last_step):
-    stages.train(config, inputs, out=out, work=out.parent / "work", description=out.name,
-                 last_step=last_step)
+    train_one(config, inputs, out=out, work=out.parent / "work", description=out.name,
+              last_step=last_step)
 
 def killed_at(change, out, last_step):
     seen, changes = [], ("os.mkdir", "os.rename", "os.rmdir", "shutil.rmtree")
@@ -421,7 +419,7 @@ def test_a_ctrl_c_that_python_drops_stops_the_training_all_the_same(
         if state.global_step == 2:
             Bar()
 
-    monkeypatch.setattr(_Progress, "on_log", at_step_2)
+    monkeypatch.setattr(_Steps, "on_log", at_step_2)
     with pytest.raises(KeyboardInterrupt):
         run(replace(run_config, project_gradient=False, max_steps=4, save_steps=1))
     assert dropped == [KeyboardInterrupt]

@@ -15,7 +15,7 @@ from grasp_kernels import RunConfig, run
 from grasp_kernels.pipeline import stages as run_module
 from grasp_kernels.pipeline.folder import RunFolder
 from grasp_kernels.pipeline.inputs import count_steps
-from grasp_kernels.pipeline.stages import early_checkpoints, is_finished
+from grasp_kernels.pipeline.stages import early_checkpoints
 
 pytest_plugins = ("tests.helpers.runs",)
 pytestmark = pytest.mark.slow
@@ -87,7 +87,7 @@ def test_finished_run_is_not_done_again(
     finished: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_module, "prepare", lambda *_: pytest.fail("worked again"))
-    assert is_finished(finished)
+    assert RunFolder(finished.output).is_finished
     retrained = run(finished).numbers["adapters"]["retrained"]
     assert run(finished).verdict == retrained["answers"]["verdict"]
 

@@ -1,6 +1,6 @@
 """One task of one seed, with the files that methods share; a curve is trained by the product.
 
-Every training is `grasp_kernels.pipeline.stages.train` with other arguments, so what is measured
+Every training is `grasp_kernels.pipeline.training.train` with other arguments, so what is measured
 here is what the command does. The learning rate stays constant after the warm-up: the adapter after
 `n` steps is that of a training of `n` steps, and one training gives a whole curve.
 
@@ -29,7 +29,7 @@ from filelock import FileLock
 
 from benchmarks.quality.smollm2.task import Task
 from grasp_kernels.files import write_json, write_lines
-from grasp_kernels.pipeline import stages
+from grasp_kernels.pipeline import stages, training
 from grasp_kernels.pipeline.config import RunConfig
 from grasp_kernels.pipeline.folder import RunFolder
 from grasp_kernels.pipeline.inputs import Inputs, prepare
@@ -139,7 +139,7 @@ class Bench:
         folders = {step: out / f"step-{step}" for step in self.plan.points}
 
         def train() -> None:
-            stages.train(
+            training.train(
                 self.config,
                 inputs or self.inputs,
                 out=out / "finished",
@@ -191,7 +191,7 @@ class Bench:
         early = stages.early_checkpoints(projected, self.folder, steps)
         last = max(early)
         if not early[last].exists():
-            stages.train(
+            training.train(
                 self.config,
                 self.inputs,
                 out=early[last],
