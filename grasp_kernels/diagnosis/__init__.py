@@ -8,12 +8,7 @@ report      numbers -> text
 """
 
 from grasp_kernels.diagnosis.answers import Changed, changed_answers, own_answers, told, verdict
-from grasp_kernels.diagnosis.diagnose import (
-    Diagnosis,
-    adapter_numbers,
-    base_answers,
-    diagnose,
-)
+from grasp_kernels.diagnosis.diagnose import Diagnosis, adapter_numbers, base_answers, diagnose
 from grasp_kernels.diagnosis.pair import Pair
 
 __all__ = [

@@ -9,7 +9,6 @@ Shapes: `M` positions, `V` vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from grasp_kernels.data import shared_start
 from grasp_kernels.diagnosis.pair import Pair, Position
-from grasp_kernels.models.frozen_model import frozen_base, generate_answers, measuring
+from grasp_kernels.models.frozen_model import frozen_base, generate_answers
 
 Tokens = tuple[list[int], list[int]]  # a prompt and its answer
 
@@ -71,7 +70,7 @@ def own_answers(
         n_tokens: tokens of an answer, at most.
         adapter: True: the adapter is on.
     """
-    with _answering(pair.model, adapter) as base:
+    with frozen_base(pair.model, adapter=adapter) as base:
         known = base.generation_config.eos_token_id
         ends = [*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id]
         answers = generate_answers(
@@ -83,22 +82,6 @@ def own_answers(
             progress="own answers" if progress else None,
         )
     return list(zip(prompts, answers, strict=True))
-
-
-@contextmanager
-def _answering(model: Any, adapter: bool) -> Iterator[Any]:
-    """Lend the module of transformers inside a PeftModel, with its adapter on or off."""
-    if not adapter:
-        with frozen_base(model) as base:
-            yield base
-        return
-    base = model.get_base_model()
-    settings = base.generation_config
-    try:
-        with measuring(model):
-            yield base
-    finally:
-        base.generation_config = settings
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,10 @@ from grasp_kernels.diagnosis.answers import (
 )
 from grasp_kernels.diagnosis.effect import measure_effect
 from grasp_kernels.diagnosis.pair import Pair, open_pair
+from grasp_kernels.diagnosis.report import diagnosis_text
+from grasp_kernels.files import whole_folder, write_json, write_text
 from grasp_kernels.models.checkpoint import find_checkpoint, load_tokenizer
+from grasp_kernels.pages.page import page
 from grasp_kernels.version import __version__
 
 if TYPE_CHECKING:
@@ -58,8 +61,6 @@ class Diagnosis:
 
     def text(self) -> str:
         """Return the whole diagnosis as Markdown."""
-        from grasp_kernels.diagnosis.report import diagnosis_text
-
         return diagnosis_text(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
@@ -72,9 +73,14 @@ class Diagnosis:
         Raises:
             FileExistsError: the folder exists already.
         """
-        from grasp_kernels.diagnosis.report import save
-
-        save(self, Path(folder))
+        folder = Path(folder)
+        if folder.exists():
+            raise FileExistsError(f"{folder} already exists: choose a new folder.")
+        text = f"{self.text()}\n"
+        with whole_folder(folder) as partial:
+            write_json(partial / "diagnosis.json", self.to_json())
+            write_text(partial / "diagnosis.html", page(text))
+            write_text(partial / "diagnosis.md", text)
 
 
 def diagnose(

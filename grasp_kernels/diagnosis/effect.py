@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grasp_kernels.data import IGNORED, Example, collate
@@ -17,11 +18,6 @@ from grasp_kernels.diagnosis.pair import Pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-def divergence(first: Tensor, second: Tensor) -> float:
-    """Return KL(first ‖ second) of log probabilities `[M, V]`, summed over positions, in nats."""
-    return (first.exp() * (first - second)).sum().item()
 
 
 def measure_effect(
@@ -39,7 +35,7 @@ def measure_effect(
             pair.log_probs(batch.sequences, batch.positions, adapter=adapter)
             for adapter in (False, True)
         )
-        total += divergence(off, on)
+        total += F.kl_div(on, off, reduction="sum", log_target=True).item()
         begins = batch.places == 0
         changes.append(on[begins].exp() - off[begins].exp())
     return {
@@ -79,7 +75,7 @@ def mean_loss(
             input_ids=batch["input_ids"].to(device),
             attention_mask=batch["attention_mask"].to(device),
         ).logits
-        total += nn.functional.cross_entropy(
+        total += F.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum"
         ).item()
         n_tokens += int((labels[:, 1:] != IGNORED).sum())

@@ -22,11 +22,7 @@ from torch import Tensor, nn
 from grasp_kernels.adapters.load import MOVED_BASE, active_adapter, adapter_parts
 from grasp_kernels.inert import listed, printable
 from grasp_kernels.models.checkpoint import find_checkpoint, load_model
-from grasp_kernels.models.frozen_model import (
-    head_at,
-    measuring,
-    pad,
-)
+from grasp_kernels.models.frozen_model import head_at, measuring, pad
 from grasp_kernels.models.names import base_name, same_module
 from grasp_kernels.models.tensors import refuse_nonfinite
 
@@ -209,10 +205,10 @@ def _refuse_changed_base(name: str, config: Mapping[str, Any]) -> None:
 
 
 def _check(model: Any) -> None:
-    active = [active_adapter(model)]
-    _refuse_changed_base(active[0], vars(model.peft_config[active[0]]))
+    active = active_adapter(model)
+    _refuse_changed_base(active, vars(model.peft_config[active]))
     if any(getattr(module, "merged", False) is True for module in model.modules()):
         raise ValueError(
-            f"The adapter {active[0]!r} is merged into the base weights, so it cannot be switched "
+            f"The adapter {active!r} is merged into the base weights, so it cannot be switched "
             "off: call model.unmerge_adapter() first."
         )

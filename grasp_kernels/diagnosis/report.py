@@ -1,17 +1,11 @@
-"""A diagnosis as JSON -> text in plain words, and its files."""
+"""A diagnosis as JSON -> text in plain words."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from grasp_kernels.files import whole_folder, write_json, write_text
 from grasp_kernels.inert import inert
 from grasp_kernels.pages.markdown import answers_table, table, words
-from grasp_kernels.pages.page import page
-
-if TYPE_CHECKING:
-    from grasp_kernels.diagnosis.diagnose import Diagnosis
 
 Numbers = dict[str, Any]
 
@@ -24,17 +18,6 @@ _MEANING = {
     "nothing": "On prompts unrelated to its task, this adapter answers as its base model does. "
     f"{_CAUTION}",
 }
-
-
-def save(diagnosis: Diagnosis, folder: Path) -> None:
-    """Write diagnosis.md, diagnosis.html and diagnosis.json into a new folder."""
-    if folder.exists():
-        raise FileExistsError(f"{folder} already exists: choose a new folder.")
-    text = f"{diagnosis.text()}\n"
-    with whole_folder(folder) as partial:
-        write_json(partial / "diagnosis.json", diagnosis.to_json())
-        write_text(partial / "diagnosis.html", page(text))
-        write_text(partial / "diagnosis.md", text)
 
 
 def diagnosis_text(numbers: Numbers) -> str:

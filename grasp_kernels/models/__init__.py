@@ -6,5 +6,5 @@ sharding           weights spread over processes
 tensors            safetensors files and shards
 weights            a model or a checkpoint folder -> its weights by module name, its type and width
 checkpoint         a folder or a hub name -> configuration, tokenizer, model
-frozen_model       a model -> its answers, and its stream on given answers
+frozen_model       a model -> its answers, and its logits at chosen positions
 """

@@ -1,4 +1,4 @@
-"""A frozen causal language model: its own answers, and its residual stream on given answers.
+"""A frozen causal language model: its own answers, and its logits at chosen positions.
 
 Shapes: `B` sequences of a batch, `T` tokens of the longest of them, `V` vocabulary, `D` residual
 width.
@@ -36,10 +36,11 @@ def measuring(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def frozen_base(model: Any) -> Iterator[Any]:
+def frozen_base(model: Any, *, adapter: bool = False) -> Iterator[Any]:
     """Lend the base model of `model` for measuring: adapters off, eval mode, no gradients.
 
-    Modes, gradient flags and generation settings are restored.
+    Modes, gradient flags and generation settings are restored. With `adapter` the active adapter of
+    a PeftModel stays on.
 
     Raises:
         TypeError: neither a causal language model of transformers nor a PeftModel of one.
@@ -52,7 +53,10 @@ def frozen_base(model: Any) -> Iterator[Any]:
         )
     generation_config = base.generation_config
     try:
-        with measuring(model), nullcontext() if base is model else model.disable_adapter():
+        with (
+            measuring(model),
+            nullcontext() if adapter or base is model else model.disable_adapter(),
+        ):
             yield base
     finally:
         base.generation_config = generation_config

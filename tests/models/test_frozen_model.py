@@ -1,4 +1,4 @@
-"""Answers and residual stream of a frozen model, on a tiny random Llama: no traces left behind."""
+"""Answers of a frozen model, on a tiny random Llama: no traces left behind."""
 
 from __future__ import annotations
 
