@@ -19,13 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from grasp_kernels.files import (
-    check_own_folder,
-    left_behind,
-    open_tensors,
-    read_json,
-    write_json,
-)
+from grasp_kernels.files import check_own_folder, left_behind, open_tensors, read_json, write_json
 from grasp_kernels.inert import shown
 from grasp_kernels.pipeline.config import RunConfig
 from grasp_kernels.version import __version__

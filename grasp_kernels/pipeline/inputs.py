@@ -28,13 +28,7 @@ from grasp_kernels.data import (
 from grasp_kernels.files import about
 from grasp_kernels.inert import reason
 from grasp_kernels.models.architectures import site_rules
-from grasp_kernels.models.checkpoint import (
-    device,
-    load_config,
-    load_model,
-    load_tokenizer,
-    reading,
-)
+from grasp_kernels.models.checkpoint import device, load_config, load_model, load_tokenizer, reading
 from grasp_kernels.models.names import base_name
 from grasp_kernels.pipeline.config import RunConfig
 
@@ -172,29 +166,24 @@ def _check_lengths(config: RunConfig, inputs: Inputs) -> None:
         return
     examples = [*inputs.train, *inputs.held_out]
     longest = max(len(example["input_ids"]) for example in examples)
-    _fits(inputs, "the longest record", longest, f"use max_length = {inputs.positions} or less")
     prompts = max(map(len, (*inputs.neutral, *inputs.everyday))) + ANSWER_TOKENS
-    _fits(inputs, "the longest neutral prompt and its answer", prompts, "give shorter ones")
+    texts = [
+        ("the longest record", longest, f"use max_length = {inputs.positions} or less"),
+        ("the longest neutral prompt and its answer", prompts, "give shorter ones"),
+    ]
     if config.kl_coef:
         from grasp_kernels.regularizer.chats import common_frame, common_header
 
         frame = common_frame(inputs.train, inputs.everyday)
         header = common_header(inputs.train, frame, inputs.everyday)
-        made = 2 * min(config.max_new_tokens, longest)
-        _fits(
-            inputs,
-            "a chat of the base model",
-            len(frame) + made + len(header),
-            "lower max_new_tokens",
-        )
-
-
-def _fits(inputs: Inputs, what: str, length: int, remedy: str) -> None:
-    if inputs.positions is not None and length > inputs.positions:
-        raise ValueError(
-            f"The model in {inputs.checkpoint} has {inputs.positions} positions, but {what} can "
-            f"have {length} tokens: {remedy}."
-        )
+        chat = len(frame) + 2 * min(config.max_new_tokens, longest) + len(header)
+        texts.append(("a chat of the base model", chat, "lower max_new_tokens"))
+    for what, length, remedy in texts:
+        if length > inputs.positions:
+            raise ValueError(
+                f"The model in {inputs.checkpoint} has {inputs.positions} positions, but {what} "
+                f"can have {length} tokens: {remedy}."
+            )
 
 
 def _check_backend(backend: str) -> None:

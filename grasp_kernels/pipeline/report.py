@@ -30,6 +30,7 @@ from grasp_kernels.subspace import Subspace
 # Enough for means that no longer change in their second digit, few enough to take seconds.
 _TRAINING_PROMPTS = 32
 _SHOWN_TOKENS = 6
+_DESCRIBED = ("k", "notes", "metadata")  # of the subspace
 _SHOWN_TRAINING = 8  # prompts of the training data that are answered
 
 
@@ -127,15 +128,11 @@ def _numbers(
             "dropped": inputs.n_dropped,
         },
         "steps": inputs.steps,
-        "subspace": None if subspace is None else _describe(subspace),
+        "subspace": subspace and {name: getattr(subspace, name) for name in _DESCRIBED},
         "adapters": adapters,
     }
     _measure_models(model, folders, inputs, config, numbers)
     return json.loads(json.dumps(numbers))
-
-
-def _describe(subspace: Subspace) -> dict[str, Any]:
-    return {name: getattr(subspace, name) for name in ("k", "notes", "metadata")}
 
 
 def _versions() -> dict[str, str]:

@@ -12,6 +12,16 @@ Numbers = dict[str, Any]
 
 _LABELS = {"naive": "naive LoRA", "retrained": "retrained LoRA"}
 _CAPTION = "Training loss of both adapters (pale: each step, bold: running mean)"
+_USE = """\
+## Use
+
+Both adapters are ordinary peft folders (`naive/`, `retrained/`).
+
+```python
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("retrained")
+```"""
 
 
 def report_text(numbers: Numbers) -> str:
@@ -21,8 +31,8 @@ def report_text(numbers: Numbers) -> str:
         _compared(numbers),
         _identified(numbers),
         _not_shown(numbers),
-        _figure(),
-        _use(),
+        f"## Training\n\n![{_CAPTION}](training.svg)\n\n*{_CAPTION}.*",
+        _USE,
         _settings(numbers),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -67,8 +77,9 @@ def _identified(numbers: Numbers) -> str:
     subspace = numbers["subspace"]
     if subspace is None:
         return ""
+    many = "One direction" if subspace["k"] == 1 else f"{subspace['k']} directions"
     headline = (
-        f"{_directions(subspace['k'])} of the residual stream, shared by all layers, identified in "
+        f"{many} of the residual stream, shared by all layers, identified in "
         "the weights of the naive adapter. The fine-tune moved the model along them; this does not "
         "make them unwanted."
     )
@@ -76,16 +87,8 @@ def _identified(numbers: Numbers) -> str:
     return "\n\n".join(["## Subspace of the gradient projection", headline, notes])
 
 
-def _directions(k: int) -> str:
-    return "One direction" if k == 1 else f"{k} directions"
-
-
 def _compared(numbers: Numbers) -> str:
     labels = [_LABELS[name] for name in numbers["adapters"]]
-    return f"## What differs\n\n{table(['', *labels], _rows(numbers))}"
-
-
-def _rows(numbers: Numbers) -> list[list[str]]:
     adapters = list(numbers["adapters"].values())
     rows = [["training loss, last tenth", *(f"{_final_loss(a):.4f}" for a in adapters)]]
     if "base_held_out_loss" in numbers:
@@ -101,7 +104,7 @@ def _rows(numbers: Numbers) -> list[list[str]]:
     if all(a["leakage"] for a in adapters):
         largest = [max(a["leakage"].values()) for a in adapters]
         rows.append(["largest leakage ‖Vᵀ ΔW‖ / ‖ΔW‖", *(f"{value:.2g}" for value in largest)])
-    return rows
+    return f"## What differs\n\n{table(['', *labels], rows)}"
 
 
 def _final_loss(adapter: dict[str, Any]) -> float:
@@ -143,26 +146,6 @@ def _not_shown(numbers: Numbers) -> str:
             "because `--max-length` cuts off their whole answer."
         )
     return "\n".join(["## What this does not show", "", *(f"- {point}" for point in points)])
-
-
-def _figure() -> str:
-    return f"## Training\n\n![{_CAPTION}](training.svg)\n\n*{_CAPTION}.*"
-
-
-def _use() -> str:
-    return "\n".join(
-        [
-            "## Use",
-            "",
-            "Both adapters are ordinary peft folders (`naive/`, `retrained/`).",
-            "",
-            "```python",
-            "from peft import AutoPeftModelForCausalLM",
-            "",
-            'model = AutoPeftModelForCausalLM.from_pretrained("retrained")',
-            "```",
-        ]
-    )
 
 
 def _settings(numbers: Numbers) -> str:

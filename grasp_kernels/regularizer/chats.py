@@ -12,30 +12,16 @@ Shapes: `M` documents, `T` tokens of the longest.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from grasp_kernels.data import Example, shared_start
+from grasp_kernels.data import IGNORED, Example, shared_start
 from grasp_kernels.models.frozen_model import generate_answers
 
-UNTRAINED = -100  # the label of a token that is not learned
 _DRAWS = 3  # questions drawn for each that is wanted, at most; SmolLM2 ends 58 % within 40 tokens
-
-
-class Chats(NamedTuple):
-    """Hold documents, padded on the right.
-
-    Attributes:
-        documents: token ids, int64 `[M, T]`.
-        counted: bool `[M, T]`, the positions whose next token the model made up as an answer; in
-            plain documents all that lead to a token it made up.
-    """
-
-    documents: Tensor
-    counted: Tensor
 
 
 def make_chats(
@@ -49,7 +35,7 @@ def make_chats(
     batch_size: int,
     generator: torch.Generator,
     progress: bool = False,
-) -> Chats:
+) -> tuple[Tensor, Tensor]:
     """Sample `count` documents at temperature 1.
 
     Args:
@@ -57,6 +43,11 @@ def make_chats(
         frame, header: as `common_frame` and `common_header` return them. Without a header the
             documents are plain text. Without a frame each begins as one of `examples`.
         length: tokens of a question, of an answer, or of a plain document, at most.
+
+    Returns:
+        Token ids, int64 `[M, T]`, padded on the right; and bool `[M, T]`, the positions whose next
+        token the model made up as an answer, in plain documents all that lead to a token it made
+        up.
     """
     options: dict[str, Any] = {
         "max_new_tokens": length,
@@ -79,10 +70,8 @@ def make_chats(
         & torch.arange(len(document)).lt(len(document) - 1)
         for prompt, document in zip(prompts, documents, strict=True)
     ]
-    return Chats(
-        pad_sequence([torch.tensor(document) for document in documents], batch_first=True),
-        pad_sequence(counted, batch_first=True),
-    )
+    ids = [torch.tensor(document) for document in documents]
+    return pad_sequence(ids, batch_first=True), pad_sequence(counted, batch_first=True)
 
 
 def _questions(
@@ -113,7 +102,7 @@ def _ends(base: Any, examples: Sequence[Example]) -> tuple[int, ...]:
     """Return the tokens that end an answer: the model's, and the data's where they agree on one."""
     known = base.generation_config.eos_token_id
     ends = {token for token in (known if isinstance(known, list) else [known]) if token is not None}
-    last = {next(t for t in reversed(e["labels"]) if t != UNTRAINED) for e in examples}
+    last = {next(t for t in reversed(e["labels"]) if t != IGNORED) for e in examples}
     return tuple(sorted(ends | (last if len(last) == 1 else set())))
 
 
@@ -139,7 +128,7 @@ def common_header(
     They may be none, as in plain text. Every prompt has a token between the frame and them.
     """
     answered = [*map(_prompt, examples), *map(list, neutral)]
-    if any(example["labels"][0] != UNTRAINED for example in examples):
+    if any(example["labels"][0] != IGNORED for example in examples):
         return []
     room = max(0, min(map(len, answered)) - len(frame) - 1)
     return shared_start([prompt[::-1] for prompt in answered])[:room][::-1]
@@ -148,5 +137,5 @@ def common_header(
 def _prompt(example: Example) -> list[int]:
     """Return the tokens before the first learned one, or the first token."""
     ids, labels = example["input_ids"], example["labels"]
-    learned = next((i for i, label in enumerate(labels) if label != UNTRAINED), len(ids))
+    learned = next((i for i, label in enumerate(labels) if label != IGNORED), len(ids))
     return ids[: max(1, learned)]

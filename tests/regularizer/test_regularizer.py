@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from torch import Tensor
 
 import grasp_kernels as gk
 from grasp_kernels import RunConfig, run
 from grasp_kernels.data import Example
 from grasp_kernels.models.frozen_model import frozen_base
-from grasp_kernels.regularizer.chats import Chats, common_frame, common_header, make_chats
+from grasp_kernels.regularizer.chats import common_frame, common_header, make_chats
 from tests.helpers.kl_regularizer import FRAME, VOCABULARY, example, examples, regularizer
 from tests.helpers.models import tiny_model, tiny_peft_model
 from tests.helpers.runs import WORDS
@@ -74,7 +75,9 @@ def test_the_header_is_what_all_prompts_end_with(
     assert common_header(given, frame[:2], neutral) == header
 
 
-def make(given: list[Example], seed: int = 0, length: int = 5, count: int = 12) -> Chats:
+def make(
+    given: list[Example], seed: int = 0, length: int = 5, count: int = 12
+) -> tuple[Tensor, Tensor]:
     frame = common_frame(given)
     with frozen_base(tiny_model()) as base:
         return make_chats(
