@@ -5,6 +5,7 @@ files       peft's files
 extraction  a merged or fully fine-tuned model and its base -> an adapter folder
 """
 
-from grasp_kernels.adapters.load import Adapter, LoRAWeights, load_adapter
+from grasp_kernels.adapters.files import LoRAWeights
+from grasp_kernels.adapters.load import Adapter, load_adapter
 
 __all__ = ["Adapter", "LoRAWeights", "load_adapter"]

@@ -23,10 +23,7 @@ from grasp_kernels.files import whole_folder
 from grasp_kernels.inert import inert, listed, shown
 from grasp_kernels.models.architectures import SiteRules, site_rules
 from grasp_kernels.models.difference import compared, whole_model
-from grasp_kernels.models.weights import (
-    is_transposed,
-    model_type_of,
-)
+from grasp_kernels.models.weights import is_transposed, model_type_of
 from grasp_kernels.svd import leading_triples
 
 # peft takes names with these endings for parts of the fused experts, and would not load them.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from grasp_kernels.files import inside, read_json
 from grasp_kernels.inert import listed, printable, shown
+from grasp_kernels.models.architectures import Site
 from grasp_kernels.models.names import base_name
 from grasp_kernels.models.tensors import Stored, indexed, read_tensors
 
@@ -32,25 +33,29 @@ _PATTERN = re.compile(r"\^?[\w.]+")  # a module name, whole or the end of one
 
 
 @dataclass(frozen=True)
-class Factors:
-    """Hold an adapted module without its site; errors name its A and its B by `keys`.
+class LoRAWeights:
+    """Hold the two factors of one adapted layer, in their stored dtype; errors name them by `keys`.
 
-    `bias[N]` is that of lora_B; the layer adds it whatever its input.
+    `site` is the layer's place in the stream, None if it is not a writer. `gain[D]` is that of the
+    norm between the site and the stream, None without a norm or if the gain is unknown. Only
+    `load_adapter` knows both. `bias[N]` is that of lora_B; the layer adds it whatever its input.
     """
 
     name: str
-    keys: tuple[str, str]
+    site: Site | None
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
+    gain: Tensor | None = None
     bias: Tensor | None = None
+    keys: tuple[str, str] = ("lora_A", "lora_B")
 
 
 @dataclass(frozen=True)
 class Parts:
     """Hold every tensor of an adapter: LoRA factors, and readers of other trained tensors."""
 
-    factors: tuple[Factors, ...]
+    factors: tuple[LoRAWeights, ...]
     others: Mapping[str, Callable[[], Tensor]]
     config: Mapping[str, Any]
     source: str
@@ -245,7 +250,7 @@ def read_parts(source: Path, adapter_name: str | None = None) -> Parts:
         a, b = tensors[place["A"]](), tensors[place["B"]]()
         bias = tensors[place["bias"]]() if "bias" in place else None
         called = (place["A"], place["B"])
-        factors.append(Factors(name, called, a, b, scaling(name, a), bias))
+        factors.append(LoRAWeights(name, None, a, b, scaling(name, a), bias=bias, keys=called))
     return Parts(
         tuple(factors), {base_name(key): tensors[key] for key in others}, config, str(source)
     )

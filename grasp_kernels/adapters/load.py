@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from os import PathLike
@@ -18,14 +18,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from grasp_kernels.adapters.files import (
-    Factors,
+    LoRAWeights,
     Parts,
     config_model_type,
     read_parts,
     refuse_variants,
 )
 from grasp_kernels.inert import inert, listed, shown
-from grasp_kernels.models.architectures import Site, SiteRules, site_rules
+from grasp_kernels.models.architectures import SiteRules, site_rules
 from grasp_kernels.models.names import adapted_name, base_name
 from grasp_kernels.models.sharding import gathered, refuse_away, whole
 from grasp_kernels.models.tensors import refuse_nonfinite
@@ -33,22 +33,6 @@ from grasp_kernels.models.weights import BaseModel, read_base_model
 
 # these start from a base with changed weights, so B·A alone is not the change of the weights
 MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-@dataclass(frozen=True)
-class LoRAWeights:
-    """Hold the two factors of one adapted layer, in their stored dtype.
-
-    `site` is the layer's place in the stream, None if it is not a writer. `gain[D]` is that of the
-    norm between the site and the stream, None without a norm or if the gain is unknown.
-    """
-
-    name: str
-    site: Site | None
-    lora_A: Tensor
-    lora_B: Tensor
-    scaling: float
-    gain: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -97,7 +81,7 @@ def load_adapter(
         base_model = stored_base
     base = read_base_model(base_model)
     model_type = base.model_type or config_model_type(parts.config)
-    return _assemble(parts, stored_base, base, model_type, sites)
+    return _assemble(parts, base, model_type, sites)
 
 
 def _is_checkpoint(name: str) -> bool:
@@ -137,11 +121,7 @@ def adapter_parts(source: Any, adapter_name: str | None = None) -> Parts:
 
 
 def _assemble(
-    parts: Parts,
-    base_model: str | None,
-    base: BaseModel,
-    model_type: str | None,
-    sites: SiteRules | None,
+    parts: Parts, base: BaseModel, model_type: str | None, sites: SiteRules | None
 ) -> Adapter:
     """Attach to every weight its site, and the gain of the norm after the site."""
     rules = site_rules(model_type, (entry.name for entry in parts.factors), sites)
@@ -170,8 +150,7 @@ def _assemble(
             weight = base.norm_weight(site.norm, width)
             gains[site.norm] = None if weight is None else site.gain(weight)
         gain = gains[site.norm] if site is not None and site.norm else None
-        factors = (entry.lora_A, entry.lora_B, entry.scaling)
-        layers.append(LoRAWeights(entry.name, site, *factors, gain))
+        layers.append(replace(entry, site=site, gain=gain))
     if not any(bool(layer.lora_B.any()) for layer in layers):
         raise ValueError(
             f"The adapter {parts.source!r} is untrained (every lora_B is zero); give one that was "
@@ -179,7 +158,8 @@ def _assemble(
         )
     layers.sort(key=lambda layer: ((rules.split(layer.name) or ("", -1))[1], layer.name))
     notes = tuple(_notes(parts, known=model_type is not None or sites is not None))
-    return Adapter(tuple(layers), parts.source, base_model, model_type, rules, notes)
+    stored_base = parts.config.get("base_model_name_or_path")
+    return Adapter(tuple(layers), parts.source, stored_base, model_type, rules, notes)
 
 
 def _notes(parts: Parts, known: bool) -> Iterator[str]:
@@ -203,7 +183,7 @@ def _notes(parts: Parts, known: bool) -> Iterator[str]:
         )
 
 
-def _check(entry: Factors) -> None:
+def _check(entry: LoRAWeights) -> None:
     """Raise unless factors are finite `A[R, K]` and `B[N, R]`, or stacks of such factors."""
     A, B, bias = entry.lora_A, entry.lora_B, entry.bias
     key_A, key_B = entry.keys
@@ -261,8 +241,7 @@ def _from_model(
             )
     parts = adapter_parts(model, adapter_name)
     base = read_base_model(model if base_model is None else base_model)
-    stored = config.get("base_model_name_or_path")
-    return _assemble(parts, stored, base, base.model_type, sites)
+    return _assemble(parts, base, base.model_type, sites)
 
 
 def active_adapter(model: nn.Module, adapter_name: str | None = None) -> str:
@@ -313,7 +292,7 @@ def _model_parts(model: nn.Module, adapter_name: str | None) -> Parts:
     return Parts(factors, others, {} if config is None else vars(config), source)
 
 
-def _model_factors(model: nn.Module, adapter: str) -> Iterator[Factors]:
+def _model_factors(model: nn.Module, adapter: str) -> Iterator[LoRAWeights]:
     """Yield the factors of each layer; `A[E, R, K]`, `B[E, N, R]` for E experts.
 
     peft stores the factors of experts flat.
@@ -330,13 +309,14 @@ def _model_factors(model: nn.Module, adapter: str) -> Iterator[Factors]:
         if hasattr(layer, "parameter_name"):
             E = layer.num_experts
             A, B = A.reshape(E, -1, A.shape[1]), B.reshape(B.shape[0], -1, E).permute(2, 0, 1)
-        yield Factors(
+        yield LoRAWeights(
             adapted,
-            (f"{name}.lora_A.{adapter}.weight", f"{name}.lora_B.{adapter}.weight"),
+            None,
             A,
             B,
             float(layer.scaling[adapter]),
-            None if bias is None else whole(bias).clone(),
+            bias=None if bias is None else whole(bias).clone(),
+            keys=(f"{name}.lora_A.{adapter}.weight", f"{name}.lora_B.{adapter}.weight"),
         )
 
 

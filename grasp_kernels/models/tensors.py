@@ -21,7 +21,6 @@ class Stored:
 
     file: Path
     key: str
-    shape: tuple[int, ...]
     dtype: str  # as safetensors names it
 
     def __call__(self) -> Tensor:
@@ -45,8 +44,7 @@ def read_tensors(files: list[Path]) -> dict[str, Stored]:
                         f"{str(found[key].file)!r} and {str(file)!r} both hold {shown(key)}; keep "
                         "the files of one checkpoint in the folder."
                     )
-                part = opened.get_slice(key)
-                found[key] = Stored(file, key, tuple(part.get_shape()), part.get_dtype())
+                found[key] = Stored(file, key, opened.get_slice(key).get_dtype())
     return found
 
 
