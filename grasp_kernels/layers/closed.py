@@ -34,7 +34,6 @@ from grasp_kernels.models.sharding import (
     like,
     refuse_away,
     whole,
-    write_whole_,
 )
 from grasp_kernels.ops.autocast import without_autocast
 from grasp_kernels.ops.projection import project_columns
@@ -348,7 +347,7 @@ def _close_(factors: Sequence[_Factor]) -> None:
         if value is not factor.weight:
             # Past autograd's version counter: a pending backward has saved B°, and a reference
             # model between forward and backward must not invalidate B°.
-            write_whole_(factor.weight.data, value)
+            factor.weight.data.copy_(like(factor.weight, value))
 
 
 # --- events that the layers learn of

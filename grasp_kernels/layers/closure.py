@@ -144,7 +144,6 @@ def _bases_along(
     found = {name: rules.site(name) for name in names}
     if isinstance(source, nn.Module):
         gains |= model_gains(source, filter(None, found.values()))
-    made: dict[str | None, Tensor] = {}  # one for all sites before one norm, and without a norm
 
     def basis(name: str) -> tuple[str, Tensor | None]:
         site = found[name]
@@ -152,9 +151,7 @@ def _bases_along(
             return (name if rules.split(name) else ""), None
         if site.norm and site.norm not in gains:
             return "", None
-        if site.norm not in made:
-            made[site.norm] = subspace.at(site, gains.get(site.norm or ""))
-        return site.name, made[site.norm]
+        return site.name, subspace.at(site, gains.get(site.norm or ""))
 
     return basis
 

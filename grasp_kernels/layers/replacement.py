@@ -209,7 +209,6 @@ def bases_in(model: nn.Module, subspace: Subspace, writers: Iterable[Site]) -> d
     modules = {base_name(name): module for name, module in model.named_modules()}
     writers = list(writers)
     gains = model_gains(model, writers)
-    made: dict[str | None, Tensor] = {}  # one for all sites before one norm, and without a norm
     for site in writers:
         width = written_width(modules[site.name]) if site.name in modules else None
         if width not in (None, len(subspace.basis)):
@@ -217,9 +216,7 @@ def bases_in(model: nn.Module, subspace: Subspace, writers: Iterable[Site]) -> d
                 f"the subspace has width {len(subspace.basis)} but {site.name!r} writes {width} "
                 "features; identify the subspace on an adapter of this model."
             )
-        if site.norm not in made:
-            made[site.norm] = subspace.at(site, gains.get(site.norm or ""))
-    return {site.name: made[site.norm] for site in writers}
+    return {site.name: subspace.at(site, gains.get(site.norm or "")) for site in writers}
 
 
 def _hook_writers(model: nn.Module, bases: dict[str, Tensor], replaced: set[str]) -> list[str]:

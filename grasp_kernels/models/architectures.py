@@ -185,16 +185,12 @@ def site_rules(
     )
 
 
-def model_rules(model: nn.Module, sites: SiteRules | None = None) -> SiteRules:
-    """Return the rules for a model, plain or wrapped by peft."""
-    linears = (base_name(name) for name, module in model.named_modules() if _is_linear(module))
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    return site_rules(model_type, linears, sites)
-
-
 def model_sites(model: nn.Module, sites: SiteRules | None = None) -> tuple[Site, ...]:
     """Return every writer of a model, plain or wrapped by peft, in the order of its modules."""
-    rules = model_rules(model, sites)
+    # Layers of peft and of quantisation libraries are not nn.Linear, but all have a width.
+    linears = (base_name(n) for n, m in model.named_modules() if written_width(m) is not None)
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    rules = site_rules(model_type, linears, sites)
     found = (rules.site(name) for name in model_names(model))
     return tuple(site for site in found if site is not None)
 
@@ -208,11 +204,6 @@ def model_gains(model: nn.Module, sites: Iterable[Site]) -> dict[str, Tensor]:
         if site.norm is not None and site.norm not in gains and weight is not None:
             gains[site.norm] = site.gain(whole(weight))
     return gains
-
-
-def _is_linear(module: nn.Module) -> bool:
-    # layers of peft and of quantisation libraries are not nn.Linear, but all have a width
-    return written_width(module) is not None
 
 
 def written_width(module: nn.Module) -> int | None:

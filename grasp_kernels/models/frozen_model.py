@@ -104,6 +104,7 @@ def generate_answers(
     Returns:
         Token ids, one answer per prompt, up to and including its end token.
     """
+    from tqdm.auto import tqdm
     from transformers import GenerationConfig
 
     ends = sorted(set(end_ids))
@@ -116,7 +117,10 @@ def generate_answers(
     )
     noise = [] if generator is None else [_GumbelNoise(generator)]
     answers: dict[int, list[int]] = {}
-    for batch in batches(prompts, batch_size, progress):
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # for little padding
+    starts = range(0, len(order), batch_size)
+    for start in tqdm(starts, desc=progress, unit="batch", disable=progress is None):
+        batch = order[start : start + batch_size]
         input_ids, attention_mask = pad(base, [prompts[i] for i in batch], "left")
         output = base.generate(
             input_ids=input_ids, attention_mask=attention_mask, logits_processor=noise
@@ -140,18 +144,6 @@ class _GumbelNoise:
         noise = torch.empty(scores.shape, device=self.generator.device)
         noise.exponential_(generator=self.generator)
         return scores - noise.log().to(scores.device)
-
-
-def batches(
-    sequences: Sequence[Sequence[int]], batch_size: int, progress: str | None
-) -> Iterator[list[int]]:
-    """Yield indices of the sequences, longest first: a batch has little padding."""
-    from tqdm.auto import tqdm
-
-    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-    starts = range(0, len(order), batch_size)
-    for start in tqdm(starts, desc=progress, unit="batch", disable=progress is None):
-        yield order[start : start + batch_size]
 
 
 def pad(base: Any, rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:

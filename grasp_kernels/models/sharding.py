@@ -79,12 +79,6 @@ def like(weight: Any, value: Tensor) -> Tensor:
     ).to(weight.device)
 
 
-@torch.no_grad()
-def write_whole_(weight: Any, value: Tensor) -> None:
-    """Write a value known to all processes into a weight, or into a DTensor's rows here."""
-    weight.copy_(like(weight, value))
-
-
 def refuse_tensor_parallel(name: str, weight: Tensor) -> None:
     """Raise for a DTensor outside of FSDP2: its forward works on shards of the features.
 
