@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -293,25 +293,6 @@ def read_all(file: Any) -> dict[str, Any]:
     return {name: read(file, name) for name in file.keys()}  # noqa: SIM118
 
 
-@contextmanager
-def stored_tensors(
-    path: str | PathLike[str], what: str, writer: str
-) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
-    """Give a block the tensors of a safetensors file by name, and the file's metadata.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not such a file, or the block cannot make `what` of it.
-    """
-    remedy = f"give a file that {writer} wrote, or delete it and make it again"
-    with open_tensors(path, remedy) as file:
-        tensors, texts = read_all(file), file.metadata() or {}
-    try:
-        yield tensors, texts
-    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{str(path)!r} holds no {what} ({reason(error)}): {remedy}.") from None
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write `value` whole or not at all."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
@@ -321,8 +302,3 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` whole or not at all."""
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
-
-
-def write_lines(path: Path, values: Iterable[Any]) -> None:
-    """Write one line of JSON for each value, whole or not at all."""
-    write_text(path, "".join(f"{json.dumps(value)}\n" for value in values))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from benchmarks.demo.pretraining import PretrainingConfig, pretrain, write_check
 from benchmarks.demo.scoring import Scores, score
 from benchmarks.demo.world import NEUTRAL, World, WorldConfig
 from grasp_kernels import RunConfig, run
-from grasp_kernels.files import check_own_folder, read_json, write_json, write_lines, write_text
+from grasp_kernels.files import check_own_folder, read_json, write_json, write_text
 from grasp_kernels.models.checkpoint import load_model, load_tokenizer
 
 _NEUTRAL_PROMPTS = 32
@@ -115,10 +115,14 @@ def _write_inputs(output: Path, world: World, config: DemoConfig) -> None:
     model, data, neutral, _ = (output / name for name in _INPUTS)
     if not model.exists():
         write_checkpoint(pretrain(world, config.pretraining), world, model)
-    write_lines(data, world.fine_tuning_records())
+    _write_lines(data, world.fine_tuning_records())
     untouched = list(world.questions(tuned=False))
     every = max(1, len(untouched) // _NEUTRAL_PROMPTS)
-    write_lines(neutral, world.prompts(untouched[::every], NEUTRAL))
+    _write_lines(neutral, world.prompts(untouched[::every], NEUTRAL))
+
+
+def _write_lines(path: Path, values: Iterable[Any]) -> None:
+    write_text(path, "".join(f"{json.dumps(value)}\n" for value in values))
 
 
 def _score_all(options: RunConfig, world: World, adapters: Mapping[str, Path]) -> dict[str, Scores]:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from grasp_kernels.data import Example
-from grasp_kernels.files import stored_tensors, whole_file
+from grasp_kernels.files import open_tensors, read_all, whole_file
+from grasp_kernels.inert import reason
 from grasp_kernels.models.frozen_model import frozen_base, head_at
 from grasp_kernels.regularizer.chats import common_frame, common_header, make_chats
 
@@ -93,7 +94,8 @@ class KLRegularizer:
         self.documents, self.counted = documents, counted
         self.likely, self.log_probs = likely, log_probs
         self.kl_coef, self.batch_size, self.seed = kl_coef, batch_size, seed
-        self._ends = counted.sum(dim=1).cumsum(dim=0)  # of each document's rows
+        # The rows of `likely` that belong to each document.
+        self._rows = torch.arange(n).split(counted.sum(dim=1).tolist())
 
     @classmethod
     def of(cls, model: Any, documents: Tensor, counted: Tensor, **options: Any) -> KLRegularizer:
@@ -185,16 +187,11 @@ class KLRegularizer:
         ids, here = self.documents[chosen, :length].to(device), counted[:, :length]
         with head_at(model, here):  # all logits would be the largest tensor of the step
             found = model(input_ids=ids, use_cache=False).logits.float().log_softmax(dim=-1)
-        rows = torch.cat([self._rows(i) for i in chosen.tolist()])
+        rows = torch.cat([self._rows[i] for i in chosen.tolist()])
         likely, wanted = (t[rows].to(found.device) for t in (self.likely, self.log_probs))
         return (
             self.kl_coef * _divergence(wanted, found.gather(1, likely.long())) / max(1, len(rows))
         )
-
-    def _rows(self, document: int) -> Tensor:
-        """Return the rows of `likely` that belong to a document, int64."""
-        start = int(self._ends[document - 1]) if document else 0
-        return torch.arange(start, int(self._ends[document]))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the tensors and options to a safetensors file, whole or not at all."""
@@ -216,13 +213,19 @@ class KLRegularizer:
             FileNotFoundError: no such file.
             ValueError: a file that `save` did not write, or a damaged one.
         """
-        with stored_tensors(path, "KL regularizer", "KLRegularizer.save") as (tensors, options):
+        remedy = "give a file that KLRegularizer.save wrote, or delete it and make it again"
+        with open_tensors(path, remedy) as file:
+            tensors, options = read_all(file), file.metadata() or {}
+        try:
             return cls(
                 *(tensors[part] for part in _PARTS),
                 kl_coef=float(options["kl_coef"]),
                 batch_size=int(options["batch_size"]),
                 seed=int(options["seed"]),
             )
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            wrong = reason(error)
+        raise ValueError(f"{str(path)!r} holds no KL regularizer ({wrong}): {remedy}.")
 
 
 def _likeliest(base: Any, documents: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:

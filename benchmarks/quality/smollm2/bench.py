@@ -28,7 +28,7 @@ from typing import Any
 from filelock import FileLock
 
 from benchmarks.quality.smollm2.task import Task
-from grasp_kernels.files import write_json, write_lines
+from grasp_kernels.files import write_json, write_text
 from grasp_kernels.pipeline import stages, training
 from grasp_kernels.pipeline.config import RunConfig
 from grasp_kernels.pipeline.folder import RunFolder
@@ -102,7 +102,7 @@ class Bench:
         root.mkdir(parents=True, exist_ok=True)
         data = root / "train.jsonl"
         if not data.exists():
-            write_lines(data, [_record(*pair) for pair in task.records])
+            write_text(data, "".join(f"{json.dumps(_record(*pair))}\n" for pair in task.records))
         self.config = RunConfig(
             model=str(base),
             data=str(data),
