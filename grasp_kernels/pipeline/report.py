@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import platform
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from grasp_kernels.subspace import Subspace
 # Enough for means that no longer change in their second digit, few enough to take seconds.
 _TRAINING_PROMPTS = 32
 _SHOWN_TOKENS = 6
+_PACKAGES = ("grasp_kernels", "torch", "transformers", "peft")
 _DESCRIBED = ("k", "notes", "metadata")  # of the subspace
 _SHOWN_TRAINING = 8  # prompts of the training data that are answered
 
@@ -113,7 +114,8 @@ def _numbers(
     text_config = model.config.get_text_config()  # of a model for images and text, its text part
     width = text_config.hidden_size
     numbers = {
-        "versions": _versions(),
+        "versions": {"python": platform.python_version()}
+        | {name: import_module(name).__version__ for name in _PACKAGES},
         "config": asdict(config),
         "model": {
             "type": inputs.model_type,
@@ -133,16 +135,6 @@ def _numbers(
     }
     _measure_models(model, folders, inputs, config, numbers)
     return json.loads(json.dumps(numbers))
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("grasp_kernels", "torch", "transformers", "peft"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # run from a source tree
-            found[package] = "not installed as a package"
-    return found
 
 
 def _curve(adapter: Path) -> dict[str, list[float]]:
@@ -185,9 +177,7 @@ def _measure_models(
     from peft import PeftModel
 
     peft_model = PeftModel.from_pretrained(model, str(folders["naive"]), adapter_name="naive")
-    for name, path in folders.items():
-        if name != "naive":
-            peft_model.load_adapter(str(path), adapter_name=name)
+    peft_model.load_adapter(str(folders["retrained"]), adapter_name="retrained")
     peft_model.eval()
     adapters = numbers["adapters"]
     if inputs.held_out:

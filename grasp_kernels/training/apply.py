@@ -10,11 +10,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from grasp_kernels.config import GraspConfig
-from grasp_kernels.layers.replacement import (
-    Replacement,
-    replace_lora_layers,
-    restore_lora_layers,
-)
+from grasp_kernels.layers.replacement import Replacement, replace_lora_layers, restore_lora_layers
 from grasp_kernels.models.names import base_name
 from grasp_kernels.subspace import Subspace, check_subspace, identify
 from grasp_kernels.subspace.basis import is_subspace

@@ -156,9 +156,9 @@ class GraspTrainerMixin(_Base):
     def _make_regularizer(self) -> KLRegularizer:
         config = self.grasp_config
         length = getattr(self.args, "max_length", None) or _MAX_LENGTH
-        examples, neutral = training_prompts(
-            self._rows, self.train_dataset, self._tokenizer_of_data(), length
-        )
+        # A processor holds a tokenizer.
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        examples, neutral = training_prompts(self._rows, self.train_dataset, tokenizer, length)
         return KLRegularizer.make(
             self.model,
             examples,
@@ -174,10 +174,6 @@ class GraspTrainerMixin(_Base):
     def _kl_batch_size(self) -> int:
         half = max(1, self.args.per_device_train_batch_size // 2)
         return self.grasp_config.kl_batch_size or half
-
-    def _tokenizer_of_data(self) -> Any:
-        """Return the tokenizer of the trainer or of its processor, or None."""
-        return getattr(self.processing_class, "tokenizer", self.processing_class)
 
 
 class GraspTrainer(GraspTrainerMixin, Trainer):
