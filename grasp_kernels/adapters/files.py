@@ -178,10 +178,9 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
         _patterns_to(_is_alpha),
         f"an object with numbers other than 0, up to {_LARGEST_ALPHA:g}",
     ),
-    "use_rslora": (_is_flag, "true or false"),
-    "use_dora": (_is_flag, "true or false"),
-    "lora_bias": (_is_flag, "true or false"),
-    "fan_in_fan_out": (_is_flag, "true or false"),
+    **dict.fromkeys(
+        ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), (_is_flag, "true or false")
+    ),
     "target_parameters": (_are_names, "a list of names"),
     "base_model_name_or_path": (_is_text, "a name"),
     "auto_mapping": (

@@ -43,12 +43,7 @@ def add_identify(commands: Any, common: argparse.ArgumentParser) -> None:
 def _identify(arguments: argparse.Namespace) -> int:
     from grasp_kernels.subspace import identify
 
-    several = len(arguments.adapters) > 1
-    subspace = identify(
-        arguments.adapters if several else arguments.adapters[0],
-        k=arguments.k,
-        base_model=arguments.base_model,
-    )
+    subspace = identify(arguments.adapters, k=arguments.k, base_model=arguments.base_model)
     subspace.save(arguments.output)
     print(subspace.summary())
     print(f"Written to {arguments.output}.")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date, datetime, time
 from functools import lru_cache
@@ -224,7 +224,7 @@ class _Chat:
         words = self.messages[i].get("content") or ""
         first = "b" if words.lstrip().startswith("a") else "a"
         other = self._render([*self.messages[:i], _with_content(self.messages[i], first)])
-        start = min(_shared_start(before, upto), _shared_start(other, upto))
+        start = min(shared_length(before, upto), shared_length(other, upto))
         if not _says(upto[:start], self.messages[i - 1].get("content") or ""):
             raise ValueError(
                 f"The chat template renders the turns before turn {i + 1} of {len(self.messages)} "
@@ -362,7 +362,7 @@ def _style(template: str, special_tokens: str) -> _Style:
     return _Style(
         wants_parts=parts,
         wants_json=(not as_object or "{'zqk'" in as_object) and "zqk" in called('{"zqk": 0}'),
-        writes_an_end=not one or bool(one[: _shared_start(one, other)].strip()),
+        writes_an_end=not one or bool(one[: shared_length(one, other)].strip()),
     )
 
 
@@ -408,8 +408,8 @@ def _with_content(message: Message, content: str) -> Message:
     return {**message, "content": content}
 
 
-def _shared_start(one: str, other: str) -> int:
-    """Count the characters of the common beginning."""
+def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Count the characters or tokens of the common beginning."""
     both = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in both if a != b), min(len(one), len(other)))
 

@@ -18,6 +18,7 @@ from grasp_kernels.data.chat_template import (
     is_learned,
     render_answers,
     render_prompt,
+    shared_length,
 )
 from grasp_kernels.data.records import Record
 
@@ -308,6 +309,5 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 def shared_start(sequences: Sequence[Sequence[int]]) -> list[int]:
     """Return the common beginning of at least one sequence."""
     ordered = sorted(map(list, sequences))
-    first, last = ordered[0], ordered[-1]  # these two share the beginning of all
-    ends = zip(first, last, strict=False)
-    return first[: next((i for i, (a, b) in enumerate(ends) if a != b), min(len(first), len(last)))]
+    # The first and the last share the beginning of all.
+    return ordered[0][: shared_length(ordered[0], ordered[-1])]

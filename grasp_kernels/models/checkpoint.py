@@ -22,6 +22,7 @@ from grasp_kernels.models.tensors import INDEX, WEIGHTS, Stored, read_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")  # of a checkpoint
 _JSON = ("config.json", "generation_config.json", INDEX)
 _TOKENIZER_JSON = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json")
 _TOKENIZER = ("*token*", "vocab*", "*.model")  # the names of its files, of any kind
@@ -56,9 +57,8 @@ def find_checkpoint(model: str | PathLike[str]) -> Path:
         return folder.resolve()
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
     try:
-        return Path(snapshot_download(str(model), allow_patterns=patterns))
+        return Path(snapshot_download(str(model), allow_patterns=list(FILES)))
     except (OSError, ValueError) as error:  # the hub's own errors are of these kinds
         raise FileNotFoundError(
             f"There is no folder {model}, and it cannot be fetched from the Hugging Face hub "

@@ -21,6 +21,7 @@ from typing import Any
 
 from grasp_kernels.files import check_own_folder, left_behind, open_tensors, read_json, write_json
 from grasp_kernels.inert import shown
+from grasp_kernels.models.checkpoint import FILES
 from grasp_kernels.pipeline.config import RunConfig
 from grasp_kernels.version import __version__
 
@@ -28,7 +29,6 @@ from grasp_kernels.version import __version__
 # hashing the 16 GB of an 8B model takes a minute, and the header with all shapes is at the start.
 _HASHED_WHOLE = 64 * 2**20
 _END = 2**20
-_MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 _INPUTS = ("model", "data", "neutral")  # compared by content, so that the files may be moved
 
 LOG_NAME = "training_log.json"  # in the folder of a trained adapter, next to the weights
@@ -204,7 +204,7 @@ def fingerprint(path: str | Path) -> str:
     Of large files only both ends are hashed.
     """
     path = Path(path)
-    files = [path] if path.is_file() else sorted({f for p in _MODEL_FILES for f in path.glob(p)})
+    files = [path] if path.is_file() else sorted({f for p in FILES for f in path.glob(p)})
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size
