@@ -121,22 +121,19 @@ def _kernel_table(kernels: list[dict[str, Any]]) -> Iterator[str]:
 
 def _backend(name: str) -> str:
     """Describe a backend that runs; `auto` takes no kernels that were not timed on such a GPU."""
-    import torch
-
+    from grasp_kernels.models.checkpoint import device
     from grasp_kernels.ops.lora_linear import registry
 
-    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in registry.KERNELS or registry.measured_on(where):
+    if name not in registry.KERNELS or registry.measured_on(device()):
         return "runs"
     return "runs; never timed on such a GPU, so auto does not choose it"
 
 
 def _auto() -> str:
-    import torch
-
+    from grasp_kernels.models.checkpoint import device
     from grasp_kernels.ops.lora_linear.registry import LEAST_TOKENS, measured_on
 
-    if measured_on(torch.device("cuda" if torch.cuda.is_available() else "cpu")):
+    if measured_on(device()):
         return (
             f"chooses kernels for bfloat16 calls of {LEAST_TOKENS} tokens or more, and aten "
             "otherwise"

@@ -60,7 +60,6 @@ _VALUES: dict[Any, dict[str, Any]] = {
     int | None: {"type": int, "metavar": "N"},
     float: {"type": float, "metavar": "X"},
     int | Literal["auto"]: {"type": number_of_directions, "metavar": "N"},
-    tuple[float, ...]: {"type": float, "nargs": "+", "metavar": "X"},
     tuple[str, ...]: {"nargs": "+", "metavar": "NAME"},
 }
 

@@ -99,7 +99,7 @@ def replace_lora_layers(
     sharded = by_fsdp2(model)
     for name, layer in layers.items():
         if name in bases:
-            _check_weight(name, _adapted_weight(layer), sharded)
+            _check_weight(name, layer, sharded)
     restore_lora_layers(model)  # only now: a refused model stays unchanged
 
     told = set[str]()
@@ -146,15 +146,10 @@ def restore_lora_layers(model: nn.Module) -> None:
         _unhook(module)
 
 
-def _adapted_weight(layer: LoraLayer) -> Tensor:
-    """Return the weight under an adapter: of a module, or an adapted parameter."""
-    if isinstance(layer, ParamWrapper):
-        return layer.get_param()
-    return layer.get_base_layer().weight
-
-
-def _check_weight(name: str, weight: Tensor, sharded: bool) -> None:
-    """Raise unless all features of a weight are in one place, as a basis needs."""
+def _check_weight(name: str, layer: LoraLayer, sharded: bool) -> None:
+    """Raise unless all features of an adapted weight are in one place, as a basis needs."""
+    experts = isinstance(layer, ParamWrapper)
+    weight = layer.get_param() if experts else layer.get_base_layer().weight
     refuse_away(f"the weight of {name!r}", weight)
     if not sharded:
         refuse_tensor_parallel(f"the weight of {name!r}", weight)
