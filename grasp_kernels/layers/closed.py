@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
+from peft.tuners.lora.layer import LoraLayer
 from peft.utils import hotswap
 from torch import Tensor, nn
 from torch.optim.optimizer import (
@@ -72,6 +73,8 @@ class ClosedLayer(_LAYER):
     closed_adapters: frozenset[str] = frozenset()
     new_adapters: frozenset[str] = frozenset()
     told: set[str]
+    # Attributes that are not those of peft's own class.
+    _foreign: tuple[str, ...] = ("write_basis", "closes", "closed_adapters", "new_adapters", "told")
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Carry the name of peft's class, since peft reads it; `__qualname__` stays ours."""
@@ -119,17 +122,20 @@ class ClosedLayer(_LAYER):
         if basis is not None and basis.device != device and device.type != "meta":
             self.write_basis = basis.to(device)
 
+    @classmethod
+    def adopt(cls, layer: LoraLayer, *projection: Any) -> None:
+        """Turn a stock layer into this class in place; arguments as for `set_projection`."""
+        layer.__class__ = cls
+        assert isinstance(layer, cls)
+        layer.set_projection(*projection)
+
     def release(self) -> None:
         """Turn this layer back into peft's own in place, with the weights of its forward."""
         self.close_()  # or raises, and nothing has changed
         _layers.discard(self)
-        self._forget()
-        self.__class__ = self.stock
-
-    def _forget(self) -> None:
-        """Remove the attributes foreign to peft's own class."""
-        for name in ("write_basis", "closes", "closed_adapters", "new_adapters", "told"):
+        for name in self._foreign:
             self.__dict__.pop(name, None)
+        self.__class__ = self.stock
 
     def close_(self) -> None:
         """Write `B°`, `b°` into the parameters; the function of the layer stays unchanged.

@@ -24,18 +24,9 @@ class GraspLoRAExperts(ClosedLayer, ParamWrapper):
 
     stock = ParamWrapper
 
-    @classmethod
-    def adopt(
-        cls,
-        layer: ParamWrapper,
-        basis: Tensor | None,
-        closed: bool,
-        told: set[str],
-    ) -> None:
-        """Turn a stock wrapper into this class in place."""
-        layer.__class__ = cls
-        assert isinstance(layer, cls)
-        layer.set_basis(basis, closed, layer.get_param(), told)
+    def set_projection(self, basis: Tensor | None, closed: bool, told: set[str]) -> None:
+        """Set the basis, see `set_basis`."""
+        self.set_basis(basis, closed, self.get_param(), told)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run peft's forward with the closed factors."""
@@ -43,7 +34,3 @@ class GraspLoRAExperts(ClosedLayer, ParamWrapper):
             self.look_at_new()
         with self.computing_closed():
             return super().forward(x, *args, **kwargs)
-
-
-# By this name peft recognises an adapted parameter, and adds another adapter there.
-GraspLoRAExperts.__name__ = ParamWrapper.__name__

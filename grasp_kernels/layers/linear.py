@@ -31,6 +31,7 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
     """
 
     stock = lora.Linear
+    _foreign = (*ProjectedLoRA._foreign, "_write_weight")
 
     def __init__(
         self,
@@ -70,10 +71,6 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
         layer = holder["linear"]
         cls.adopt(layer, write_basis, "residual", closed, backend)
         return layer
-
-    def _forget(self) -> None:
-        self.__dict__.pop("_write_weight", None)
-        super()._forget()
 
     def set_projection(self, *projection: Any, **options: Any) -> None:
         """Set basis and options, as `ProjectedLoRA` does."""

@@ -43,18 +43,7 @@ class ProjectedLoRA(ClosedLayer):
 
     project: str
     backend: str
-
-    @classmethod
-    def adopt(cls, layer: LoraLayer, *projection: Any) -> None:
-        """Turn a stock layer into this class in place; arguments as for `set_projection`."""
-        layer.__class__ = cls
-        assert isinstance(layer, cls)
-        layer.set_projection(*projection)
-
-    def _forget(self) -> None:
-        for name in ("project", "backend"):
-            delattr(self, name)
-        super()._forget()
+    _foreign = (*ClosedLayer._foreign, "project", "backend")
 
     def set_projection(
         self,
