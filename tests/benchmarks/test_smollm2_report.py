@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.quality.smollm2.harness import Row
+from benchmarks.quality.smollm2.methods import METHODS
 from benchmarks.quality.smollm2.report import (
     compared,
     draw,
@@ -49,7 +50,7 @@ def test_every_seed_is_compared_with_its_own_naive_adapter() -> None:
         *(row_of("naive", 0.2, seed=1), row_of("run", 0.3, seed=1), row_of("run", 0.8, seed=2)),
         *(row_of("run", 1.0, arm="plain"), row_of("projection", 0.75, task="slant")),
     ]
-    found = compared(rows, "tone")
+    found = compared(rows, "tone", METHODS)
     assert list(found) == ["base", "naive", "run"]
     assert [(r["seed"], r["accuracy"], r["reached"]) for r in found["run"]] == [
         (0, 0.75, True),

@@ -45,6 +45,12 @@ class Method:
 
 
 METHODS: dict[str, Method] = {}
+# What rows were measured with before it was deleted from the package.
+RETIRED = {
+    "run, filtered": "`run` without the answer tokens that looked like training answers (0.3 %)",
+    "run, begun 2": "the same, and questions begin with up to 2 tokens of a training prompt",
+    "run, begun 4": "the same, with up to 4 tokens",
+}
 
 
 def method(

@@ -13,7 +13,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.quality.smollm2.harness import BASE, Row, read_rows
-from benchmarks.quality.smollm2.methods import METHODS
+from benchmarks.quality.smollm2.methods import METHODS, RETIRED
 from benchmarks.quality.smollm2.verdicts import VERDICTS
 from grasp_kernels.files import whole_file, write_text
 from grasp_kernels.pages.markdown import table
@@ -44,7 +44,8 @@ def write_report(folder: Path) -> None:
         )
     parts = ["# SmolLM2-135M-Instruct: drift at equal held-out task"]
     for name in dict.fromkeys(row["task"] for row in rows):
-        parts += [f"## {name}", task_table(rows, name), curve_table(rows, name)]
+        shown = task_table(rows, name, (*METHODS, *RETIRED))
+        parts += [f"## {name}", shown, curve_table(rows, name)]
     if verdicts := unique(read_rows(folder / VERDICTS)):
         parts += ["## Verdicts of the product", verdict_table(verdicts)]
     parts.append(_about(rows))
@@ -77,11 +78,13 @@ def reached(rows: Sequence[Row], naive: Sequence[Row]) -> tuple[Row, bool]:
     return max(ordered, key=lambda row: row["accuracy"]), False
 
 
-def compared(rows: Sequence[Row], task: str, arm: str = "factor") -> dict[str, list[Row]]:
+def compared(
+    rows: Sequence[Row], task: str, methods: Iterable[str], arm: str = "factor"
+) -> dict[str, list[Row]]:
     """Method -> the compared row of each seed, with `reached`; the base model first."""
     here = [row for row in rows if (row["task"], row["arm"]) == (task, arm)]
     found: dict[str, list[Row]] = {BASE: [row for row in here if row["method"] == BASE]}
-    for method in METHODS:
+    for method in methods:
         for seed in sorted({row["seed"] for row in here}):
             curves = {
                 name: [r for r in here if (r["method"], r["seed"]) == (name, seed)]
@@ -93,11 +96,11 @@ def compared(rows: Sequence[Row], task: str, arm: str = "factor") -> dict[str, l
     return {name: own for name, own in found.items() if own}
 
 
-def task_table(rows: Sequence[Row], task: str) -> str:
+def task_table(rows: Sequence[Row], task: str, methods: Iterable[str] = METHODS) -> str:
     """One line for each method, means over seeds."""
     if task in _ARMED:
-        return _armed_table(rows, task)
-    found = compared(rows, task)
+        return _armed_table(rows, task, methods)
+    found = compared(rows, task, methods)
     lines = []
     for name, own in found.items():
         shares = [_mean(own, part) for part in _SHARES]
@@ -109,9 +112,9 @@ def task_table(rows: Sequence[Row], task: str) -> str:
     return table(header, lines)
 
 
-def _armed_table(rows: Sequence[Row], task: str) -> str:
+def _armed_table(rows: Sequence[Row], task: str, methods: Iterable[str]) -> str:
     """Drift is half of what two opposite arms differ by, in nats a token."""
-    arms = [compared(rows, task, arm) for arm in _ARMED[task]]
+    arms = [compared(rows, task, methods, arm) for arm in _ARMED[task]]
     lines = []
     for name in (name for name in arms[0] if name in arms[1] and name != BASE):
         pairs = [
@@ -256,6 +259,7 @@ def _about(rows: Sequence[Row]) -> str:
             "factor, changed: answers to the 16 neutral prompts of the library that the phrase "
             "list of the task finds the factor in, and that are a thousand times as likely with "
             "the adapter as without. largest: log of how many times as likely, in nats.",
+            "\n".join(f"- *{name}*: {what}." for name, what in RETIRED.items()),
             table(list(about), [list(line) for line in lines]),
         ]
     )
