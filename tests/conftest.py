@@ -1,4 +1,5 @@
-"""Every test starts from the same seed, and uninitialised memory is NaN.
+"""Every test starts from the same seed, uninitialised memory is NaN, and no name is looked up on the
+hub: without a network, a test that names what is not there waited 24 s for an answer.
 
 Without a GPU, Triton's kernels run in its interpreter, which must be said before it is imported,
 and the CUDA kernels on the emulator of tools/emulator.
@@ -14,6 +15,7 @@ from grasp_kernels.ops.lora_linear.registry import KERNELS
 from tools import emulator
 
 pytest.register_assert_rewrite("tests.helpers")
+os.environ["HF_HUB_OFFLINE"] = "1"
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores

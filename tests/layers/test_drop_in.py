@@ -190,41 +190,36 @@ def test_every_way_to_an_adapter_leads_to_our_layers(
     way: Callable[[Path], nn.Module], tmp_path: Path
 ) -> None:
     saved = get_peft_model(tiny_model(), config())
-    randomise_adapter(saved)
+    subspace = a_subspace(saved)
     saved.save_pretrained(tmp_path)
     model = way(tmp_path).double()
     randomise_adapter(model)
-    stock = copy.deepcopy(model)
-    report = gk.apply_grasp(model)
-    assert len(report.replaced) == 7 * 3
-    assert not report.fallbacks
     results = []
-    for one in (model, stock):
-        one(input_ids=tokens(), labels=tokens()).loss.backward()
-        results.append({n: p.grad for n, p in one.named_parameters() if p.grad is not None})
-    assert results[0].keys() == results[1].keys() != set()
-    for name, gradient in results[1].items():
-        assert relative_error(results[0][name], gradient) <= 1e-10, name
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_every_way_is_projected(way: Callable[[Path], nn.Module], tmp_path: Path) -> None:
-    saved = get_peft_model(tiny_model(), config())
-    subspace = a_subspace(saved)
-    saved.save_pretrained(tmp_path)
-    model = way(tmp_path)
-    randomise_adapter(model)
+    for replaced in (False, True):
+        if replaced:
+            report = gk.apply_grasp(model)
+            assert len(report.replaced) == 7 * 3
+            assert not report.fallbacks
+        model.zero_grad()
+        model(input_ids=tokens(), labels=tokens()).loss.backward()
+        trained = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        results.append({name: gradient.clone() for name, gradient in trained.items()})
+    stock, found = results
+    assert found.keys() == stock.keys() != set()
+    for name, gradient in stock.items():
+        assert relative_error(found[name], gradient) <= 1e-10, name
     report = gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
     assert len(report.projected) == 2 * 3
+    model.zero_grad()
     model(input_ids=tokens(), labels=tokens()).loss.backward()
-    found = [
-        (V.mT @ p.grad).norm() / p.grad.norm()
+    along = [
+        (V.double().mT @ p.grad).norm() / p.grad.norm()
         for name, p in model.named_parameters()
         for site, V in bases_of(model, subspace).items()
         if f"{site}.lora_B" in name and p.grad is not None
     ]
-    assert len(found) == 2 * 3
-    assert max(found) <= 1e-5
+    assert len(along) == 2 * 3
+    assert max(along) <= 1e-6  # the basis is float32
 
 
 # --- what torch does with a call

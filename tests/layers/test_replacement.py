@@ -98,7 +98,7 @@ def test_closure_holds_under_adamw() -> None:
     ids = tokens()
     model.train()
     first = None
-    for _ in range(50):
+    for _ in range(20):
         loss = model(input_ids=ids, labels=ids).loss
         first = first if first is not None else loss.item()
         optimizer.zero_grad()

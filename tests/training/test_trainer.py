@@ -64,7 +64,7 @@ def trainer(
     )
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_trainer_adds_it_and_logs_it(tmp_path: Path, accumulation: int) -> None:
     losses = {}
     for strength in (None, 0.0, 1.0):

@@ -188,6 +188,7 @@ def test_closing_between_forward_and_backward_changes_rounding_alone(call: Any) 
         assert (one - other).norm() <= 1e-5 * other.norm()
 
 
+@pytest.mark.slow  # the kernels
 def test_factors_made_in_inference_mode_serve_a_training_step() -> None:
     """The kernels' factors of all layers come out of one launch, that of the first layer."""
     model = lora_model(target_modules=["q_proj"], r=4)
@@ -312,6 +313,7 @@ def saved_adapter(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_a_loaded_adapter_trains_on(tmp_path: Path, low_cpu_mem_usage: bool) -> None:
     folder = saved_adapter(tmp_path)

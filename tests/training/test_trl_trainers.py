@@ -26,6 +26,7 @@ from trl import (
 import grasp_kernels as gk
 from grasp_kernels.training.prompts import training_prompts
 
+pytestmark = pytest.mark.slow
 Rows = list[dict[str, Any]]
 LENGTH = 6  # tokens of a question and of an answer
 
