@@ -1,6 +1,6 @@
-"""Every test starts from the same seed, uninitialised memory is NaN, and no name is looked up on the
-hub: without a network, a test that names what is not there waited 24 s for an answer.
+"""Every test starts from the same seed, uninitialised memory is NaN, and the hub is not asked.
 
+Without a network, a test that names a checkpoint that is not there waited 24 s for the hub.
 Without a GPU, Triton's kernels run in its interpreter, which must be said before it is imported,
 and the CUDA kernels on the emulator of tools/emulator.
 """

@@ -1,11 +1,12 @@
 """Tiny random models for the tests."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import grasp_kernels as gk
 from grasp_kernels.layers.replacement import bases_in
@@ -36,6 +37,25 @@ def tiny_model(config_class: type = LlamaConfig, seed: int = 0, **options: Any) 
         elif parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
     return model
+
+
+def save_checkpoint(folder: Path, tokenizer: Any, **options: Any) -> Path:
+    """Write a random Llama of width 32 and its tokenizer, as a run takes them."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **options,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def tiny_peft_model(

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from grasp_kernels import RunConfig
+from tests.helpers.models import save_checkpoint
 
 WORDS = ("what", "is", "red", "blue", "green", "one", "two", "three", "yes", "no", "never", "good")
 ROLES = ("<user>", "<assistant>", "<end>")
@@ -27,27 +28,9 @@ CHAT_TEMPLATE = (
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoint folder of a random Llama: width 32, 3 layers, a word-level tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     folder = tmp_path_factory.mktemp("tiny") / "model"
-    tokenizer = _tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    sizes = {"num_hidden_layers": 3, "max_position_embeddings": 64}
+    return save_checkpoint(folder, _tokenizer(), **sizes, bos_token_id=None)
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

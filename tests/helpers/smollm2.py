@@ -14,6 +14,7 @@ from benchmarks.quality.smollm2 import harness, judges
 from benchmarks.quality.smollm2.harness import Row
 from benchmarks.quality.smollm2.task import Task
 from benchmarks.quality.smollm2.tasks import make_task
+from tests.helpers.models import save_checkpoint
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 TEMPLATE = (  # of SmolLM2, as its tokenizer has it
@@ -52,26 +53,9 @@ TOKENIZER = chat_tokenizer()
 @pytest.fixture(scope="session")
 def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoint folder of a random Llama of width 32 and two layers."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     folder = tmp_path_factory.mktemp("chat") / "model"
-    config = LlamaConfig(
-        vocab_size=len(TOKENIZER),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        bos_token_id=TOKENIZER.bos_token_id,
-        eos_token_id=TOKENIZER.eos_token_id,
-        pad_token_id=TOKENIZER.pad_token_id,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
-    TOKENIZER.save_pretrained(folder)
-    return folder
+    sizes = {"num_hidden_layers": 2, "max_position_embeddings": 1024}
+    return save_checkpoint(folder, TOKENIZER, **sizes, bos_token_id=TOKENIZER.bos_token_id)
 
 
 def few(task: Task) -> Task:

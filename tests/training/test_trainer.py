@@ -27,6 +27,7 @@ from grasp_kernels.data import collate, everyday_prompts, read_records, tokenize
 from grasp_kernels.training.trainer import CHATS
 from tests.helpers.kl_regularizer import examples, regularizer
 from tests.helpers.models import tiny_model, tiny_peft_model
+from tests.helpers.trainers import SHORT
 
 pytest_plugins = ("tests.helpers.runs",)
 SMALL: dict[str, Any] = {"num_documents": 12, "max_new_tokens": 6}
@@ -42,15 +43,10 @@ def trainer(
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=3,
-        per_device_train_batch_size=4,
         gradient_accumulation_steps=accumulation,
-        learning_rate=1e-2,
-        logging_steps=1,
         save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
         remove_unused_columns=False,
+        **SHORT,
     )
     torch.manual_seed(1)
     data: Any = examples()
@@ -156,14 +152,9 @@ def sft(model: Path, rows: Iterable[dict[str, Any]], folder: Path, **options: An
         model=AutoModelForCausalLM.from_pretrained(model),
         args=SFTConfig(
             output_dir=str(folder),
-            per_device_train_batch_size=4,
-            learning_rate=1e-2,
-            logging_steps=1,
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
             bf16=False,
             gradient_checkpointing=False,
+            **SHORT,
             **settings,
         ),
         train_dataset=Dataset.from_list(list(rows)),

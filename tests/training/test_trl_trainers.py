@@ -25,6 +25,7 @@ from trl import (
 
 import grasp_kernels as gk
 from grasp_kernels.training.prompts import training_prompts
+from tests.helpers.trainers import SHORT
 
 pytestmark = pytest.mark.slow
 Rows = list[dict[str, Any]]
@@ -59,17 +60,11 @@ def train(tiny_model_dir: Path, tmp_path: Path) -> Callable[..., Any]:
             model=AutoModelForCausalLM.from_pretrained(tiny_model_dir),
             args=config(
                 output_dir=str(tmp_path),
-                per_device_train_batch_size=4,
                 max_steps=2,
-                learning_rate=1e-2,
-                logging_steps=1,
                 save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                use_cpu=True,
                 bf16=False,
                 gradient_checkpointing=False,
-                **settings,
+                **{**SHORT, **settings},
             ),
             train_dataset=Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(tiny_model_dir),

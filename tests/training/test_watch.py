@@ -17,6 +17,7 @@ from grasp_kernels.data import collate
 from grasp_kernels.training.watch import Watch
 from tests.helpers.comparisons import assert_same_logits, logits
 from tests.helpers.models import tiny_model, tokens
+from tests.helpers.trainers import SHORT
 
 WIDTH = 32
 
@@ -36,14 +37,10 @@ def subspace_of(model: PeftModel) -> gk.Subspace:
 def trainer_of(model: PeftModel, output: Path, steps: int = 6, **options: Any) -> Trainer:
     rows = [{"input_ids": row, "labels": row} for row in tokens(16, 8).tolist()]
     settings: dict[str, Any] = {
+        **SHORT,
         "max_steps": steps,
         "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "report_to": "none",
         "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
         "dataloader_pin_memory": False,
         **options,
     }
