@@ -133,7 +133,6 @@ def _call(case: Case) -> None:
         lora_B=B,
         lora_bias=None,
         write_basis=empty(N, Q, dtype=torch.float32) if Q else None,
-        write_weight=empty(Q, K) if Q else None,
         dropout_seed=empty(1, dtype=torch.int64) if case.dropout_p else None,
         scaling=2.0,
         dropout_p=case.dropout_p,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners import lora
 from torch import Tensor, nn
@@ -20,7 +19,6 @@ from grasp_kernels.layers.projected import (
     why_no_matrix,
 )
 from grasp_kernels.ops.autocast import autocast_dtype
-from grasp_kernels.ops.lora_linear.aten import write_weight
 
 
 class GraspLoRALinear(ProjectedLoRA, lora.Linear):
@@ -31,7 +29,6 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
     """
 
     stock = lora.Linear
-    _foreign = (*ProjectedLoRA._foreign, "_write_weight")
 
     def __init__(
         self,
@@ -72,11 +69,6 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
         cls.adopt(layer, write_basis, "residual", closed, backend)
         return layer
 
-    def set_projection(self, *projection: Any, **options: Any) -> None:
-        """Set basis and options, as `ProjectedLoRA` does."""
-        self._write_weight: tuple[Any, Tensor | None] = (None, None)  # of another basis
-        super().set_projection(*projection, **options)
-
     def _why_not(self, x: Tensor, adapter: str) -> str | None:
         reason = why_never(self, adapter)
         if reason is not None:
@@ -90,7 +82,6 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
         return None
 
     def _accelerated(self, x: Tensor, adapter: str) -> Tensor:
-        dtype = autocast_dtype(x.device) or x.dtype
         base, weight = self.base_layer, self._weight
         return self._operator(
             x,
@@ -98,41 +89,13 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
             weight.detach() if weight.requires_grad else weight,
             base.bias,
             adapter,
-            write_weight=self._cached_write_weight(dtype),
         )
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        # FSDP gathers a reloaded weight at its old address, with its old version.
-        self._write_weight = (None, None)
-        super()._load_from_state_dict(*args, **kwargs)
 
     @property
     def _weight(self) -> Tensor:
         """Return `W[N, K]`; the Conv1D of transformers stores the transpose."""
         weight = self.base_layer.weight
         return weight.mT if self.fan_in_fan_out else weight
-
-    def _cached_write_weight(self, dtype: torch.dtype) -> Tensor | None:
-        """Return `C = Vᵀ W [Q, K]` in a dtype, recomputed only after a change of the base weight.
-
-        None in compiled code: it cannot see such a change, so each backward recomputes `C`.
-        """
-        if self.write_basis is None or self.project != "residual" or torch.compiler.is_compiling():
-            return None
-        key, cached = self._write_weight
-        weight = self._weight
-        now = (weight.data_ptr(), version(weight), weight.dtype, dtype)
-        if now != key:
-            # No inference tensor, even in an evaluation: a later training step saves it.
-            with torch.inference_mode(False), torch.no_grad():
-                cached = write_weight(weight, self.write_basis).to(dtype)
-            self._write_weight = (now, cached)
-        return cached
-
-
-def version(tensor: Tensor) -> int | None:
-    """Return torch's count of in-place changes; None for tensors of inference mode."""
-    return None if tensor.is_inference() else tensor._version
 
 
 def why_never(layer: nn.Module, adapter: str, *, sharded: bool = False) -> str | None:

@@ -23,6 +23,4 @@ def suited(case: Case, backend: str) -> Case:
 def operands(K: int, N: int, R: int, Q: int = 0) -> Operands:
     """A layer of these sizes that nobody computes."""
     factors, basis = (torch.empty(R, K), torch.empty(N, R)), torch.empty(N, Q) if Q else None
-    return Operands(
-        torch.empty(N, K), None, *factors, None, basis, None, None, 1.0, 0.0, True, True
-    )
+    return Operands(torch.empty(N, K), None, *factors, None, basis, None, 1.0, 0.0, True, True)

@@ -45,7 +45,7 @@ def test_only_the_results_are_large(
     x, dy = inputs["x"], inputs["dy"]
     names = ("weight", "bias", "lora_A", "lora_B", "lora_bias", "write_basis")
     seed = dropout.host_seed(x) if dropout_p else None
-    tensors = (*(inputs[n] for n in names), None, seed)
+    tensors = (*(inputs[n] for n in names), seed)
     op = Operands(*tensors, 0.5, dropout_p, residual, True)
     with Allocations() as forward:
         _, saved = aten.forward(x, op)

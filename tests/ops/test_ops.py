@@ -286,14 +286,6 @@ def test_strided_inputs(backend: str, device: str) -> None:
         assert relative_error(found, plain[name]) <= 2 * budgets[name], name
 
 
-def test_write_weight_is_only_a_cache() -> None:
-    inputs = make_inputs(PROJECTED)
-    C = inputs["write_basis"].mT @ inputs["weight"]
-    with_cache = differentiate(PROJECTED, inputs, write_weight=C)
-    for name, found in differentiate(PROJECTED, inputs).items():
-        assert torch.equal(found, with_cache[name]), name
-
-
 @everywhere
 def test_retain_graph_gives_the_same_gradients_again(backend: str, device: str) -> None:
     inputs = make_inputs(suited(replace(PROJECTED, device=device), backend))
@@ -366,7 +358,7 @@ def test_autocast_casts_what_a_linear_layer_casts(dtype: torch.dtype) -> None:
         ({"lora_A": torch.zeros(4, 48, dtype=torch.int64)}, TypeError, "floating-point dtype"),
         ({"lora_A": torch.zeros(4, 48, device="meta")}, ValueError, "lora_A is on meta"),
         ({"weight": None}, ValueError, "weight is None; pass the weight of the base layer"),
-        ({"base": torch.zeros(33, 40)}, ValueError, "base replaces weight, bias and write_wei"),
+        ({"base": torch.zeros(33, 40)}, ValueError, "base replaces weight and bias"),
         (
             {"weight": None, "base": torch.zeros(32, 40)},
             ValueError,

@@ -33,7 +33,7 @@ def registered_arguments(case: Case, backend: str) -> tuple[Any, ...]:
     names = ("x", "base", "weight", "bias", "lora_A", "lora_B", "lora_bias")
     leaves = [None if inputs[n] is None else inputs[n].requires_grad_() for n in names]
     seed = device_seed(inputs["x"]) if case.dropout_p else None
-    others = (inputs["write_basis"], None, seed)
+    others = (inputs["write_basis"], seed)
     residual = case.project == "residual"
     options = (case.scaling, case.dropout_p, residual, case.closed, False)
     return (*leaves, *others, *options, backend)

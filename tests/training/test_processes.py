@@ -220,35 +220,6 @@ def test_names_are_those_of_the_base_model_in_every_wrapper() -> None:
         assert base_name(name) == "model.layers.0.mlp.down_proj"
 
 
-def test_a_weight_that_is_loaded_anew_is_seen() -> None:
-    """Even where it lies at its old address with its old version, as FSDP gathers it."""
-    model, subspace = model_and_subspace()
-    gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
-    layer = model.get_base_model().model.layers[0].self_attn.o_proj
-    before = layer._cached_write_weight(torch.float32)
-    weight = layer.base_layer.weight
-    with torch.autograd._unsafe_preserve_version_counter(weight), torch.no_grad():
-        weight.mul_(2)
-    assert layer._cached_write_weight(torch.float32) is before
-    layer.load_state_dict(layer.state_dict())
-    torch.testing.assert_close(layer._cached_write_weight(torch.float32), 2 * before)
-
-
-def test_a_product_that_is_kept_is_in_the_dtype_of_the_call() -> None:
-    """An evaluation without autocast, then a training with it, over float32 weights."""
-    model, subspace = model_and_subspace()
-    gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
-    layer = model.get_base_model().model.layers[0].self_attn.o_proj
-    x = torch.randn(3, layer.in_features)
-    layer(x)
-    assert layer._write_weight[1].dtype == torch.float32
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        layer(x)
-    assert layer._write_weight[1].dtype == torch.bfloat16
-    layer(x)
-    assert layer._write_weight[1].dtype == torch.float32
-
-
 # --- adapters in several files
 
 

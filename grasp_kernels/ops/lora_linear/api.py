@@ -33,7 +33,6 @@ def lora_linear(
     base: Tensor | None = None,
     lora_bias: Tensor | None = None,
     write_basis: Tensor | None = None,
-    write_weight: Tensor | None = None,
     project: str = "residual",
     closed: bool = True,
     dropout_p: float = 0.0,
@@ -54,7 +53,6 @@ def lora_linear(
             layer is projected too. `base` is not changed in place.
         lora_bias: `b[N]`, adds `s b°`.
         write_basis: `V[N, Q]`, float32, orthonormal columns in the residual stream.
-        write_weight: `Vᵀ W [Q, K]`; None: computed in each backward.
         project: "residual" projects the arriving `dY` before anything uses it. "weights", for a
             layer with an output outside of the stream, projects `dA` and `dB` and leaves `dX`.
         closed: compute with `B° = (I − V Vᵀ) B`, so that the update writes nothing along the
@@ -74,15 +72,7 @@ def lora_linear(
         x, weight, bias = _autocast(x, weight, bias)
     else:
         x = x.to(base.dtype)
-    tensors = (
-        weight,
-        bias,
-        lora_A,
-        lora_B,
-        lora_bias,
-        write_basis,
-        write_weight,
-    )
+    tensors = (weight, bias, lora_A, lora_B, lora_bias, write_basis)
     check(x, base, *tensors)
     if project not in PROJECTIONS:
         raise ValueError(f"project is {project!r}; use one of {PROJECTIONS}.")

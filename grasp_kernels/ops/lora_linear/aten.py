@@ -196,8 +196,7 @@ def _through_adapter(
     if needs.x and op.weight is not None:
         dx = dy @ op.weight
         if op.write_basis is not None and op.projects(needs):
-            C = op.write_weight
-            C = write_weight(op.weight, op.write_basis) if C is None else C
+            C = write_weight(op.weight, op.write_basis)
             right = torch.cat([A, -C.to(A.dtype)])
 
     dA: Tensor | None

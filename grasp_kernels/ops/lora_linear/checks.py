@@ -17,12 +17,9 @@ def check(
     lora_B: Tensor,
     lora_bias: Tensor | None,
     write_basis: Tensor | None,
-    write_weight: Tensor | None,
 ) -> None:
-    if base is not None and any(given is not None for given in (weight, bias, write_weight)):
-        raise ValueError(
-            "base replaces weight, bias and write_weight; leave those out if you give it."
-        )
+    if base is not None and any(given is not None for given in (weight, bias)):
+        raise ValueError("base replaces weight and bias; leave those out if you give it.")
     (N, K), R = _widths(x, weight, base), lora_A.shape[0]
     if R == 0:
         raise ValueError("lora_A has rank 0; a LoRA layer needs a rank of at least 1.")
@@ -36,7 +33,6 @@ def check(
         ("lora_B", lora_B, (N, R)),
         ("lora_bias", lora_bias, (N,)),
         ("write_basis", write_basis, (N, Q)),
-        ("write_weight", write_weight, (Q, K)),
     ):
         if tensor is None:
             continue

@@ -20,12 +20,12 @@ from grasp_kernels.ops.lora_linear.registry import select
 # Registered with Library.define and impl instead of torch.library.custom_op: the same interface at
 # half its cost per call (torch 2.13 on a CPU, 64×64 layer, forward: 136 µs against 291 µs).
 _LIBRARY = torch.library.Library("grasp_kernels", "FRAGMENT")
-_N_TENSORS = 8  # of Operands: weight to dropout_seed
+_N_TENSORS = 7  # of Operands: weight to dropout_seed
 N_DIFFERENTIATED = 5  # the first of them: weight to lora_bias
 _WEIGHT, _LORA_A = 0, 2  # their places among them
 _OPERANDS = (
     "Tensor? weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? lora_bias, "
-    "Tensor? write_basis, Tensor? write_weight, Tensor? dropout_seed, "
+    "Tensor? write_basis, Tensor? dropout_seed, "
     "float scaling, float dropout_p, bool residual, bool closed, bool exact, str backend"
 )
 _LIBRARY.define(

@@ -23,7 +23,6 @@ class Operands(NamedTuple):
     lora_B: Tensor  # B [N, R]
     lora_bias: Tensor | None  # b [N]
     write_basis: Tensor | None  # V [N, Q], orthonormal columns
-    write_weight: Tensor | None  # C = Vᵀ W [Q, K] if the caller keeps it, W being frozen
     dropout_seed: Tensor | None  # int64 [1]
     scaling: float
     dropout_p: float

@@ -146,11 +146,8 @@ def _backward_product(dy: Tensor, skinny: Tensor, A: Tensor, op: Operands) -> Te
         return product(dy[:, :0], A[:0], skinny[:R], A, dropout=_dropout(op))
     projection = None
     if skinny.shape[0] > R:
-        C = op.write_weight
-        if C is None:
-            assert op.write_basis is not None
-            C = write_weight(op.weight, op.write_basis)
-        projection = skinny[R:], C
+        assert op.write_basis is not None
+        projection = skinny[R:], write_weight(op.weight, op.write_basis)
     return product(dy, op.weight, skinny[:R], A, projection=projection, dropout=_dropout(op))
 
 
