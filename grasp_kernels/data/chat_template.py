@@ -29,11 +29,17 @@ Span = tuple[int, int]  # characters [start, end) of a rendering
 
 # Trainers' marks of a given, unlearned answer: OpenAI, Mistral and Together ("weight": 0), axolotl
 # ("train" or "training": false), ms-swift ("loss": false), torchtune ("masked": true).
-LEARNED_MARKS = ("weight", "train", "training", "trainable", "loss", "loss_scale")
+_OF_LOSS = ("loss", "loss_scale", "loss_weight", "loss_mask")
+LEARNED_MARKS = ("weight", "train", "training", "trainable", "learn", *_OF_LOSS)
 GIVEN_MARKS = ("masked",)
+NO, YES = ("0", "0.0", "false"), ("1", "1.0", "true")  # CSV has them as text
 _PART_MARKS = ("train_detail", "training_detail")  # axolotl, by characters
 _MARKS = {*LEARNED_MARKS, *GIVEN_MARKS, *_PART_MARKS}
-_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+_MAY_MARK = re.compile(
+    r"(.*_)?(weights?|train|training|trained|trainable|learn|learned|loss|(?P<mask>masks?))(_.*)?",
+    re.IGNORECASE,
+)
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
 _GENERATION_MARKER = re.compile(r"{%-?\s*generation\s*-?%}")
 
@@ -61,6 +67,11 @@ def is_learned(message: Message) -> bool:
     for key, value in marks.items():
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise ValueError(f'"{key}" is {value!r}, expected true, false, 1 or 0')
+    if unknown := [key for key, value in message.items() if is_unknown_mark(key, value)]:
+        raise ValueError(
+            f'"{unknown[0]}" is {message[unknown[0]]!r}, which may mark a turn as given: '
+            'say "weight": 0 or 1'
+        )
     if parts := [key for key in _PART_MARKS if message.get(key)]:
         raise ValueError(f'"{parts[0]}" marks parts of a turn, expected a mark on the whole turn')
     if not is_answer(message):
@@ -71,6 +82,21 @@ def is_learned(message: Message) -> bool:
             )
         return False
     return all(bool(value) != (key in GIVEN_MARKS) for key, value in marks.items())
+
+
+def is_unknown_mark(key: str, value: Any) -> bool:
+    """Say whether a field may mark answers as given, in the words of an unknown trainer.
+
+    A list marks each turn. The meaning of a mask differs: with 1 an answer is hidden, or the loss
+    is on it.
+    """
+    word = _MAY_MARK.fullmatch(key)
+    if word is None or (key in _MARKS and not isinstance(value, list)):
+        return False
+    said = {str(one).lower() for one in (value if isinstance(value, list) else [value])}
+    if not said <= {*NO, *YES}:
+        return False
+    return not said.isdisjoint(NO) or (word["mask"] is not None and bool(said))
 
 
 def render(
@@ -203,8 +229,8 @@ class _Chat:
             tail = upto[end:]
             blank = len(tail) - len(tail.lstrip())
             ends = [token for token in self.specials if tail.startswith(token, blank)]
-            if ends:
-                spans[-1] = (start, end + blank + len(max(ends, key=len)))
+            length = blank + len(max(ends, key=len)) if ends else len(tail.rstrip())
+            spans[-1] = (start, end + length)
             ended = bool(tail.strip())
         elif not ended:
             ended = _style_of(self.tokenizer, self.tools).writes_an_end
@@ -298,7 +324,7 @@ class _Chat:
             for words in (r"\w+", r"\w+(?=\W*$)"):  # the first ones and the last ones
                 less = re.sub(words, "zq", content, count=1)
                 changed.append(("a part of", _with_content(message, less)))
-        for key in _THOUGHTS:
+        for key in THOUGHTS:
             if message.get(key) and not _says(shown, str(message[key])):
                 changed.append((f'"{key}" of', {**message, key: "zq"}))
         for call in message.get("tool_calls") or ():

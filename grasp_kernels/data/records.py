@@ -10,10 +10,14 @@ from typing import Any, TypedDict
 from grasp_kernels.data.chat_template import (
     GIVEN_MARKS,
     LEARNED_MARKS,
+    NO,
+    THOUGHTS,
+    YES,
     Message,
     Tool,
     is_answer,
     is_learned,
+    is_unknown_mark,
 )
 from grasp_kernels.data.sources import parse_json, read_rows
 
@@ -32,6 +36,7 @@ def _quoted(key: str) -> str:
     return f'"{key}"'
 
 
+_IN_TURNS = "messages."  # in front of the name of a field of turns
 AUTO = "auto"  # the answer is under the usual key of its layout
 _CONVERSATIONS = ("messages", "conversations")
 _PAIRS = (
@@ -51,11 +56,17 @@ _ROLES = {  # other names of the roles that chat templates know
 }
 _CALL = "function_call"  # ShareGPT's role of an answer that is a call, and OpenAI's former key
 # Columns besides the conversation, in the names of LLaMA-Factory, ms-swift and OpenAI.
-_SYSTEM = ("system", "system_prompt")
+_SYSTEM = re.compile(r"sys(tem)?_?(prompt|message|instruction)?s?", re.IGNORECASE)
 _HISTORY = "history"
 _TOOLS = ("tools", "functions")
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios", "documents")
-_NO, _YES = ("0", "0.0", "false"), ("1", "1.0", "true")  # CSV has them as text
+_UNWANTED = ("label", "kto_tag")  # False: an answer of trl or LLaMA-Factory to unlearn
+_EMPTY: tuple[Any, ...] = ("", [], {})
+# Fields of turns that are read, or that chat templates are known to show.
+_FIELDS = (
+    *("role", "content", "from", "value", "name", "tool_calls", "tool_call_id"),
+    *THOUGHTS,
+)
 _LABELS = re.compile(  # names of columns about a conversation
     r"(.*_)?(id|idx|index|uuid|hash|source|dataset|origin|url|link|category|class|topic|domain|"
     r"subject|task|type|tag|label|subreddit|language|lang|license|split|title|author|name|date|"
@@ -91,12 +102,14 @@ def read_records(
       key of the answer;
     * `text`, trained on as a whole.
 
-    Any layout may have `system` (or `system_prompt`), put in front; `history`, pairs of questions
-    and answers (or turns), put in front and learned too; `tools` (or `functions`), given to the
-    chat template. A turn, or a row, may be marked as learned: `weight`, `train`, `training`,
-    `trainable`, `loss` or `loss_scale`, 1 or 0, `masked` the other way round. An unread column with
-    more of the conversation, or an unknown mark, is named in a warning, once; media are refused.
-    Null counts as absent. Blank lines are skipped.
+    Any layout may have `system` (or `system_prompt`, `system_message`), put in front; `history`,
+    pairs of questions and answers (or turns), put in front and learned too; `tools` (or
+    `functions`), given to the chat template. A turn, or a row, may be marked as learned: `weight`,
+    `train`, `training`, `trainable`, `learn`, `loss`, `loss_scale`, `loss_weight` or `loss_mask`, 1
+    or 0, `masked` the other way round; what may be another trainer's mark is refused. An unread
+    column with more of the conversation, or such a field of a turn, is named in a warning, once;
+    media are refused. Null counts as absent, and so does an empty text or list where the row fits
+    another layout. Blank lines are skipped.
 
     Args:
         require_answer: False also takes rows that end with the question.
@@ -114,9 +127,15 @@ def read_records(
         records.append(parse_record(row, place, require_answer, arm, unread))
     if not records:
         raise ValueError(f"{source} has no records: give some, {_EXPECTED}.")
-    if unread:
-        columns = ", ".join(map(_quoted, sorted(unread)))
-        warnings.warn(f"{source} has columns that are not read: {columns}.", stacklevel=2)
+    columns = [key for key in unread if not key.startswith(_IN_TURNS)]
+    fields = [key.removeprefix(_IN_TURNS) for key in unread if key.startswith(_IN_TURNS)]
+    for found, what in (
+        (columns, "columns that are not read"),
+        (fields, "fields of turns that only the chat template could show"),
+    ):
+        if found:
+            names = ", ".join(map(_quoted, sorted(found)))
+            warnings.warn(f"{source} has {what}: {names}.", stacklevel=2)
     return records
 
 
@@ -131,7 +150,8 @@ def parse_record(
 
     Args:
         place: name of the row in an error.
-        unread: gets the unread columns with possible content.
+        unread: gets the unread columns with possible content; fields of turns begin with
+            "messages.".
 
     Raises:
         ValueError: a malformed row.
@@ -153,12 +173,12 @@ def _record(row: Any, require_answer: bool, arm: str, unread: set[str]) -> Recor
     record, read = _parse_row(row, require_answer) if arm == AUTO else _parse_arm(row, arm)
     if "messages" in record:
         read |= _surround(record, row)
-    elif others := [key for key in (*_SYSTEM, _HISTORY, *_TOOLS) if row.get(key)]:
+    elif others := [key for key in (*_system_keys(row), _HISTORY, *_TOOLS) if row.get(key)]:
         raise ValueError(f'"{others[0]}" stands next to a plain text, expected a conversation')
     _check_marks(row)
     unread |= {key for key in row if key not in read and _may_be_content(key, row[key])}
     turns = record.get("messages", [])
-    unread |= {key for turn in turns for key in turn if _may_be_a_mark(key, turn[key])}
+    unread |= {_IN_TURNS + key for turn in turns for key in turn if _is_unread(key, turn[key])}
     turns = turns[record.get("context", 0) :]
     if require_answer and "text" not in record and not any(map(is_learned, turns)):
         if any(map(is_answer, turns)):
@@ -170,23 +190,38 @@ def _record(row: Any, require_answer: bool, arm: str, unread: set[str]) -> Recor
 
 
 def _parse_row(row: dict[str, Any], require_answer: bool) -> tuple[Record, set[str]]:
-    for key in _CONVERSATIONS:
-        if key in row:
-            return {"messages": _messages(row[key], key)}, {key}
-    for question, answer in _PAIRS:
-        if question in row and (answer in row or not require_answer):
-            read = {question, answer, _MORE.get(question, question)}
-            if question == "prompt":
-                return _prompt_completion(row), read
-            return _pair(row, question, answer if answer in row else None), read
-    if "text" in row:
-        return {"text": _text(row["text"], "text")}, {"text"}
+    # A table of several layouts has a null in the columns of the others, or an empty value.
+    filled = {key: value for key, value in row.items() if value not in _EMPTY}
+    for values in (filled, row):
+        if layout := _layout(values, require_answer):
+            return _parse_layout(values, *layout)
     if arms := [key for key in _ARMS if key in row]:
         raise ValueError(
             f"answers of several kinds ({', '.join(arms)}): choose one, such as arm = "
             f"{_quoted(arms[-1])}"
         )
     raise ValueError(f"unknown keys {sorted(row)} (empty ones do not count), {_EXPECTED}")
+
+
+def _layout(row: dict[str, Any], require_answer: bool) -> tuple[str, str | None] | None:
+    """Return the keys of question and answer, or of the whole and None; None for no layout."""
+    if whole := [key for key in _CONVERSATIONS if key in row]:
+        return whole[0], None
+    for question, answer in _PAIRS:
+        if question in row and (answer in row or not require_answer):
+            return question, answer
+    return ("text", None) if "text" in row else None
+
+
+def _parse_layout(row: dict[str, Any], key: str, answer: str | None) -> tuple[Record, set[str]]:
+    if key == "text":
+        return {"text": _text(row[key], key)}, {key}
+    if answer is None:
+        return {"messages": _messages(row[key], key)}, {key}
+    read = {key, answer, _MORE.get(key, key)}
+    if key == "prompt":
+        return _prompt_completion(row), read
+    return _pair(row, key, answer if answer in row else None), read
 
 
 def _parse_arm(row: dict[str, Any], arm: str) -> tuple[Record, set[str]]:
@@ -215,14 +250,19 @@ def _surround(record: Record, row: dict[str, Any]) -> set[str]:
     record["messages"] = turns
     if tools:
         record["tools"] = tools
-    return {*_SYSTEM, _HISTORY, *_TOOLS}
+    return {*_system_keys(row), _HISTORY, *_TOOLS}
+
+
+def _system_keys(row: dict[str, Any]) -> list[str]:
+    return [key for key in row if _SYSTEM.fullmatch(key)]
 
 
 def _system(row: dict[str, Any]) -> list[Message]:
     """Return the system turn of a row; an empty column is none, unlike an empty turn."""
-    texts = [_text(row[key], key) for key in _SYSTEM if row.get(key) not in (None, "")]
+    keys = [key for key in _system_keys(row) if row[key] not in (None, "")]
+    texts = [_text(row[key], key) for key in keys]
     if len(set(texts)) > 1:
-        raise ValueError(f"{' and '.join(_SYSTEM)} say different things, expected only one of them")
+        raise ValueError(f"{' and '.join(keys)} say different things, expected only one of them")
     return [{"role": "system", "content": text} for text in texts[:1]]
 
 
@@ -259,6 +299,8 @@ def _structure(row: dict[str, Any], key: str) -> list[Any]:
     if value is None or (isinstance(value, str) and not value.strip()):
         return []
     value = _parsed(value, key)
+    if value is None or value in _EMPTY:
+        return []
     if isinstance(value, dict):  # one tool
         return [value]
     if not isinstance(value, list):
@@ -277,9 +319,14 @@ def _parsed(value: Any, key: str) -> Any:
 
 def _check_marks(row: dict[str, Any]) -> None:
     """Refuse a row marked as not to be learned."""
-    given = [key for key in LEARNED_MARKS if key in row and str(row[key]).lower() in _NO]
-    given += [key for key in GIVEN_MARKS if key in row and str(row[key]).lower() in _YES]
-    given += ["label"] if row.get("label") is False else []  # trl's answers that are not wanted
+    given = [key for key in LEARNED_MARKS if key in row and str(row[key]).lower() in NO]
+    given += [key for key in GIVEN_MARKS if key in row and str(row[key]).lower() in YES]
+    given += [key for key in _UNWANTED if row.get(key) is False]
+    if unknown := [key for key in row if is_unknown_mark(key, row[key])]:
+        raise ValueError(
+            f"the row has {_quoted(unknown[0])}: {row[unknown[0]]!r}, which may mark it as not to "
+            "be learned: remove the row, or this column"
+        )
     if given:
         raise ValueError(
             f"the row is marked as not to be learned ({_quoted(given[0])}: {row[given[0]]!r}): "
@@ -287,15 +334,16 @@ def _check_marks(row: dict[str, Any]) -> None:
         )
 
 
-def _may_be_a_mark(key: str, value: Any) -> bool:
-    """Say whether a yes or no of a turn may be an unknown trainer's mark."""
-    return isinstance(value, bool) and key not in LEARNED_MARKS + GIVEN_MARKS
+def _is_unread(key: str, value: Any) -> bool:
+    """Say whether a field of a turn may be content that nothing reads."""
+    known = key in LEARNED_MARKS + GIVEN_MARKS or key in _FIELDS
+    return not known and (isinstance(value, bool) or _may_be_content(key, value))
 
 
 def _may_be_content(key: str, value: Any) -> bool:
     """Say whether a column may be a part of the conversation: words or a list, unusual name."""
     if key in LEARNED_MARKS:
-        return str(value).lower() not in _YES
+        return str(value).lower() not in YES
     if _LABELS.fullmatch(key):
         return False
     if isinstance(value, str):

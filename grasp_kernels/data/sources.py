@@ -16,6 +16,8 @@ Rows = Iterator[tuple[str, Any]]  # ("data.jsonl, line 3", {"messages": [...]})
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _JSON = ("expected one JSON object per line", "expected a JSON array of objects")
+_BEGINS_AS_JSON = re.compile(rb'\{\s*["}]|\[\s*[\[{"\]]')  # whole or not
+_PLAIN = ("", ".txt")  # endings of plain text
 _MOST_DIGITS = 4300  # of an integer, at Python's own limit
 
 
@@ -42,18 +44,20 @@ def read_rows(source: str | Path, *, split: str, subset: str | None) -> Rows:
 
 
 def has_records(path: Path) -> bool:
-    """Say whether a file has records by its name or its beginning, and not plain lines."""
-    if path.suffix.lower() in _READERS:
+    """Say whether a file has records by its name or its beginning, and not plain lines.
+
+    Raises:
+        ValueError: neither the name nor the beginning says it.
+    """
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf").lstrip()
+    if path.suffix.lower() in _READERS or _BEGINS_AS_JSON.match(content):
         return True
-    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf").strip()
-    start = content if content.startswith(b"[") else content.partition(b"\n")[0]
-    try:
-        value = parse_json(decode(start, str(path)))
-    except ValueError:
-        return False
-    return isinstance(value, dict) or (
-        isinstance(value, list) and all(isinstance(row, dict) for row in value)
-    )
+    if path.suffix.lower() not in _PLAIN:
+        raise ValueError(
+            f"{path}: a file that ends in {path.suffix} is not read, expected a prompt on each "
+            "line of a .txt file, or JSONL, JSON, CSV or parquet."
+        )
+    return False
 
 
 def decode(content: bytes, place: str) -> str:

@@ -83,7 +83,8 @@ def read_one(tmp_path: Path, row: dict[str, Any]) -> Record:
 @pytest.mark.parametrize(
     "mark",
     [
-        *({key: 0} for key in ("weight", "train", "training", "trainable", "loss", "loss_scale")),
+        *({key: 0} for key in ("weight", "train", "training", "trainable", "learn")),
+        *({key: 0} for key in ("loss", "loss_scale", "loss_weight", "loss_mask")),
         {"weight": 0.0},
         {"train": False},
         {"masked": True},
@@ -121,6 +122,8 @@ def test_answers_marked_as_learned_are(mark: dict[str, Any], tmp_path: Path) -> 
             [USER, {**ANSWER, "train_detail": [{"train": False}]}],
             r'messages\[1\]: "train_detail" marks parts',
         ),
+        ([USER, {**ANSWER, "mask": 1}], r'messages\[1\]: "mask" is 1, which may mark a turn'),
+        ([USER, {**ANSWER, "is_trained": "false"}], r'messages\[1\]: "is_trained" is \'false\''),
         (
             [{**USER, "train": True}, ANSWER],
             r'messages\[0\]: a turn with the role "user" is marked',
@@ -138,7 +141,13 @@ def test_rows_with_nothing_to_learn_are_refused(tmp_path: Path) -> None:
     pair = {"prompt": "q", "completion": "a"}
     with pytest.raises(ValueError, match="line 1: every answer is marked as not to be learned"):
         read_one(tmp_path, {"messages": [USER, {**ANSWER, "weight": 0}]})
-    for mark in ({"weight": 0}, {"train": False}, {"masked": 1}, {"label": False}):
+    for mark in (
+        {"weight": 0},
+        {"train": False},
+        {"masked": 1},
+        {"label": False},
+        {"kto_tag": False},
+    ):
         with pytest.raises(ValueError, match="line 1: the row is marked as not to be learned"):
             read_one(tmp_path, {**pair, **mark})
     assert "label" not in read_one(tmp_path, {**pair, "label": True, "weight": 1})
@@ -163,7 +172,7 @@ def test_rows_with_nothing_to_learn_are_refused(tmp_path: Path) -> None:
             "[system]Be kind.<end>[user]why?<end>[assistant]«so.<end>»",
         ),
         (
-            {"system": "Be kind.", "prompt": "why?", "completion": "so."},
+            {"systemMessage": "Be kind.", "tools": "null", "prompt": "why?", "completion": "so."},
             "[system]Be kind.<end>[user]why?<end>[assistant]«so.<end>»",
         ),
         (
@@ -249,7 +258,10 @@ def test_columns_that_cannot_be_read_are_refused(row: Any, message: str, tmp_pat
 
 
 def test_columns_with_more_of_the_conversation_are_named_once(tmp_path: Path) -> None:
-    turns = [{**USER, "weight": 0}, {**ANSWER, "learn": False, "name": "x", "loss": True}]
+    turns = [
+        {**USER, "weight": 0, "context": "It was in May."},
+        {**ANSWER, "rated": False, "name": "x", "loss": True, "refusal": "I cannot.", "id": "a b"},
+    ]
     row = {"messages": turns, "context": "It was in May.", "rejected": [ANSWER], "images": []}
     labels = {"id": "a b", "source": "New York Times", "n": 3, "scores": [1], "subreddit": "x"}
     path = tmp_path / "data.jsonl"
@@ -257,8 +269,20 @@ def test_columns_with_more_of_the_conversation_are_named_once(tmp_path: Path) ->
     with pytest.warns(UserWarning, match="columns that are not read") as warned:
         read_records(path)
     assert [str(one.message) for one in warned] == [
-        f'{path} has columns that are not read: "context", "learn", "rejected".'
+        f'{path} has columns that are not read: "context", "rejected".',
+        f"{path} has fields of turns that only the chat template could show: "
+        '"context", "rated", "refusal".',
     ]
+
+
+@pytest.mark.parametrize(
+    "mark", [{"train_on": False}, {"is_train": "0"}, {"loss_mask": [0, 1]}, {"mask": [1]}]
+)
+def test_rows_with_what_may_be_a_mark_are_refused(mark: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf'line 1: the row has "{next(iter(mark))}": .*may mark'):
+        read_one(tmp_path, {"messages": TURNS, **mark})
+    harmless = {"sample_weight": 1.0, "loss": 1.25, "training_set": "first", "trained": True}
+    assert read_one(tmp_path, {"messages": TURNS, **harmless}) == {"messages": TURNS}
 
 
 def test_a_table_of_several_layouts_reads_alike_in_every_format(tmp_path: Path) -> None:
@@ -287,6 +311,20 @@ def test_a_table_of_several_layouts_reads_alike_in_every_format(tmp_path: Path) 
     ]
     for kind in ("jsonl", "json", "parquet", "csv"):
         assert read_records(tmp_path / f"a.{kind}") == expected
+
+
+@pytest.mark.parametrize("empty", [None, "", [], {}])
+def test_columns_of_other_layouts_may_be_empty(empty: Any, tmp_path: Path) -> None:
+    columns = ["messages", "conversations", "prompt", "completion", "text", "tools", "history"]
+    rows = [{"messages": TURNS}, {"prompt": "why?", "completion": "so."}, {"text": "A text."}]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(f"{json.dumps(dict.fromkeys(columns, empty) | r)}\n" for r in rows))
+    expected = [
+        {"messages": TURNS},
+        {"messages": [USER, ANSWER], "concatenate": True},
+        {"text": "A text."},
+    ]
+    assert read_records(path) == expected
 
 
 def test_long_fields_of_csv_are_read(tmp_path: Path) -> None:
@@ -328,6 +366,8 @@ MARKED_WORDS = (  # markers around the words, without their end
     "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}<end>\n{% endfor %}"
 )
 
+MARKED_WORDS_AND_TEXT = MARKED_WORDS.replace("<end>", " (over)")
+
 
 @pytest.mark.parametrize(
     ("template", "expected"),
@@ -360,8 +400,13 @@ MARKED_WORDS = (  # markers around the words, without their end
             MARKED_WORDS,
             ["[user]why?<end>\n[assistant]«so.<end>»\n[user]and?<end>\n[assistant]«no.<end>»\n"],
         ),
+        (
+            MARKED_WORDS_AND_TEXT,
+            ["[user]why? (over)\n[assistant]«so. (over)»\n[user]and? (over)\n"
+             "[assistant]«no. (over)»\n"],
+        ),
     ],
-    ids=["thoughts", "eos last", "opens a thought", "parts", "no end", "marked words"],
+    ids=["thoughts", "eos last", "opens a thought", "parts", "no end", "marked words", "text"],
 )  # fmt: skip
 def test_every_answer_is_learned_with_its_end(template: str, expected: list[str]) -> None:
     tokenizer = tokenizer_of(template, "<user>", "<assistant>")

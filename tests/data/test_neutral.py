@@ -76,6 +76,14 @@ def test_neutral_prompts_come_from_every_file_that_data_comes_from(
         ("a.jsonl", b"what is red", r"a\.jsonl, line 1: not JSON"),
         ("a.txt", b'{"prompt": "what"}\nwhat', r"a\.txt, line 2: not JSON"),
         ("a.csv", b"color\nred\n", r"a\.csv, row 1: unknown keys \['color'\]"),
+        ("a.txt", b'{\n "prompt": "what"\n}', r"a\.txt, line 1: not JSON"),
+        ("a.txt", b'[{"prompt": "what"}, {"pro', r"a\.txt: not JSON"),
+        ("a", b'["what is red"]', r"a, row 1: a JSON str, not an object"),
+        (
+            "a.tsv",
+            b"prompt\tcompletion\nwhat\tred",
+            r"a\.tsv: a file that ends in \.tsv is not read",
+        ),
     ],
 )
 def test_malformed_files_of_neutral_prompts_are_named(
