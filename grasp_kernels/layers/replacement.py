@@ -5,6 +5,7 @@ Shapes: K in, N out, Q basis size, D residual width.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -95,7 +96,7 @@ def replace_lora_layers(
         bases = bases_in(model, subspace, writers)
         if closed:
             _check_starts(model)
-            _check_biases(model, bases)
+            _check_trained(model, writers)
     sharded = by_fsdp2(model)
     for name, layer in layers.items():
         if name in bases:
@@ -167,16 +168,25 @@ def _check_starts(model: nn.Module) -> None:
             )
 
 
-def _check_biases(model: nn.Module, bases: dict[str, Tensor]) -> None:
-    """Raise for trained biases at writers: only adapters are kept out of the subspace."""
-    for name, module in model.named_modules():
-        bias = getattr(module, "bias", None)
-        if base_name(name) in bases and isinstance(bias, Tensor) and bias.requires_grad:
-            raise ValueError(
-                f"the bias of {base_name(name)!r} is trained too, and nothing keeps its change out "
-                'of the subspace; train with bias="none" (lora_bias=True is kept out), or pass '
-                "orthogonal=False."
-            )
+def _check_trained(model: nn.Module, writers: Iterable[Site]) -> None:
+    """Raise for a trained weight that moves the stream by itself: LoRA factors alone are closed.
+
+    These are the weights and biases of writers, of norms after them, and of embeddings.
+    """
+    known = {name for site in writers for name in (site.name, site.norm)}
+    for path, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad or ".lora_" in path:
+                continue
+            # Where peft keeps a trained copy of a module, and trained rows of an embedding.
+            name = re.split(r"\.(?:modules_to_save|token_adapter)\b", base_name(path))[0]
+            of_embedding = isinstance(module, nn.Embedding) or "trainable_tokens_delta" in path
+            if of_embedding or name in known or f"{name}.{leaf}" in known:
+                raise ValueError(
+                    f"the {leaf} of {name!r} is trained too, and nothing keeps its change out of "
+                    'the subspace; train with bias="none" and without modules_to_save there '
+                    "(lora_bias=True is kept out), or pass orthogonal=False."
+                )
 
 
 def _why_kept(layer: LoraLayer, sharded: bool) -> str | None:

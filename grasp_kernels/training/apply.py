@@ -39,7 +39,7 @@ def apply_grasp(model: nn.Module, config: GraspConfig | None = None) -> Replacem
         ValueError: no LoRA layers or an unknown backend. With a subspace also: a subspace of
             another model, an unknown architecture, weights sharded in an unsupported way, and with
             `orthogonal` adapters that hold a part of the pretrained weights (PiSSA and the like)
-            or trained biases of writers.
+            or trained weights or biases of writers, of norms after them or of embeddings.
     """
     config = GraspConfig() if config is None else config
     if not isinstance(config, GraspConfig):

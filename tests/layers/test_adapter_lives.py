@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from torch import nn
-from transformers import GPT2Config, Qwen3MoeConfig
+from transformers import Gemma2Config, GPT2Config, LlamaConfig, Qwen3MoeConfig
 
 import grasp_kernels as gk
 from tests.helpers.comparisons import (
@@ -218,7 +218,6 @@ def test_an_unloaded_base_has_no_hooks(how: str, options: dict[str, Any]) -> Non
 
 def test_a_trained_bias_of_a_writer_is_refused() -> None:
     sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
-    from peft import get_peft_model
     from transformers import GPT2LMHeadModel
 
     def make(bias: str) -> Any:
@@ -236,6 +235,37 @@ def test_a_trained_bias_of_a_writer_is_refused() -> None:
         gk.apply_grasp(model)
     model = make("none")
     gk.apply_grasp(model, gk.GraspConfig(subspace=gk.Subspace(V)))
+
+
+@pytest.mark.parametrize(
+    ("options", "trained", "named"),
+    [
+        ({"modules_to_save": ["down_proj"]}, "", "weight of 'model.layers.0.mlp.down_proj'"),
+        ({}, "down_proj.weight", "weight of 'model.layers.0.mlp.down_proj'"),
+        (
+            {"target_modules": ALL_LINEAR},
+            "o_proj.base_layer.weight",
+            "weight of '.*0.self_attn.o_proj'",
+        ),
+        ({"modules_to_save": ["embed_tokens"]}, "", "weight of 'model.embed_tokens'"),
+        ({"trainable_token_indices": [1]}, "", "default of 'model.embed_tokens'"),
+        ({"base": Gemma2Config}, "0.post_feedforward_layernorm.weight", "weight of '.*_layernorm'"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*stay with peft")
+def test_a_trained_weight_that_moves_the_stream_is_refused(
+    options: dict[str, Any], trained: str, named: str
+) -> None:
+    base = tiny_model(options.pop("base", LlamaConfig))
+    model = get_peft_model(base, LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **options}))
+    for name, parameter in model.named_parameters():
+        if trained and name.endswith(trained):
+            parameter.requires_grad_(True)
+    subspace = a_subspace(model)
+    with pytest.raises(ValueError, match=f"the {named} is trained too, .*orthogonal=False"):
+        gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
+    gk.apply_grasp(model, gk.GraspConfig(subspace=subspace, orthogonal=False))
+    gk.apply_grasp(model)
 
 
 def test_experts_take_a_second_adapter() -> None:
