@@ -66,7 +66,7 @@ class GraspConfig(Options):
             folder of a naive adapter to `identify` it in. None projects nothing.
         orthogonal: also keep `lora_B` orthogonal to the subspace, exactly.
         backend: implementation of the layers.
-        architecture: writers of an unknown model family.
+        sites: the writers, for an unknown architecture.
         kl_coef: weight of `KL(base ‖ model)`, in nats a token, on chats invented by the base model.
             0 leaves the term out.
         num_documents: number of chats invented by the base model.
@@ -81,7 +81,7 @@ class GraspConfig(Options):
     subspace: Subspace | str | PathLike[str] | None = None
     orthogonal: bool = True
     backend: Backend = "auto"
-    architecture: SiteRules | None = None
+    sites: SiteRules | None = None
     kl_coef: float = 1.0
     num_documents: int = 512
     max_new_tokens: int = 48
@@ -99,8 +99,8 @@ class GraspConfig(Options):
             "give a Subspace, its file or the folder of an adapter, or None",
         )
         self.require(
-            "architecture",
-            self.architecture is None or hasattr(self.architecture, "writers"),
+            "sites",
+            self.sites is None or hasattr(self.sites, "writers"),
             "give SiteRules or None",
         )
         self.require("backend", self.backend in BACKENDS, f"choose one of {', '.join(BACKENDS)}")

@@ -50,7 +50,7 @@ def apply_grasp(model: nn.Module, config: GraspConfig | None = None) -> Replacem
         subspace,
         closed=config.orthogonal,
         backend=config.backend,
-        sites=config.architecture,
+        sites=config.sites,
     )
     setattr(model, _APPLIED, replace(config, subspace=subspace))
     return report

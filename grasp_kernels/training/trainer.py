@@ -72,7 +72,7 @@ class GraspTrainerMixin(_Base):
         self.watch = Watch(
             cast("Subspace | None", self.grasp_config.subspace),  # it is loaded
             every=self.grasp_config.measure_steps,
-            sites=self.grasp_config.architecture,
+            sites=self.grasp_config.sites,
         )
         # Before the callbacks that report to a service, which then see its numbers.
         self.callback_handler.callbacks.insert(0, self.watch)

@@ -399,10 +399,7 @@ def test_an_unknown_architecture_says_how_to_declare_it() -> None:
     ):
         gk.apply_grasp(model, gk.GraspConfig(subspace=subspace))
     rules = SiteRules(writers=("self_attn.out_proj", "fc2"))
-    assert (
-        gk.apply_grasp(model, gk.GraspConfig(subspace=subspace, architecture=rules)).projected
-        == names
-    )
+    assert gk.apply_grasp(model, gk.GraspConfig(subspace=subspace, sites=rules)).projected == names
 
 
 def test_a_refused_replacement_leaves_the_model_as_it_was() -> None:

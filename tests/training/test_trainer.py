@@ -428,7 +428,7 @@ def test_wrong_input_is_named(tiny_model_dir: Path, tmp_path: Path) -> None:
         ({"orthogonal": "yes"}, r"orthogonal is 'yes': give True or False"),
         ({"subspace": ""}, r"subspace is '': give a Subspace, its file"),
         ({"subspace": 5}, r"subspace is 5: give a Subspace, its file"),
-        ({"architecture": "llama"}, r"architecture is 'llama': give SiteRules"),
+        ({"sites": "llama"}, r"sites is 'llama': give SiteRules"),
     ):
         with pytest.raises(ValueError, match=problem):
             gk.GraspConfig(**options)
