@@ -29,7 +29,7 @@ pytest_plugins = ("tests.helpers.runs",)
 pytestmark = pytest.mark.slow
 
 ADAPTER_FILES = (
-    "early/step-2/adapter_model.safetensors",
+    "early/step-1/adapter_model.safetensors",
     "naive/adapter_model.safetensors",
     "naive/adapter_config.json",
     "naive/training_log.json",
@@ -231,7 +231,7 @@ def copied(finished: RunConfig, tmp_path: Path) -> RunConfig:
         ("subspace.safetensors", "subspace.safetensors"),
         ("naive/adapter_model.safetensors", "naive"),
         ("retrained/training_log.json", "retrained"),
-        ("early/step-2/adapter_model.safetensors", "step-2"),
+        ("early/step-1/adapter_model.safetensors", "step-1"),
         ("report.json", "report.json"),
     ],
 )

@@ -46,7 +46,9 @@ def test_both_trainings_differ_by_the_projection_alone(finished: RunConfig) -> N
     curves = [a["curve"] for a in run(finished).numbers["adapters"].values()]
     assert curves[0]["step"] == curves[1]["step"] == list(range(1, 13))
     # the first loss comes before the first update: same initialisation, same batch, same dropout
-    assert curves[0]["loss"][0] == curves[1]["loss"][0]
+    # the divergence is subtracted from a sum in float32
+    eps = torch.finfo(torch.float32).eps
+    assert curves[1]["loss"][0] == pytest.approx(curves[0]["loss"][0], rel=eps)
     assert curves[0]["loss"] != curves[1]["loss"]
 
 
