@@ -2,12 +2,14 @@
 
 The way of the data, one folder a step:
 
+    data            file of chats               -> records -> token ids with labels
     models          checkpoint                  -> model, its answers, its residual stream
     adapters        peft model, folder or file  -> LoRA weights with their sites
     subspace        LoRA weights                -> Subspace, saved as safetensors
     layers          peft model and Subspace     -> the same model on GraspLoRALinear
     ops             the differentiable operator -> a backend -> gradients
     regularizer     base model and examples     -> a loss that keeps the model at the base elsewhere
+    training        trainer                     -> the same with fast layers and this loss
     diagnosis       base model and adapter      -> its answers next to the base model's
     pipeline        checkpoint and chat file    -> all steps: `run`, which returns a `Report`
 

@@ -29,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _seed(text: str) -> int:
     if not (text.isdecimal() and int(text) <= MOST_SEED):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a seed: give 0 to {MOST_SEED}.")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a seed: give a whole number from 0 to {MOST_SEED}."
+        )
     return int(text)
 
 

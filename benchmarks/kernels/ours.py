@@ -23,7 +23,7 @@ def _unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str 
         return None
     reason = registry.backends(device)[backend]
     if reason is None and backend in registry.KERNELS and device.type == "cpu":
-        return "kernels that a CPU interprets are not timed"
+        return "kernels that run in an interpreter on a CPU are not timed"
     if reason is None and not registry.computes(backend, dtype):
         return f"it does not compute {str(dtype).removeprefix('torch.')}"
     return reason

@@ -44,6 +44,8 @@ def _taken(name: str, value: Any, parser: argparse.ArgumentParser) -> dict[str, 
 def _read(path: str) -> dict[Any, Any]:
     import yaml
 
+    if not Path(path).is_file():
+        raise UsageError(f"There is no file {path}: check the option --config.")
     text = Path(path).read_bytes()
     try:
         tree, content = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)

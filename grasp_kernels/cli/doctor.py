@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import platform
-from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
+from grasp_kernels.pages.markdown import table
 from grasp_kernels.version import TESTED, __version__
 
 _PACKAGES = (*TESTED, "safetensors")
@@ -49,8 +49,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
         print(f"{name:<{width}}  {value}")
     if arguments.kernels and host is not None:
         print()
-        for line in _kernel_table(host.kernels()):
-            print(line)
+        lines = [[str(kernel[column]) for column in _COLUMNS] for kernel in host.kernels()]
+        print(table(list(_COLUMNS), lines))
     return 0
 
 
@@ -104,19 +104,9 @@ def _kernels(host: Any) -> str:
     )
 
 
-_COLUMNS = (
+_COLUMNS = (  # memory is in bytes
     "name", "shape", "arch", "registers", "shared_memory", "local_memory", "spilled", "max_threads",
 )  # fmt: skip
-
-
-def _kernel_table(kernels: list[dict[str, Any]]) -> Iterator[str]:
-    """Yield the table of the kernels, line by line; memory is in bytes."""
-    rows = [_COLUMNS, *(tuple(str(kernel[c]) for c in _COLUMNS) for kernel in kernels)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(
-            f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)
-        ).rstrip()
 
 
 def _backend(name: str) -> str:

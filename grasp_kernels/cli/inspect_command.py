@@ -49,6 +49,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from grasp_kernels.files import write_json
 
     quieten()
+    if arguments.arm != "auto" and not arguments.data:
+        raise ValueError("--arm chooses answers of data: add --data.")
     base = arguments.base_model
     if base is None:
         folder = find_weights(Path(arguments.adapter), None).parent

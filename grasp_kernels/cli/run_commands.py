@@ -68,7 +68,7 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     config = _configured(parser, arguments)
     quieten()
     from grasp_kernels.pipeline.folder import RunFolder
-    from grasp_kernels.pipeline.report_text import verdict_sentence
+    from grasp_kernels.pipeline.report_text import hardly_learned, verdict_sentence
     from grasp_kernels.pipeline.stages import run
 
     finished = RunFolder(config.output).is_finished
@@ -77,8 +77,10 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
         print("This run had already finished; nothing was done.")
     for name, adapter in report.numbers["adapters"].items():
         print(verdict_sentence(name, adapter))
+    for sentence in hardly_learned(report.numbers):
+        print(sentence)
     print(f"Adapters: {report.naive} and {report.retrained}.")
-    print(f"Report:   {report.text}")
+    print(f"Report:   {report.page} (as text {report.text.name})")
     return 0
 
 
@@ -89,7 +91,10 @@ def _configured(parser: argparse.ArgumentParser, arguments: argparse.Namespace) 
     options = read_options(arguments.config, parser) if arguments.config else {}
     options |= {name: value for name, value in typed.items() if value is not None}
     if arguments.further:
-        options |= parse(arguments.further)
+        try:
+            options |= parse(arguments.further)
+        except ValueError as error:
+            parser.error(str(error))
     vars(arguments).update({**options, **vars(arguments)})  # for the names in messages
     if missing := [f"--{name}" for name in ("model", "data", "output") if name not in options]:
         parser.error(f"the following arguments are required: {', '.join(missing)}")

@@ -8,7 +8,13 @@ report      numbers -> text
 """
 
 from grasp_kernels.diagnosis.answers import Changed, changed_answers, own_answers, told, verdict
-from grasp_kernels.diagnosis.diagnose import Diagnosis, adapter_numbers, base_answers, diagnose
+from grasp_kernels.diagnosis.diagnose import (
+    Diagnosis,
+    adapter_numbers,
+    base_answers,
+    diagnose,
+    spread,
+)
 from grasp_kernels.diagnosis.pair import Pair
 
 __all__ = [
@@ -20,6 +26,7 @@ __all__ = [
     "changed_answers",
     "diagnose",
     "own_answers",
+    "spread",
     "told",
     "verdict",
 ]

@@ -132,6 +132,8 @@ def diagnose(
         numbers = {
             "adapter": str(adapter or pair.model.active_adapters[0]),
             "model": {
+                "given": None if isinstance(model, nn.Module) else str(model),
+                "named": next(iter(pair.model.peft_config.values())).base_model_name_or_path,
                 "type": config.model_type,
                 "layers": config.get_text_config().num_hidden_layers,
             },
@@ -192,6 +194,12 @@ def adapter_numbers(
     }
 
 
+def spread(total: int) -> list[int]:
+    """Return the places of a few of `total` records, evenly spread over them."""
+    count = min(_TRAINING_PROMPTS, total)
+    return [i * total // count for i in range(count)]
+
+
 def reasons(numbers: dict[str, Any]) -> list[str]:
     """Return the findings, one sentence each.
 
@@ -245,11 +253,13 @@ def _find_neutral(
         prompts = neutral_prompts(None if given is None else Path(given), tokenizer)
     else:
         prompts = [list(prompt) for prompt in given]
+        if not all(isinstance(token, int) for prompt in prompts for token in prompt):
+            raise ValueError("The neutral prompts are not token ids: give lists of ids, or a file.")
     where = f" in {given}" if isinstance(given, (str, PathLike)) else ""
     if len(prompts) < 2 or not all(prompts):
         raise ValueError(
-            f"There are {len(prompts)} neutral prompts{where}, {sum(not p for p in prompts)} of "
-            "them empty: give at least 2 with at least one token each."
+            f"The neutral prompts{where} are {len(prompts)}, with {sum(not p for p in prompts)} "
+            "empty: give at least 2 with at least one token each."
         )
     return prompts
 
@@ -265,9 +275,8 @@ def _find_training(
     if given is None:
         return []
     records = read_records(str(given)) if isinstance(given, (str, PathLike)) else list(given)
-    count = min(_TRAINING_PROMPTS, len(records))
     prompts = []
-    for i in (i * len(records) // count for i in range(count)):
+    for i in spread(len(records)):
         try:
             prompt, _ = split_first_answer(records[i], tokenizer)
         except ValueError as error:

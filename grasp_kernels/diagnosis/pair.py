@@ -153,6 +153,7 @@ def _with_adapter(base: nn.Module, adapter: str | PathLike[str]) -> Any:
     )
     try:
         wrapped = get_peft_model(base, config)
+        config.base_model_name_or_path = parts.config.get("base_model_name_or_path")
         for entry in parts.factors:
             layer: Any = base.get_submodule(names[str(places[entry.name])])
             _copy(layer.lora_A["default"].weight, entry.lora_A)

@@ -15,8 +15,8 @@ _MEANING = {
     "does: read the answers below.",
     "weak": "On some prompts unrelated to its task, this adapter does not answer as its base model "
     "does: read the answers below.",
-    "nothing": "On prompts unrelated to its task, this adapter answers as its base model does. "
-    f"{_CAUTION}",
+    "nothing": "None of its answers to prompts unrelated to its task is one that its base model "
+    f"would hardly give. {_CAUTION}",
 }
 
 
@@ -45,9 +45,12 @@ def diagnosis_text(numbers: Numbers) -> str:
 
 
 def _settings(numbers: Numbers) -> str:
-    model, prompts = numbers["model"], numbers["prompts"]
+    model, prompts, versions = numbers["model"], numbers["prompts"], numbers["versions"]
+    named, given = model["named"], model["given"]
+    differ = f" The adapter names the base model {named!r}, and {given!r} was given."
     return (
         f"Model {inert(model['type'])}, {model['layers']} blocks; {prompts['unrelated']} neutral "
         f"prompts, {prompts['training']} of the training data; grasp_kernels "
-        f"{numbers['versions']['grasp_kernels']}, torch {numbers['versions']['torch']}."
+        f"{versions['grasp_kernels']}, torch {versions['torch']}."
+        f"{inert(differ) if given and named and named != given else ''}"
     )

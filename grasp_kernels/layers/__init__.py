@@ -5,6 +5,6 @@ projected    the common base of layers on the operator, and peft's own forward w
 linear       GraspLoRALinear
 quantised    the layers over weights stored and multiplied by another library
 experts      LoRA on the fused parameters of experts
-replacement  replace_lora_layers, restore_lora_layers
+replacement  a peft model and a subspace -> the same model on these layers, and back
 closure      leakage, project_adapter
 """

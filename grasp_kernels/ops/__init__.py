@@ -1,4 +1,9 @@
-"""The differentiable operators and the backends behind them; no stage is imported here."""
+"""The differentiable operators and the backends behind them; no stage is imported here.
+
+lora_linear   the operator, its specification and its backends
+projection    gradients and matrices off a basis
+gpu           what all kernels share
+"""
 
 from grasp_kernels.ops.lora_linear.api import lora_linear
 from grasp_kernels.ops.lora_linear.registry import backends

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from grasp_kernels import leakage
 from grasp_kernels.data import Record, encode, split_first_answer
-from grasp_kernels.diagnosis import Pair, adapter_numbers, base_answers
+from grasp_kernels.diagnosis import Pair, adapter_numbers, base_answers, spread
 from grasp_kernels.diagnosis.effect import mean_loss
 from grasp_kernels.files import write_json, write_text
 from grasp_kernels.models.checkpoint import load_model
@@ -27,12 +27,9 @@ from grasp_kernels.pipeline.folder import LOG_NAME, RunFolder
 from grasp_kernels.pipeline.inputs import ANSWER_TOKENS, Inputs
 from grasp_kernels.subspace import Subspace
 
-# Enough for means that no longer change in their second digit, few enough to take seconds.
-_TRAINING_PROMPTS = 32
 _SHOWN_TOKENS = 6
 _PACKAGES = ("grasp_kernels", "torch", "transformers", "peft")
 _DESCRIBED = ("k", "notes", "metadata")  # of the subspace
-_SHOWN_TRAINING = 8  # prompts of the training data that are answered
 
 
 @dataclass(frozen=True)
@@ -193,7 +190,7 @@ def _measure_models(
     pair = Pair(peft_model)
     prompts = {
         "unrelated": inputs.neutral,
-        "training": _training_prompts(inputs, config)[:_SHOWN_TRAINING],
+        "training": _training_prompts(inputs, config),
     }
     size: dict[str, Any] = {
         "batch_size": config.per_device_train_batch_size,
@@ -208,12 +205,11 @@ def _measure_models(
 
 
 def _training_prompts(inputs: Inputs, config: RunConfig) -> list[list[int]]:
-    """Return evenly chosen records up to their first answer; plain text as a whole."""
+    """Return a few records up to their first answer; plain text as a whole."""
     longest = config.max_length
     if inputs.positions is not None:
         longest = min(longest, inputs.positions - ANSWER_TOKENS)
-    step = max(1, len(inputs.records) // _TRAINING_PROMPTS)
-    chosen = inputs.records[::step][:_TRAINING_PROMPTS]
+    chosen = [inputs.records[i] for i in spread(len(inputs.records))]
     return [ids for r in chosen if (ids := _prompt(r, inputs)[:longest])]
 
 

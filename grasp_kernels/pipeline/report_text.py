@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
 from grasp_kernels.diagnosis.answers import CHANGED
@@ -9,6 +10,7 @@ from grasp_kernels.inert import inert
 from grasp_kernels.pages.markdown import answers_table, table, words
 
 Numbers = dict[str, Any]
+_LEARNED = 0.9  # of the first loss: above it next to nothing was learned
 
 _LABELS = {"naive": "naive LoRA", "retrained": "retrained LoRA"}
 _CAPTION = "Training loss of both adapters (pale: each step, bold: running mean)"
@@ -48,6 +50,17 @@ def verdict_sentence(name: str, adapter: dict[str, Any]) -> str:
     )
 
 
+def hardly_learned(numbers: Numbers) -> list[str]:
+    """Return a sentence if the naive training learned next to nothing."""
+    first, last = _tenths(numbers["adapters"]["naive"])
+    if last < _LEARNED * first:
+        return []
+    return [
+        f"The training loss of the naive LoRA went from {first:.3g} to {last:.3g}: it has hardly "
+        "learned the data. Train longer (--num-train-epochs) or with a higher --learning-rate."
+    ]
+
+
 def _said(numbers: Numbers) -> str:
     adapters = numbers["adapters"]
     sentences = [f"**{verdict_sentence(name, one)}**" for name, one in adapters.items()]
@@ -58,6 +71,7 @@ def _said(numbers: Numbers) -> str:
     ]
     parts = [
         "# Report of the run",
+        *(f"**{sentence}**" for sentence in hardly_learned(numbers)),
         "## What the adapters say",
         *sentences,
         "An answer counts as changed (≠) if it is at least a thousand times as likely with the "
@@ -90,7 +104,7 @@ def _identified(numbers: Numbers) -> str:
 def _compared(numbers: Numbers) -> str:
     labels = [_LABELS[name] for name in numbers["adapters"]]
     adapters = list(numbers["adapters"].values())
-    rows = [["training loss, last tenth", *(f"{_final_loss(a):.4f}" for a in adapters)]]
+    rows = [["training loss, last tenth", *(f"{_tenths(a)[1]:.4f}" for a in adapters)]]
     if "base_held_out_loss" in numbers:
         base = numbers["base_held_out_loss"]
         rows.append(
@@ -107,10 +121,11 @@ def _compared(numbers: Numbers) -> str:
     return f"## What differs\n\n{table(['', *labels], rows)}"
 
 
-def _final_loss(adapter: dict[str, Any]) -> float:
+def _tenths(adapter: dict[str, Any]) -> tuple[float, float]:
+    """Return the mean training loss of the first and of the last tenth of the steps."""
     losses = adapter["curve"]["loss"]
-    last = losses[-max(1, len(losses) // 10) :]
-    return sum(last) / len(last)
+    n = max(1, len(losses) // 10)
+    return fmean(losses[:n]), fmean(losses[-n:])
 
 
 def _not_shown(numbers: Numbers) -> str:

@@ -23,8 +23,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm.auto import tqdm
-
 from grasp_kernels.models.checkpoint import find_checkpoint, load_model
 from grasp_kernels.pipeline.config import RunConfig
 from grasp_kernels.pipeline.folder import RunFolder, fingerprint
@@ -53,6 +51,10 @@ def run(config: RunConfig | None = None, /, **options: Any) -> Report:
     """
     from grasp_kernels.pipeline.training import check_trainer
 
+    if not isinstance(config, RunConfig | None):
+        raise TypeError(
+            f"The config is a {type(config).__name__}: give a RunConfig, or options by name."
+        )
     config = replace(config, **options) if config is not None else RunConfig(**options)
     checkpoint = find_checkpoint(config.model)
     fingerprints = {"model": fingerprint(checkpoint)}
@@ -136,8 +138,6 @@ def find_subspace(config: RunConfig, folder: RunFolder, inputs: Inputs) -> Subsp
 
     if not folder.subspace.exists():
         adapters = [str(p) for p in early_checkpoints(config, folder, inputs.steps).values()]
-        with tqdm(total=1, desc="subspace of the weights", unit="subspace") as bar:
-            subspace = identify(adapters, k=config.k, base_model=str(inputs.checkpoint))
-            bar.update()
+        subspace = identify(adapters, k=config.k, base_model=str(inputs.checkpoint))
         subspace.save(folder.subspace)
     return Subspace.load(folder.subspace)

@@ -224,10 +224,12 @@ def check_trainer(config: RunConfig, steps: int) -> None:
             arguments = training_arguments(config, steps, Path(work))
             Trainer(nn.Linear(1, 1), arguments).create_optimizer_and_scheduler(steps)
     except Exception as error:
-        given = {"lr_scheduler_type": config.lr_scheduler_type, **config.training_arguments}
+        given = dict(config.training_arguments)
+        if not given or config.lr_scheduler_type != RunConfig.lr_scheduler_type:
+            given = {"lr_scheduler_type": config.lr_scheduler_type, **given}
         named = " and ".join(f"{name} = {value!r}" for name, value in given.items())
         said = reason(ValueError(error))  # for a TypeError of transformers too
-        raise ValueError(f"Trainer cannot take {named} here: {said}.") from error
+        raise ValueError(f"{named} cannot be used here ({said}): change or omit it.") from error
 
 
 def training_arguments(config: RunConfig, steps: int, work: Path) -> TrainingArguments:

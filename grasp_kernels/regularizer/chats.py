@@ -11,6 +11,7 @@ Shapes: `M` documents, `T` tokens of the longest.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,15 +87,18 @@ def _questions(
     cut: list[list[int]] = []
     label = "questions of the base model" if progress else None
     for _ in range(_DRAWS):
-        wanted = starts[len(whole) :]
-        if not wanted:
+        if not (wanted := starts[len(whole) :]):
             break
         made = generate_answers(base, wanted, end_ids=header[:1], progress=label, **options)
         for start, question in zip(wanted, made, strict=True):
-            if question[-1] == header[0]:
-                whole.append(start + question[:-1])
-            else:
-                cut.append(start + question)
+            ended = question[-1] == header[0]
+            (whole if ended else cut).append(start + question[: -1 if ended else None])
+    if 2 * len(whole) < len(starts):
+        warnings.warn(
+            f"The base model ended only {len(whole)} of {len(starts)} questions: raise "
+            "max_new_tokens, or use a model that is tuned to chat.",
+            stacklevel=2,
+        )
     return (whole + cut)[: len(starts)]
 
 

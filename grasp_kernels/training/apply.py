@@ -36,14 +36,17 @@ def apply_grasp(model: nn.Module, config: GraspConfig | None = None) -> Replacem
         The layers that were replaced and those that were not; it prints as a table.
 
     Raises:
+        TypeError: not a model, or not a config.
         ValueError: no LoRA layers or an unknown backend. With a subspace also: a subspace of
             another model, an unknown architecture, weights sharded in an unsupported way, and with
             `orthogonal` adapters that hold a part of the pretrained weights (PiSSA and the like)
             or trained weights or biases of writers, of norms after them or of embeddings.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"The model is a {type(model).__name__}: give a peft model.")
     config = GraspConfig() if config is None else config
     if not isinstance(config, GraspConfig):
-        raise ValueError(f"The config is {config!r}, not a GraspConfig: give GraspConfig(...).")
+        raise TypeError(f"The config is a {type(config).__name__}: give GraspConfig(...).")
     subspace = _subspace(config.subspace)
     report = replace_lora_layers(
         model,

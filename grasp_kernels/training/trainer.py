@@ -57,6 +57,15 @@ class GraspTrainerMixin(_Base):
         ValueError: as `apply_grasp`; when the training begins, data of another kind.
     """
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        both = (one for one in cls.__bases__ if issubclass(one, (GraspTrainerMixin, Trainer)))
+        if not issubclass(next(both), GraspTrainerMixin):
+            raise TypeError(
+                f"{cls.__name__} has its trainer in front of GraspTrainerMixin, which would do "
+                f"nothing: write class {cls.__name__}(GraspTrainerMixin, ...)."
+            )
+
     def __init__(
         self,
         *args: Any,
@@ -144,14 +153,16 @@ class GraspTrainerMixin(_Base):
         index = self.args.local_process_index if local else self.args.process_index
         with self.args.main_process_first(local=local, desc="chats of the base model"):
             if (resumes or index > 0) and path.exists():
-                found = KLRegularizer.load(path)
-                found.kl_coef, found.batch_size = self.grasp_config.kl_coef, self._kl_batch_size()
-                return found
-            made = self._make_regularizer()
-            if index == 0 and (self.args.save_strategy != "no" or self.args.world_size > 1):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                made.save(path)
-            return made
+                made = KLRegularizer.load(path)
+            else:
+                made = self._make_regularizer()
+                if index == 0 and (self.args.save_strategy != "no" or self.args.world_size > 1):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    made.save(path)
+        half = max(1, self.args.per_device_train_batch_size // 2)
+        made.kl_coef = self.grasp_config.kl_coef
+        made.batch_size = self.grasp_config.kl_batch_size or half
+        return made
 
     def _make_regularizer(self) -> KLRegularizer:
         config = self.grasp_config
@@ -165,15 +176,9 @@ class GraspTrainerMixin(_Base):
             neutral=neutral,
             num_documents=config.num_documents,
             max_new_tokens=config.max_new_tokens,
-            kl_coef=config.kl_coef,
-            batch_size=self._kl_batch_size(),
             seed=self.args.seed,
             progress=not self.args.disable_tqdm,
         )
-
-    def _kl_batch_size(self) -> int:
-        half = max(1, self.args.per_device_train_batch_size // 2)
-        return self.grasp_config.kl_batch_size or half
 
 
 class GraspTrainer(GraspTrainerMixin, Trainer):

@@ -328,7 +328,7 @@ def test_answers_and_reasons_forge_no_line_of_a_report() -> None:
         "reasons": [FOREIGN],
         "answers": {"unrelated": [told], "training": [told]},
         "effect": {"tokens": {way: [{"token": FOREIGN, "score": 0.1}] for way in ("up", "down")}},
-        "model": {"type": FOREIGN, "layers": 1},
+        "model": {"type": FOREIGN, "layers": 1, "named": FOREIGN, "given": "base"},
         "prompts": {"unrelated": 1, "training": 1},
         "versions": {"grasp_kernels": "1", "torch": "2"},
     }

@@ -103,7 +103,7 @@ def test_run_prints_where_its_results_are(
     assert main(command) == 0
     first = capsys.readouterr().out
     assert "The naive LoRA answers" in first and "The retrained LoRA answers" in first
-    assert str(tmp_path / "out" / "report.md") in first
+    assert str(tmp_path / "out" / "report.html") in first
     assert main(command) == 0
     assert "already finished; nothing was done" in capsys.readouterr().out
     assert main([*command, "--seed", "5"]) == 2
@@ -141,7 +141,7 @@ def test_inspect_finds_the_base_model_that_an_adapter_names(
     named, config = tmp_path / "named", json.loads((adapter / "adapter_config.json").read_text())
     shutil.copytree(adapter, named)
     for base, status, said in (
-        (str(tiny_model_dir), 0, "**Verdict: "),
+        (str(tiny_model_dir), 0, "0 of the training data; grasp_kernels 0.1.0, torch"),
         ("somebody/something", 2, "'somebody/something', which is not a folder here: add --base-"),
         (None, 2, "None, which is not a folder here: add --base-model"),
     ):
@@ -149,6 +149,13 @@ def test_inspect_finds_the_base_model_that_an_adapter_names(
         (named / "adapter_config.json").write_text(json.dumps(config))
         assert main(["inspect", str(named)]) == status
         assert said in "".join(capsys.readouterr())
+    command = ["inspect", str(named), "--base-model", str(tiny_model_dir)]
+    config["base_model_name_or_path"] = "another"
+    (named / "adapter_config.json").write_text(json.dumps(config))
+    assert main(command) == 0
+    assert "names the base model 'another', and " in capsys.readouterr().out
+    assert main([*command, "--arm", "good"]) == 2
+    assert "--arm chooses answers of data: add --data." in capsys.readouterr().err
 
 
 def test_check_fails_before_and_passes_after_project(

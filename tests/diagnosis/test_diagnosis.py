@@ -193,7 +193,7 @@ def test_what_cannot_work_is_refused_with_a_sentence(
     )
     refused("give the plain base model and an adapter folder", model, contaminated)
     refused("no tokenizer", model, tokenizer=None)
-    refused("There are 1 neutral prompts", model, neutral=[[3, 4]])
+    refused("The neutral prompts are 1, with 0 empty", model, neutral=[[3, 4]])
     refused(
         "Record 1: .* Leave the records out to use neutral prompts",
         model,

@@ -113,6 +113,14 @@ def test_tokens_cannot_break_the_table(numbers: dict[str, Any]) -> None:
     assert "| raised most there | `a¦b` `\\n` `c'` | `a¦b` |" in report_text(numbers)
 
 
+def test_a_training_that_learned_nothing_is_said_first(numbers: dict[str, Any]) -> None:
+    assert "hardly learned" not in report_text(numbers)
+    numbers["adapters"]["naive"]["curve"]["loss"] = [3.0, 2.9, 2.8]
+    said = report_text(numbers).split("## What the adapters say")[0]
+    assert "from 3 to 2.8: it has hardly learned the data" in said
+    assert said.index("Report of the run") < said.index("hardly")
+
+
 def test_both_adapters_are_in_the_chart(numbers: dict[str, Any]) -> None:
     chart = training_chart(numbers["adapters"])
     assert chart.count("<polyline") == 4

@@ -353,4 +353,5 @@ def test_doctor_lists_every_kernel(capsys: pytest.CaptureFixture[str]) -> None:
     summary, table = capsys.readouterr().out.split("\n\n")
     kernels = _host.kernels()
     assert f"CUDA kernels        {len(kernels)} for sm_" in summary
-    assert [row.split("  ")[0] for row in table.splitlines()[1:]] == [k["name"] for k in kernels]
+    names = [row.split(" | ")[0].removeprefix("| ") for row in table.splitlines()[2:]]
+    assert names == [kernel["name"] for kernel in kernels]

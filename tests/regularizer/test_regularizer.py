@@ -108,6 +108,12 @@ def test_chats_have_frame_question_header_and_a_counted_answer() -> None:
     assert documents.shape != other.shape or not torch.equal(documents, other)
 
 
+def test_questions_that_do_not_end_are_told() -> None:
+    """One token is rarely the end."""
+    with pytest.warns(UserWarning, match=r"ended only \d+ of 12 questions"):
+        make(examples(), length=1)
+
+
 def test_chats_without_a_common_frame_begin_as_a_prompt() -> None:
     given = [example([word, 5, word, 3], [4]) for word in (10, 20, 30)]
     documents, counted = make(given, count=30)

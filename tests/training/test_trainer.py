@@ -412,6 +412,13 @@ def test_services_see_all_numbers(tmp_path: Path) -> None:
     assert ["leakage" in entry for entry in service.entries[:3]] == [False, True, True]
 
 
+def test_a_trainer_in_front_of_the_mixin_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"write class Sft\(GraspTrainerMixin, \.\.\.\)"):
+        type("Sft", (SFTTrainer, gk.GraspTrainerMixin), {})
+    inner = type("Inner", (gk.GraspTrainerMixin, SFTTrainer), {})
+    type("Outer", (inner,), {})
+
+
 def test_wrong_input_is_named(tiny_model_dir: Path, tmp_path: Path) -> None:
     for options, problem in (
         ({"kl_coef": -1.0}, r"kl_coef is -1.0: give 0 or more"),
@@ -432,9 +439,13 @@ def test_wrong_input_is_named(tiny_model_dir: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=problem):
             gk.GraspConfig(**options)
+    with pytest.raises(TypeError, match="The model is a str: give a peft model"):
+        gk.apply_grasp("model")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="The config is a str: give a RunConfig, or options"):
+        gk.run("model")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no LoRA layers"):
         gk.apply_grasp(tiny_model())
-    with pytest.raises(ValueError, match=r"The config is \{'kl_coef': 1\}, not a GraspConfig"):
+    with pytest.raises(TypeError, match="The config is a dict: give GraspConfig"):
         gk.apply_grasp(tiny_peft_model(), {"kl_coef": 1})  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError, match=r"There is no .*missing"):
         gk.apply_grasp(tiny_peft_model(), gk.GraspConfig(subspace=tmp_path / "missing"))

@@ -30,9 +30,7 @@ def why_not() -> str | None:
         return None
     path = find()
     if path is None:
-        return (
-            "its extension was not built, because nvcc was missing when the package was installed"
-        )
+        return "its extension was not built (it is where pip finds nvcc)"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
