@@ -19,11 +19,7 @@ def add_inspect(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder")
     for name, metavar, what in (
-        (
-            "--base-model",
-            "DIR",
-            "checkpoint of the base model (default: the one that the adapter names)",
-        ),
+        ("--base-model", "DIR", "checkpoint of the base model (default: as the adapter names it)"),
         ("--data", "FILE", "training data, as for run; eight prompts are answered"),
         ("--arm", "NAME", "key of the answers in the data, as for run"),
         ("--neutral", "FILE", "unrelated prompts, as for run"),

@@ -118,6 +118,7 @@ def diagnose(
         raise ValueError(
             f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}: give 1 or more."
         )
+    name = None if isinstance(model, nn.Module) else str(model)
     if not isinstance(model, nn.Module):
         model = find_checkpoint(str(model))
     reader = _find_tokenizer(model, tokenizer)
@@ -132,7 +133,7 @@ def diagnose(
         numbers = {
             "adapter": str(adapter or pair.model.active_adapters[0]),
             "model": {
-                "given": None if isinstance(model, nn.Module) else str(model),
+                "given": name,
                 "named": next(iter(pair.model.peft_config.values())).base_model_name_or_path,
                 "type": config.model_type,
                 "layers": config.get_text_config().num_hidden_layers,
@@ -252,9 +253,9 @@ def _find_neutral(
     if given is None or isinstance(given, (str, PathLike)):
         prompts = neutral_prompts(None if given is None else Path(given), tokenizer)
     else:
+        if any(isinstance(prompt, str) for prompt in given):
+            raise ValueError("The neutral prompts are texts: give lists of token ids, or a file.")
         prompts = [list(prompt) for prompt in given]
-        if not all(isinstance(token, int) for prompt in prompts for token in prompt):
-            raise ValueError("The neutral prompts are not token ids: give lists of ids, or a file.")
     where = f" in {given}" if isinstance(given, (str, PathLike)) else ""
     if len(prompts) < 2 or not all(prompts):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os.path import abspath
 from typing import Any
 
 from grasp_kernels.inert import inert
@@ -47,10 +48,11 @@ def diagnosis_text(numbers: Numbers) -> str:
 def _settings(numbers: Numbers) -> str:
     model, prompts, versions = numbers["model"], numbers["prompts"], numbers["versions"]
     named, given = model["named"], model["given"]
-    differ = f" The adapter names the base model {named!r}, and {given!r} was given."
+    differ = ""
+    if named and given and abspath(named) != abspath(given):  # equal names of the hub are equal
+        differ = f" The adapter names the base model {named!r}, and {given!r} was given."
     return (
         f"Model {inert(model['type'])}, {model['layers']} blocks; {prompts['unrelated']} neutral "
         f"prompts, {prompts['training']} of the training data; grasp_kernels "
-        f"{versions['grasp_kernels']}, torch {versions['torch']}."
-        f"{inert(differ) if given and named and named != given else ''}"
+        f"{versions['grasp_kernels']}, torch {versions['torch']}.{inert(differ)}"
     )

@@ -194,6 +194,7 @@ def test_what_cannot_work_is_refused_with_a_sentence(
     refused("give the plain base model and an adapter folder", model, contaminated)
     refused("no tokenizer", model, tokenizer=None)
     refused("The neutral prompts are 1, with 0 empty", model, neutral=[[3, 4]])
+    refused("The neutral prompts are texts", model, neutral=["Hello?", "Why?"])
     refused(
         "Record 1: .* Leave the records out to use neutral prompts",
         model,
@@ -232,6 +233,9 @@ def test_a_name_on_the_hub_is_looked_up_once(
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     again = gk.diagnose("somebody/something", contaminated, records=chat_jsonl, neutral=neutral)
     assert asked == ["somebody/something"]
+    assert "names the base model" in again.text()  # the folder that it was trained in
+    again.numbers["model"]["named"] = "somebody/something"
+    assert "names the base model" not in again.text()
     assert again.numbers["effect"] == found.numbers["effect"]
 
 
