@@ -1,8 +1,11 @@
-"""The native parts: `_C`, the CUDA kernels as operators of torch, and `_host`, which tells of them.
+"""The native parts of the package; each is left out with a message where it cannot be built.
 
-`_C` is a plain shared library without Python in it. It uses torch's stable ABI and carries the CUDA
-runtime, so it loads beside any torch from 2.10 on, one without CUDA too. Each part is left out with
-a message where it cannot be built; FORCE_CUDA=1 makes that an error for `_C`.
+`_C`, the CUDA kernels as operators of torch, is a plain shared library without Python. It uses
+torch's stable ABI and carries the CUDA runtime, so it loads beside any torch from 2.10 on, one
+without CUDA too. FORCE_CUDA=1 makes its absence an error. `_host` tells of them.
+
+`_call`, the calls of small layers, uses torch's C++ classes, which change from release to release:
+its name carries the release of torch that it was built with.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ from build_support.toolkit import Toolkit, find_toolkit
 
 KERNELS = "grasp_kernels._C"
 HOST = "grasp_kernels._host"
+CALL = "grasp_kernels._call_"
 SOURCES = Path("csrc")
+CALL_SOURCES = SOURCES / "call"
 HOST_SOURCE = SOURCES / "host.cpp"
 OBJECTS = Path("build") / "kernels"  # kept between builds, also by editable installs
 TORCH = (2, 10)
@@ -47,6 +52,13 @@ def setup_arguments(version: str) -> dict[str, Any]:
     extensions = []
     if plan is not None:
         extensions.append(_kernels(plan))
+    if find_spec("torch") is not None:
+        extensions.append(_call())
+    else:
+        print(
+            "grasp_kernels: torch is not installed where the build runs, so calls of layers are "
+            "not compiled (install torch and use pip install --no-build-isolation to have them)"
+        )
     if find_spec("pybind11") is not None:
         extensions.append(_host())  # last: its table is what the compiler said of the kernels
     else:
@@ -127,7 +139,8 @@ def _kernels(plan: Plan) -> Extension:
     # The library carries its own runtime and knows torch by its stable ABI alone, so it matters not
     # which CUDA torch was compiled with.
     cpp_extension._check_cuda_version = lambda *_: None
-    files = [*SOURCES.glob("*.cu"), *SOURCES.rglob("*.cpp")]
+    code = [file for file in SOURCES.rglob("*.cpp") if CALL_SOURCES not in file.parents]
+    files = [*SOURCES.glob("*.cu"), *code]
     common = [f"-DTORCH_TARGET_VERSION=0x{TORCH[0]:02x}{TORCH[1]:02x}000000000000", "-std=c++20"]
     flags = [flag for target in plan.targets for flag in target.flags]
     extension = cpp_extension.CUDAExtension(
@@ -167,6 +180,25 @@ def _host() -> Extension:
     )
 
 
+def _call() -> Extension:
+    import torch
+    from torch.utils import cpp_extension
+
+    name = CALL + "_".join(torch.__version__.split(".")[:2])
+    return Extension(
+        name,
+        sorted(str(file) for file in CALL_SOURCES.glob("*.cpp")),
+        include_dirs=cpp_extension.include_paths(),
+        library_dirs=cpp_extension.library_paths(),
+        libraries=["torch_python", "torch_cpu", "c10"],
+        depends=_headers(),
+        define_macros=[("GRASP_MODULE", name.rpartition(".")[2])],
+        extra_compile_args=["-std=c++20", "-O2", "-g0", "-fvisibility=hidden"],
+        language="c++",
+        optional=True,
+    )
+
+
 def _headers() -> list[str]:
     return sorted(str(file) for end in ("h", "cuh") for file in SOURCES.rglob(f"*.{end}"))
 
@@ -196,14 +228,17 @@ def _command(plan: Plan | None, version: str) -> type[build_ext]:
         def run(self) -> None:
             # Of an earlier build; it must not outlive its sources where this one leaves it out.
             for folder in (Path(self.build_lib), Path()):
-                library = folder / self.get_ext_filename(KERNELS)
-                if folder != Path() or self.inplace:
+                kernels = folder / self.get_ext_filename(KERNELS)
+                calls = folder.glob(f"{CALL.replace('.', os.sep)}*")
+                for library in (kernels, *calls) if folder != Path() or self.inplace else ():
                     library.unlink(missing_ok=True)
             super().run()
 
         def build_extension(self, extension: Extension) -> None:
             if extension.name == KERNELS:
                 self._build_kernels(extension)
+            elif extension.name.startswith(CALL):
+                self._build_or_leave(extension, "the calls of layers do not compile")
             else:
                 self._build_host(extension)
 
@@ -234,13 +269,13 @@ def _command(plan: Plan | None, version: str) -> type[build_ext]:
             _write_header(header, version, self.built, folder)
             extension.include_dirs.append(str(folder))
             extension.depends.append(str(header))
+            self._build_or_leave(extension, "the module _host does not compile")
+
+        def _build_or_leave(self, extension: Extension, what: str) -> None:
             try:
                 super().build_extension(extension)
             except RuntimeError as error:  # of ninja; setuptools forgives its own alone
-                print(
-                    f"grasp_kernels: the module _host does not compile ({error}) and is left out; "
-                    "see the messages above"
-                )
+                print(f"grasp_kernels: {what} ({error}), left out; see the messages above")
 
     return Build
 

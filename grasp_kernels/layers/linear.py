@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners import lora
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from grasp_kernels.layers.plan import Plan, make_plan
 from grasp_kernels.layers.projected import (
     ProjectedLoRA,
     has_hooks,
@@ -29,6 +31,8 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
     """
 
     stock = lora.Linear
+    _plan: Plan | None = None
+    _foreign = (*ProjectedLoRA._foreign, "_plan")
 
     def __init__(
         self,
@@ -69,6 +73,14 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
         cls.adopt(layer, write_basis, "residual", closed, backend)
         return layer
 
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return `Y[..., N]` from `X[..., K]`."""
+        plan = self._plan
+        if plan is None or args or kwargs or torch.compiler.is_compiling():
+            return super().forward(x, *args, **kwargs)
+        y = plan.run(self, x)
+        return super().forward(x) if y is None else y
+
     def _why_not(self, x: Tensor, adapter: str) -> str | None:
         reason = why_never(self, adapter)
         if reason is not None:
@@ -82,6 +94,11 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
         return None
 
     def _accelerated(self, x: Tensor, adapter: str) -> Tensor:
+        if not torch.compiler.is_compiling():
+            plan = self.__dict__["_plan"] = make_plan(self, x, adapter)
+            y = None if plan is None else plan.run(self, x)
+            if y is not None:
+                return y
         base, weight = self.base_layer, self._weight
         return self._operator(
             x,

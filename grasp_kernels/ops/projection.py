@@ -19,30 +19,34 @@ def project_columns(matrix: Tensor, basis: Tensor | None) -> Tensor:
 
     Products are in float32 at least, under autocast too.
     """
-    return matrix if basis is None else without_autocast(_columns, *_wide(matrix, basis))
+    return matrix if basis is None else without_autocast(_columns, matrix, basis)
 
 
 def project_rows(matrix: Tensor, basis: Tensor | None) -> Tensor:
     """Return `M (I − V Vᵀ)` for `M[..., N]` and `V[N, Q]`, equally exact; `M` without a basis."""
-    return matrix if basis is None else without_autocast(_rows, *_wide(matrix, basis))
+    return matrix if basis is None else without_autocast(_rows, matrix, basis)
 
 
 def _columns(matrix: Tensor, basis: Tensor) -> Tensor:
+    matrix, basis = _wide(matrix, basis)
     return _less(matrix, basis, basis.mT @ matrix)
 
 
 def _rows(matrix: Tensor, basis: Tensor) -> Tensor:
+    matrix, basis = _wide(matrix, basis)
     return _less(matrix, matrix @ basis, basis.mT)
 
 
 def _wide(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    if matrix.dtype == basis.dtype == torch.float32:
+        return matrix, basis
     wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     return wide, basis.to(wide.dtype)
 
 
 def _less(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Return `M − L R`, for matrices in one launch."""
-    if matrix.dim() == left.dim() == right.dim() == 2:
+    if matrix.dim() == 2:
         return torch.addmm(matrix, left, right, alpha=-1)
     return matrix - left @ right
 

@@ -98,7 +98,7 @@ def test_auto_takes_kernels_for_long_calls_on_hopper(monkeypatch: pytest.MonkeyP
     layer, least = operands(4096, 4096, 16), registry.LEAST_TOKENS
 
     def takes(x: OnGPU, op: Operands, capability: tuple[int, int] = (9, 0)) -> bool:
-        registry.measured_on.cache_clear()
+        registry._is_hopper.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where: capability)
         return registry.prefers_kernels(x, op)  # type: ignore[arg-type]
 
@@ -115,7 +115,7 @@ def test_auto_takes_kernels_for_long_calls_on_hopper(monkeypatch: pytest.MonkeyP
         assert not takes(OnGPU(least), layer, other)
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert not takes(OnGPU(least), layer)  # gfx90a calls itself 9.0 too
-    registry.measured_on.cache_clear()
+    registry._is_hopper.cache_clear()
 
 
 def test_the_rule_is_what_the_rows_say() -> None:

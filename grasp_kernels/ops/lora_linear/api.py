@@ -6,6 +6,7 @@ Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from grasp_kernels.ops.autocast import autocast_dtype
@@ -17,7 +18,8 @@ from grasp_kernels.ops.lora_linear.differentiated import (
     operator,
 )
 from grasp_kernels.ops.lora_linear.dropout import device_seed
-from grasp_kernels.ops.lora_linear.registry import KERNELS
+from grasp_kernels.ops.lora_linear.operands import Operands
+from grasp_kernels.ops.lora_linear.registry import KERNELS, prefers_kernels
 
 PROJECTIONS = ("residual", "weights")
 
@@ -80,12 +82,32 @@ def lora_linear(
         raise ValueError(f"dropout_p is {dropout_p}; use a probability between 0 and 1.")
     exact = backend not in KERNELS and is_exact(x.dtype, lora_A)
     options = float(scaling), float(dropout_p), project == "residual", closed, exact
-    if not torch.compiler.is_compiling() and are_plain(x, base, *tensors):
-        differentiated, others = tensors[:N_DIFFERENTIATED], tensors[N_DIFFERENTIATED:]
-        return Plain.apply(x, base, *differentiated, others, options, backend)
+    op = Operands(weight, bias, lora_A, lora_B, lora_bias, write_basis, None, *options)
+    if torch.compiler.is_compiling():
+        if _is_traced(x, op, backend):
+            return _traced(x, base, op)
+    elif are_plain(x, base, *tensors):
+        return Plain.apply(x, base, *op[:N_DIFFERENTIATED], op, backend)
     seed = device_seed(x) if dropout_p > 0.0 else None
-    y, *_ = operator(x, base, *tensors, seed, *options, backend)
+    y, *_ = operator(x, base, *op._replace(dropout_seed=seed), backend)
     return y
+
+
+def _is_traced(x: Tensor, op: Operands, backend: str) -> bool:
+    """Say whether the compiler of torch sees library calls; kernels stay opaque operators."""
+    if backend != "auto":
+        return backend == "aten"
+    return x.dim() < 2 or not prefers_kernels(x.flatten(0, -2), op)
+
+
+def _traced(x: Tensor, base: Tensor | None, op: Operands) -> Tensor:
+    """Return `Y[..., N]` by operations that the compiler of torch traces, dropout by its own."""
+    if op.dropout_p > 0.0:
+        if op.weight is not None:
+            base = F.linear(x, op.weight, op.bias)
+        x = F.dropout(x.to(op.adapter_dtype(x)), op.dropout_p)
+        op = op._replace(weight=None, bias=None, dropout_p=0.0)
+    return Plain.apply(x, base, *op[:N_DIFFERENTIATED], op, "aten")
 
 
 def is_exact(dtype: torch.dtype, lora_A: Tensor) -> bool:

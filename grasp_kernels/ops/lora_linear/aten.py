@@ -1,18 +1,22 @@
 """The operator on few large library calls: cuBLAS or MKL does the work, safe everywhere.
 
     forward:  S = X̃ Aᵀ;  Y = X Wᵀ + bias;  Y += s S B°ᵀ
-    backward: [dS | D] = dY [s B̂ | V]              B̂ = (I − V Vᵀ) B when residual, else B°
-              dX = dY W;  dX += [dS | D] [A ; −C]      C = Vᵀ W, the D C term when residual
+    backward: dS = s dY B̂                          B̂ = (I − V Vᵀ) B when residual, else B°
+              dX = dY' W + dS A                    dY' = dY − (dY V) Vᵀ when residual, else dY
               dA = dSᵀ X̃;  dB = s dYᵀ S, projected afterwards, small and in float32
+    for many tokens, without dY':
+              [dS | D] = dY [s B̂ | V];  dX = dY W;  dX += [dS | D] [A ; −C]      C = Vᵀ W
     with the base product of another library:
-              Y = base + s S B°ᵀ;  dX = dS A;  dbase = dY − D Vᵀ
+              Y = base + s S B°ᵀ;  dX = dS A;  dbase = dY'
 
-No tensor of size T×N or T×K exists besides `Y` and `dX`. Dropout works on blocks of rows, and so
-does an adapter in a wider dtype (float32 over bfloat16, as in stock peft outside of autocast): a
-block is cast while it is in the cache. The skinny
-results `S`, `dS`, `D` are computed and kept transposed, `[R, T]`: slices of them stay contiguous,
-later products need no transposition, and the CPU libraries are up to 3.5 times faster
-(one thread, bfloat16, T=512, N=4096, R+Q=20: 0.60 ms as `Gᵀ dYᵀ`, 2.16 ms as `dY G`).
+`dY'` costs a pass over `dY` and its memory, `C` a pass over `W`: the smaller of the two is taken.
+`C` is never kept, since nothing tells of a weight that is written through `.data`. No other tensor
+of size T×N or T×K exists besides `Y` and `dX`. Dropout works on blocks of rows, and so does an
+adapter in a wider dtype (float32 over bfloat16, as in stock peft outside of autocast): a block is
+cast while it is in the cache. The skinny results `S`, `dS`, `D` are computed and kept transposed,
+`[R, T]`: slices of them stay contiguous, later products need no transposition, and the CPU
+libraries are up to 3.5 times faster (one thread, bfloat16, T=512, N=4096, R+Q=20: 0.60 ms as
+`Gᵀ dYᵀ`, 2.16 ms as `dY G`).
 Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 """
 
@@ -69,19 +73,15 @@ def backward(dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs) ->
         found = backward(dy.float(), x.float(), Saved(*map(Tensor.float, saved)), _wide(op), needs)
         return Gradients(*map(_in_dtype, found, (x, *op[:5], dy)))
     dy = dy if _is_blas_layout(dy) else dy.contiguous()
-    skinny = _skinny(dy, saved.B, op, needs)
     dx = dA = dB = dbase = None
-    if skinny is not None:
-        dx, dA = _through_adapter(dy, skinny, x, saved.A, op, needs)
-        if needs.base and op.write_basis is not None:
-            V = op.write_basis.to(dy.dtype)
-            D = skinny[saved.A.shape[0] :].to(dy.dtype)
-            dbase = torch.addmm(dy, D.mT, V.mT, alpha=-1)
+    if needs.x or needs.lora_A or op.projects(needs):
+        dx, dbase, skinny, right = _through_base(dy, saved, op, needs)
+        dx, dA = _through_adapter(dx, skinny, right, x, saved.A, op, needs)
     if needs.lora_B:
-        dB = project_columns(_along(saved.S, dy, op.scaling).mT, op.write_basis)
+        dB = project_columns(_outer(dy, saved.S, op.scaling), op.write_basis)
         dB = dB.to(op.lora_B.dtype, memory_format=torch.contiguous_format).contiguous()
     dW, dbias, db = base_gradients(dy, x, op, needs)
-    return Gradients(dx, dW, dbias, dA, dB, db, dbase)
+    return Gradients(dx, dW, dbias, dA, dB, db, dbase if needs.base else None)
 
 
 def added(base: Tensor | None, S: Tensor, B: Tensor, b: Tensor | None, op: Operands) -> Tensor:
@@ -92,9 +92,7 @@ def added(base: Tensor | None, S: Tensor, B: Tensor, b: Tensor | None, op: Opera
     """
     assert base is not None
     start = base if b is None else (base + op.scaling * b).to(base.dtype)
-    if S.dtype == base.dtype:
-        return torch.addmm(start, S.mT, B.mT, alpha=op.scaling)
-    return _add_(start.clone() if start is base else start, S, B.mT, op.scaling)
+    return _plus(start, S, B.mT, op.scaling)
 
 
 def base_gradients(
@@ -122,16 +120,26 @@ def whole_bias(op: Operands, b: Tensor | None) -> Tensor | None:
     return whole.to(op.weight.dtype)
 
 
-def _skinny(dy: Tensor, B: Tensor, op: Operands, needs: Needs) -> Tensor | None:
-    """Return `[dS | D]ᵀ [R + Q, T]`, or `dSᵀ [R, T]` if D is not needed; None if neither is."""
-    projects = op.projects(needs)
-    if not (needs.x or needs.lora_A or projects):
-        return None
-    V = op.write_basis if op.residual else None
-    left = (B if op.closed else project_columns(B, V)).mT.to(B.dtype)
-    if projects and V is not None:
-        return _across(torch.cat([op.scaling * left, V.mT.to(left.dtype)]), dy)
-    return _across(left, dy, op.scaling)
+def _through_base(
+    dy: Tensor, saved: Saved, op: Operands, needs: Needs
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    """Return `dX[T, K]` of the base product, `dY'[T, N]`, and `L[E, T]`, `M[E, K]` of `dX += Lᵀ M`.
+
+    The first R rows of `L` are `dSᵀ`. `dX` and `dY'` are None where they are not needed.
+    """
+    A, W, V = saved.A, op.weight, op.write_basis if op.residual else None
+    left = (saved.B if op.closed else project_columns(saved.B, V)).mT.to(A.dtype)
+    if V is None or not op.projects(needs):
+        dx = dy @ W if needs.x and W is not None else None
+        return dx, None, _across(left, dy, op.scaling), A
+    Vt = V.mT.to(A.dtype)
+    # Compiled code has no choice: each length on the other side would be compiled again.
+    if W is None or torch.compiler.is_compiling() or 2 * dy.shape[0] < W.shape[1]:
+        dS, D = _across(left, dy, op.scaling), _across(Vt, dy)
+        projected = _plus(dy, D, Vt, -1.0)
+        return None if W is None else projected @ W, projected, dS, A
+    both = _across(torch.cat([op.scaling * left, Vt]), dy)
+    return dy @ W, None, both, torch.cat([A, -write_weight(W, V).to(A.dtype)])
 
 
 def _multiplies(x: Tensor) -> bool:
@@ -156,7 +164,7 @@ def _in_dtype(found: Tensor | None, like: Tensor | None) -> Tensor | None:
 def _across(left: Tensor, x: Tensor, scaling: float = 1.0) -> Tensor:
     """Return `s L Xᵀ [R, T]` in the dtype of `L[R, K]`, for `X[T, K]`."""
     if left.dtype == x.dtype:
-        return left @ x.mT if scaling == 1.0 else _scaled(scaling, left, x.mT)
+        return _scaled(scaling, left, x.mT)
     found = left.new_empty(left.shape[0], x.shape[0])
     for block in blocks(x):
         found[:, block] = left @ x[block].to(left.dtype).mT
@@ -166,7 +174,7 @@ def _across(left: Tensor, x: Tensor, scaling: float = 1.0) -> Tensor:
 def _along(S: Tensor, x: Tensor, scaling: float = 1.0) -> Tensor:
     """Return `s S X [R, K]` in the dtype of `S[R, T]`, for `X[T, K]`."""
     if S.dtype == x.dtype:
-        return S @ x if scaling == 1.0 else _scaled(scaling, S, x)
+        return _scaled(scaling, S, x)
     found = S.new_zeros(S.shape[0], x.shape[1])
     for block in blocks(x):
         found.addmm_(S[:, block], x[block].to(S.dtype), alpha=scaling)
@@ -182,28 +190,44 @@ def _add_(y: Tensor, S: Tensor, right: Tensor, scaling: float = 1.0) -> Tensor:
     return y
 
 
+def _plus(y: Tensor, S: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """Return `Y + s Sᵀ R` in new memory, for `S[R, T]` and `R[R, N]`."""
+    if S.dtype == y.dtype:
+        return torch.addmm(y, S.mT, right, alpha=scaling)
+    return _add_(y.clone(), S, right, scaling)
+
+
+def _outer(dy: Tensor, S: Tensor, scaling: float) -> Tensor:
+    """Return `s dYᵀ Sᵀ [N, R]` in the dtype of `S[R, T]`, for `dY[T, N]`."""
+    if S.dtype == dy.dtype:
+        return _scaled(scaling, dy.mT, S.mT)
+    return _along(S, dy, scaling).mT
+
+
 def _scaled(scaling: float, left: Tensor, right: Tensor) -> Tensor:
     """Return `s L R` in one launch: with a beta of 0 addmm does not read its first operand."""
+    if scaling == 1.0:
+        return left @ right
     return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scaling)
 
 
 def _through_adapter(
-    dy: Tensor, skinny: Tensor, x: Tensor, A: Tensor, op: Operands, needs: Needs
+    dx: Tensor | None,
+    skinny: Tensor,
+    right: Tensor,
+    x: Tensor,
+    A: Tensor,
+    op: Operands,
+    needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return `dX[T, K]` and `dA[R, K]` from `[dS | D]ᵀ [R + Q, T]`."""
-    R, right, dx = A.shape[0], A, None
-    dS = skinny[:R]
-    if needs.x and op.weight is not None:
-        dx = dy @ op.weight
-        if op.write_basis is not None and op.projects(needs):
-            C = write_weight(op.weight, op.write_basis)
-            right = torch.cat([A, -C.to(A.dtype)])
-
+    """Return `dX[T, K]` and `dA[R, K]`; see `_through_base` for the arguments."""
+    R = A.shape[0]
+    dS = skinny if skinny.shape[0] == R else skinny[:R]
     dA: Tensor | None
     if op.dropout_seed is not None:
         if needs.x and dx is None:
             dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
-        if dx is not None and right.shape[0] > R:
+        if dx is not None and len(right) > R:
             _add_(dx, skinny[R:], right[R:])
         dA = _through_dropout(dx, dS, x, A, op, needs)
     else:

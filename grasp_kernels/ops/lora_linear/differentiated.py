@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from grasp_kernels.ops.autocast import without_autocast
-from grasp_kernels.ops.lora_linear.operands import Gradients, Needs, Operands, Saved
+from grasp_kernels.ops.lora_linear import aten
+from grasp_kernels.ops.lora_linear.operands import Needs, Operands, Saved
 from grasp_kernels.ops.lora_linear.registry import select
 
 # Registered with Library.define and impl instead of torch.library.custom_op: the same interface at
@@ -22,7 +22,7 @@ from grasp_kernels.ops.lora_linear.registry import select
 _LIBRARY = torch.library.Library("grasp_kernels", "FRAGMENT")
 _N_TENSORS = 7  # of Operands: weight to dropout_seed
 N_DIFFERENTIATED = 5  # the first of them: weight to lora_bias
-_WEIGHT, _LORA_A = 0, 2  # their places among them
+_WEIGHT, _LORA_A = 2, 4  # their places among the inputs, behind x and base
 _OPERANDS = (
     "Tensor? weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? lora_bias, "
     "Tensor? write_basis, Tensor? dropout_seed, "
@@ -39,26 +39,6 @@ operator = torch.ops.grasp_kernels.lora_linear.default
 _backward = torch.ops.grasp_kernels.lora_linear_backward.default
 
 
-def _computed(
-    module: ModuleType, x: Tensor, base: Tensor | None, op: Operands
-) -> tuple[Tensor, Saved]:
-    """Return `Y[T, N]` from `X[T, K]`, and the tensors for the backward."""
-    flat = None if base is None else _flat(base)
-    return without_autocast(module.forward, x, op, flat)
-
-
-def _differentiated(
-    module: ModuleType, dy: Tensor, x: Tensor, saved: Saved, op: Operands, needs: Needs
-) -> Gradients:
-    """Return the gradients in the shapes of their operands; None where not needed."""
-    found = without_autocast(module.backward, _flat(dy), _flat(x), saved, op, needs)
-    dx, dbase = found.x, found.base
-    return found._replace(
-        x=None if dx is None else dx.view(x.shape),
-        base=None if dbase is None else dbase.view(dy.shape),
-    )
-
-
 def _flat(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
@@ -72,7 +52,8 @@ def _run_forward(x: Tensor, base: Tensor | None, *operands: Any) -> tuple[Tensor
     """Return `Y`, `S`, `A`, `B°`."""
     *fields, backend = operands
     op, flat = Operands(*fields), _flat(x)
-    y, (S, A, B) = _computed(select(backend, flat, op), flat, base, op)
+    flat_base = None if base is None else _flat(base)
+    y, (S, A, B) = without_autocast(select(backend, flat, op).forward, flat, op, flat_base)
     # An operator must not return its own inputs.
     A, B = (_apart(f, own) for f, own in ((A, op.lora_A), (B, op.lora_B)))
     return _unflattened(y, x), S, A, B
@@ -89,8 +70,13 @@ def _run_backward(
     """Return the gradients in the order of Needs; empty where not needed."""
     *fields, backend = operands
     op = Operands(*fields)
-    module = select(backend, _flat(x), op)
-    found = _differentiated(module, dy, x, Saved(S, A, B), op, Needs(*needs))
+    flat, saved = _flat(x), Saved(S, A, B)
+    backward = select(backend, flat, op).backward
+    found = without_autocast(backward, _flat(dy), flat, saved, op, Needs(*needs))
+    found = found._replace(
+        x=None if found.x is None else found.x.view(x.shape),
+        base=None if found.base is None else found.base.view(dy.shape),
+    )
     return tuple(x.new_empty(0) if g is None else g for g in found)
 
 
@@ -125,40 +111,43 @@ def _stand_in(dy: Tensor, lora_A: Tensor) -> Tensor:
     return dy.new_empty(()).expand(*dy.shape[:-1], lora_A.shape[1])
 
 
-def _keep(ctx: Any, x: Tensor, saved: Sequence[Tensor], operands: Sequence[Any]) -> None:
+def _keep(ctx: Any, x: Tensor, *others: Tensor | None) -> None:
     """Save X for dW and dA alone: with a frozen A, S is the only activation kept."""
-    needs = ctx.needs_input_grad[2:]  # behind x and base
-    kept = x if needs[_WEIGHT] or needs[_LORA_A] else None
-    ctx.save_for_backward(kept, *saved, *operands[:_N_TENSORS])
-    ctx.options = operands[_N_TENSORS:]
+    needs = ctx.needs_input_grad
+    ctx.save_for_backward(x if needs[_LORA_A] or needs[_WEIGHT] else None, *others)
 
 
-def _kept(ctx: Any, dy: Tensor) -> tuple[Tensor, Saved, Operands, Needs]:
-    """Return `X`, the saved tensors, the operands, and the flags of the needed gradients."""
-    x, S, A, B, *tensors = ctx.saved_tensors
-    op = Operands(*tensors, *ctx.options)
+def _needs(ctx: Any, op: Operands) -> Needs:
+    """Return the flags of the needed gradients."""
     of_x, of_base, *of_others = ctx.needs_input_grad[: 2 + N_DIFFERENTIATED]
-    projects = op.residual and op.write_basis is not None
-    needs = Needs._make((of_x, *of_others, of_base and projects))
-    return _stand_in(dy, op.lora_A) if x is None else x, Saved(S, A, B), op, needs
+    of_base = of_base and op.residual and op.write_basis is not None
+    return Needs._make((of_x, *of_others, of_base))
 
 
-def _with_base(ctx: Any, dy: Tensor, found: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+def _with_base(
+    ctx: Any, dy: Tensor, x: Tensor, found: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
     """Return the gradients of Needs in the order of the inputs; unprojected, dbase is dY."""
     dx, *others, dbase = found
-    return dx, dy if ctx.needs_input_grad[1] and dbase is None else dbase, *others
+    dx = dx if dx is None or x.dim() == 2 else dx.view(x.shape)
+    if dbase is not None:
+        dbase = dbase.view(dy.shape)
+    elif ctx.needs_input_grad[1]:
+        dbase = dy
+    return dx, dbase, *others
 
 
-def _through_operator(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _through_operator(
+    needs: Needs, dy: Tensor, x: Tensor, S: Tensor, A: Tensor, B: Tensor, op: Operands, backend: str
+) -> list[Tensor | None]:
     """Run the backward as an operator, visible to dispatch modes and tensor subclasses."""
-    x, saved, op, needs = _kept(ctx, dy)
-    inputs = (dy, x, *saved, list(needs), *op, ctx.backend)
+    inputs = (dy, x, S, A, B, list(needs), *op, backend)
     if torch.is_grad_enabled():  # create_graph=True: keep the node that refuses a second time
         found = _backward(*inputs)
     else:
         with torch._C._AutoDispatchBelowAutograd():
             found = _backward(*inputs)
-    return _with_base(ctx, dy, [g if need else None for g, need in zip(found, needs, strict=True)])
+    return [g if need else None for g, need in zip(found, needs, strict=True)]
 
 
 class Plain(torch.autograd.Function):
@@ -170,23 +159,32 @@ class Plain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, base: Any, *given: Any) -> Tensor:
-        *differentiated, others, options, ctx.backend = given
-        op, flat = Operands._make((*differentiated, *others, None, *options)), _flat(x)
-        ctx.module = module = select(ctx.backend, flat, op)
+        """Return `Y[..., N]`; `given` are the differentiated operands, all operands, a backend."""
+        op, backend = given[N_DIFFERENTIATED:]
+        flat = _flat(x)
+        # The compiler of torch traces `aten` alone, and no import.
+        module = aten if backend == "aten" else select(backend, flat, op)
         if op.dropout_p > 0.0:
             op = op._replace(dropout_seed=module.draw_seed(x))
-        y, saved = _computed(module, flat, base, op)
-        _keep(ctx, x, saved, op)
-        return _unflattened(y, x)
+        flat_base = None if base is None else _flat(base)
+        y, saved = without_autocast(module.forward, flat, op, flat_base)
+        ctx.call = module.backward, op, backend
+        # The weight and the basis are saved so that a change in place is noticed.
+        _keep(ctx, x, *saved, op.weight, op.write_basis)
+        return y if x.dim() == 2 else _unflattened(y, x)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,) = outputs
+        (dy,), (run, op, backend) = outputs, ctx.call
+        x, S, A, B, *_ = ctx.saved_tensors
+        needs = _needs(ctx, op)
+        x = _stand_in(dy, A) if x is None else x
+        found: Sequence[Tensor | None]
         if torch.is_grad_enabled():
-            return *_through_operator(ctx, dy), None, None, None
-        x, saved, op, needs = _kept(ctx, dy)
-        found = _differentiated(ctx.module, dy, x, saved, op, needs)
-        return *_with_base(ctx, dy, found), None, None, None
+            found = _through_operator(needs, dy, x, S, A, B, op, backend)
+        else:
+            found = without_autocast(run, _flat(dy), _flat(x), Saved(S, A, B), op, needs)
+        return *_with_base(ctx, dy, x, found), None, None
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -194,17 +192,23 @@ class _LoraLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, base: Any, *operands: Any) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
             y, *saved = operator(x, base, *operands)
-        ctx.backend = operands[-1]
-        _keep(ctx, x, saved, operands[:-1])
+        ctx.options = operands[_N_TENSORS:]
+        _keep(ctx, x, *saved, *operands[:_N_TENSORS])
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)
         return y, *saved
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        (dy, *_), n_others = outputs, _N_TENSORS - N_DIFFERENTIATED + len(ctx.options) + 1
-        found = (None,) * (2 + N_DIFFERENTIATED) if dy is None else _through_operator(ctx, dy)
-        return *found, *(None,) * n_others
+        (dy, *_), n_others = outputs, _N_TENSORS - N_DIFFERENTIATED + len(ctx.options)
+        if dy is None:
+            return (None,) * (2 + N_DIFFERENTIATED + n_others)
+        x, S, A, B, *tensors = ctx.saved_tensors
+        *options, backend = ctx.options
+        op = Operands(*tensors, *options)
+        x = _stand_in(dy, A) if x is None else x
+        found = _through_operator(_needs(ctx, op), dy, x, S, A, B, op, backend)
+        return *_with_base(ctx, dy, x, found), *(None,) * n_others
 
 
 class _OnceDifferentiable(torch.autograd.Function):

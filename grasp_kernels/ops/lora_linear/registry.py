@@ -96,13 +96,25 @@ def prefers_kernels(x: Tensor, op: Operands) -> bool:
     # Timed with the base product; kernels round a wider adapter to the dtype of the activations.
     if op.weight is None or op.exact:
         return False
-    (N, K), T = op.weight.shape, x.shape[0]
-    return T >= LEAST_TOKENS and T * K * N >= _LEAST_WORK
+    return x.shape[0] >= least_tokens(*op.weight.shape)
+
+
+def least_tokens(N: int, K: int) -> int:
+    """Return the tokens of a call from which on kernels are faster for `W[N, K]`."""
+    return max(LEAST_TOKENS, -(-_LEAST_WORK // (N * K)))
+
+
+def measured_on(where: torch.device) -> bool:
+    """Say whether a device is a Hopper, the one kind with timed kernels."""
+    return _is_hopper(where)
+
+
+# As `torch.compiler.assume_constant_result`, which imports the whole compiler.
+vars(measured_on)["_dynamo_marked_constant"] = True
 
 
 @cache
-def measured_on(where: torch.device) -> bool:
-    """Say whether a device is a Hopper, the one kind with timed kernels."""
+def _is_hopper(where: torch.device) -> bool:
     if where.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(where) == (9, 0)
