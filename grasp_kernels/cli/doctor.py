@@ -37,6 +37,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     rows["GPU"] = _gpu()
     host = _host()
     rows["compiled extension"] = _extension(host)
+    rows["calls of layers"] = _calls()
     rows["CUDA kernels"] = _kernels(host)
 
     from grasp_kernels.ops import backends
@@ -86,6 +87,23 @@ def _extension(host: Any) -> str:
     build = host.build_info()
     standard = build["cxx_standard"] // 100 % 100
     return f"{build['version']}, by {build['compiler']}, C++{standard}, Python {build['python']}"
+
+
+def _calls() -> str:
+    """Say whether the calls of layers are compiled, or why they are in Python."""
+    if find_spec("peft") is None:
+        return "none, peft is not installed"
+    import torch
+
+    from grasp_kernels.layers.plan import compiled
+
+    found = compiled()
+    if not isinstance(found, str):
+        return f"compiled for torch {'.'.join(torch.__version__.split('.')[:2])}"
+    return (
+        f"in Python, short ones three times slower: {found} (to compile them, install with a C++ "
+        "compiler and with pip's --no-build-isolation)"
+    )
 
 
 def _kernels(host: Any) -> str:

@@ -17,11 +17,29 @@ def test_identification_is_timed_from_file_to_subspace() -> None:
     assert all(0 < row["p20"] <= row["seconds"] <= row["p80"] for row in found)
 
 
-def test_python_s_time_of_a_call_is_told_of_every_layer() -> None:
-    script = load_script("python_time")
-    found = list(script.rows(rounds=1, calls=2))
-    assert [name for name, *_ in found] == list(script.LAYERS)
-    assert all(0 < max(forward, backward) < both for _, forward, backward, both in found)
+def test_calls_are_timed_in_every_way() -> None:
+    script = load_script("calls")
+    found = list(script.rows(["layer"], rounds=2))
+    assert [row["way"] for row in found] == list(script.WAYS)
+    assert all(0 < row["p25"] <= row["median"] <= row["p75"] for row in found)
+    assert [row["to_peft"] for row in found if row["way"] == "peft"] == [1.0]
+    assert "| layer |" in script.report(found)
+
+
+def test_the_ways_of_a_call_give_the_same() -> None:
+    """Or a ratio would compare different work."""
+    script = load_script("calls")
+    gradients = []
+    for name in ("peft", "C++", "Python"):
+        torch.manual_seed(0)
+        base = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False))
+        model = script.adapted(base, ["0"], [], script.WAYS[name])
+        with script.planned_in_python(script.WAYS[name].python):
+            model(torch.ones(2, 8)).sum().backward()
+        assert name == "peft" or ("Python" in type(model[0]._plan).__name__) == (name == "Python")
+        gradients.append(model[0].lora_B["default"].weight.grad)
+    for found in gradients[1:]:
+        torch.testing.assert_close(found, gradients[0])
 
 
 @pytest.mark.slow

@@ -181,6 +181,28 @@ def test_doctor_says_which_kernels_nobody_timed(monkeypatch: pytest.MonkeyPatch)
         assert found == expected | dict.fromkeys(("aten", "reference"), "runs")
 
 
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (object, "compiled for torch 3.1"),
+        (
+            "built for torch 2.99, and torch is 3.1.4",
+            "in Python, short ones three times slower: built for torch 2.99, and torch is 3.1.4 "
+            "(to compile them, install with a C++ compiler and with pip's --no-build-isolation)",
+        ),
+    ],
+)
+def test_doctor_says_whether_calls_are_compiled(
+    found: object, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from grasp_kernels.cli import doctor
+    from grasp_kernels.layers import plan
+
+    monkeypatch.setattr(plan, "compiled", lambda: found)
+    monkeypatch.setattr(torch, "__version__", "3.1.4")
+    assert doctor._calls() == said
+
+
 def test_doctor_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
