@@ -26,6 +26,7 @@
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/custom_class.h>
 
+#include <bit>
 #include <functional>
 #include <limits>
 #include <vector>
@@ -200,7 +201,7 @@ struct Gradients {
   Tensor x, A, B, b;
 };
 
-// The needed gradients; undefined where not needed.
+// The needed gradients, in the dtype of their computation; undefined where not needed.
 Gradients backward(const Lora& op, Tensor dy, const Tensor& x, const Tensor& S, const Tensor& A,
                    const Tensor& B, int64_t seed, bool needs_x, bool needs_A, bool needs_B,
                    bool needs_b) {
@@ -253,18 +254,17 @@ Gradients backward(const Lora& op, Tensor dy, const Tensor& x, const Tensor& S, 
         if (needs_A) found.A.add_(at::matmul(dS_block, mask.mul_(x.narrow(0, start, rows))));
       });
     }
-    if (needs_A) found.A = as(found.A, op.lora_A.scalar_type());
   }
   if (needs_B) {
     const bool exact = projected.defined() && (dtype == at::kFloat || dtype == at::kDouble);
     const Tensor& given = exact ? projected : dy;
     const Tensor dB =
         S.scalar_type() == dtype ? scaled(s, given.mT(), S.mT()) : along(S, given, s).mT();
-    found.B = as(exact ? dB : project_columns(dB, V), op.lora_B.scalar_type()).contiguous();
+    found.B = exact ? dB : project_columns(dB, V);
   }
   if (needs_b) {
     const Tensor total = at::sum(dy, at::IntArrayRef{0}, false, wide);
-    found.b = as(project_columns(s * total, V), op.lora_bias.scalar_type());
+    found.b = project_columns(s * total, V);
   }
   return found;
 }
@@ -288,13 +288,24 @@ Call call_of(const Lora& op, const Tensor& x) {
   return {x.scalar_type(), c10::promoteTypes(x.scalar_type(), op.lora_A.scalar_type())};
 }
 
-// What the backward needs besides tensors.
-struct Kept : torch::CustomClassHolder {
-  c10::intrusive_ptr<Lora> op;
-  int64_t seed = 0;
-  std::vector<int64_t> sizes;  // of X
-  ScalarType dtype = at::kFloat;
-};
+// What the backward needs besides tensors, as one list of numbers: compiled autograd compares what
+// a node holds, and knows neither pointers nor structures.
+std::vector<int64_t> packed(const Lora& op, const Tensor& x, int64_t seed) {
+  const auto dtype = [](const Tensor& t) {
+    return static_cast<int64_t>(t.defined() ? t.scalar_type() : ScalarType::Undefined);
+  };
+  const int64_t flags = op.residual + 2 * op.closed + 4 * op.transposed;
+  std::vector<int64_t> all = {std::bit_cast<int64_t>(op.scaling),
+                              std::bit_cast<int64_t>(op.dropout_p),
+                              seed,
+                              flags,
+                              dtype(op.lora_A),
+                              dtype(op.lora_B),
+                              dtype(op.lora_bias),
+                              dtype(x)};
+  all.insert(all.end(), x.sizes().begin(), x.sizes().end());
+  return all;
+}
 
 struct LoraLinear : public torch::autograd::Function<LoraLinear> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& A, const Tensor& B,
@@ -312,9 +323,7 @@ struct LoraLinear : public torch::autograd::Function<LoraLinear> {
                             : casts ? rows
                                     : x,
                             found.S, found.A, found.B, op->weight, op->write_basis});
-    auto kept = c10::make_intrusive<Kept>();
-    kept->op = op, kept->seed = seed, kept->sizes = x.sizes().vec(), kept->dtype = x.scalar_type();
-    ctx->saved_data["kept"] = at::IValue::make_capsule(std::move(kept));
+    ctx->saved_data["numbers"] = packed(*op, x, seed);
     return shaped(found.y, x.sizes());
   }
 
@@ -326,16 +335,25 @@ struct LoraLinear : public torch::autograd::Function<LoraLinear> {
     {
       const at::AutoGradMode no_grad(false);
       const Plain plain;
-      const auto kept =
-          c10::static_intrusive_pointer_cast<Kept>(ctx->saved_data["kept"].toCapsule());
-      const Lora& op = *kept->op;
+      const std::vector<int64_t> numbers = ctx->saved_data["numbers"].toIntVector();
+      Lora op;
+      op.weight = saved[4], op.write_basis = saved[5];
+      op.scaling = std::bit_cast<double>(numbers[0]);
+      op.dropout_p = std::bit_cast<double>(numbers[1]);
+      op.residual = numbers[3] & 1, op.closed = numbers[3] & 2, op.transposed = numbers[3] & 4;
+      const auto dtype = [&](size_t i) { return static_cast<ScalarType>(numbers[i]); };
       const Tensor dy = flat(grads[0]), &A = saved[2];
       const Tensor x = saved[0].defined() ? flat(saved[0]) : stand_in(dy, A.size(1));
-      const Gradients found =
-          grasp::backward(op, dy, x, saved[1], A, saved[3], kept->seed, ctx->needs_input_grad(0),
-                          ctx->needs_input_grad(1), ctx->needs_input_grad(2),
-                          op.lora_bias.defined() && ctx->needs_input_grad(3));
-      if (found.x.defined()) out[0] = as(found.x, kept->dtype).view(kept->sizes);
+      const bool has_b = dtype(6) != ScalarType::Undefined;
+      Gradients found = grasp::backward(
+          op, dy, x, saved[1], A, saved[3], numbers[2], ctx->needs_input_grad(0),
+          ctx->needs_input_grad(1), ctx->needs_input_grad(2), has_b && ctx->needs_input_grad(3));
+      if (found.x.defined()) {
+        out[0] = as(found.x, dtype(7)).view(at::IntArrayRef(numbers).slice(8));
+      }
+      if (found.A.defined()) found.A = as(found.A, dtype(4));
+      if (found.B.defined()) found.B = as(found.B, dtype(5)).contiguous();
+      if (found.b.defined()) found.b = as(found.b, dtype(6));
       out[1] = found.A, out[2] = found.B, out[3] = found.b;
     }
     return once_differentiable(std::move(out));

@@ -14,6 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu
 from torch.func import vmap
@@ -424,6 +425,19 @@ def test_saved_tensors_pass_their_hooks() -> None:
     with save_on_cpu():
         found = everything(layer, x)
     assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_compiled_backward_replays_the_node(dropout: float) -> None:
+    layer, _, x = planned(lora_dropout=dropout, lora_bias=True)
+    expected = everything(layer, x)
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        torch.manual_seed(7)
+        given = x.detach().clone().requires_grad_()
+        y = layer(given)
+        y.backward(torch.linspace(-1, 1, y.numel()).view_as(y))
+    trained = [p.grad for p in layer.parameters() if p.requires_grad]
+    assert all(map(torch.equal, [y, given.grad, *trained], expected))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
