@@ -26,7 +26,7 @@ from grasp_kernels import cpu
 from grasp_kernels.layers import linear, plan
 from grasp_kernels.layers.linear import GraspLoRALinear
 from grasp_kernels.ops.lora_linear import registry
-from tests.helpers.oracle import orthonormal
+from tests.helpers.oracle import budget, orthonormal, relative_error
 
 K, N, T = 24, 32, 6
 find_compiled = plan.compiled.__wrapped__
@@ -437,7 +437,8 @@ def test_a_compiled_backward_replays_the_node(dropout: float) -> None:
         y = layer(given)
         y.backward(torch.linspace(-1, 1, y.numel()).view_as(y))
     trained = [p.grad for p in layer.parameters() if p.requires_grad]
-    assert all(map(torch.equal, [y, given.grad, *trained], expected))
+    for found, one in zip([y.detach(), given.grad, *trained], expected, strict=True):
+        assert relative_error(found, one) <= 2 * budget(0.0, torch.float32, 2 * T)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
