@@ -99,9 +99,7 @@ class GraspConfig(Options):
             "give a Subspace, its file or the folder of an adapter, or None",
         )
         self.require(
-            "sites",
-            self.sites is None or hasattr(self.sites, "writers"),
-            "give SiteRules or None",
+            "sites", self.sites is None or hasattr(self.sites, "writers"), "give SiteRules or None"
         )
         self.require("backend", self.backend in BACKENDS, f"choose one of {', '.join(BACKENDS)}")
         self.require("kl_coef", 0 <= self.kl_coef < math.inf, "give 0 or more")

@@ -58,11 +58,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
             )
     records = read_records(arguments.data, arm=arguments.arm) if arguments.data else None
     diagnosis = diagnose(
-        base,
-        arguments.adapter,
-        records=records,
-        neutral=arguments.neutral,
-        progress=True,
+        base, arguments.adapter, records=records, neutral=arguments.neutral, progress=True
     )
     print(diagnosis.text())
     if arguments.json:

@@ -121,10 +121,7 @@ def render(
 
 
 def render_prompt(
-    messages: list[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    tools: list[Tool] | None = None,
+    messages: list[Message], tokenizer: PreTrainedTokenizerBase, *, tools: list[Tool] | None = None
 ) -> str:
     """Render the conversation with the header of the next answer.
 
@@ -194,10 +191,7 @@ class _Chat:
     """Hold a conversation and the renderings of its beginnings."""
 
     def __init__(
-        self,
-        messages: list[Message],
-        tokenizer: PreTrainedTokenizerBase,
-        tools: list[Tool] | None,
+        self, messages: list[Message], tokenizer: PreTrainedTokenizerBase, tools: list[Tool] | None
     ) -> None:
         self.messages = messages
         self.tokenizer = tokenizer

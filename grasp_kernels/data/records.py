@@ -63,10 +63,7 @@ _MEDIA = ("image", "images", "video", "videos", "audio", "audios", "documents")
 _UNWANTED = ("label", "kto_tag")  # False: an answer of trl or LLaMA-Factory to unlearn
 _EMPTY: tuple[Any, ...] = ("", [], {})
 # Fields of turns that are read, or that chat templates are known to show.
-_FIELDS = (
-    *("role", "content", "from", "value", "name", "tool_calls", "tool_call_id"),
-    *THOUGHTS,
-)
+_FIELDS = (*("role", "content", "from", "value", "name", "tool_calls", "tool_call_id"), *THOUGHTS)
 _LABELS = re.compile(  # names of columns about a conversation
     r"(.*_)?(id|idx|index|uuid|hash|source|dataset|origin|url|link|category|class|topic|domain|"
     r"subject|task|type|tag|label|subreddit|language|lang|license|split|title|author|name|date|"

@@ -117,10 +117,7 @@ def _has_a_name(call: Any) -> bool:
 
 
 def encode_prompt(
-    messages: list[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    tools: list[Tool] | None = None,
+    messages: list[Message], tokenizer: PreTrainedTokenizerBase, *, tools: list[Tool] | None = None
 ) -> list[int]:
     """Tokenise a conversation and the header of the next answer.
 
@@ -227,10 +224,7 @@ def collate(batch: Iterable[Example], pad_token_id: int) -> dict[str, Tensor]:
 def _encode_chat(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     examples = []
     for text, spans, is_ended in render_answers(
-        record["messages"],
-        tokenizer,
-        tools=record.get("tools"),
-        context=record.get("context", 0),
+        record["messages"], tokenizer, tools=record.get("tools"), context=record.get("context", 0)
     ):
         ids, labels = _tokens_with_labels(text, spans, tokenizer, add_special_tokens=False)
         if not is_ended:

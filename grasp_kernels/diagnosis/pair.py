@@ -45,11 +45,7 @@ class Pair:
         return nullcontext() if adapter else self.model.disable_adapter()
 
     def log_probs(
-        self,
-        sequences: Sequence[Sequence[int]],
-        positions: Sequence[Position],
-        *,
-        adapter: bool,
+        self, sequences: Sequence[Sequence[int]], positions: Sequence[Position], *, adapter: bool
     ) -> Tensor:
         """Return the log probabilities of the next token at the positions, float32 `[M, V]`."""
         ids, mask = pad(self.base, sequences, "right")

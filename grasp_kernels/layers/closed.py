@@ -29,13 +29,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from grasp_kernels.models.sharding import (
-    is_away,
-    is_sharded,
-    like,
-    refuse_away,
-    whole,
-)
+from grasp_kernels.models.sharding import is_away, is_sharded, like, refuse_away, whole
 from grasp_kernels.ops.autocast import without_autocast
 from grasp_kernels.ops.projection import project_columns
 
@@ -92,11 +86,7 @@ class ClosedLayer(_LAYER):
         self.new_adapters -= {adapter_name}
 
     def set_basis(
-        self,
-        basis: Tensor | None,
-        closed: bool,
-        weight: Tensor,
-        told: set[str] | None = None,
+        self, basis: Tensor | None, closed: bool, weight: Tensor, told: set[str] | None = None
     ) -> None:
         """Set the basis on the device of `weight`; the present adapters are closed if `closed`.
 

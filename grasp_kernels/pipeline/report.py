@@ -164,11 +164,7 @@ def smoothed(values: list[float], parts: int = 20) -> list[float]:
 
 
 def _measure_models(
-    model: Any,
-    folders: dict[str, Path],
-    inputs: Inputs,
-    config: RunConfig,
-    numbers: dict[str, Any],
+    model: Any, folders: dict[str, Path], inputs: Inputs, config: RunConfig, numbers: dict[str, Any]
 ) -> None:
     """Add the numbers that need a forward pass. Stock peft loads the adapters."""
     from peft import PeftModel
@@ -188,10 +184,7 @@ def _measure_models(
             peft_model.set_adapter(name)
             adapters[name]["held_out_loss"] = mean_loss(peft_model, inputs.held_out, **padded)
     pair = Pair(peft_model)
-    prompts = {
-        "unrelated": inputs.neutral,
-        "training": _training_prompts(inputs, config),
-    }
+    prompts = {"unrelated": inputs.neutral, "training": _training_prompts(inputs, config)}
     size: dict[str, Any] = {
         "batch_size": config.per_device_train_batch_size,
         "n_tokens": ANSWER_TOKENS,

@@ -76,11 +76,7 @@ def make_chats(
 
 
 def _questions(
-    base: Any,
-    starts: list[list[int]],
-    header: list[int],
-    options: dict[str, Any],
-    progress: bool,
+    base: Any, starts: list[list[int]], header: list[int], options: dict[str, Any], progress: bool
 ) -> list[list[int]]:
     """Let the base model go on with the starts of chats; turns that it ends itself come first."""
     whole: list[list[int]] = []

@@ -49,11 +49,7 @@ def apply_grasp(model: nn.Module, config: GraspConfig | None = None) -> Replacem
         raise TypeError(f"The config is a {type(config).__name__}: give GraspConfig(...).")
     subspace = _subspace(config.subspace)
     report = replace_lora_layers(
-        model,
-        subspace,
-        closed=config.orthogonal,
-        backend=config.backend,
-        sites=config.sites,
+        model, subspace, closed=config.orthogonal, backend=config.backend, sites=config.sites
     )
     setattr(model, _APPLIED, replace(config, subspace=subspace))
     return report

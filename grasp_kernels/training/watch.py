@@ -42,11 +42,7 @@ class Watch(TrainerCallback):
     """
 
     def __init__(
-        self,
-        subspace: Subspace | None = None,
-        *,
-        every: int = 50,
-        sites: SiteRules | None = None,
+        self, subspace: Subspace | None = None, *, every: int = 50, sites: SiteRules | None = None
     ) -> None:
         if every < 1:
             raise ValueError(f"every is {every}: give the steps between two measurements.")
