@@ -153,12 +153,8 @@ def _is_alpha(value: Any) -> bool:
     return number and 0 < abs(value) <= _LARGEST_ALPHA  # neither nan nor inf
 
 
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+def _is(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kinds)
 
 
 def _are_names(value: Any) -> bool:
@@ -179,15 +175,12 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
         f"an object with numbers other than 0, up to {_LARGEST_ALPHA:g}",
     ),
     **dict.fromkeys(
-        ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), (_is_flag, "true or false")
+        ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), (_is(bool), "true or false")
     ),
     "target_parameters": (_are_names, "a list of names"),
-    "base_model_name_or_path": (_is_text, "a name"),
-    "auto_mapping": (
-        _patterns_to(lambda one: one is None or _is_text(one)),
-        "an object with names",
-    ),
-    "init_lora_weights": (lambda value: _is_flag(value) or _is_text(value), "a name or true"),
+    "base_model_name_or_path": (_is(str), "a name"),
+    "auto_mapping": (_patterns_to(_is(str, type(None))), "an object with names"),
+    "init_lora_weights": (_is(bool, str), "a name or true"),
 }
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from os import PathLike
+from os.path import isfile, join
 from pathlib import Path
 from typing import Any
 
@@ -77,18 +78,11 @@ def load_adapter(
             return _from_model(source, adapter_name, base_model, sites)
     parts = adapter_parts(source, adapter_name)
     stored_base = parts.config.get("base_model_name_or_path")
-    if base_model is None and stored_base and _is_checkpoint(stored_base):
+    if base_model is None and stored_base and isfile(join(stored_base, "config.json")):
         base_model = stored_base
     base = read_base_model(base_model)
     model_type = base.model_type or config_model_type(parts.config)
     return _assemble(parts, base, model_type, sites)
-
-
-def _is_checkpoint(name: str) -> bool:
-    try:
-        return (Path(name) / "config.json").is_file()
-    except OSError:  # not a possible file name
-        return False
 
 
 def adapter_parts(source: Any, adapter_name: str | None = None) -> Parts:
