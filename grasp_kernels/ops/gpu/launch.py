@@ -112,8 +112,9 @@ def launch(
     kernel: Any,
     grid: tuple[int, ...],
     like: Tensor,
-    num_warps: int,
-    num_stages: int,
+    *,
+    num_warps: int = 4,
+    num_stages: int = 1,
     **arguments: Any,
 ) -> None:
     """Run `kernel` on the device of `like`, on its current stream; empty grids are skipped."""

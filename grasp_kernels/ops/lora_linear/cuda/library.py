@@ -25,8 +25,8 @@ def load(path: Path) -> None:
 
 @cache
 def why_not() -> str | None:
-    """Register the operators if possible; say why not, or None."""
-    if _registered():
+    """Register the operators if that is possible and not yet done; say why not, or None."""
+    if hasattr(torch.ops.grasp_kernels_cuda, "sums"):
         return None
     path = find()
     if path is None:
@@ -44,7 +44,3 @@ def operators() -> Any:
     if reason is not None:
         raise RuntimeError(f"the CUDA kernels are not available: {reason}.")
     return torch.ops.grasp_kernels_cuda
-
-
-def _registered() -> bool:
-    return hasattr(torch.ops.grasp_kernels_cuda, "sums")

@@ -71,8 +71,6 @@ def keep_mask(x: Tensor, seed: Tensor, p: float) -> Tensor:
         _keep_mask_kernel,
         (triton.cdiv(T, 64), triton.cdiv(K, 64)),
         mask,
-        4,
-        1,
         mask=mask,
         seed=dropout.seed,
         T=T,

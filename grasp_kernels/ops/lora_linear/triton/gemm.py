@@ -196,8 +196,8 @@ def extended_gemm(
         _extended_gemm_kernel,
         (min(part.multiprocessors, tiles),),
         out,
-        tile.num_warps,
-        tile.num_stages,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
         a=TensorDescriptor.from_tensor(a, [tile.t, tile.i]) if tma else a,
         b=TensorDescriptor.from_tensor(stored, [tile.j, tile.i] if transposed else [tile.i, tile.j])
         if tma
