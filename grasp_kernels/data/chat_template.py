@@ -99,37 +99,17 @@ def is_unknown_mark(key: str, value: Any) -> bool:
     return not said.isdisjoint(NO) or (word["mask"] is not None and bool(said))
 
 
-def render(
-    messages: list[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    tools: list[Tool] | None = None,
-    add_generation_prompt: bool = False,
-) -> str:
-    """Render the conversation as text, with the header of the next answer on request.
-
-    Raises:
-        ValueError: the tokenizer has no chat template, or the template refuses these turns.
-    """
-    with _template_errors(messages, tokenizer):
-        return tokenizer.apply_chat_template(
-            _as_the_template_wants(messages, tokenizer, tools),
-            tools=tools or None,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
-
-
 def render_prompt(
     messages: list[Message], tokenizer: PreTrainedTokenizerBase, *, tools: list[Tool] | None = None
 ) -> str:
     """Render the conversation with the header of the next answer.
 
     Raises:
-        ValueError: as `render`, or a template that omits words of a turn.
+        ValueError: the tokenizer has no chat template, or the template refuses these turns or omits
+            words of a turn.
     """
     chat = _Chat(messages, tokenizer, tools)
-    text = chat.text(len(messages), ask=True)
+    text = chat.render(messages, ask=True)
     chat.refuse_lost_turns(len(messages))
     return text
 
@@ -152,7 +132,7 @@ def render_answers(
         context: answers in this number of turns at the beginning are left out.
 
     Raises:
-        ValueError: as `render`, or a template that omits words of a turn.
+        ValueError: as `render_prompt`.
     """
     chat = _Chat(messages, tokenizer, tools)
     learned = [i for i in range(context, len(messages)) if is_learned(messages[i])]
@@ -160,7 +140,7 @@ def render_answers(
     if not answers:
         return []
     chat.refuse_lost_turns(learned[-1])
-    whole = answers[-1].text if learned[-1] == len(messages) - 1 else chat.text(len(messages))
+    whole = answers[-1].text if learned[-1] == len(messages) - 1 else chat.render(messages)
     if all(answer.is_ended and whole.startswith(answer.text) for answer in answers):
         return [Rendering(whole, [span for answer in answers for span in answer.spans], True)]
     return answers
@@ -197,23 +177,28 @@ class _Chat:
         self.tokenizer = tokenizer
         self.tools = tools
         with _template_errors(messages, tokenizer):
-            template = tokenizer.get_chat_template(tools=tools or None)
-        self.is_marked = _GENERATION_MARKER.search(template) is not None
+            self.template = tokenizer.get_chat_template(tools=tools or None)
+        special_tokens = json.dumps(tokenizer.special_tokens_map, sort_keys=True)
+        self.style = _style(self.template, special_tokens)
+        self.is_marked = _GENERATION_MARKER.search(self.template) is not None
         self.specials = [
             token.content for token in tokenizer.added_tokens_decoder.values() if token.special
         ]
         self.specials += list(tokenizer.all_special_tokens)
 
-    def text(self, end: int, *, ask: bool = False) -> str:
-        """Render the first `end` turns, with the header of an answer if `ask`."""
-        return self._render(self.messages[:end], ask=ask)
-
-    def _render(self, messages: list[Message], *, ask: bool = False) -> str:
-        return render(messages, self.tokenizer, tools=self.tools, add_generation_prompt=ask)
+    def render(self, messages: list[Message], *, ask: bool = False) -> str:
+        """Render turns as text, with the header of an answer if `ask`."""
+        with _template_errors(messages, self.tokenizer):
+            return self.tokenizer.apply_chat_template(
+                _as_the_template_wants(messages, self.style),
+                tools=self.tools or None,
+                tokenize=False,
+                add_generation_prompt=ask,
+            )
 
     def answer(self, i: int) -> Rendering:
         """Render the conversation up to the answer of turn `i`, with the span of the answer."""
-        upto = self.text(i + 1)
+        upto = self.render(self.messages[: i + 1])
         spans = self._marked(i, upto) if self.is_marked else [(self._start(i, upto), len(upto))]
         self._refuse_lost_parts(i, upto, spans[0][0])
         start, end = spans[-1]
@@ -227,7 +212,7 @@ class _Chat:
             spans[-1] = (start, end + length)
             ended = bool(tail.strip())
         elif not ended:
-            ended = _style_of(self.tokenizer, self.tools).writes_an_end
+            ended = self.style.writes_an_end
         return Rendering(upto, spans, ended)
 
     def _start(self, i: int, upto: str) -> int:
@@ -236,14 +221,14 @@ class _Chat:
                 "The conversation begins with an answer: put a user turn before it, or use a "
                 "chat template with {% generation %} markers."
             )
-        before = self.text(i, ask=True)
+        before = self.render(self.messages[:i], ask=True)
         if upto.startswith(before):
             return len(before)
         # The request may open an answer in another way than this answer begins, such as with a
         # thought: the answer begins at the first difference, or at its own words.
         words = self.messages[i].get("content") or ""
         first = "b" if words.lstrip().startswith("a") else "a"
-        other = self._render([*self.messages[:i], _with_content(self.messages[i], first)])
+        other = self.render([*self.messages[:i], {**self.messages[i], "content": first}])
         start = min(shared_length(before, upto), shared_length(other, upto))
         if not _says(upto[:start], self.messages[i - 1].get("content") or ""):
             raise ValueError(
@@ -273,9 +258,9 @@ class _Chat:
 
         with _template_errors(messages, self.tokenizer):
             texts, spans = render_jinja_template(
-                conversations=[_as_the_template_wants(messages, self.tokenizer, self.tools)],
+                conversations=[_as_the_template_wants(messages, self.style)],
                 tools=self.tools or None,
-                chat_template=self.tokenizer.get_chat_template(tools=self.tools or None),
+                chat_template=self.template,
                 return_assistant_tokens_mask=True,
                 add_generation_prompt=ask,
                 **self.tokenizer.special_tokens_map,
@@ -289,11 +274,11 @@ class _Chat:
         given = {j: m for j, m in enumerate(self.messages[:last]) if not is_answer(m)}
         probes = {j: f"{message['content']} zq{j}zq" for j, message in given.items()}
         probed = [
-            _with_content(message, probes[j]) if j in probes else message
+            {**message, "content": probes[j]} if j in probes else message
             for j, message in enumerate(self.messages[: last + 1])
         ]
         try:
-            text = self._render(probed).lower()
+            text = self.render(probed).lower()
         except ValueError:  # the template looks at the words of these turns
             return
         for j, message in given.items():
@@ -317,7 +302,7 @@ class _Chat:
         if not _says(shown, content):
             for words in (r"\w+", r"\w+(?=\W*$)"):  # the first ones and the last ones
                 less = re.sub(words, "zq", content, count=1)
-                changed.append(("a part of", _with_content(message, less)))
+                changed.append(("a part of", {**message, "content": less}))
         for key in THOUGHTS:
             if message.get(key) and not _says(shown, str(message[key])):
                 changed.append((f'"{key}" of', {**message, key: "zq"}))
@@ -328,7 +313,7 @@ class _Chat:
                 changed.append(('"tool_calls" of', {**message, "tool_calls": calls}))
         for part, other in changed:
             try:
-                is_lost = self._render([*self.messages[:i], other]) == upto
+                is_lost = self.render([*self.messages[:i], other]) == upto
             except ValueError:  # the template looks at it
                 continue
             if is_lost:
@@ -347,11 +332,6 @@ class _Style(NamedTuple):
     writes_an_end: bool  # text other than white space follows an answer
 
 
-def _style_of(tokenizer: PreTrainedTokenizerBase, tools: list[Tool] | None) -> _Style:
-    template = tokenizer.get_chat_template(tools=tools or None)
-    return _style(template, json.dumps(tokenizer.special_tokens_map, sort_keys=True))
-
-
 @lru_cache
 def _style(template: str, special_tokens: str) -> _Style:
     from transformers.utils.chat_template_utils import render_jinja_template
@@ -364,7 +344,7 @@ def _style(template: str, special_tokens: str) -> _Style:
                 chat_template=template,
                 **json.loads(special_tokens),
             )[0][0]
-        except Exception:  # a template is a program, and `render` names the failure
+        except Exception:  # a template is a program, and `_Chat.render` names the failure
             return ""
 
     def called(arguments: Any) -> str:
@@ -386,11 +366,8 @@ def _style(template: str, special_tokens: str) -> _Style:
     )
 
 
-def _as_the_template_wants(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase, tools: list[Tool] | None
-) -> list[Message]:
+def _as_the_template_wants(messages: list[Message], style: _Style) -> list[Message]:
     """Remove trainers' marks and empty fields; some templates take empty fields for full."""
-    style = _style_of(tokenizer, tools)
     turns = []
     for message in messages:
         turn = {k: v for k, v in message.items() if k not in _MARKS and v is not None}
@@ -422,10 +399,6 @@ def _in_parts(message: Message) -> Message:
     if not isinstance(content, str):
         return message
     return {**message, "content": [{"type": "text", "text": content}]}
-
-
-def _with_content(message: Message, content: str) -> Message:
-    return {**message, "content": content}
 
 
 def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
