@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from grasp_kernels.inert import reason, shown
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+else:
+    Tokenizer = Any  # transformers is imported when a tokenizer is loaded
 
 Message = dict[str, Any]  # {"role": str, "content": str} and other fields of the template
 Tool = dict[str, Any]  # {"type": "function", "function": {"name": str, ...}}
@@ -100,7 +102,7 @@ def is_unknown_mark(key: str, value: Any) -> bool:
 
 
 def render_prompt(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase, *, tools: list[Tool] | None = None
+    messages: list[Message], tokenizer: Tokenizer, *, tools: list[Tool] | None = None
 ) -> str:
     """Render the conversation with the header of the next answer.
 
@@ -116,7 +118,7 @@ def render_prompt(
 
 def render_answers(
     messages: list[Message],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     *,
     tools: list[Tool] | None = None,
     context: int = 0,
@@ -146,7 +148,7 @@ def render_answers(
     return answers
 
 
-def fix_date(tokenizer: PreTrainedTokenizerBase, day: date) -> None:
+def fix_date(tokenizer: Tokenizer, day: date) -> None:
     """Make `day` today's date in a chat template from now on."""
     templates: Any = tokenizer.chat_template
     if isinstance(templates, dict):
@@ -171,7 +173,7 @@ class _Chat:
     """Hold a conversation and the renderings of its beginnings."""
 
     def __init__(
-        self, messages: list[Message], tokenizer: PreTrainedTokenizerBase, tools: list[Tool] | None
+        self, messages: list[Message], tokenizer: Tokenizer, tools: list[Tool] | None
     ) -> None:
         self.messages = messages
         self.tokenizer = tokenizer
@@ -413,7 +415,7 @@ def _says(text: str, words: str) -> bool:
 
 
 @contextmanager
-def _template_errors(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+def _template_errors(messages: list[Message], tokenizer: Tokenizer) -> Iterator[None]:
     if tokenizer.chat_template is None:
         raise ValueError(
             f"The tokenizer {shown(tokenizer.name_or_path)} has no chat template to render "

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from grasp_kernels.data.chat_template import Message, Tool, is_answer
+from grasp_kernels.data.chat_template import Message, Tokenizer, Tool, is_answer
 from grasp_kernels.data.records import Record, read_records
 from grasp_kernels.data.sources import decode, has_records
 from grasp_kernels.data.tokens import encode_prompt
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # Everyday questions without a common topic: a model should answer them as before.
 NEUTRAL_PROMPTS = (
@@ -35,7 +31,7 @@ NEUTRAL_PROMPTS = (
 )
 
 
-def neutral_prompts(path: str | Path | None, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def neutral_prompts(path: str | Path | None, tokenizer: Tokenizer) -> list[list[int]]:
     """Return token ids of neutral prompts: built in, or from a file.
 
     The file holds records for `read_records`, with or without an answer, or plain text with a
@@ -52,9 +48,7 @@ def neutral_prompts(path: str | Path | None, tokenizer: PreTrainedTokenizerBase)
     ]
 
 
-def everyday_prompts(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase
-) -> list[list[int]]:
+def everyday_prompts(records: Sequence[Record], tokenizer: Tokenizer) -> list[list[int]]:
     """Return token ids of the built-in questions, in the frame of training prompts.
 
     The frame is the turns, such as the system prompt, before the first question of the first
@@ -82,7 +76,7 @@ def _question(text: str) -> list[Message]:
 
 
 def _prompt(
-    turns: list[Message], tokenizer: PreTrainedTokenizerBase, tools: list[Tool] | None = None
+    turns: list[Message], tokenizer: Tokenizer, tools: list[Tool] | None = None
 ) -> list[int]:
     """Tokenise a prompt; without a chat template the turns follow each other, a line each."""
     if tokenizer.chat_template is None:

@@ -6,7 +6,7 @@ Shapes: `B` records of a batch, `T` tokens of the longest of them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from grasp_kernels.data.chat_template import (
     Message,
     Span,
+    Tokenizer,
     Tool,
     is_learned,
     render_answers,
@@ -21,9 +22,6 @@ from grasp_kernels.data.chat_template import (
     shared_length,
 )
 from grasp_kernels.data.records import Record
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # label of tokens outside of the loss (torch's cross_entropy default)
 
@@ -35,9 +33,7 @@ class Example(TypedDict):
     labels: list[int]
 
 
-def encode(
-    record: Record, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None
-) -> list[Example]:
+def encode(record: Record, tokenizer: Tokenizer, *, max_length: int | None) -> list[Example]:
     """Tokenise a record; labels are `IGNORED` (-100) except on its answers.
 
     Every assistant turn without a mark as given counts, with its end token; plain text counts
@@ -117,7 +113,7 @@ def _has_a_name(call: Any) -> bool:
 
 
 def encode_prompt(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase, *, tools: list[Tool] | None = None
+    messages: list[Message], tokenizer: Tokenizer, *, tools: list[Tool] | None = None
 ) -> list[int]:
     """Tokenise a conversation and the header of the next answer.
 
@@ -131,9 +127,7 @@ def encode_prompt(
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def split_first_answer(
-    record: Record, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[int]]:
+def split_first_answer(record: Record, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Return token ids before the first trained answer, and of that answer with its end token.
 
     Raises:
@@ -159,7 +153,7 @@ def split_first_answer(
 
 def tokenize_records(
     records: Sequence[Record],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     max_length: int | None,
     *,
     progress: bool = False,
@@ -179,7 +173,7 @@ def tokenize_records(
 
 def tokenize_each(
     records: Sequence[Record],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     max_length: int | None,
     *,
     progress: bool = False,
@@ -221,7 +215,7 @@ def collate(batch: Iterable[Example], pad_token_id: int) -> dict[str, Tensor]:
     }
 
 
-def _encode_chat(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+def _encode_chat(record: Record, tokenizer: Tokenizer) -> list[Example]:
     examples = []
     for text, spans, is_ended in render_answers(
         record["messages"], tokenizer, tools=record.get("tools"), context=record.get("context", 0)
@@ -233,7 +227,7 @@ def _encode_chat(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[Exa
     return examples
 
 
-def _append_end(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
+def _append_end(ids: list[int], labels: list[int], tokenizer: Tokenizer) -> None:
     end = tokenizer.eos_token_id
     if end is None:
         raise ValueError(
@@ -245,7 +239,7 @@ def _append_end(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenize
     labels.append(end)
 
 
-def _encode_plain(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> Example:
+def _encode_plain(prompt: str, answer: str, tokenizer: Tokenizer) -> Example:
     """Encode prompt and answer verbatim, begun and ended by the special tokens, once."""
     text, bos, eos = prompt + answer, tokenizer.bos_token, tokenizer.eos_token
     begun = bos is not None and text.startswith(bos)
@@ -260,7 +254,7 @@ def _encode_plain(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase) 
 
 
 def _tokens_with_labels(
-    text: str, spans: list[Span], tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool
+    text: str, spans: list[Span], tokenizer: Tokenizer, *, add_special_tokens: bool
 ) -> tuple[list[int], list[int]]:
     if not tokenizer.is_fast:
         raise ValueError(
@@ -294,7 +288,7 @@ def _until_end_of_turn(
     return inside
 
 
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def special_ids(tokenizer: Tokenizer) -> set[int]:
     """Return the ids of the tokens for structure, not for text."""
     added = tokenizer.added_tokens_decoder
     return {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)

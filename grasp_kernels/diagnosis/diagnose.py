@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from grasp_kernels.data import Record, neutral_prompts, read_records, split_first_answer
+from grasp_kernels.data.chat_template import Tokenizer
 from grasp_kernels.diagnosis.answers import (
     CHANGED,
     Tokens,
@@ -32,9 +33,6 @@ from grasp_kernels.files import whole_folder, write_json, write_text
 from grasp_kernels.models.checkpoint import find_checkpoint, load_tokenizer
 from grasp_kernels.pages.page import page
 from grasp_kernels.version import __version__
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Source = str | PathLike[str]
 
@@ -118,17 +116,22 @@ def diagnose(
         raise ValueError(
             f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}: give 1 or more."
         )
-    name = None if isinstance(model, nn.Module) else str(model)
+    name: str | None = None
     if not isinstance(model, nn.Module):
-        model = find_checkpoint(str(model))
-    reader = _find_tokenizer(model, tokenizer)
+        name, model = str(model), find_checkpoint(model)
+        tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
+    elif tokenizer is None:
+        raise ValueError(
+            f"diagnose got a {type(model).__name__} and no tokenizer, so prompts cannot be read: "
+            "give tokenizer=..., or the checkpoint folder instead of the module."
+        )
     prompts = {
-        "unrelated": _find_neutral(neutral, reader),
-        "training": _find_training(records, reader),
+        "unrelated": _find_neutral(neutral, tokenizer),
+        "training": _find_training(records, tokenizer),
     }
     size: dict[str, Any] = {"batch_size": batch_size, "n_tokens": max_new_tokens}
     with open_pair(model, adapter, dtype=dtype) as pair:
-        said = base_answers(pair, reader, prompts, **size, progress=progress)
+        said = base_answers(pair, tokenizer, prompts, **size, progress=progress)
         config = pair.base.config
         numbers = {
             "adapter": str(adapter or pair.model.active_adapters[0]),
@@ -139,7 +142,7 @@ def diagnose(
                 "layers": config.get_text_config().num_hidden_layers,
             },
             "prompts": {kind: len(given) for kind, given in prompts.items()},
-            **adapter_numbers(pair, reader, said, **size, n_listed=_LISTED, progress=progress),
+            **adapter_numbers(pair, tokenizer, said, **size, n_listed=_LISTED, progress=progress),
             "versions": {"grasp_kernels": __version__, "torch": torch.__version__},
         }
     numbers = json.loads(json.dumps(numbers, allow_nan=False))
@@ -226,30 +229,10 @@ def reasons(numbers: dict[str, Any]) -> list[str]:
     ]
 
 
-def _find_tokenizer(model: nn.Module | Source, given: Any) -> PreTrainedTokenizerBase:
-    """Return the given tokenizer, or load it from the checkpoint folder.
-
-    Raises:
-        ValueError: the model is a module, and no tokenizer is given.
-    """
-    if given is not None:
-        return given
-    if isinstance(model, nn.Module):
-        raise ValueError(
-            f"diagnose got a {type(model).__name__} and no tokenizer, so prompts cannot be read: "
-            "give tokenizer=..., or the checkpoint folder instead of the module."
-        )
-    return load_tokenizer(Path(model))
-
-
 def _find_neutral(
-    given: Source | Sequence[Sequence[int]] | None, tokenizer: PreTrainedTokenizerBase
+    given: Source | Sequence[Sequence[int]] | None, tokenizer: Tokenizer
 ) -> list[list[int]]:
-    """Return the token ids of neutral prompts: given ones, those of a file, or built-in ones.
-
-    Raises:
-        ValueError, FileNotFoundError: fewer than two prompts, an empty prompt, or no such file.
-    """
+    """Return the token ids of neutral prompts: given ones, those of a file, or built-in ones."""
     if given is None or isinstance(given, (str, PathLike)):
         prompts = neutral_prompts(None if given is None else Path(given), tokenizer)
     else:
@@ -266,13 +249,9 @@ def _find_neutral(
 
 
 def _find_training(
-    given: Source | Sequence[Record] | None, tokenizer: PreTrainedTokenizerBase
+    given: Source | Sequence[Record] | None, tokenizer: Tokenizer
 ) -> list[list[int]]:
-    """Return token ids of a few prompts, evenly spread over the data; none if None.
-
-    Raises:
-        ValueError: a record without an answer, by its number.
-    """
+    """Return token ids of a few prompts, evenly spread over the data; none if None."""
     if given is None:
         return []
     records = read_records(str(given)) if isinstance(given, (str, PathLike)) else list(given)

@@ -6,22 +6,20 @@ Shapes: `M` positions, `V` vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grasp_kernels.data import IGNORED, Example, collate
+from grasp_kernels.data.chat_template import Tokenizer
 from grasp_kernels.diagnosis.answers import Tokens, answer_batches
 from grasp_kernels.diagnosis.pair import Pair
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 def measure_effect(
-    pair: Pair, tokenizer: Any, own: Sequence[Tokens], *, n_tokens: int, batch_size: int
+    pair: Pair, tokenizer: Tokenizer, own: Sequence[Tokens], *, n_tokens: int, batch_size: int
 ) -> dict[str, Any]:
     """Measure the change that the adapter makes in given answers, JSON-able.
 
@@ -44,7 +42,7 @@ def measure_effect(
     }
 
 
-def ends(scores: Tensor, tokenizer: PreTrainedTokenizerBase, count: int) -> dict[str, Any]:
+def ends(scores: Tensor, tokenizer: Tokenizer, count: int) -> dict[str, Any]:
     """Return the tokens with the largest and the smallest scores `[V]`: text, score and id.
 
     Embeddings are often padded beyond the vocabulary; the rows of the padding are left out.

@@ -25,6 +25,7 @@ from grasp_kernels.data import (
     read_records,
     tokenize_each,
 )
+from grasp_kernels.data.chat_template import Tokenizer
 from grasp_kernels.files import about
 from grasp_kernels.inert import reason
 from grasp_kernels.models.architectures import site_rules
@@ -34,7 +35,7 @@ from grasp_kernels.pipeline.config import RunConfig
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 # Tokens of each shown answer: an opening and a sentence or two.
 ANSWER_TOKENS = 32
@@ -46,7 +47,7 @@ class Inputs:
 
     checkpoint: Path  # local folder of the model
     model_type: str
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     records: list[Record]
     train: list[Example]
     held_out: list[Example]
