@@ -23,7 +23,7 @@ from grasp_kernels.files import whole_folder
 from grasp_kernels.inert import inert, listed, shown
 from grasp_kernels.models.architectures import SiteRules, site_rules
 from grasp_kernels.models.difference import compared, whole_model
-from grasp_kernels.models.weights import is_transposed, model_type_of
+from grasp_kernels.models.weights import Source, is_transposed, model_type_of
 from grasp_kernels.svd import leading_triples
 
 # peft takes names with these endings for parts of the fused experts, and would not load them.
@@ -52,8 +52,8 @@ class Extraction(NamedTuple):
 
 @torch.no_grad()
 def extract_adapter(
-    model: nn.Module | str | PathLike[str],
-    base: nn.Module | str | PathLike[str],
+    model: Source,
+    base: Source,
     out: str | PathLike[str],
     *,
     rank: int = 16,
@@ -116,7 +116,7 @@ def extract_adapter(
     )
 
 
-def _named(model: nn.Module | str | PathLike[str]) -> str:
+def _named(model: Source) -> str:
     return type(model).__name__ if isinstance(model, nn.Module) else repr(str(model))
 
 
@@ -148,10 +148,7 @@ def _factored(delta: Tensor, rank: int) -> tuple[tuple[Tensor, Tensor], tuple[fl
 
 
 def _write(
-    target: Path,
-    factors: Mapping[str, tuple[Tensor, Tensor]],
-    rank: int,
-    base: nn.Module | str | PathLike[str],
+    target: Path, factors: Mapping[str, tuple[Tensor, Tensor]], rank: int, base: Source
 ) -> None:
     from peft import LoraConfig
     from safetensors.torch import save_file

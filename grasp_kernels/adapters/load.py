@@ -30,7 +30,7 @@ from grasp_kernels.models.architectures import SiteRules, site_rules
 from grasp_kernels.models.names import adapted_name, base_name
 from grasp_kernels.models.sharding import gathered, refuse_away, whole
 from grasp_kernels.models.tensors import refuse_nonfinite
-from grasp_kernels.models.weights import BaseModel, read_base_model
+from grasp_kernels.models.weights import BaseModel, Source, read_base_model
 
 # these start from a base with changed weights, so B·A alone is not the change of the weights
 MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -55,7 +55,7 @@ def load_adapter(
     source: Any,
     *,
     adapter_name: str | None = None,
-    base_model: nn.Module | str | PathLike[str] | None = None,
+    base_model: Source | None = None,
     sites: SiteRules | None = None,
 ) -> Adapter:
     """Load the LoRA weights of an adapter with their sites.
@@ -209,10 +209,7 @@ def _check(entry: LoRAWeights) -> None:
 
 
 def _from_model(
-    model: nn.Module,
-    adapter_name: str | None,
-    base_model: nn.Module | str | PathLike[str] | None,
-    sites: SiteRules | None,
+    model: nn.Module, adapter_name: str | None, base_model: Source | None, sites: SiteRules | None
 ) -> Adapter:
     configs = getattr(model, "peft_config", None)
     if not configs:

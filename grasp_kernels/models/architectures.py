@@ -118,14 +118,13 @@ _LINEARS_OF_LLAMA = {
     *(f"self_attn.{letter}_proj" for letter in "qkvo"),
     *(f"mlp.{part}_proj" for part in ("gate", "up", "down")),
 }
-_WRITERS_BEFORE_NORMS = {
-    "self_attn.o_proj": "post_attention_layernorm",
-    "mlp.down_proj": "post_feedforward_layernorm",
-}
-_OLMO2 = SiteRules(writers=_WRITERS_BEFORE_NORMS)
+_OLMO2 = SiteRules(
+    writers={
+        "self_attn.o_proj": "post_attention_layernorm",
+        "mlp.down_proj": "post_feedforward_layernorm",
+    }
+)
 _GEMMA2 = replace(_OLMO2, norms="rms1p")
-_GPT2 = SiteRules(writers=("attn.c_proj", "mlp.c_proj"), blocks="h")
-_GPT_NEOX = SiteRules(writers=("attention.dense", "mlp.dense_4h_to_h"))
 # The weights of all experts are one parameter. A block may be dense instead, as in Llama; the
 # shared expert is Qwen2's.
 _MIXTURE = SiteRules(
@@ -140,8 +139,8 @@ RULES: dict[str, SiteRules] = {
     "gemma3_text": _GEMMA2,
     "gemma3": replace(_GEMMA2, blocks="language_model.layers"),  # next to a tower for images
     **dict.fromkeys(("olmo2", "olmo3"), _OLMO2),
-    "gpt2": _GPT2,
-    "gpt_neox": _GPT_NEOX,
+    "gpt2": SiteRules(writers=("attn.c_proj", "mlp.c_proj"), blocks="h"),
+    "gpt_neox": SiteRules(writers=("attention.dense", "mlp.dense_4h_to_h")),
     **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), _MIXTURE),
 }
 

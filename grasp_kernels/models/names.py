@@ -82,23 +82,18 @@ def expert_part(name: str) -> ExpertPart | None:
 
     Files and adapters name each expert where the model holds all of them as one parameter.
     """
-    match = _EXPERT.match(_stored_name(name))
+    match = _EXPERT.match(stored_name(name))
     if match is None or match[3] not in _EXPERT_PARTS:
         return None
     part, place = _EXPERT_PARTS[match[3]]
     return ExpertPart(f"{match[1]}.{part}", int(match[2]), place)
 
 
-def _stored_name(name: str) -> str:
-    """Return the module's name for a checkpoint's own spelling of the name."""
-    name = re.sub(r"\bblock_sparse_moe\b", "mlp", name)  # Mixtral
+def stored_name(name: str) -> str:
+    """Return the name of a module or tensor in a checkpoint folder, without its ".weight"."""
+    name = re.sub(r"\bblock_sparse_moe\b", "mlp", name.removesuffix(".weight"))  # Mixtral
     name = re.sub(r"^language_model\.lm_head\b", "lm_head", name)
     return re.sub(r"^language_model\.model\.", "model.language_model.", name)  # next to images
-
-
-def stored_name(name: str) -> str:
-    """Return the module name of a tensor in a checkpoint folder, without its ".weight"."""
-    return _stored_name(name.removesuffix(".weight"))
 
 
 def adapted_name(name: str, layer: nn.Module) -> str:
