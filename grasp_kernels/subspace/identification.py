@@ -77,7 +77,11 @@ def identify(
             f"k ≤ {len(values)}."
         )
     gains = {w.site.norm: w.gain for w in writers if w.site and w.site.norm and w.gain is not None}
-    notes = [_spectrum(values, n_blocks)]
+    notes = [
+        f"The leading singular values of {n_blocks} stacked blocks of norm 1 are "
+        f"{', '.join(f'{value:.2f}' for value in values)}: {math.sqrt(n_blocks):.2f} would mean "
+        "that all blocks share one direction, 1 that no two do."
+    ]
     if zero:
         notes.append(f"{len(zero)} blocks are zero and were skipped (the first: {zero[0]}).")
     if any(w.site and w.site.norm and w.gain is None for w in writers):
@@ -106,15 +110,6 @@ def _writers(adapter: Adapter) -> list[LoRAWeights]:
             f"({', '.join(adapter.rules.writers)}); train with those as targets."
         )
     return layers
-
-
-def _spectrum(values: Sequence[float], n_blocks: int) -> str:
-    shown = ", ".join(f"{value:.2f}" for value in values)
-    return (
-        f"The leading singular values of {n_blocks} stacked blocks of norm 1 are {shown}: "
-        f"{math.sqrt(n_blocks):.2f} would mean that all blocks share one direction, 1 that no two "
-        "do."
-    )
 
 
 def choose_k(singular_values: Sequence[float]) -> int:
