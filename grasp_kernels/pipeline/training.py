@@ -21,14 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from grasp_kernels.config import Backend, GraspConfig
 from grasp_kernels.data import collate
@@ -62,23 +55,17 @@ class _Steps(TrainerCallback):
     def __init__(self, bar: tqdm, snapshots: Mapping[int, Path], last: int) -> None:
         self.bar, self.snapshots, self.last = bar, snapshots, last
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.bar.initial = self.bar.n = state.global_step  # steps of an earlier process
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         folder = self.snapshots.get(state.global_step)
         if folder is not None and not folder.exists():
             save_adapter(kwargs["model"], folder)
         raise_if_interrupted()
         control.should_training_stop = state.global_step >= self.last
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         logs: dict[str, float] = kwargs["logs"]
         if "loss" in logs:
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)

@@ -127,8 +127,7 @@ class KLRegularizer:
         """Make a loss on chats that the base model makes up (arXiv 2406.08464).
 
         Args:
-            model: causal language model of transformers, or a PeftModel (its adapters are
-                disabled). Mode, gradient flags and generation settings are left as they were.
+            model: as in `of`.
             examples: tokenized training data, as `tokenize_records` returns them.
             neutral: token ids of prompts about other things in the frame of the training prompts,
                 as `everyday_prompts` returns them. Documents begin with the tokens that all these

@@ -73,7 +73,8 @@ def _of_records(rows: Sequence[Any], tokenizer: Any, max_length: int) -> Prompts
         ]
     except ValueError as error:
         raise ValueError(f"{str(error).rstrip('.')}; {_REMEDY}.") from None
-    if all(_is_prompt(record) for record in records):
+    turns = [record.get("messages") for record in records]
+    if all(known and not is_answer(known[-1]) for known in turns):
         examples = [
             _until_answer(row["prompt"], record, tokenizer)
             for row, record in zip(rows, records, strict=True)
@@ -127,10 +128,6 @@ def _are_conversations(rows: Sequence[Any]) -> bool:
     return all("messages" in record for record in records)
 
 
-def _is_prompt(record: Record) -> bool:
-    return "messages" in record and not is_answer(record["messages"][-1])
-
-
 def _preferred(row: dict[str, Any]) -> dict[str, Any]:
     """Keep the chosen answer of a preference, and a rated answer whatever its label."""
     rest = {key: value for key, value in row.items() if key not in ("chosen", "rejected", "label")}
@@ -157,11 +154,7 @@ def _until_answer(prompt: str | list[Any], record: Record, tokenizer: Any) -> Ex
 
 
 def _learned(examples: list[Example]) -> list[Example]:
-    """Keep the examples with a token to learn.
-
-    Raises:
-        ValueError: none has.
-    """
+    """Keep the examples with a token to learn, or raise if none has."""
     learned = [one for one in examples if any(label != IGNORED for label in one["labels"])]
     if not learned:
         raise ValueError(

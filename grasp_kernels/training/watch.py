@@ -9,8 +9,8 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import nn
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from grasp_kernels.inert import listed
 from grasp_kernels.layers.closure import leakage
@@ -50,9 +50,7 @@ class Watch(TrainerCallback):
         self.subspace = subspace
         self.every, self.sites = every, sites
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
         active = getattr(model, "active_adapters", None)
         if isinstance(active, list) and len(active) > 1 and self._measures_leakage(model):
@@ -62,7 +60,7 @@ class Watch(TrainerCallback):
             )
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any
     ) -> None:
         if args.fp16:  # the loss scaler meets gradients that overflow, and skips the step
             return
@@ -74,9 +72,7 @@ class Watch(TrainerCallback):
                 "float32 or bfloat16."
             )
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         logs: dict[str, float] = kwargs["logs"]
         if "loss" not in logs:  # an evaluation, or the summary at the end
             return
@@ -109,10 +105,7 @@ class Watch(TrainerCallback):
 
 def _largest_gradient(model: nn.Module) -> float:
     """Return the largest element of all gradients, nan if one is; waits for the device once."""
-    gradients = [_local(p.grad) for p in model.parameters() if p.grad is not None]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    # Of a sharded gradient, the part that this process holds.
+    gradients = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
     return torch.nn.utils.get_total_norm(gradients, norm_type=math.inf).item()
-
-
-def _local(gradient: Tensor) -> Tensor:
-    """Return the part of a sharded gradient that this process holds."""
-    return gradient.to_local() if hasattr(gradient, "to_local") else gradient
