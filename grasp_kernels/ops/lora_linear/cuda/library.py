@@ -11,12 +11,6 @@ import torch
 import grasp_kernels
 
 
-def find() -> Path | None:
-    """Return the library built with this package, or None."""
-    path = Path(grasp_kernels.__file__).with_name("_C.so")
-    return path if path.exists() else None
-
-
 def load(path: Path) -> None:
     """Register the operators of a library; one a process."""
     torch.ops.load_library(str(path))
@@ -28,8 +22,8 @@ def why_not() -> str | None:
     """Register the operators if that is possible and not yet done; say why not, or None."""
     if hasattr(torch.ops.grasp_kernels_cuda, "sums"):
         return None
-    path = find()
-    if path is None:
+    path = Path(grasp_kernels.__file__).with_name("_C.so")  # built with this package
+    if not path.exists():
         return "its extension was not built (it is where pip finds nvcc)"
     try:
         torch.ops.load_library(str(path))
