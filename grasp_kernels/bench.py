@@ -6,8 +6,6 @@ are timed with `torch.utils.benchmark`; the time of Python counts, as in a train
 Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from typing import Any, NamedTuple

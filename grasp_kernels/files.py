@@ -1,7 +1,5 @@
 """Files appear whole or not at all, and never over somebody else's."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -4,8 +4,6 @@ A tensor may be called anything. Shown as it is, its name could start a heading,
 elsewhere, or move the cursor of a terminal.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable

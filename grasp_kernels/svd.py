@@ -3,8 +3,6 @@
 Shapes: `M` rows, `N` columns.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

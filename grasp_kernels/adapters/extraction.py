@@ -8,8 +8,6 @@ the rounding of the dtype: rounding errors are spread over all directions alike.
 Shapes: K in, N out, R LoRA rank.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path

@@ -3,8 +3,6 @@
 Shapes: `R` LoRA rank, `K` inputs and `N` outputs of a linear layer.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping

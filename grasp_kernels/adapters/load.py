@@ -4,8 +4,6 @@ Shapes: `R` LoRA rank, `K` inputs and `N` outputs of a linear layer. The change 
 `ΔW[N,K] = scaling · lora_B[N,R] · lora_A[R,K]`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace

@@ -3,8 +3,6 @@
 Every subcommand imports its modules when it runs, so that `grasp-kernels -h` imports little.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import re

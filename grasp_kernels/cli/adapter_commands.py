@@ -1,7 +1,5 @@
 """`grasp-kernels identify`, `extract`, `project` and `check`: work on finished adapters."""
 
-from __future__ import annotations
-
 import argparse
 import warnings
 from typing import Any

@@ -1,7 +1,5 @@
 """`grasp-kernels bench`: find the fastest backend on this machine."""
 
-from __future__ import annotations
-
 import argparse
 from inspect import signature
 from typing import Any

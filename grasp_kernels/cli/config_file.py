@@ -1,7 +1,5 @@
 """Options of `grasp-kernels run` from a YAML file, read as if they were typed."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator
 from pathlib import Path

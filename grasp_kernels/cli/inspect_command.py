@@ -1,7 +1,5 @@
 """`grasp-kernels inspect`: compare the answers of an adapter with those of its base model."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The values of options of several commands, and the names of options in messages."""
 
-from __future__ import annotations
-
 import argparse
 import re
 import shlex

@@ -1,7 +1,5 @@
 """`grasp-kernels run`: both trainings and the report."""
 
-from __future__ import annotations
-
 import argparse
 import warnings
 from dataclasses import MISSING, Field

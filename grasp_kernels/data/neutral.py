@@ -1,7 +1,5 @@
 """Everyday questions and other neutral prompts -> token ids up to the start of the answer."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

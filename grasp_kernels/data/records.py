@@ -1,7 +1,5 @@
 """Chat data in the layouts of public data sets -> records."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A file, or a data set on the Hugging Face hub -> its rows, each with its place."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math

@@ -3,8 +3,6 @@
 Shapes: `B` records of a batch, `T` tokens of the longest of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any, TypedDict
 

@@ -6,8 +6,6 @@ sentence in front of or behind an answer; the adapter's own answer has it.
 Shapes: `M` positions, `V` vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

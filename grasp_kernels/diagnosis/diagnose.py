@@ -4,8 +4,6 @@ The effect is measured at the tokens of the base model's own answers. So it show
 the adapter would make in these answers.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Shapes: `M` positions, `V` vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

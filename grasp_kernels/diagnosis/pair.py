@@ -6,8 +6,6 @@ Shapes: `B` sequences of a batch, `T` tokens of the longest sequence, `M` chosen
 vocabulary.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """A diagnosis as JSON -> text in plain words."""
 
-from __future__ import annotations
-
 from os.path import abspath
 from typing import Any
 

@@ -3,8 +3,6 @@
 Shapes: K in, N out, R LoRA rank, Q basis size.
 """
 
-from __future__ import annotations
-
 import math
 import shutil
 import warnings

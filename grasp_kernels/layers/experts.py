@@ -3,8 +3,6 @@
 Shapes: E experts, K in, N out, R LoRA rank of each, Q basis size.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

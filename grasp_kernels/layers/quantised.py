@@ -7,8 +7,6 @@ gets `dY' = dY (I − V Vᵀ)`, so the projection is the same as in any other la
 Shapes: T tokens, K in, N out, Q basis size.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 

@@ -3,8 +3,6 @@
 Shapes: K in, N out, Q basis size, D residual width.
 """
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections import Counter

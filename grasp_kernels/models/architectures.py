@@ -11,8 +11,6 @@ only if its output has nothing along `Mᵀ v = M v`.
 Shapes: `D` width of the stream, `k` directions.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace

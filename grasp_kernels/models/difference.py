@@ -1,7 +1,5 @@
 """Two models, as modules or checkpoint folders -> their differences, tensor by tensor."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 

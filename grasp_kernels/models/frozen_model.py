@@ -4,8 +4,6 @@ Shapes: `B` sequences of a batch, `T` tokens of the longest of them, `V` vocabul
 width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any

@@ -3,8 +3,6 @@
 Base names are those of the base model: "model.layers.0.self_attn.o_proj".
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Container, Iterable
 from itertools import chain

@@ -5,8 +5,6 @@ others. FSDP and ZeRO-3 of DeepSpeed keep a flat slice of a weight, perhaps empt
 own contexts. Inside the forward of a unit wrapped by FSDP, every weight is a whole tensor.
 """
 
-from __future__ import annotations
-
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any

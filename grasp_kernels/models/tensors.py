@@ -1,7 +1,5 @@
 """Safetensors files, of an adapter or of a model, perhaps in shards -> a reader for each tensor."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

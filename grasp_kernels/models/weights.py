@@ -5,8 +5,6 @@ Each weight is read on request: a 70B checkpoint costs only the weights in use.
 Shapes: D width of the residual stream, E experts, K in, N out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial

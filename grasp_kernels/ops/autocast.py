@@ -1,7 +1,5 @@
 """Autocast stays outside of code with dtypes chosen by hand."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, TypeVar
 

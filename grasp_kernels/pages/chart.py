@@ -1,7 +1,5 @@
 """Lines over steps -> an SVG for light and for dark pages."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from html import escape

@@ -1,7 +1,5 @@
 """Tables in Markdown, for terminals too."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from grasp_kernels.inert import inert, printable

@@ -1,7 +1,5 @@
 """Markdown -> one HTML page, which loads nothing and runs nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files

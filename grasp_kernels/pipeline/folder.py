@@ -5,8 +5,6 @@ written under another name in the same folder and then renamed. So a run can be 
 moment, also by SIGKILL.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

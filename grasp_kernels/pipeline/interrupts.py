@@ -4,8 +4,6 @@ Python drops an exception that is raised inside `__del__`, such as the `__del__`
 A KeyboardInterrupt that comes at that moment is dropped too.
 """
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Iterator

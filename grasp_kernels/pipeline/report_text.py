@@ -1,7 +1,5 @@
 """Numbers of a report -> report.md: answers of both adapters, differences, limits."""
 
-from __future__ import annotations
-
 from statistics import fmean
 from typing import Any
 

@@ -3,8 +3,6 @@
 The parser that transformers makes for command lines checks them, also those from Python or a file.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from argparse import SUPPRESS

@@ -9,8 +9,6 @@ instruction; otherwise the chats would be about the task.
 Shapes: `M` documents, `T` tokens of the longest.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from typing import Any

@@ -5,8 +5,6 @@ GRASP (arXiv 2605.27676), step one, from the matrices of LoRA alone: the left si
 to something unwanted: on a real model all of 8 singular values passed a null of random signs.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from os import PathLike

@@ -6,8 +6,6 @@ Shapes: `D` width of the stream, `R` LoRA rank, `K` inputs and `N` outputs of a 
 columns of all blocks together.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import NamedTuple

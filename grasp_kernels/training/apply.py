@@ -1,7 +1,5 @@
 """A peft model and a config -> the same model on GraspLoRALinear, and back."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from os import PathLike, fspath
 from typing import Any

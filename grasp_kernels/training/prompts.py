@@ -4,8 +4,6 @@ A trainer of trl makes token ids of its rows. Where these say which tokens are l
 taken as they are. Otherwise the rows are read as conversations, whose answers are learned.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any

@@ -3,8 +3,6 @@
 Imports transformers, so nothing imports this module on `import grasp_kernels`.
 """
 
-from __future__ import annotations
-
 import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast

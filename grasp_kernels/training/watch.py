@@ -3,8 +3,6 @@
 Imports transformers, so nothing imports this module on `import grasp_kernels`.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -6,8 +6,6 @@ corrected here, and only under the interpreter.
 
 # mypy: ignore-errors
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

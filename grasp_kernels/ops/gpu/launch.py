@@ -3,8 +3,6 @@
 Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field

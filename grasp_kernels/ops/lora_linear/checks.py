@@ -3,8 +3,6 @@
 Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 

@@ -17,8 +17,6 @@ in at least float32, everything else in the dtype of the activations.
 Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The compiled operators `torch.ops.grasp_kernels_cuda`, loaded when they are first needed."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 from typing import Any

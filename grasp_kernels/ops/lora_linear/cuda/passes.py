@@ -3,8 +3,6 @@
 Shapes: T tokens, C columns read by a pass, R LoRA rank, Q basis size, E skinny rows.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import torch

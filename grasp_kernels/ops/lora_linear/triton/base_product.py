@@ -8,8 +8,6 @@ T = 8192, R = 16, in µs (library product alone, with addmm, extended): 4096→1
 Shapes: T tokens, I inner and J outer width of the product, R LoRA rank, Q basis size.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

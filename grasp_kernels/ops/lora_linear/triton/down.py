@@ -10,8 +10,6 @@ Shapes: T tokens, K in, R LoRA rank (or the sum of ranks of a group).
 
 # mypy: ignore-errors
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -5,8 +5,6 @@ Shapes: T tokens, K in.
 
 # mypy: ignore-errors
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -14,8 +14,6 @@ Shapes: T tokens, K in, N out, C columns read by a pass (K or N), R LoRA rank, Q
 E rows of a skinny result.
 """
 
-from __future__ import annotations
-
 from typing import Protocol
 
 import torch

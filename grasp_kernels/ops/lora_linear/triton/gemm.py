@@ -13,8 +13,6 @@ size.
 
 # mypy: ignore-errors
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import triton

@@ -3,8 +3,6 @@
 Shapes: T tokens, C columns read by a pass, R LoRA rank, Q basis size, E skinny rows.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from grasp_kernels.ops.lora_linear.triton.down import down

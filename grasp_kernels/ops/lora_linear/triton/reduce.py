@@ -7,8 +7,6 @@ rows of a skinny result.
 
 # mypy: ignore-errors
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -17,8 +17,6 @@ Shapes: T tokens, C columns of `Z` (N of dY, K of X), R LoRA rank, Q basis size.
 
 # mypy: ignore-errors
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
