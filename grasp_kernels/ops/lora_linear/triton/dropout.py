@@ -69,12 +69,6 @@ def keep_mask(x: Tensor, seed: Tensor, p: float) -> Tensor:
         _keep_mask_kernel,
         (triton.cdiv(T, 64), triton.cdiv(K, 64)),
         mask,
-        mask=mask,
-        seed=dropout.seed,
-        T=T,
-        K=K,
-        threshold=dropout.threshold,
-        BLOCK_T=64,
-        BLOCK_K=64,
-    )
+        mask=mask, seed=dropout.seed, T=T, K=K, threshold=dropout.threshold, BLOCK_T=64, BLOCK_K=64,
+    )  # fmt: skip
     return mask

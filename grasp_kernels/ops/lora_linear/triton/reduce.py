@@ -50,16 +50,9 @@ def finish_skinny(parts: Tensor, n_scaled: int, scaling: float, dtype: torch.dty
         _finish_skinny_kernel,
         (triton.cdiv(T, _TOKENS), E),
         parts,
-        parts=parts,
-        out=out,
-        T=T,
-        E=E,
-        splits=splits,
-        n_scaled=n_scaled,
-        scaling=scaling,
-        BLOCK_T=_TOKENS,
-        ALIGNED=T % 16 == 0,
-    )
+        parts=parts, out=out, T=T, E=E, splits=splits, n_scaled=n_scaled, scaling=scaling,
+        BLOCK_T=_TOKENS, ALIGNED=T % 16 == 0,
+    )  # fmt: skip
     return out
 
 
@@ -89,13 +82,8 @@ def total(shares: Tensor) -> Tensor:
         _total_kernel,
         (triton.cdiv(Q * R, _TOTALS),),
         shares,
-        shares=shares,
-        out=out,
-        n_shares=n_shares,
-        size=Q * R,
-        BLOCK=_TOTALS,
-        AT_ONCE=_AT_ONCE,
-    )
+        shares=shares, out=out, n_shares=n_shares, size=Q * R, BLOCK=_TOTALS, AT_ONCE=_AT_ONCE,
+    )  # fmt: skip
     return out
 
 
@@ -151,21 +139,9 @@ def finish_factor(
         _finish_factor_kernel,
         (triton.cdiv(C, _COLUMNS), triton.cdiv(R, block_r)),
         sums,
-        parts=sums,
-        basis=basis,
-        share=share,
-        out=out,
-        splits=splits,
-        C=C,
-        R=R,
-        Q=0 if basis is None else basis.shape[1],
-        scaling=scaling,
-        stride_bc=basis_strides[0],
-        stride_bq=basis_strides[1],
-        stride_oc=out.stride(0),
-        stride_or=out.stride(1),
-        BLOCK_C=_COLUMNS,
-        BLOCK_R=block_r,
-        BLOCK_Q=16,
-        PROJECT=basis is not None,
-    )
+        parts=sums, basis=basis, share=share, out=out, splits=splits, C=C, R=R,
+        Q=0 if basis is None else basis.shape[1], scaling=scaling,
+        stride_bc=basis_strides[0], stride_bq=basis_strides[1],
+        stride_oc=out.stride(0), stride_or=out.stride(1),
+        BLOCK_C=_COLUMNS, BLOCK_R=block_r, BLOCK_Q=16, PROJECT=basis is not None,
+    )  # fmt: skip
