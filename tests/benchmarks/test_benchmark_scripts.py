@@ -1,5 +1,6 @@
 """The scripts in benchmarks/, as far as they go without a GPU."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,14 @@ def test_calls_are_timed_in_every_way() -> None:
     assert all(0 < row["p25"] <= row["median"] <= row["p75"] for row in found)
     assert [row["to_peft"] for row in found if row["way"] == "peft"] == [1.0]
     assert "| layer |" in script.report(found)
+
+
+def test_the_page_shows_the_rows() -> None:
+    script = load_script("calls")
+    rows = [json.loads(line) for line in script.ROWS.read_text(encoding="utf-8").splitlines()]
+    assert {row["case"] for row in rows} == set(script.PARTS)
+    page = BENCHMARKS.parent / "docs" / "performance.md"
+    assert script.report(rows) in page.read_text(encoding="utf-8")
 
 
 def test_the_ways_of_a_call_give_the_same() -> None:
