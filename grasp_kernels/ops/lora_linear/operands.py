@@ -3,12 +3,22 @@
 Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Needs(NamedTuple):
+    """Hold a flag for each needed gradient."""
+
+    x: bool
+    weight: bool
+    bias: bool
+    lora_A: bool
+    lora_B: bool
+    lora_bias: bool
+    base: bool = False  # only where dY is projected; elsewhere the gradient is dY itself
 
 
 class Operands(NamedTuple):
@@ -46,18 +56,6 @@ class Saved(NamedTuple):
     S: Tensor  # (X̃ Aᵀ)ᵀ = A X̃ᵀ [R, T], transposed as aten.py explains
     A: Tensor  # A [R, K]
     B: Tensor  # B° [N, R]
-
-
-class Needs(NamedTuple):
-    """Hold a flag for each needed gradient."""
-
-    x: bool
-    weight: bool
-    bias: bool
-    lora_A: bool
-    lora_B: bool
-    lora_bias: bool
-    base: bool = False  # only where dY is projected; elsewhere the gradient is dY itself
 
 
 class Gradients(NamedTuple):

@@ -117,11 +117,7 @@ def down(
     dropout: Dropout | None = None,
     tma: bool = True,
 ) -> Tensor:
-    """Return `s A x̃ᵀ [R, T]` in the dtype of `x[T, K]`, for `A[R, K]` in the same dtype.
-
-    Rows from `n_scaled` on (None: there are none) come with −1 instead of `scaling`.
-    `tma=False` is for tests: no copy engine.
-    """
+    """Compute `Passes.down` of `fused`; `tma=False` is for tests: no copy engine."""
     (T, K), R = x.shape, A.shape[0]
     part = part_of(x.device)
     n_scaled = R if n_scaled is None else n_scaled

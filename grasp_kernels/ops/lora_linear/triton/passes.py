@@ -5,12 +5,23 @@ Shapes: T tokens, C columns read by a pass, R LoRA rank, Q basis size, E skinny 
 
 from torch import Tensor
 
-from grasp_kernels.ops.lora_linear.triton.down import down
+from grasp_kernels.ops.lora_linear.triton.down import down as down_pass
 from grasp_kernels.ops.lora_linear.triton.dropout import Dropout
 from grasp_kernels.ops.lora_linear.triton.reduce import finish_factor, finish_skinny, total
 from grasp_kernels.ops.lora_linear.triton.tokens import one_read, token_pass
 
 __all__ = ["down", "one_read", "sums"]
+
+
+def down(
+    x: Tensor,
+    A: Tensor,
+    *,
+    scaling: float = 1.0,
+    n_scaled: int | None = None,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    return down_pass(x, A, scaling=scaling, n_scaled=n_scaled, dropout=dropout)
 
 
 def sums(
