@@ -8,8 +8,6 @@ after the last turn alone. Such a conversation becomes one rendering for each an
 answer: the model reads and writes this text in use.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Sequence
