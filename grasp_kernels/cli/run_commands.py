@@ -2,7 +2,7 @@
 
 import argparse
 import warnings
-from dataclasses import MISSING, Field
+from dataclasses import MISSING
 from functools import partial
 from typing import Any, Literal, get_type_hints
 
@@ -32,21 +32,17 @@ def add_run(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     hints = get_type_hints(RunConfig)
     for option in OPTIONS:
-        _add_option(parser, option, hints[option.name])
+        text, choices = option.metadata["help"], option.metadata["choices"]
+        if option.default is not MISSING and option.default is not None:
+            listed = option.default if isinstance(option.default, tuple) else [option.default]
+            text += f" (default: {' '.join(map(str, listed))})"
+        settings = _VALUES[hints[option.name]] if choices is None else {"choices": choices}
+        parser.add_argument(f"--{option.name.replace('_', '-')}", help=text, **settings)
     parser.set_defaults(
         command=partial(_run, parser),
         further=None,  # options that are not those of a run
         when_stopped="the same command continues from the last checkpoint.",
     )
-
-
-def _add_option(parser: argparse.ArgumentParser, option: Field[Any], hint: Any) -> None:
-    text, choices = option.metadata["help"], option.metadata["choices"]
-    if option.default is not MISSING and option.default is not None:
-        listed = option.default if isinstance(option.default, tuple) else [option.default]
-        text += f" (default: {' '.join(map(str, listed))})"
-    settings = _VALUES[hint] if choices is None else {"choices": choices}
-    parser.add_argument(f"--{option.name.replace('_', '-')}", help=text, **settings)
 
 
 # None of them has a default here, so that options that were typed can be told from the others.

@@ -67,8 +67,7 @@ def _name_cells(tokens: Sequence[Any]) -> None:
 
 def _cell(renderer: Any, tokens: Sequence[Any], i: int, options: Any, env: Any) -> str:
     """Mark a cell with a changed answer."""
-    changed = tokens[i + 1].content.endswith("≠")
-    if changed:
+    if tokens[i + 1].content.endswith("≠"):
         tokens[i].attrSet("class", "changed")
     return str(renderer.renderToken(tokens, i, options, env))
 

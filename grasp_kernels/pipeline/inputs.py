@@ -158,11 +158,7 @@ def _check_tokens(inputs: Inputs) -> None:
 
 
 def _check_lengths(config: RunConfig, inputs: Inputs) -> None:
-    """Raise unless all texts of a run fit into the positions of the model, if it has a limit.
-
-    Raises:
-        ValueError: the text that does not fit, and the option that shortens it.
-    """
+    """Raise for a text longer than the positions of the model, and name what shortens it."""
     if inputs.positions is None:
         return
     examples = [*inputs.train, *inputs.held_out]

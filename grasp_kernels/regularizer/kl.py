@@ -188,9 +188,8 @@ class KLRegularizer:
             found = model(input_ids=ids, use_cache=False).logits.float().log_softmax(dim=-1)
         rows = torch.cat([self._rows[i] for i in chosen.tolist()])
         likely, wanted = (t[rows].to(found.device) for t in (self.likely, self.log_probs))
-        return (
-            self.kl_coef * _divergence(wanted, found.gather(1, likely.long())) / max(1, len(rows))
-        )
+        divergence = _divergence(wanted, found.gather(1, likely.long()))
+        return self.kl_coef * divergence / max(1, len(rows))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the tensors and options to a safetensors file, whole or not at all."""
