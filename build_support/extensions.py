@@ -22,6 +22,7 @@ from typing import Any
 
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError, CCompilerError
 
 from build_support import LeftOut, architectures, ptxas
 from build_support.toolkit import Toolkit, find_toolkit
@@ -274,7 +275,7 @@ def _command(plan: Plan | None, version: str) -> type[build_ext]:
         def _build_or_leave(self, extension: Extension, what: str) -> None:
             try:
                 super().build_extension(extension)
-            except RuntimeError as error:  # of ninja; setuptools forgives its own alone
+            except (CCompilerError, BaseError, RuntimeError) as error:  # the last is of ninja
                 print(f"grasp_kernels: {what} ({error}), left out; see the messages above")
 
     return Build

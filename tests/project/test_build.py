@@ -265,6 +265,8 @@ def test_wheel_without_nvcc_says_so_and_works(tmp_path: Path) -> None:
     report = run(commands, "grasp-kernels", "doctor")
     assert all(f"backend {name}" in report for name in BACKENDS)
     assert "CUDA kernels        not built" in report
+    release = ".".join(torch.__version__.split(".")[:2])
+    assert f"calls of layers     compiled for torch {release}" in report
 
 
 @pytest.mark.slow
@@ -274,13 +276,19 @@ def test_wheel_with_nvcc_has_kernels_and_tells_of_them(tmp_path: Path) -> None:
     for file in [*(folder / "csrc").rglob("*.cu"), *(folder / "csrc").rglob("*.cpp")]:
         if file.name != "host.cpp" or file.parent.name != "csrc":
             file.unlink()
+    (folder / "csrc" / "call" / "plan.cpp").write_text("#error not today")
     (folder / "csrc" / "stand_in.cu").write_text(STAND_IN)
     wheel, printed = built(folder, "wheel", TORCH_CUDA_ARCH_LIST="9.0", FORCE_CUDA="1")
     assert "grasp_kernels: compiling the CUDA kernels for sm_90a" in printed
     check_wheel(wheel)
     assert "grasp_kernels/_C.so" in contents(wheel)
     code = "import json\nfrom grasp_kernels import _host\nprint(json.dumps(_host.kernels()))"
-    (kernel,) = json.loads(run(installed(wheel, tmp_path / "venv"), "python", "-c", code))
+    commands = installed(wheel, tmp_path / "venv")
+    assert "grasp_kernels: the calls of layers do not compile (" in printed
+    assert "in Python, short ones three times slower: not built" in run(
+        commands, "grasp-kernels", "doctor"
+    )
+    (kernel,) = json.loads(run(commands, "python", "-c", code))
     assert kernel["name"] == "pass_kernel<float, 0>"
     assert kernel["arch"] == "sm_90a"
     assert kernel["registers"] > 0
