@@ -23,7 +23,7 @@ from grasp_kernels import cpu
 from grasp_kernels.ops.autocast import autocast_dtype
 from grasp_kernels.ops.lora_linear import registry
 from grasp_kernels.ops.lora_linear.api import is_exact
-from grasp_kernels.ops.lora_linear.differentiated import N_DIFFERENTIATED, Plain
+from grasp_kernels.ops.lora_linear.differentiated import Planned
 from grasp_kernels.ops.lora_linear.operands import Operands
 
 # What peft and we keep in a layer, as far as a call depends on it.
@@ -98,7 +98,7 @@ class PythonPlan:
             return None
         if self.transposed:
             op = op._replace(weight=weight.mT)
-        return Plain.apply(x, None, *op[:N_DIFFERENTIATED], op, "aten")
+        return Planned.apply(x, op.lora_A, op.lora_B, op.lora_bias, op)
 
     def _holds(self, attributes: dict[str, Any], x: Tensor) -> bool:
         same, empty, _, most_tokens, _ = self.guards

@@ -187,6 +187,41 @@ class Plain(torch.autograd.Function):
         return *_with_base(ctx, dy, x, found), None, None
 
 
+class Planned(torch.autograd.Function):
+    """Compute a checked call over a frozen base by library calls: `Plain` with half of its inputs.
+
+    The inputs of a function take a tenth of the time of a short call.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, lora_bias: Any, op: Operands
+    ) -> Tensor:
+        """Return `Y[..., N]` from `X[..., K]`."""
+        if op.dropout_p > 0.0:
+            op = op._replace(dropout_seed=aten.draw_seed(x))
+        y, saved = without_autocast(aten.forward, _flat(x), op)
+        ctx.op = op
+        kept = x if lora_A.requires_grad else None
+        ctx.save_for_backward(kept, *saved, op.weight, op.write_basis)
+        return y if x.dim() == 2 else _unflattened(y, x)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,), op = outputs, ctx.op
+        x, S, A, B, *_ = ctx.saved_tensors
+        x = _stand_in(dy, A) if x is None else x
+        of_x, of_A, of_B, of_b, _ = ctx.needs_input_grad
+        needs = Needs(of_x, False, False, of_A, of_B, of_b, False)
+        found: Sequence[Tensor | None]
+        if torch.is_grad_enabled():
+            found = _through_operator(needs, dy, x, S, A, B, op, "aten")
+        else:
+            found = without_autocast(aten.backward, _flat(dy), _flat(x), Saved(S, A, B), op, needs)
+        dx, _, _, dA, dB, db, _ = found
+        return dx if dx is None or x.dim() == 2 else dx.view(x.shape), dA, dB, db, None
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, base: Any, *operands: Any) -> tuple[Tensor, ...]:
