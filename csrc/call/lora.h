@@ -24,7 +24,6 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
-#include <torch/custom_class.h>
 
 #include <bit>
 #include <functional>
@@ -34,7 +33,7 @@
 namespace grasp {
 
 // The operands that stay from call to call. The adapter may be wider than the activations.
-struct Lora : torch::CustomClassHolder {
+struct Lora {
   at::Tensor weight;       // W [N, K], frozen; stored as [K, N] if transposed
   at::Tensor bias;         // [N] or undefined, frozen
   at::Tensor lora_A;       // A [R, K]
@@ -309,21 +308,22 @@ std::vector<int64_t> packed(const Lora& op, const Tensor& x, int64_t seed) {
 
 struct LoraLinear : public torch::autograd::Function<LoraLinear> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& A, const Tensor& B,
-                        const std::optional<Tensor>& b, const c10::intrusive_ptr<Lora>& op) {
-    const Call call = call_of(*op, x);
+                        const std::optional<Tensor>& b, const Lora& op) {
+    const Call call = call_of(op, x);
     // X is kept for dA alone: with a frozen A, S is the only activation kept.
     const bool keeps = A.requires_grad(), casts = x.scalar_type() != call.compute;
     const Plain plain;
     const Tensor rows = as(flat(x), call.compute);
-    const int64_t seed = op->dropout_p > 0.0 ? draw_seed() : 0;
-    const Forward found = grasp::forward(*op, rows, call.wide, seed);
+    const int64_t seed = op.dropout_p > 0.0 ? draw_seed() : 0;
+    const Forward found = grasp::forward(op, rows, call.wide, seed);
     // The weight and the basis are saved so that a change in place is noticed. X itself is saved
     // for the same reason: below autograd a view of it has a version of its own.
     ctx->save_for_backward({!keeps  ? Tensor()
                             : casts ? rows
                                     : x,
-                            found.S, found.A, found.B, op->weight, op->write_basis});
-    ctx->saved_data["numbers"] = packed(*op, x, seed);
+                            found.S, found.A, found.B, op.weight, op.write_basis, A, B,
+                            op.lora_bias});
+    ctx->saved_data["numbers"] = packed(op, x, seed);
     return shaped(found.y, x.sizes());
   }
 
@@ -356,44 +356,59 @@ struct LoraLinear : public torch::autograd::Function<LoraLinear> {
       if (found.b.defined()) found.b = as(found.b, dtype(6));
       out[1] = found.A, out[2] = found.B, out[3] = found.b;
     }
-    return once_differentiable(std::move(out));
+    if (at::GradMode::is_enabled()) {
+      // Where X was not kept, nothing would lead from the gradients back to it.
+      TORCH_CHECK(saved[0].defined() || !ctx->needs_input_grad(0), kTwice);
+      return refusing(out, {grads[0], saved[0], saved[6], saved[7], saved[8]});
+    }
+    return out;
   }
 
-  // With `create_graph` the gradients have a graph that refuses a second derivative.
-  static variable_list once_differentiable(variable_list found) {
-    if (!at::GradMode::is_enabled()) return found;
-    variable_list given;
-    for (Tensor& gradient : found) {
-      if (!gradient.defined()) continue;
-      gradient = gradient.detach();
-      gradient.requires_grad_();
-      given.push_back(gradient);
-    }
-    auto refusal = std::make_shared<torch::autograd::DelayedError>(kTwice, given.size());
-    variable_list refused = (*refusal)(std::move(given));
-    size_t next = 0;
-    for (Tensor& gradient : found) {
-      if (gradient.defined()) gradient = refused[next++];
-    }
-    return found;
+  // With `create_graph` the gradients have a graph of their own, which leads to all that they
+  // depend on, and refuses a second derivative on the way.
+  static variable_list refusing(const variable_list& found, const variable_list& from);
+};
+
+struct Refusal : public torch::autograd::Function<Refusal> {
+  static variable_list forward(AutogradContext*, at::TensorList found, at::TensorList) {
+    return found.vec();
+  }
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK(false, kTwice);
   }
 };
+
+inline variable_list LoraLinear::refusing(const variable_list& found, const variable_list& from) {
+  variable_list given, leading, out(found.size());
+  for (const Tensor& gradient : found) {
+    if (gradient.defined()) given.push_back(gradient);
+  }
+  for (const Tensor& tensor : from) {
+    if (tensor.defined()) leading.push_back(tensor);
+  }
+  const variable_list refused = Refusal::apply(at::TensorList(given), at::TensorList(leading));
+  size_t next = 0;
+  for (size_t i = 0; i < found.size(); ++i) {
+    if (found[i].defined()) out[i] = refused[next++];
+  }
+  return out;
+}
 
 }  // namespace
 
 // Return `Y[..., N]` from `X[..., K]`, with its derivative where one is asked for.
-inline at::Tensor lora_linear(const c10::intrusive_ptr<Lora>& op, const at::Tensor& x) {
-  const at::Tensor &A = op->lora_A, &B = op->lora_B, &b = op->lora_bias;
+inline at::Tensor lora_linear(const Lora& op, const at::Tensor& x) {
+  const at::Tensor &A = op.lora_A, &B = op.lora_B, &b = op.lora_bias;
   const bool differentiated =
       at::GradMode::is_enabled() && (x.requires_grad() || A.requires_grad() || B.requires_grad() ||
                                      (b.defined() && b.requires_grad()));
   if (differentiated) {
     return LoraLinear::apply(x, A, B, b.defined() ? std::optional(b) : std::nullopt, op);
   }
-  const Call call = call_of(*op, x);
+  const Call call = call_of(op, x);
   const Plain plain;
-  const int64_t seed = op->dropout_p > 0.0 ? draw_seed() : 0;
-  return shaped(grasp::forward(*op, as(flat(x), call.compute), call.wide, seed).y, x.sizes());
+  const int64_t seed = op.dropout_p > 0.0 ? draw_seed() : 0;
+  return shaped(grasp::forward(op, as(flat(x), call.compute), call.wide, seed).y, x.sizes());
 }
 
 }  // namespace grasp

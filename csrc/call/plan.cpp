@@ -27,15 +27,34 @@ struct Same {
   PyObject *owner, *key, *value;
 };
 
+// All objects are held as Python holds them: references of C++ to a tensor would hide cycles
+// through it from the garbage collector, and keep it from being swapped.
 struct Plan {
   PyObject_HEAD;
-  c10::intrusive_ptr<Lora> op;
+  std::array<PyObject*, 6> tensors;  // W, bias, A, B, b, V; None where there is none
+  double scaling, dropout_p;
+  bool residual, closed, transposed;
   std::vector<Same> same;
-  std::vector<PyObject*> empty;  // containers
+  std::vector<PyObject*> empty;                        // containers
+  std::vector<std::pair<PyObject*, PyObject*>> kinds;  // modules and their classes
   PyObject* adapter;
   int64_t most_tokens;
   bool bf16;  // whether the CPU multiplies it fast
 };
+
+Tensor tensor_or_none(PyObject* given) {
+  return given == Py_None ? Tensor() : THPVariable_Unpack(given);
+}
+
+Lora operands(const Plan& plan) {
+  Lora op;
+  Tensor* const places[] = {&op.weight, &op.bias,      &op.lora_A,
+                            &op.lora_B, &op.lora_bias, &op.write_basis};
+  for (size_t i = 0; i < plan.tensors.size(); ++i) *places[i] = tensor_or_none(plan.tensors[i]);
+  op.scaling = plan.scaling, op.dropout_p = plan.dropout_p;
+  op.residual = plan.residual, op.closed = plan.closed, op.transposed = plan.transposed;
+  return op;
+}
 
 bool is_same(PyObject* owner, const Same& guard) {
   PyObject* value = PyDict_GetItemWithError(owner, guard.key);
@@ -48,6 +67,9 @@ bool objects_hold(const Plan& plan, PyObject* attributes) {
   }
   for (PyObject* container : plan.empty) {
     if (PyObject_Size(container) != 0) return false;
+  }
+  for (const auto& [module, kind] : plan.kinds) {
+    if (reinterpret_cast<PyObject*>(Py_TYPE(module)) != kind) return false;
   }
   PyObject* active = PyDict_GetItemString(attributes, "_active_adapter");
   if (active != nullptr && PyList_Check(active) && PyList_GET_SIZE(active) == 1) {
@@ -66,8 +88,7 @@ bool is_vector(const Tensor& t, int64_t size, c10::Device device) {
 }
 
 // The operands still fit each other and X; a write through `.data` may have given them others.
-bool tensors_hold(const Plan& plan, const Tensor& x) {
-  const Lora& op = *plan.op;
+bool tensors_hold(const Plan& plan, const Lora& op, const Tensor& x) {
   if (x.layout() != at::kStrided || x.is_meta() || x.dim() < 1 || op.weight.dim() != 2 ||
       op.lora_A.dim() != 2) {
     return false;
@@ -109,55 +130,49 @@ PyObject* run(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
     return nullptr;
   }
   Plan& plan = *reinterpret_cast<Plan*>(self);
-  if (!THPVariable_CheckExact(arguments[1])) Py_RETURN_NONE;
+  // The garbage collector may have cleared a plan that a finalizer still calls.
+  if (plan.tensors[0] == nullptr || !THPVariable_CheckExact(arguments[1])) Py_RETURN_NONE;
   const Tensor& x = THPVariable_Unpack(arguments[1]);
   PyObject* attributes = PyObject_GenericGetDict(arguments[0], nullptr);
   if (attributes == nullptr) return nullptr;
-  const bool holds = objects_hold(plan, attributes) && tensors_hold(plan, x) && is_plain_call();
+  const bool same = objects_hold(plan, attributes);
   Py_DECREF(attributes);
-  if (!holds) {
-    if (PyErr_Occurred() != nullptr) return nullptr;
-    Py_RETURN_NONE;
-  }
+  if (PyErr_Occurred() != nullptr) return nullptr;
+  if (!same || !is_plain_call()) Py_RETURN_NONE;
+  const Lora op = operands(plan);
+  if (!tensors_hold(plan, op, x)) Py_RETURN_NONE;
   Tensor y;
   {
     const pybind11::gil_scoped_release others_run;
-    y = lora_linear(plan.op, x);
+    y = lora_linear(op, x);
   }
   return THPVariable_Wrap(std::move(y));
   END_HANDLE_TH_ERRORS
 }
 
-Tensor tensor_or_none(PyObject* given) {
-  return given == Py_None ? Tensor() : THPVariable_Unpack(given);
-}
-
 // Plan(tensors, options, transposed, guards), as PythonPlan
 PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject*) {
   HANDLE_TH_ERRORS
-  PyObject *tensors, *same, *empty, *adapter;
+  PyObject *tensors, *same, *empty, *kinds, *adapter;
   double scaling, dropout_p;
   int residual, closed, transposed, bf16;
   long long most_tokens;
-  if (!PyArg_ParseTuple(arguments, "O!(ddpp)p(O!O!ULp)", &PyTuple_Type, &tensors, &scaling,
+  if (!PyArg_ParseTuple(arguments, "O!(ddpp)p(O!O!O!ULp)", &PyTuple_Type, &tensors, &scaling,
                         &dropout_p, &residual, &closed, &transposed, &PyList_Type, &same,
-                        &PyList_Type, &empty, &adapter, &most_tokens, &bf16)) {
+                        &PyList_Type, &empty, &PyList_Type, &kinds, &adapter, &most_tokens,
+                        &bf16)) {
     return nullptr;
   }
   Plan* plan = reinterpret_cast<Plan*>(type->tp_alloc(type, 0));
   if (plan == nullptr) return nullptr;
-  new (&plan->op) c10::intrusive_ptr<Lora>(c10::make_intrusive<Lora>());
   new (&plan->same) std::vector<Same>();
   new (&plan->empty) std::vector<PyObject*>();
-  Lora& op = *plan->op;
-  Tensor* const places[] = {&op.weight, &op.bias,      &op.lora_A,
-                            &op.lora_B, &op.lora_bias, &op.write_basis};
-  for (size_t i = 0; i < std::size(places); ++i) {
-    *places[i] = tensor_or_none(PyTuple_GET_ITEM(tensors, i));
+  new (&plan->kinds) std::vector<std::pair<PyObject*, PyObject*>>();
+  for (size_t i = 0; i < plan->tensors.size(); ++i) {
+    plan->tensors[i] = Py_NewRef(PyTuple_GET_ITEM(tensors, i));
   }
-  op.scaling = scaling, op.dropout_p = dropout_p;
-  op.residual = residual != 0, op.closed = closed != 0;
-  op.transposed = transposed != 0;
+  plan->scaling = scaling, plan->dropout_p = dropout_p;
+  plan->residual = residual != 0, plan->closed = closed != 0, plan->transposed = transposed != 0;
   plan->adapter = Py_NewRef(adapter);
   plan->most_tokens = most_tokens, plan->bf16 = bf16 != 0;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(same); ++i) {
@@ -170,32 +185,49 @@ PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject*) {
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(empty); ++i) {
     plan->empty.push_back(Py_NewRef(PyList_GET_ITEM(empty, i)));
   }
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(kinds); ++i) {
+    PyObject* guard = PyList_GET_ITEM(kinds, i);
+    plan->kinds.emplace_back(Py_NewRef(PyTuple_GET_ITEM(guard, 0)),
+                             Py_NewRef(PyTuple_GET_ITEM(guard, 1)));
+  }
   return reinterpret_cast<PyObject*>(plan);
   END_HANDLE_TH_ERRORS
 }
 
 int traverse(PyObject* self, visitproc visit, void* arg) {
   const Plan& plan = *reinterpret_cast<Plan*>(self);
+  for (PyObject* tensor : plan.tensors) Py_VISIT(tensor);
   for (const Same& guard : plan.same) {
     Py_VISIT(guard.owner);
     Py_VISIT(guard.key);
     Py_VISIT(guard.value);
   }
   for (PyObject* container : plan.empty) Py_VISIT(container);
+  for (const auto& [module, kind] : plan.kinds) {
+    Py_VISIT(module);
+    Py_VISIT(kind);
+  }
   Py_VISIT(Py_TYPE(self));
   return 0;
 }
 
 int clear(PyObject* self) {
   Plan& plan = *reinterpret_cast<Plan*>(self);
+  for (PyObject*& tensor : plan.tensors) Py_CLEAR(tensor);
   const std::vector<Same> same = std::move(plan.same);
   const std::vector<PyObject*> empty = std::move(plan.empty);
+  const std::vector<std::pair<PyObject*, PyObject*>> kinds = std::move(plan.kinds);
+  plan.same.clear(), plan.empty.clear(), plan.kinds.clear();
   for (const Same& guard : same) {
     Py_XDECREF(guard.owner);
     Py_DECREF(guard.key);
     Py_DECREF(guard.value);
   }
   for (PyObject* container : empty) Py_DECREF(container);
+  for (const auto& [module, kind] : kinds) {
+    Py_DECREF(module);
+    Py_DECREF(kind);
+  }
   return 0;
 }
 
@@ -205,7 +237,7 @@ void dealloc(PyObject* self) {
   clear(self);
   Plan& plan = *reinterpret_cast<Plan*>(self);
   Py_DECREF(plan.adapter);
-  plan.op.~intrusive_ptr();
+  plan.kinds.~vector();
   plan.same.~vector();
   plan.empty.~vector();
   type->tp_free(self);

@@ -44,6 +44,7 @@ class Guards(NamedTuple):
         same: a dictionary, or None for the attributes of the layer; a key; its value by identity,
             or None for a key that is not there.
         empty: containers that are empty.
+        kinds: modules with their classes.
         adapter: the name of the one active adapter.
         most_tokens: T of the longest call that library calls compute.
         bf16: whether products in bfloat16 are fast on this CPU.
@@ -51,6 +52,7 @@ class Guards(NamedTuple):
 
     same: list[tuple[dict[str, Any] | None, str, Any]]
     empty: list[Any]
+    kinds: list[tuple[nn.Module, type]]
     adapter: str
     most_tokens: int
     bf16: bool
@@ -101,12 +103,15 @@ class PythonPlan:
         return Planned.apply(x, op.lora_A, op.lora_B, op.lora_bias, op)
 
     def _holds(self, attributes: dict[str, Any], x: Tensor) -> bool:
-        same, empty, _, most_tokens, _ = self.guards
+        same, empty, kinds, _, most_tokens, _ = self.guards
         for owner, key, value in same:
             if (attributes if owner is None else owner).get(key) is not value:
                 return False
         for container in empty:
             if container:
+                return False
+        for module, kind in kinds:
+            if type(module) is not kind:
                 return False
         device, features = self.device, self.features
         for tensor, shape, dtype in self.forms:
@@ -168,6 +173,7 @@ def make_plan(layer: Any, x: Tensor, adapter: str) -> Plan | None:
             layer.merged_adapters,
             *(getattr(module, hooks) for module in factors for hooks in _HOOKS),
         ],
+        [(module, type(module)) for module in (*factors, dropout)],
         adapter,
         most_tokens,
         cpu.multiplies(torch.bfloat16),
@@ -186,11 +192,12 @@ def _same(
     yield from ((layer._modules, name, layer._modules[name]) for name in ("base_layer", *groups))
     for group in groups:
         modules = layer._modules[group]._modules
+        yield layer._modules[group].__dict__, "_modules", modules
         yield modules, adapter, modules[adapter]
     for module in factors:
         for leaf in ("weight", "bias"):
             yield module._parameters, leaf, module._parameters[leaf]
-        for name in ("weight", "bias", "forward", "_hf_hook"):
+        for name in ("weight", "bias", "forward", "_hf_hook", "_parameters", *_HOOKS):
             yield module.__dict__, name, module.__dict__.get(name)
     yield from ((dropout.__dict__, key, dropout.__dict__.get(key)) for key in ("training", "p"))
     yield layer.scaling, adapter, layer.scaling[adapter]

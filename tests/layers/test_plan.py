@@ -245,6 +245,16 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "closed adapters": rebind("closed_adapters", frozenset()),
     "new adapters": rebind("new_adapters", frozenset({"default"})),
     "backend": rebind("backend", "reference"),
+    "parameters": lambda layer: layer.base_layer.__dict__.update(
+        _parameters=dict(layer.base_layer._parameters)
+    ),
+    "modules of A": lambda layer: layer.lora_A.__dict__.update(
+        _modules=dict(layer.lora_A._modules)
+    ),
+    "hooks": rebind("base_layer._forward_hooks", {1: HOOK}),
+    "class of the base": rebind("base_layer.__class__", type("Other", (nn.Linear,), {})),
+    "class of A": rebind("lora_A.default.__class__", type("Other", (nn.Linear,), {})),
+    "class of dropout": rebind("lora_dropout.default.__class__", type("Other", (nn.Dropout,), {})),
     "parametrized": lambda layer: nn.utils.parametrizations.weight_norm(layer.lora_A["default"]),
 }  # fmt: skip
 
@@ -396,6 +406,21 @@ def test_a_change_in_place_between_forward_and_backward_is_an_error(which: str) 
         y.sum().backward()
 
 
+def test_a_second_derivative_by_the_factors_is_refused_too() -> None:
+    """A penalty on gradients, which asks for named gradients only."""
+    layer, _, x = planned()
+    x.requires_grad_()
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    gradients = torch.autograd.grad(layer(x).square().sum(), [x, A, B], create_graph=True)
+    penalty = sum(gradient.square().sum() for gradient in gradients)
+    for asked in (x, A, B):
+        with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+            torch.autograd.grad(penalty, asked, retain_graph=True)
+    A.requires_grad_(False)  # X is not kept then, and the first derivative is refused
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_draws_the_mask_again(reentrant: bool) -> None:
     layer, _, x = planned(lora_dropout=0.5)
@@ -496,6 +521,36 @@ def test_a_layer_is_freed_at_once() -> None:
         assert weight() is None
     finally:
         gc.enable()
+
+
+def test_cycles_through_parameters_are_collected() -> None:
+    layer, kept, _ = planned()
+    weight = layer.base_layer.weight
+    weight.owner = layer
+    layer.lora_A["default"].weight.register_hook(lambda gradient, owner=layer: None)
+    freed = weakref.ref(weight)
+    del layer, kept, weight
+    gc.collect()
+    assert freed() is None
+
+
+def test_a_parameter_can_be_swapped() -> None:
+    layer, kept, x = planned(Q=0)
+    weight = layer.base_layer.weight
+    torch.utils.swap_tensors(weight, nn.Parameter(torch.zeros(N, K), requires_grad=False))
+    assert layer._plan is kept
+    layer.lora_B["default"].weight.data.zero_()
+    assert not layer(x).any()
+
+
+def test_an_output_can_be_changed_in_place(kind: str) -> None:
+    if kind == "python":
+        pytest.skip("an output in three dimensions is a view there")
+    layer, _, x = planned()
+    y = layer(x.requires_grad_())
+    y += 1
+    y.sum().backward()
+    assert x.grad is not None
 
 
 def test_a_released_layer_has_no_plan() -> None:

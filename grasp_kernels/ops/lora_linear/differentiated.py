@@ -35,6 +35,10 @@ _LIBRARY.define(
     "lora_linear_backward(Tensor dy, Tensor x, Tensor S, Tensor A, Tensor B, bool[] needs, "
     f"{_OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+_TWICE = (
+    "lora_linear cannot be differentiated twice; for gradients of gradients, restore the stock "
+    "layers with remove_grasp."
+)
 operator = torch.ops.grasp_kernels.lora_linear.default
 _backward = torch.ops.grasp_kernels.lora_linear_backward.default
 
@@ -209,12 +213,14 @@ class Planned(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dy,), op = outputs, ctx.op
-        x, S, A, B, *_ = ctx.saved_tensors
-        x = _stand_in(dy, A) if x is None else x
+        kept, S, A, B, *_ = ctx.saved_tensors
+        x = _stand_in(dy, A) if kept is None else kept
         of_x, of_A, of_B, of_b, _ = ctx.needs_input_grad
         needs = Needs(of_x, False, False, of_A, of_B, of_b, False)
         found: Sequence[Tensor | None]
         if torch.is_grad_enabled():
+            if kept is None and of_x:
+                raise RuntimeError(_TWICE)  # nothing would lead from the gradients back to X
             found = _through_operator(needs, dy, x, S, A, B, op, "aten")
         else:
             found = without_autocast(aten.backward, _flat(dy), _flat(x), Saved(S, A, B), op, needs)
@@ -254,10 +260,7 @@ class _OnceDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError(
-            "lora_linear cannot be differentiated twice; for gradients of gradients, restore the "
-            "stock layers with remove_grasp."
-        )
+        raise RuntimeError(_TWICE)
 
 
 for _name, _run, _fake, _autograd in (
