@@ -101,8 +101,8 @@ def _calls() -> str:
     if not isinstance(found, str):
         return f"compiled for torch {'.'.join(torch.__version__.split('.')[:2])}"
     return (
-        f"in Python, short ones two to three times slower: {found} (to compile them, install with a C++ "
-        "compiler and with pip's --no-build-isolation)"
+        f"in Python, short ones two to three times slower: {found} (to compile them, install with "
+        "a C++ compiler and with pip's --no-build-isolation)"
     )
 
 

@@ -187,8 +187,8 @@ def test_doctor_says_which_kernels_nobody_timed(monkeypatch: pytest.MonkeyPatch)
         (object, "compiled for torch 3.1"),
         (
             "built for torch 2.99, and torch is 3.1.4",
-            "in Python, short ones two to three times slower: built for torch 2.99, and torch is 3.1.4 "
-            "(to compile them, install with a C++ compiler and with pip's --no-build-isolation)",
+            "in Python, short ones two to three times slower: built for torch 2.99, and torch is "
+            "3.1.4 (to compile them, install with a C++ compiler and with pip's --no-build-isolation)",
         ),
     ],
 )
