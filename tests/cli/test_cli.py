@@ -188,7 +188,8 @@ def test_doctor_says_which_kernels_nobody_timed(monkeypatch: pytest.MonkeyPatch)
         (
             "built for torch 2.99, and torch is 3.1.4",
             "in Python, short ones two to three times slower: built for torch 2.99, and torch is "
-            "3.1.4 (to compile them, install with a C++ compiler and with pip's --no-build-isolation)",
+            "3.1.4 (to compile them, install with a C++ compiler and with pip's "
+            "--no-build-isolation)",
         ),
     ],
 )
