@@ -22,7 +22,6 @@ from torch.autograd import forward_ad
 from grasp_kernels import cpu
 from grasp_kernels.ops.autocast import autocast_dtype
 from grasp_kernels.ops.lora_linear import registry
-from grasp_kernels.ops.lora_linear.api import is_exact
 from grasp_kernels.ops.lora_linear.differentiated import Planned
 from grasp_kernels.ops.lora_linear.operands import Operands
 
@@ -78,7 +77,8 @@ class PythonPlan:
         self.op = op = Operands._make((*tensors, None, *options, False))
         assert op.weight is not None
         self.weight, self.transposed, self.guards = op.weight, transposed, guards
-        self.exact = op._replace(exact=is_exact(op.weight.dtype, op.lora_A))
+        wide = torch.promote_types(op.weight.dtype, op.lora_A.dtype) != op.weight.dtype
+        self.exact = op._replace(exact=wide)  # outside of autocast, wherever the plan was made
         self.frozen = [t for t in (op.weight, op.bias) if t is not None]
         self.forms = [(t, t.shape, t.dtype) for t in tensors if t is not None]
         self.device = op.weight.device
