@@ -357,8 +357,10 @@ struct LoraLinear : public torch::autograd::Function<LoraLinear> {
       out[1] = found.A, out[2] = found.B, out[3] = found.b;
     }
     if (at::GradMode::is_enabled()) {
-      // Where X was not kept, nothing would lead from the gradients back to it.
-      TORCH_CHECK(saved[0].defined() || !ctx->needs_input_grad(0), kTwice);
+      // Where X was not kept, or cast by autocast, nothing leads from the gradients back to it.
+      const auto dtype = static_cast<ScalarType>(ctx->saved_data["numbers"].toIntVector()[7]);
+      const bool keeps_x = saved[0].defined() && saved[0].scalar_type() == dtype;
+      TORCH_CHECK(keeps_x || !ctx->needs_input_grad(0), kTwice);
       return refusing(out, {grads[0], saved[0], saved[6], saved[7], saved[8]});
     }
     return out;

@@ -435,6 +435,19 @@ def test_a_second_derivative_by_the_factors_is_refused_too() -> None:
         torch.autograd.grad(layer(x).sum(), x, create_graph=True)
 
 
+def test_a_second_derivative_through_autocast_is_refused() -> None:
+    if not cpu.multiplies(torch.bfloat16):
+        pytest.skip("this CPU takes bfloat16 through float32")
+    layer, _, x = planned()
+    x.requires_grad_()
+    A = layer.lora_A["default"].weight
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        found = torch.autograd.grad(y.sum(), [x, A], create_graph=True)
+        torch.autograd.grad(sum(gradient.square().sum() for gradient in found), x)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_draws_the_mask_again(reentrant: bool) -> None:
     layer, _, x = planned(lora_dropout=0.5)
