@@ -30,6 +30,8 @@
 #include <limits>
 #include <vector>
 
+#include "gated.h"
+
 namespace grasp {
 
 // The operands that stay from call to call. The adapter may be wider than the activations.
@@ -289,11 +291,11 @@ Call call_of(const Lora& op, const Tensor& x) {
 
 // What the backward needs besides tensors, as one list of numbers: compiled autograd compares what
 // a node holds, and knows neither pointers nor structures.
-std::vector<int64_t> packed(const Lora& op, const Tensor& x, int64_t seed) {
+std::vector<int64_t> packed(const Lora& op, const Tensor& x, int64_t seed, int64_t activation) {
   const auto dtype = [](const Tensor& t) {
     return static_cast<int64_t>(t.defined() ? t.scalar_type() : ScalarType::Undefined);
   };
-  const int64_t flags = op.residual + 2 * op.closed + 4 * op.transposed;
+  const int64_t flags = op.residual + 2 * op.closed + 4 * op.transposed + 8 * activation;
   std::vector<int64_t> all = {std::bit_cast<int64_t>(op.scaling),
                               std::bit_cast<int64_t>(op.dropout_p),
                               seed,
@@ -308,10 +310,12 @@ std::vector<int64_t> packed(const Lora& op, const Tensor& x, int64_t seed) {
 
 struct LoraLinear : public torch::autograd::Function<LoraLinear> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& A, const Tensor& B,
-                        const std::optional<Tensor>& b, const Lora& op) {
+                        const std::optional<Tensor>& b, const Lora& op, const Gate& source) {
     const Call call = call_of(op, x);
-    // X is kept for dA alone: with a frozen A, S is the only activation kept.
-    const bool keeps = A.requires_grad(), casts = x.scalar_type() != call.compute;
+    // X is kept for dA alone: with a frozen A, S is the only activation kept. A product is not kept,
+    // but computed again.
+    const bool keeps = A.requires_grad(), again = keeps && source.activation != 0;
+    const bool casts = x.scalar_type() != call.compute;
     const Plain plain;
     const Tensor rows = as(flat(x), call.compute);
     const int64_t seed = op.dropout_p > 0.0 ? draw_seed() : 0;
@@ -319,16 +323,17 @@ struct LoraLinear : public torch::autograd::Function<LoraLinear> {
     // The weight and the basis are saved so that a change in place is noticed. X itself is saved
     // for the same reason: below autograd a view of it has a version of its own.
     ctx->save_for_backward({!keeps  ? Tensor()
+                            : again ? source.up
                             : casts ? rows
                                     : x,
                             found.S, found.A, found.B, op.weight, op.write_basis, A, B,
-                            op.lora_bias});
-    ctx->saved_data["numbers"] = packed(op, x, seed);
+                            op.lora_bias, again ? source.gate : Tensor()});
+    ctx->saved_data["numbers"] = packed(op, x, seed, again ? source.activation : 0);
     return shaped(found.y, x.sizes());
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list out(5);
+    variable_list out(6);
     if (!grads[0].defined()) return out;
     // Checkpointing runs the forward again to unpack them, which must be outside of the guards.
     const variable_list saved = ctx->get_saved_variables();
@@ -343,7 +348,9 @@ struct LoraLinear : public torch::autograd::Function<LoraLinear> {
       op.residual = numbers[3] & 1, op.closed = numbers[3] & 2, op.transposed = numbers[3] & 4;
       const auto dtype = [&](size_t i) { return static_cast<ScalarType>(numbers[i]); };
       const Tensor dy = flat(grads[0]), &A = saved[2];
-      const Tensor x = saved[0].defined() ? flat(saved[0]) : stand_in(dy, A.size(1));
+      Tensor x = saved[0];
+      if (saved[9].defined()) x = as(product({saved[9], saved[0], numbers[3] >> 3}), dy.scalar_type());
+      x = x.defined() ? flat(x) : stand_in(dy, A.size(1));
       const bool has_b = dtype(6) != ScalarType::Undefined;
       Gradients found = grasp::backward(
           op, dy, x, saved[1], A, saved[3], numbers[2], ctx->needs_input_grad(0),
@@ -361,7 +368,7 @@ struct LoraLinear : public torch::autograd::Function<LoraLinear> {
       const auto dtype = static_cast<ScalarType>(ctx->saved_data["numbers"].toIntVector()[7]);
       const bool keeps_x = saved[0].defined() && saved[0].scalar_type() == dtype;
       TORCH_CHECK(keeps_x || !ctx->needs_input_grad(0), kTwice);
-      return refusing(out, {grads[0], saved[0], saved[6], saved[7], saved[8]});
+      return refusing(out, {grads[0], saved[0], saved[6], saved[7], saved[8], saved[9]});
     }
     return out;
   }
@@ -398,14 +405,16 @@ inline variable_list LoraLinear::refusing(const variable_list& found, const vari
 
 }  // namespace
 
-// Return `Y[..., N]` from `X[..., K]`, with its derivative where one is asked for.
-inline at::Tensor lora_linear(const Lora& op, const at::Tensor& x) {
+// Return `Y[..., N]` from `X[..., K]`, with its derivative where one is asked for. `source` is X as
+// a product, if it is one.
+inline at::Tensor lora_linear(const Lora& op, const at::Tensor& x, const Gate& source) {
   const at::Tensor &A = op.lora_A, &B = op.lora_B, &b = op.lora_bias;
   const bool differentiated =
       at::GradMode::is_enabled() && (x.requires_grad() || A.requires_grad() || B.requires_grad() ||
                                      (b.defined() && b.requires_grad()));
   if (differentiated) {
-    return LoraLinear::apply(x, A, B, b.defined() ? std::optional(b) : std::nullopt, op);
+    return LoraLinear::apply(x, A, B, b.defined() ? std::optional(b) : std::nullopt, op,
+                             source);
   }
   const Call call = call_of(op, x);
   const Plain plain;

@@ -123,10 +123,36 @@ bool is_plain_call() {
          !included.has(c10::DispatchKey::Tracer);
 }
 
+// Gate(gate, up, activation) of ops/gated.py.
+bool gate_of(PyObject* given, Gate& found) {
+  PyObject *gate, *up;
+  const char* activation;
+  if (!PyArg_ParseTuple(given, "O!O!s", THPVariableClass, &gate, THPVariableClass, &up,
+                        &activation)) {
+    return false;
+  }
+  found = {THPVariable_Unpack(gate), THPVariable_Unpack(up),
+           activation[0] == 's' ? kSilu : kGeluTanh};
+  return true;
+}
+
+PyObject* gated(PyObject*, PyObject* given) {
+  HANDLE_TH_ERRORS
+  Gate source;
+  if (!gate_of(given, source)) return nullptr;
+  Tensor x;
+  {
+    const pybind11::gil_scoped_release others_run;
+    x = Gated::apply(source.gate, source.up, source.activation);
+  }
+  return THPVariable_Wrap(std::move(x));
+  END_HANDLE_TH_ERRORS
+}
+
 PyObject* run(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (count != 2) {
-    PyErr_SetString(PyExc_TypeError, "a plan runs on a layer and its input.");
+  if (count != 3) {
+    PyErr_SetString(PyExc_TypeError, "a plan runs on a layer, its input and None or a Gate.");
     return nullptr;
   }
   Plan& plan = *reinterpret_cast<Plan*>(self);
@@ -141,10 +167,12 @@ PyObject* run(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
   if (!same || !is_plain_call()) Py_RETURN_NONE;
   const Lora op = operands(plan);
   if (!tensors_hold(plan, op, x)) Py_RETURN_NONE;
+  Gate source;
+  if (arguments[2] != Py_None && !gate_of(arguments[2], source)) return nullptr;
   Tensor y;
   {
     const pybind11::gil_scoped_release others_run;
-    y = lora_linear(op, x);
+    y = lora_linear(op, x, source);
   }
   return THPVariable_Wrap(std::move(y));
   END_HANDLE_TH_ERRORS
@@ -249,7 +277,8 @@ PyObject* reduce(PyObject*, PyObject*) { return Py_BuildValue("O()", Py_TYPE(Py_
 
 PyMethodDef methods[] = {
     {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(run)), METH_FASTCALL,
-     "Return `Y[..., N]` of a layer and `X[..., K]`, or None where a guard does not hold."},
+     "Return `Y[..., N]` of a layer, `X[..., K]`, and X as a product; None if a guard fails."},
+    {"gated", gated, METH_O | METH_STATIC, "Return `act(G) ⊙ U [..., K]` of a `Gate`."},
     {"__reduce__", reduce, METH_NOARGS, "Copy as None."},
     {nullptr, nullptr, 0, nullptr},
 };

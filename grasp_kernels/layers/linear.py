@@ -21,6 +21,7 @@ from grasp_kernels.layers.projected import (
     why_no_matrix,
 )
 from grasp_kernels.ops.autocast import autocast_dtype
+from grasp_kernels.ops.gated import Gate
 
 
 class GraspLoRALinear(ProjectedLoRA, lora.Linear):
@@ -73,13 +74,13 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
         cls.adopt(layer, write_basis, "residual", closed, backend)
         return layer
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return `Y[..., N]` from `X[..., K]`."""
+    def forward(self, x: Tensor, *args: Any, source: Gate | None = None, **kwargs: Any) -> Tensor:
+        """Return `Y[..., N]` from `X[..., K]`; `source` as for `lora_linear`."""
         plan = self._plan
         if plan is None or args or kwargs or torch.compiler.is_compiling():
-            return super().forward(x, *args, **kwargs)
-        y = plan.run(self, x)
-        return super().forward(x) if y is None else y
+            return super().forward(x, *args, source=source, **kwargs)
+        y = plan.run(self, x, source)
+        return super().forward(x, source=source) if y is None else y
 
     def _why_not(self, x: Tensor, adapter: str) -> str | None:
         reason = why_never(self, adapter)
@@ -93,10 +94,10 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
             return f"input of {x.dtype} for a weight of {dtype}"
         return None
 
-    def _accelerated(self, x: Tensor, adapter: str) -> Tensor:
+    def _accelerated(self, x: Tensor, adapter: str, source: Gate | None) -> Tensor:
         if not torch.compiler.is_compiling():
             plan = self.__dict__["_plan"] = make_plan(self, x, adapter)
-            y = None if plan is None else plan.run(self, x)
+            y = None if plan is None else plan.run(self, x, source)
             if y is not None:
                 return y
         base, weight = self.base_layer, self._weight
@@ -106,6 +107,7 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
             weight.detach() if weight.requires_grad else weight,
             base.bias,
             adapter,
+            source=source,
         )
 
     @property

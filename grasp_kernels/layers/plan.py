@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 
 from grasp_kernels import cpu
 from grasp_kernels.ops.autocast import autocast_dtype
+from grasp_kernels.ops.gated import Gate, Gated
 from grasp_kernels.ops.lora_linear import registry
 from grasp_kernels.ops.lora_linear.differentiated import Planned
 from grasp_kernels.ops.lora_linear.operands import Operands
@@ -85,8 +86,11 @@ class PythonPlan:
         self.active = (guards.adapter, [guards.adapter])
         self.features = op.lora_A.shape[1]
 
-    def run(self, layer: nn.Module, x: Tensor) -> Tensor | None:
-        """Return `Y[..., N]` from `X[..., K]`, or None where a guard does not hold."""
+    def run(self, layer: nn.Module, x: Tensor, source: Gate | None) -> Tensor | None:
+        """Return `Y[..., N]` from `X[..., K]`, or None where a guard does not hold.
+
+        `source` is X as a product, if it is one.
+        """
         # First of all: to look at a shape is an operation where one is recorded.
         if torch._C._get_tracing_state() is not None or type(x) not in (Tensor, nn.Parameter):
             return None
@@ -100,7 +104,7 @@ class PythonPlan:
             return None
         if self.transposed:
             op = op._replace(weight=weight.mT)
-        return Planned.apply(x, op.lora_A, op.lora_B, op.lora_bias, op)
+        return Planned.apply(x, op.lora_A, op.lora_B, op.lora_bias, op, source)
 
     def _holds(self, attributes: dict[str, Any], x: Tensor) -> bool:
         same, empty, kinds, _, most_tokens, _ = self.guards
@@ -130,6 +134,11 @@ class PythonPlan:
             and torch._C._len_torch_dispatch_stack() == 0
             and not torch._C._are_functorch_transforms_active()
         )
+
+    @staticmethod
+    def gated(source: Gate) -> Tensor:
+        """Return `X[..., K]` with its derivative."""
+        return Gated.apply(*source)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(None), ()  # a copy of a layer gets None in place of its plan
@@ -178,9 +187,13 @@ def make_plan(layer: Any, x: Tensor, adapter: str) -> Plan | None:
         most_tokens,
         cpu.multiplies(torch.bfloat16),
     )
-    kind = compiled()
-    make = PythonPlan if isinstance(kind, str) else kind
-    return make(tensors, options, layer.fan_in_fan_out, guards)
+    return plan_class()(tensors, options, layer.fan_in_fan_out, guards)
+
+
+def plan_class() -> Any:
+    """Return the class of plans that this installation has."""
+    found = compiled()
+    return PythonPlan if isinstance(found, str) else found
 
 
 def _same(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from grasp_kernels.layers.closed import ClosedLayer
 from grasp_kernels.models.sharding import is_slice
 from grasp_kernels.ops import lora_linear, project_gradient
+from grasp_kernels.ops.gated import Gate
 from grasp_kernels.ops.projection import is_transforming, project_columns
 
 # Reasons for peft's forward without an adapter to compute: no factor is read, no warning given.
@@ -29,7 +30,7 @@ _IN_TORCH = (_TRANSFORM, _MODE, _SUBCLASS, _SCALING)
 class ProjectedLoRA(ClosedLayer):
     """LoRA layer of peft with a projected gradient: `class Ours(ProjectedLoRA, TheirLayer)`.
 
-    `Ours._accelerated(x, adapter)` calls the operator for `Y[..., N]`.
+    `Ours._accelerated(x, adapter, source)` calls the operator for `Y[..., N]`.
     Parameters, state-dict keys, merging and adapter management are peft's. Where the operator does
     not apply (see `why_stock`) the stock forward runs, with the gradient of its output projected
     and with one warning for each model.
@@ -92,8 +93,8 @@ class ProjectedLoRA(ClosedLayer):
         lora_A = self.lora_A
         return [name for name in self.active_adapters if name in lora_A]
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return `Y[..., N]` from `X[..., K]`."""
+    def forward(self, x: Tensor, *args: Any, source: Gate | None = None, **kwargs: Any) -> Tensor:
+        """Return `Y[..., N]` from `X[..., K]`; `source` as for `lora_linear`."""
         if self.new_adapters and not (torch.compiler.is_compiling() or is_transforming()):
             self.look_at_new()
         reason = self.why_stock(x, *args, **kwargs)
@@ -101,7 +102,7 @@ class ProjectedLoRA(ClosedLayer):
             return self._stock_forward(reason, x, *args, **kwargs)
         self.move_basis(x.device)
         if reason is None:
-            return self._accelerated(x, self._active()[0])
+            return self._accelerated(x, self._active()[0], source)
         self._tell_stock(reason)
         return self._in_torch(x)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from grasp_kernels.layers.projected import ProjectedLoRA
+from grasp_kernels.ops.gated import Gate
 
 # peft's layers over quantised weights, with their libraries. All of them compute `base_layer(x)`
 # and add the adapter to it, so another library takes one line here.
@@ -32,9 +33,9 @@ class QuantisedLoRA(ProjectedLoRA):
     The adapter is computed in the dtype of that product, whatever the dtype of the input.
     """
 
-    def _accelerated(self, x: Tensor, adapter: str) -> Tensor:
+    def _accelerated(self, x: Tensor, adapter: str, source: Gate | None) -> Tensor:
         base = self.base_layer(x)
-        return self._operator(x, None, None, adapter, base=base)
+        return self._operator(x, None, None, adapter, base=base, source=source)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _empty, (self.stock,), self.__dict__  # a pickle finds no class made here

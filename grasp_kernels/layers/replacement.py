@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from grasp_kernels.adapters.load import MOVED_BASE
 from grasp_kernels.layers.closed import ClosedLayer
 from grasp_kernels.layers.experts import GraspLoRAExperts
+from grasp_kernels.layers.gated import GatedMLP, adopt_gated
 from grasp_kernels.layers.linear import GraspLoRALinear, why_never
 from grasp_kernels.layers.projected import why_adapter_never
 from grasp_kernels.layers.quantised import library_of, quantised, why_wrong_gradient
@@ -41,6 +42,7 @@ class Replacement:
     replaced: list[str] = field(default_factory=list)
     libraries: dict[str, str] = field(default_factory=dict)  # name -> library of its weight
     projected: list[str] = field(default_factory=list)  # with a basis of the subspace
+    gated: list[str] = field(default_factory=list)  # MLPs that keep no product for the backward
     hooked_writers: list[str] = field(default_factory=list)  # only dY is projected
     fallbacks: dict[str, str] = field(default_factory=dict)  # name -> why it stays with peft
 
@@ -52,6 +54,7 @@ class Replacement:
                 for library, count in Counter(self.libraries.values()).items()
             ),
             ("  with a basis", len(self.projected)),
+            ("MLPs that keep no product for the backward", len(self.gated)),
             ("other places where the gradient is projected", len(self.hooked_writers)),
             ("layers that stay with peft", len(self.fallbacks)),
         ]
@@ -121,6 +124,7 @@ def replace_lora_layers(
         report.replaced.append(name)
         if V is not None:
             report.projected.append(name)
+    report.gated = [base_name(name) for name in adopt_gated(model)]
     in_stream = {name: V for name, V in bases.items() if name not in before_norm}
     report.hooked_writers = _hook_writers(model, in_stream, set(report.replaced))
     if report.fallbacks:
@@ -140,7 +144,7 @@ def restore_lora_layers(model: nn.Module) -> None:
     remove.
     """
     for module in model.modules():
-        if isinstance(module, ClosedLayer):
+        if isinstance(module, (ClosedLayer, GatedMLP)):
             module.release()
         _unhook(module)
 

@@ -86,7 +86,7 @@ def planned(**options: Any) -> tuple[GraspLoRALinear, Any, Tensor]:
     layer, x = a_layer(**options), an_input()
     layer(x)
     assert layer._plan is not None
-    assert layer._plan.run(layer, x) is not None
+    assert layer._plan.run(layer, x, None) is not None
     return layer, layer._plan, x
 
 
@@ -277,7 +277,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 def test_every_change_of_a_layer_is_noticed(name: str) -> None:
     layer, kept, x = planned(bias=True, lora_dropout=0.5)
     CHANGES[name](layer)
-    assert kept.run(layer, x) is None
+    assert kept.run(layer, x, None) is None
 
 
 def test_what_is_read_at_each_call_may_change() -> None:
@@ -309,7 +309,7 @@ def test_what_is_read_at_each_call_may_change() -> None:
 )
 def test_another_kind_of_input_is_noticed(x: Tensor) -> None:
     layer, kept, _ = planned()
-    assert kept.run(layer, x) is None
+    assert kept.run(layer, x, None) is None
 
 
 @pytest.mark.parametrize("what", ["vmap", "dual numbers", "flops", "trace", "export"])
@@ -321,7 +321,7 @@ def test_whatever_transforms_operations_is_noticed(
 
     def call(x: Tensor) -> Tensor:
         plain = torch.empty(T, K)
-        found.append(kept.run(layer, plain))
+        found.append(kept.run(layer, plain, None))
         return x
 
     if what == "vmap":
@@ -356,7 +356,7 @@ def test_long_calls_are_left_to_kernels_where_they_are_faster(
     assert layer._plan is None
     layer(an_input(tokens=T - 1))
     assert layer._plan is not None
-    assert layer._plan.run(layer, an_input(tokens=T)) is None
+    assert layer._plan.run(layer, an_input(tokens=T), None) is None
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -378,7 +378,7 @@ def test_a_cpu_without_bfloat16_takes_the_way_through_float32(
     wide = exact(x.float())
     assert torch.equal(layer(x), wide.to(torch.bfloat16))
     if kind == "compiled":
-        assert layer._plan.run(layer, x) is None
+        assert layer._plan.run(layer, x, None) is None
 
 
 # --- a node of autograd like torch's own

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grasp_kernels.ops.autocast import autocast_dtype
+from grasp_kernels.ops.gated import Gate
 from grasp_kernels.ops.lora_linear.checks import check
 from grasp_kernels.ops.lora_linear.differentiated import (
     N_DIFFERENTIATED,
@@ -39,6 +40,7 @@ def lora_linear(
     closed: bool = True,
     dropout_p: float = 0.0,
     backend: str = "auto",
+    source: Gate | None = None,
 ) -> Tensor:
     """Compute `Y = X Wᵀ + bias + s (X̃ Aᵀ) B°ᵀ`, with a gradient projected off the basis.
 
@@ -62,6 +64,7 @@ def lora_linear(
         dropout_p: probability of dropout: `X` becomes `X̃`, by torch's generator of the device.
         backend: "reference", "aten", "triton" or "cuda"; "auto": kernels where they were measured
             to be faster (long bfloat16 calls on Hopper), else "aten".
+        source: `X` as a product of a gated MLP. The backward computes it again and `X` is not kept.
 
     Returns:
         `Y[..., N]` in the dtype of the activations.
@@ -87,7 +90,7 @@ def lora_linear(
         if _is_traced(x, op, backend):
             return _traced(x, base, op)
     elif are_plain(x, base, *tensors):
-        return Plain.apply(x, base, *op[:N_DIFFERENTIATED], op, backend)
+        return Plain.apply(x, base, *op[:N_DIFFERENTIATED], op, backend, source)
     seed = device_seed(x) if dropout_p > 0.0 else None
     y, *_ = operator(x, base, *op._replace(dropout_seed=seed), backend)
     return y
@@ -107,7 +110,7 @@ def _traced(x: Tensor, base: Tensor | None, op: Operands) -> Tensor:
             base = F.linear(x, op.weight, op.bias)
         x = F.dropout(x.to(op.adapter_dtype(x)), op.dropout_p)
         op = op._replace(weight=None, bias=None, dropout_p=0.0)
-    return Plain.apply(x, base, *op[:N_DIFFERENTIATED], op, "aten")
+    return Plain.apply(x, base, *op[:N_DIFFERENTIATED], op, "aten", None)
 
 
 def is_exact(dtype: torch.dtype, lora_A: Tensor) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from grasp_kernels.ops.autocast import without_autocast
+from grasp_kernels.ops.gated import Gate
 from grasp_kernels.ops.lora_linear import aten
 from grasp_kernels.ops.lora_linear.operands import Needs, Operands, Saved
 from grasp_kernels.ops.lora_linear.registry import select
@@ -115,10 +116,26 @@ def _stand_in(dy: Tensor, lora_A: Tensor) -> Tensor:
     return dy.new_empty(()).expand(*dy.shape[:-1], lora_A.shape[1])
 
 
-def _keep(ctx: Any, x: Tensor, *others: Tensor | None) -> None:
-    """Save X for dW and dA alone: with a frozen A, S is the only activation kept."""
-    needs = ctx.needs_input_grad
-    ctx.save_for_backward(x if needs[_LORA_A] or needs[_WEIGHT] else None, *others)
+def _keep(ctx: Any, wanted: bool, x: Tensor, source: Gate | None, *others: Tensor | None) -> None:
+    """Save X for dW and dA alone: with a frozen A, S is the only activation kept.
+
+    Of a product the parts are saved, which others keep anyway.
+    """
+    kept, gate, ctx.activation = (x if wanted else None), None, ""
+    if wanted and source is not None:
+        gate, kept, ctx.activation = source
+    ctx.save_for_backward(kept, gate, *others)
+
+
+def _kept(ctx: Any, x: Tensor | None, gate: Tensor | None, dy: Tensor, A: Tensor) -> Tensor:
+    """Return X from the first two of the saved tensors, or a stand-in for it."""
+    if x is None:
+        return _stand_in(dy, A)
+    return x if gate is None else Gate(gate, x, ctx.activation).product().to(dy.dtype)
+
+
+def _wants_x(ctx: Any) -> bool:
+    return bool(ctx.needs_input_grad[_LORA_A] or ctx.needs_input_grad[_WEIGHT])
 
 
 def _needs(ctx: Any, op: Operands) -> Needs:
@@ -163,8 +180,11 @@ class Plain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, base: Any, *given: Any) -> Tensor:
-        """Return `Y[..., N]`; `given` are the differentiated operands, all operands, a backend."""
-        op, backend = given[N_DIFFERENTIATED:]
+        """Return `Y[..., N]`.
+
+        `given` are the differentiated operands, all operands, a backend, and X as a product.
+        """
+        op, backend, source = given[N_DIFFERENTIATED:]
         flat = _flat(x)
         # The compiler of torch traces `aten` alone, and no import.
         module = aten if backend == "aten" else select(backend, flat, op)
@@ -174,21 +194,21 @@ class Plain(torch.autograd.Function):
         y, saved = without_autocast(module.forward, flat, op, flat_base)
         ctx.call = module.backward, op, backend
         # The weight and the basis are saved so that a change in place is noticed.
-        _keep(ctx, x, *saved, op.weight, op.write_basis)
+        _keep(ctx, _wants_x(ctx), x, source, *saved, op.weight, op.write_basis)
         return y if x.dim() == 2 else _unflattened(y, x)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dy,), (run, op, backend) = outputs, ctx.call
-        x, S, A, B, *_ = ctx.saved_tensors
+        kept, gate, S, A, B, *_ = ctx.saved_tensors
         needs = _needs(ctx, op)
-        x = _stand_in(dy, A) if x is None else x
+        x = _kept(ctx, kept, gate, dy, A)
         found: Sequence[Tensor | None]
         if torch.is_grad_enabled():
             found = _through_operator(needs, dy, x, S, A, B, op, backend)
         else:
             found = without_autocast(run, _flat(dy), _flat(x), Saved(S, A, B), op, needs)
-        return *_with_base(ctx, dy, x, found), None, None
+        return *_with_base(ctx, dy, x, found), None, None, None
 
 
 class Planned(torch.autograd.Function):
@@ -199,23 +219,28 @@ class Planned(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, lora_bias: Any, op: Operands
+        ctx: Any,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        lora_bias: Any,
+        op: Operands,
+        source: Gate | None,
     ) -> Tensor:
-        """Return `Y[..., N]` from `X[..., K]`."""
+        """Return `Y[..., N]` from `X[..., K]`, and X as a product if it is one."""
         if op.dropout_p > 0.0:
             op = op._replace(dropout_seed=aten.draw_seed(x))
         y, saved = without_autocast(aten.forward, _flat(x), op)
         ctx.op = op
-        kept = x if lora_A.requires_grad else None
-        ctx.save_for_backward(kept, *saved, op.weight, op.write_basis)
+        _keep(ctx, lora_A.requires_grad, x, source, *saved, op.weight, op.write_basis)
         return y if x.dim() == 2 else _unflattened(y, x)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dy,), op = outputs, ctx.op
-        kept, S, A, B, *_ = ctx.saved_tensors
-        x = _stand_in(dy, A) if kept is None else kept
-        of_x, of_A, of_B, of_b, _ = ctx.needs_input_grad
+        kept, gate, S, A, B, *_ = ctx.saved_tensors
+        x = _kept(ctx, kept, gate, dy, A)
+        of_x, of_A, of_B, of_b, *_ = ctx.needs_input_grad
         needs = Needs(of_x, False, False, of_A, of_B, of_b, False)
         found: Sequence[Tensor | None]
         if torch.is_grad_enabled():
@@ -225,7 +250,7 @@ class Planned(torch.autograd.Function):
         else:
             found = without_autocast(aten.backward, _flat(dy), _flat(x), Saved(S, A, B), op, needs)
         dx, _, _, dA, dB, db, _ = found
-        return dx if dx is None or x.dim() == 2 else dx.view(x.shape), dA, dB, db, None
+        return dx if dx is None or x.dim() == 2 else dx.view(x.shape), dA, dB, db, None, None
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -234,7 +259,7 @@ class _LoraLinear(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             y, *saved = operator(x, base, *operands)
         ctx.options = operands[_N_TENSORS:]
-        _keep(ctx, x, *saved, *operands[:_N_TENSORS])
+        _keep(ctx, _wants_x(ctx), x, None, *saved, *operands[:_N_TENSORS])
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)
         return y, *saved
@@ -244,10 +269,10 @@ class _LoraLinear(torch.autograd.Function):
         (dy, *_), n_others = outputs, _N_TENSORS - N_DIFFERENTIATED + len(ctx.options)
         if dy is None:
             return (None,) * (2 + N_DIFFERENTIATED + n_others)
-        x, S, A, B, *tensors = ctx.saved_tensors
+        kept, gate, S, A, B, *tensors = ctx.saved_tensors
         *options, backend = ctx.options
         op = Operands(*tensors, *options)
-        x = _stand_in(dy, A) if x is None else x
+        x = _kept(ctx, kept, gate, dy, A)
         found = _through_operator(_needs(ctx, op), dy, x, S, A, B, op, backend)
         return *_with_base(ctx, dy, x, found), *(None,) * n_others
 
