@@ -36,6 +36,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from grasp_kernels.files import whole_file
+from grasp_kernels.ops.gated import ACTIVATIONS
+from grasp_kernels.ops.gpu import gated
 from grasp_kernels.ops.gpu.launch import PARTS, Launch, dry_run
 from grasp_kernels.ops.lora_linear.operands import Needs, Operands
 from grasp_kernels.ops.lora_linear.triton.backend import backward, forward
@@ -71,6 +73,7 @@ class Case:
     bias: bool = False
     tf32: bool = False
     base: bool = False  # the base product is another library's
+    activation: str = ""  # of the product of a gated MLP, in place of a layer
 
     def __str__(self) -> str:
         default = Case()
@@ -88,6 +91,8 @@ CASES = (
     Case(**ODD),
     *(Case(dtype=torch.float32, R=R) for R in (16, 64)),
     Case(dtype=torch.float32, tf32=True),
+    *(Case(K=14336, activation=name) for name in ACTIVATIONS),
+    Case(**ODD, activation="silu"),
 )
 # Launches of the same blocks that differ in a flag; registers are tightest on sm_90.
 MORE = (
@@ -124,6 +129,10 @@ def _call(case: Case) -> None:
     def empty(*shape: int, dtype: torch.dtype = case.dtype) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
+    if case.activation:
+        given = empty(case.T, case.K), empty(case.T, case.K), case.activation
+        gated.gradients(gated.product(*given), *given)
+        return
     T, K, N, R, Q = case.T, case.K, case.N, case.R, case.Q
     A, B = empty(R, K, dtype=torch.float32), empty(N, R, dtype=torch.float32)
     op = Operands(

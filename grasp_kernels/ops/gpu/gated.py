@@ -24,10 +24,11 @@ _ROOT, _CUBE = tl.constexpr(1.5957691216057308), tl.constexpr(0.044715)
 @triton.jit
 def _sigmoid(g, SILU: tl.constexpr):
     """Return `σ(z)` and `z'` in float32."""
-    if SILU:
-        return tl.sigmoid(g), 1.0
-    square = g * g * _CUBE  # constants stand behind: the interpreter takes none in front
-    return tl.sigmoid((square * g + g) * _ROOT), (square * 3.0 + 1.0) * _ROOT
+    z, dz = g, g * 0.0 + 1.0
+    if not SILU:
+        square = g * g * _CUBE  # constants stand behind: the interpreter takes none in front
+        z, dz = (square * g + g) * _ROOT, (square * 3.0 + 1.0) * _ROOT
+    return tl.sigmoid(z), dz
 
 
 @triton.jit(do_not_specialize=["n"])
