@@ -1,4 +1,4 @@
-"""Bytes that autograd keeps of a decoder layer between forward and backward, of stock peft and ours.
+"""Bytes that autograd keeps of a decoder layer for its backward, of stock peft and of ours.
 
     python -m benchmarks.kept [--rows FILE]
 

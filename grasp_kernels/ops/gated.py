@@ -53,7 +53,8 @@ class Gate(NamedTuple):
     def gradients(self, dx: Tensor) -> tuple[Tensor, Tensor]:
         """Return `dG`, `dU` from `dX[..., K]`."""
         if torch.is_grad_enabled():
-            return torch.autograd.grad(self.product(), self[:2], dx, create_graph=True)
+            dG, dU = torch.autograd.grad(self.product(), self[:2], dx, create_graph=True)
+            return dG, dU
         kernels = _kernels(self)
         if kernels is not None:
             return kernels.gradients(dx, *self)

@@ -27,12 +27,24 @@ def test_calls_are_timed_in_every_way() -> None:
     assert "| layer |" in script.report(found)
 
 
-def test_the_page_shows_the_rows() -> None:
-    script = load_script("calls")
+@pytest.mark.parametrize("name", ["calls", "kept"])
+def test_the_page_shows_the_rows(name: str) -> None:
+    script = load_script(name)
     rows = [json.loads(line) for line in script.ROWS.read_text(encoding="utf-8").splitlines()]
-    assert {row["case"] for row in rows} == set(script.PARTS)
+    assert name != "calls" or {row["case"] for row in rows} == set(script.PARTS)
     page = BENCHMARKS.parent / "docs" / "performance.md"
     assert script.report(rows) in page.read_text(encoding="utf-8")
+
+
+def test_kept_bytes_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer of ours, in every case; at a toy size the fixed parts weigh more."""
+    script = load_script("kept")
+    monkeypatch.setattr(script, "MODEL", "tiny")
+    found = list(script.rows())
+    sizes = [row["bytes"] for row in found]
+    assert [row["layers"] for row in found] == ["peft", "grasp"] * 4
+    assert all(ours < theirs for theirs, ours in zip(sizes[::2], sizes[1::2], strict=True))
+    assert script.report(found).count("\n") == 5
 
 
 def test_the_ways_of_a_call_give_the_same() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.autograd.graph import save_on_cpu
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -24,6 +24,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaModel
 
 import grasp_kernels as gk
+from benchmarks.kept import kept
 from grasp_kernels.layers import gated, plan
 from grasp_kernels.layers.gated import GatedMLP
 from tests.helpers.models import ALL_LINEAR, tiny_model
@@ -85,22 +86,6 @@ def in_stock(mlp: nn.Module, x: Tensor) -> list[Tensor]:
     """The same with the forward of transformers, on our layers."""
     stock: Any = type(mlp).stock
     return run(lambda given: stock.forward(mlp, given), mlp, x)
-
-
-def kept(run: Callable[[], Any], *own: nn.Module) -> int:
-    """Bytes that autograd keeps, without those of parameters and buffers."""
-    ours = {t.untyped_storage().data_ptr() for m in own for t in (*m.parameters(), *m.buffers())}
-    found: dict[int, int] = {}
-    alive = []
-
-    def pack(t: Tensor) -> Tensor:
-        alive.append(t)
-        found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with saved_tensors_hooks(pack, lambda t: t):
-        alive.append(run())
-    return sum(size for where, size in found.items() if where not in ours)
 
 
 def assert_same(found: list[Tensor], meant: list[Tensor]) -> None:
