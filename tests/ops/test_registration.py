@@ -103,11 +103,15 @@ def gradients(run: Any, layer: Layer, x: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compiles_into_one_graph(compiler: str) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{"backend": "aot_eager"}, {"backend": "inductor"}, {"mode": "reduce-overhead"}],
+    ids=lambda options: next(iter(options.values())),
+)
+def test_compiles_into_one_graph(options: dict[str, str]) -> None:
     case = Case(Q=2, bias=True)
     layer, x = Layer(case), make_inputs(case)["x"]
-    compiled = torch.compile(layer, fullgraph=True, backend=compiler)
+    compiled = torch.compile(layer, fullgraph=True, **options)
     for eager, found in zip(gradients(layer, layer, x), gradients(compiled, layer, x), strict=True):
         assert relative_error(found, eager) <= 2 * budget(0.0, torch.float32, case.N)
 
