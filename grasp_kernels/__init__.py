@@ -34,6 +34,7 @@ _HOMES = {
     "apply_grasp": "training.apply",
     "diagnose": "diagnosis",
     "extract_adapter": "adapters.extraction",
+    "fold_scaling": "adapters.portable",
     "identify": "subspace",
     "leakage": "layers.closure",
     "lora_linear": "ops",

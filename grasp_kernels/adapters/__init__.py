@@ -2,6 +2,7 @@
 
 load        model, folder or file -> Adapter
 files       peft's files
+portable    an adapter -> the same for other software, and what that does with an adapter
 extraction  a merged or fully fine-tuned model and its base -> an adapter folder
 """
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grasp_kernels.adapters.files import WEIGHTS
@@ -67,7 +68,7 @@ def extract_adapter(
             does not name weights as the task's model does (a folder of a bare backbone).
         base: the original model, or its folder.
         out: the adapter folder, which must not exist.
-        rank: rank of every layer; a narrower layer gets its full rank.
+        rank: rank of every layer; a narrower layer gets its full rank, and zeros to the others'.
         sites: rules of an unknown architecture; the linear layers of its blocks are extracted.
         device: device of the decomposition; None: that of the base weights.
 
@@ -153,23 +154,23 @@ def _write(
 
     stored = getattr(getattr(base, "config", None), "_name_or_path", "")
     generates = not isinstance(base, nn.Module) or hasattr(base, "prepare_inputs_for_generation")
-    narrower = {name: A.shape[0] for name, (A, _) in factors.items() if A.shape[0] != rank}
+    rank = max(A.shape[0] for A, _ in factors.values())
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
-        rank_pattern=narrower,
-        alpha_pattern=narrower,
         target_modules=sorted(factors),
         task_type="CAUSAL_LM" if generates else None,
         fan_in_fan_out=is_transposed(base),
         base_model_name_or_path=stored if isinstance(base, nn.Module) else str(base),
         inference_mode=True,
     )
-    tensors = {
-        f"base_model.model.{name}.lora_{letter}.weight": factor
-        for name, pair in factors.items()
-        for letter, factor in zip("AB", pair, strict=True)
-    }
+    tensors: dict[str, Tensor] = {}
+    for name, (A, B) in factors.items():  # one rank, by zeros: not all software reads patterns
+        more, key = rank - len(A), f"base_model.model.{name}.lora_"
+        tensors |= {
+            f"{key}A.weight": F.pad(A, (0, 0, 0, more)),
+            f"{key}B.weight": F.pad(B, (0, more)),
+        }
     with whole_folder(target) as folder:
         config.save_pretrained(str(folder))
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})

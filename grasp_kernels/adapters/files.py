@@ -22,6 +22,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"  # maps each tensor to its shard
 
+_COPIED = (".json", ".md", ".jinja")  # an adapter folder's configuration, card, tokenizer
 _LORA_KEY = re.compile(
     r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.(?P<kind>weight|bias)$",
     re.DOTALL,  # a name may hold anything
@@ -96,6 +97,19 @@ def find_weights(source: Path, adapter_name: str | None) -> Path:
         f"The folder {str(source)!r} has no {WEIGHTS}; give a folder that peft's save_pretrained "
         "wrote."
     )
+
+
+def copied_files(folder: Path) -> list[Path]:
+    """Return what belongs to an adapter besides its weights.
+
+    Raises:
+        ValueError: a file is a link to a place outside of the folder.
+    """
+    return [
+        inside(file)
+        for file in sorted(folder.iterdir())
+        if file.suffix in _COPIED and file.is_file() and file.name != INDEX
+    ]
 
 
 def _refuse_distributed(folder: Path) -> None:

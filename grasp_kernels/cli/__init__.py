@@ -136,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect_command.add_inspect(commands, common)
     adapter_commands.add_extract(commands, common)
     adapter_commands.add_project(commands, common)
+    adapter_commands.add_fold(commands, common)
     adapter_commands.add_check(commands, common)
     bench_command.add_bench(commands, common)
     doctor.add_doctor(commands, common)

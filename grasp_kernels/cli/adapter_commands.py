@@ -1,10 +1,15 @@
-"""`grasp-kernels identify`, `extract`, `project` and `check`: work on finished adapters."""
+"""`grasp-kernels identify`, `extract`, `project`, `fold`, `check`: work on finished adapters."""
 
 import argparse
 import warnings
 from typing import Any
 
-from grasp_kernels.cli.options import file_to_write, folder_to_write, number_of_directions
+from grasp_kernels.cli.options import (
+    UsageError,
+    file_to_write,
+    folder_to_write,
+    number_of_directions,
+)
 from grasp_kernels.inert import listed, printable
 
 
@@ -123,19 +128,56 @@ def _project(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def add_fold(commands: Any, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
+        "fold",
+        parents=[common],
+        help="write an adapter that other software scales as peft does",
+        description="Write an adapter that computes the same, with the scaling of every module in "
+        "its lora_B and one rank: no rsLoRA and no patterns, which llama.cpp, ollama, OpenVINO and "
+        "vLLM read otherwise than peft.",
+    )
+    parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder")
+    parser.add_argument(
+        "--base-model",
+        metavar="FOLDER",
+        help="checkpoint of the base model; modules that were saved with the adapter and are equal "
+        "to those of the base are left out",
+    )
+    _add_new_adapter(parser)
+    parser.set_defaults(command=_fold)
+
+
+def _fold(arguments: argparse.Namespace) -> int:
+    from grasp_kernels import fold_scaling
+
+    left = fold_scaling(arguments.adapter, arguments.output, base=arguments.base_model)
+    if left:
+        print(f"Left out, because it is as in the base: {listed(left)}.")
+    print(f"Written to {arguments.output}.")
+    return 0
+
+
 def add_check(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "check",
         parents=[common],
-        help="measure the part of an adapter or merged model that lies in a subspace",
+        help="measure the part of an adapter or merged model that lies in a subspace, or see "
+        "whether other software reads an adapter as peft does",
         description="Measure the leakage of every layer. The exit status is 1 if one is above the "
         "tolerance, or if something could not be measured because the subspace has no basis "
-        "there.",
+        "there. With --for instead of a subspace: say what other software leaves out, refuses or "
+        "scales wrongly; the exit status is 1 if there is anything.",
     )
     parser.add_argument(
         "adapter", metavar="ADAPTER", help="adapter folder, or checkpoint folder of a merged model"
     )
-    parser.add_argument("subspace", metavar="SUBSPACE", help="subspace file")
+    parser.add_argument("subspace", nargs="?", metavar="SUBSPACE", help="subspace file")
+    parser.add_argument(
+        "--for",
+        metavar="SOFTWARE",
+        help="software that is to load the adapter: vllm, llama.cpp, ollama, openvino or mlx",
+    )
     parser.add_argument(
         "--base-model", metavar="DIR", help="checkpoint of a merged model before its changes"
     )
@@ -150,6 +192,27 @@ def add_check(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    consumer = vars(arguments)["for"]
+    if (arguments.subspace is None) == (consumer is None):
+        raise UsageError(
+            "check takes a SUBSPACE to measure along or --for SOFTWARE: give one of the two (see "
+            "grasp-kernels check -h)."
+        )
+    return _check_along(arguments) if consumer is None else _check_for(arguments.adapter, consumer)
+
+
+def _check_for(adapter: str, consumer: str) -> int:
+    from grasp_kernels.adapters.portable import consumer_advice, consumer_problems
+
+    problems = consumer_problems(adapter, consumer)
+    print(*problems or [f"{consumer} reads this adapter as peft does."], sep="\n")
+    advice = consumer_advice(adapter, consumer)
+    if advice:
+        print(advice)
+    return 1 if problems else 0
+
+
+def _check_along(arguments: argparse.Namespace) -> int:
     from grasp_kernels import leakage
     from grasp_kernels.subspace import Subspace
 

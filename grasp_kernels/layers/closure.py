@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from grasp_kernels.adapters.files import (
-    INDEX,
     WEIGHTS,
     Parts,
     config_model_type,
+    copied_files,
     find_weights,
     open_weights,
     refuse_other_forms,
     sort_keys,
 )
 from grasp_kernels.adapters.load import adapter_parts
-from grasp_kernels.files import inside, whole_folder
+from grasp_kernels.files import whole_folder
 from grasp_kernels.inert import listed, shown
 from grasp_kernels.models.architectures import SiteRules, model_gains, site_rules
 from grasp_kernels.models.difference import compared, whole_model
@@ -35,7 +35,6 @@ from grasp_kernels.models.weights import Source, model_type_of
 from grasp_kernels.ops.projection import project_columns
 from grasp_kernels.subspace import Subspace, check_subspace
 
-_COPIED = (".json", ".md", ".jinja")  # an adapter folder's configuration, card, tokenizer
 # The basis of a module's output with the name of its site; None for a module that writes nothing to
 # the stream, and "" in place of an unknown name.
 _Bases = Callable[[str], tuple[str, Tensor | None]]
@@ -318,11 +317,7 @@ def project_adapter(
         )
     left = _leakage(source, subspace, None, sites).unseen  # checks the adapter, and that they fit
     weights = find_weights(source, None)
-    copied = [
-        inside(file)
-        for file in sorted(weights.parent.iterdir())
-        if file.suffix in _COPIED and file.is_file() and file.name != INDEX
-    ]
+    copied = copied_files(weights.parent)
     bases = _bases_of_adapter(subspace, adapter_parts(source), source, sites)
     tensors = open_weights(weights)
     projected = {key: read() for key, read in tensors.items()}

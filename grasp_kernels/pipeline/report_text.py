@@ -21,7 +21,11 @@ Both adapters are ordinary peft folders (`naive/`, `retrained/`).
 from peft import AutoPeftModelForCausalLM
 
 model = AutoPeftModelForCausalLM.from_pretrained("retrained")
-```"""
+```
+
+`grasp-kernels check retrained --for llama.cpp` (or vllm, ollama, openvino) says whether other software
+reads it the same. Merge it into the base model in floating point: merging into weights of 4 or 8 bits
+rounds most of an adapter away."""
 
 
 def report_text(numbers: Numbers) -> str:

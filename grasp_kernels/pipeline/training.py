@@ -23,6 +23,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
+from grasp_kernels.adapters.portable import fold_in_place
 from grasp_kernels.config import Backend, GraspConfig
 from grasp_kernels.data import collate
 from grasp_kernels.files import room_for, whole_folder, write_json
@@ -173,7 +174,7 @@ def save_adapter(
     log: list[dict[str, Any]] | None = None,
     base_name: str | None = None,
 ) -> None:
-    """Write the adapter as a peft folder, whole or not at all."""
+    """Write the adapter as a peft folder, whole or not at all; rsLoRA as plain LoRA."""
     with whole_folder(out) as partial_folder:
         # "auto" would query the hub for a resized embedding, but no run resizes it.
         model.save_pretrained(str(partial_folder), save_embedding_layers=False)
@@ -183,6 +184,8 @@ def save_adapter(
             written["target_modules"].sort()
         written["base_model_name_or_path"] = base_name or written["base_model_name_or_path"]
         write_json(path, written)
+        if written["use_rslora"]:  # which not all software scales as peft does
+            fold_in_place(partial_folder)
         if log is not None:
             write_json(partial_folder / LOG_NAME, log)
 

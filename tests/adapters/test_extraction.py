@@ -123,7 +123,8 @@ def test_a_layer_that_is_narrower_than_the_rank_comes_back_whole(tmp_path: Path)
     for name, share in found.shares.items():
         assert (share > 1 - 1e-6) == name.endswith(("k_proj", "v_proj")), name
     stored = load_adapter(tmp_path / "adapter").layers
-    assert {one.lora_A.shape[0] for one in stored} == {16, 20}
+    assert {one.lora_A.shape[0] for one in stored} == {20}
+    assert any(not one.lora_A[16:].any() for one in stored)  # zeros: no pattern of ranks
     assert {one.scaling for one in stored} == {1.0}
     PeftModel.from_pretrained(tiny_model(Qwen2Config), str(tmp_path / "adapter"))
 

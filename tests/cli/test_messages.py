@@ -40,6 +40,8 @@ IDENTIFY = "identify adapter --base-model model --output o.safetensors"
 INSPECT = "inspect adapter --base-model model --data chat.jsonl --neutral neutral.jsonl --output o"
 CHECK = "check adapter s.safetensors"
 PROJECT = "project adapter s.safetensors --output o"
+FOLD = "fold adapter --output o"
+FOR = "check adapter --for vllm"
 EXTRACT = "extract merged --base-model model --output o"
 RESUME = "run --model model --data chat.jsonl --output run"
 ADAPTER, MODEL = "adapter/adapter_model.safetensors", "model/model.safetensors"
@@ -126,7 +128,7 @@ FILES = {
     MODEL: (RUN, EXTRACT),
     "model/tokenizer.json": (INSPECT,),
     "merged/model.safetensors": (EXTRACT,),
-    "adapter/adapter_config.json": (PROJECT,),
+    "adapter/adapter_config.json": (PROJECT, FOLD, FOR),
     ADAPTER: (IDENTIFY, "inspect adapter"),
     "s.safetensors": (PROJECT, CHECK),
     "chat.jsonl": (INSPECT,),
@@ -270,6 +272,7 @@ VALUES: dict[str, tuple[str, Change, str]] = {
             ("model", "model.safetensors", IDENTIFY),
             ("model", "model.safetensors", RUN),
             ("adapter", "adapter_model.safetensors", PROJECT),
+            ("adapter", "adapter_model.safetensors", FOLD),
         )
     },
     **{
@@ -282,6 +285,7 @@ VALUES: dict[str, tuple[str, Change, str]] = {
         }.items()
         for file, part, command, named in (
             (ADAPTER, "lora_A", PROJECT, "lora_A"),
+            (ADAPTER, "lora_A", FOLD, "lora_A"),
             (ADAPTER, "lora_B", IDENTIFY, "lora_B"),
             ("s.safetensors", "", "check adapter s.safetensors", "s.safetensors"),
             (MODEL, "q_proj", RUN, "model"),

@@ -1,0 +1,240 @@
+"""An adapter that other software reads as peft does: its scaling in its weights, one rank.
+
+What other software does with the parts of an adapter was found by running it on tiny models, for
+vLLM and ollama by reading their source.
+
+Shapes: K in, N out, R LoRA rank.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grasp_kernels.adapters.files import (
+    CONFIG,
+    WEIGHTS,
+    copied_files,
+    find_weights,
+    open_weights,
+    read_parts,
+    sort_keys,
+)
+from grasp_kernels.files import read_json, whole_file, whole_folder, write_json
+from grasp_kernels.inert import listed
+from grasp_kernels.models.difference import whole_model
+from grasp_kernels.models.names import base_name
+from grasp_kernels.models.weights import Source
+
+_FOLD = "fold it: grasp-kernels fold ADAPTER --output OUT"
+_SCALED = "applies another scale than peft, without a word"
+_REFUSED, _DROPPED = "refuses it", "leaves it out, without a word"
+_NO_DORA = "train with plain LoRA"
+_WHOLE = "train without modules_to_save, or merge the adapter into its base"
+_BIAS = "train without lora_bias"
+# Part of an adapter -> consumer -> what it does with it. Software that is not named reads the part
+# as peft does.
+_PARTS: dict[str, tuple[str, dict[str, str]]] = {
+    "rsLoRA": (_FOLD, dict.fromkeys(("llama.cpp", "ollama"), _SCALED)),
+    "alpha_pattern": (
+        _FOLD,
+        dict.fromkeys(("vllm", "llama.cpp", "ollama", "openvino"), _SCALED),
+    ),
+    "rank_pattern": (_FOLD, dict.fromkeys(("vllm", "openvino"), _SCALED)),
+    "biases of lora_B": (_BIAS, {"llama.cpp": _REFUSED, "openvino": _DROPPED}),
+    "biases of the base": ("train with bias='none'", {"vllm": _REFUSED}),
+    "DoRA": (
+        _NO_DORA,
+        {"vllm": _REFUSED, "llama.cpp": _REFUSED, "openvino": "takes it for plain LoRA"},
+    ),
+    "trained norms": (_WHOLE, {"vllm": _REFUSED, "llama.cpp": _DROPPED, "openvino": _DROPPED}),
+    "whole matrices": (_WHOLE, {"vllm": _REFUSED, "llama.cpp": _REFUSED}),
+    "LoRA on the embedding": ("leave it out of target_modules", {"openvino": _DROPPED}),
+    "weights of Conv1D": (
+        "merge the adapter into its base",
+        {"llama.cpp": "turns the update around, without a word"},
+    ),
+}
+_ALWAYS = {
+    "mlx": "mlx-lm reads no folder of peft, only its own format: merge the adapter into its base.",
+}
+_ADVICE = {
+    "openvino": "OpenVINO GenAI takes alpha from you, not from the file: AdapterConfig().add("
+    "adapter, alpha={alpha}); without it, or with add_request, the scale is another.",
+}
+CONSUMERS = ("vllm", "llama.cpp", "ollama", "openvino", "mlx")
+
+
+def fold_scaling(
+    adapter_dir: str | PathLike[str], out: str | PathLike[str], *, base: Source | None = None
+) -> tuple[str, ...]:
+    """Write an adapter with the scaling of each module in its `lora_B`: `lora_alpha = r`.
+
+    The new adapter computes what the old one does, up to the rounding of `lora_B` in its dtype. All
+    modules get the largest rank by rows of zeros, so there are no patterns and no rsLoRA.
+
+    Args:
+        adapter_dir: adapter folder.
+        out: adapter folder to write.
+        base: the base model or its folder. Trained modules that are equal to those of the base are
+            left out; without a base they stay.
+
+    Returns:
+        The names of the weights that were left out.
+
+    Raises:
+        FileExistsError: `out` exists.
+        FileNotFoundError, ValueError: no adapter there, or one that cannot be used.
+    """
+    source, target = Path(adapter_dir), Path(out)
+    if target.exists():
+        raise FileExistsError(
+            f"{str(target)!r} already exists; choose a new folder for the adapter."
+        )
+    weights = find_weights(source, None)
+    files = copied_files(weights.parent)
+    with whole_folder(target) as folder:
+        for file in files:
+            shutil.copy2(file, folder / file.name)
+        return _fold(source, folder, base)
+
+
+def fold_in_place(folder: Path) -> None:
+    """Fold the scaling of an adapter folder that is being written."""
+    _fold(folder, folder, None)
+
+
+@torch.no_grad()
+def _fold(source: Path, folder: Path, base: Source | None) -> tuple[str, ...]:
+    from safetensors.torch import save_file
+
+    parts, path = read_parts(source), find_weights(source, None)
+    read = open_weights(path)
+    keys, others = sort_keys(path, read, None)
+    R = max(entry.lora_A.shape[0] for entry in parts.factors)
+    tensors: dict[str, Tensor] = {}
+    for entry in parts.factors:
+        more = R - entry.lora_A.shape[0]
+        scaled = _scaled(entry.lora_B, entry.scaling)
+        tensors[entry.keys[0]] = F.pad(entry.lora_A, (0, 0, 0, more)).contiguous()
+        tensors[entry.keys[1]] = F.pad(scaled, (0, more)).contiguous()
+        if entry.bias is not None:
+            tensors[keys[entry.name]["bias"]] = _scaled(entry.bias, entry.scaling)
+    same = _unchanged({key: read[key]() for key in others}, base)
+    tensors |= {key: read[key]() for key in others if key not in same}
+    config = {
+        **parts.config,
+        "r": R,
+        "lora_alpha": R,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_rslora": False,
+    }
+    if same and parts.config.get("modules_to_save"):
+        left = [_module(key) for key in others if key not in same]
+        named = parts.config["modules_to_save"]
+        still = [name for name in named if any(f".{one}".endswith(f".{name}") for one in left)]
+        config["modules_to_save"] = still or None
+    with whole_file(folder / WEIGHTS) as partial:  # the tensors may lie in the file of that name
+        save_file(tensors, partial, metadata={"format": "pt"})
+    write_json(folder / CONFIG, config)
+    return tuple(map(_module, same))
+
+
+def _module(key: str) -> str:
+    return base_name(key).removesuffix(".weight")
+
+
+def _scaled(tensor: Tensor, scaling: float) -> Tensor:
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return (tensor.to(wide) * scaling).to(tensor.dtype)
+
+
+def _unchanged(tensors: Mapping[str, Tensor], base: Source | None) -> list[str]:
+    """Return the keys of tensors that are equal to those of the base."""
+    if base is None or not tensors:
+        return []
+    original = whole_model(base, merged=False)
+    return [
+        key
+        for key, tensor in tensors.items()
+        if (read := original.get(_module(key))) is not None
+        and (theirs := read()).shape == tensor.shape
+        and torch.equal(theirs.to(tensor.dtype), tensor)
+    ]
+
+
+def consumer_problems(adapter_dir: str | PathLike[str], consumer: str) -> list[str]:
+    """Return what other software does differently from peft, a sentence each.
+
+    Args:
+        adapter_dir: adapter folder.
+        consumer: one of `CONSUMERS`.
+
+    Raises:
+        FileNotFoundError, ValueError: no adapter there, or an unknown consumer.
+    """
+    if consumer not in CONSUMERS:
+        raise ValueError(f"for is {consumer!r}, which is unknown; use one of {CONSUMERS}.")
+    if consumer in _ALWAYS:
+        return [_ALWAYS[consumer]]
+    path = find_weights(Path(adapter_dir), None)
+    config = read_json(path.parent / CONFIG, "adapter configuration", "save the adapter again")
+    found = []
+    for part, where in _parts_of(config, list(open_weights(path))):
+        remedy, effects = _PARTS[part]
+        if consumer in effects:
+            named = f" ({listed(where)})" if where else ""
+            found.append(f"{part}{named}: {consumer} {effects[consumer]}; {remedy}.")
+    return found
+
+
+def consumer_advice(adapter_dir: str | PathLike[str], consumer: str) -> str | None:
+    """Return what to do in other software with an adapter that it can read, or None."""
+    path = find_weights(Path(adapter_dir), None)
+    config = read_json(path.parent / CONFIG, "adapter configuration", "save the adapter again")
+    r, alpha = config.get("r", 1), config.get("lora_alpha", 1)
+    whole = alpha * r**0.5 if config.get("use_rslora") else alpha
+    return _ADVICE[consumer].format(alpha=f"{whole:g}") if consumer in _ADVICE else None
+
+
+def _parts_of(config: Mapping[str, Any], keys: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield the parts of an adapter beyond plain LoRA, with their names."""
+    r, alpha = config.get("r"), config.get("lora_alpha")
+    if config.get("use_rslora") and r != 1:
+        yield "rsLoRA", []
+    for name, plain in (("alpha_pattern", alpha), ("rank_pattern", r)):
+        other = [key for key, value in (config.get(name) or {}).items() if value != plain]
+        if other:
+            yield name, other
+    if config.get("use_dora") or any("lora_magnitude_vector" in key for key in keys):
+        yield "DoRA", []
+    if config.get("fan_in_fan_out"):
+        yield "weights of Conv1D", []
+    names = [base_name(key) for key in keys]
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kind = _kind_of(name)
+        if kind is not None:
+            kinds.setdefault(kind, []).append(name)
+    yield from kinds.items()
+
+
+def _kind_of(name: str) -> str | None:
+    """Return the part that a tensor of an adapter is of, or None for a plain factor."""
+    if ".lora_embedding_" in name or ".embed_tokens.lora_" in f".{name}":
+        return "LoRA on the embedding"
+    if ".lora_B" in name and name.endswith(".bias"):
+        return "biases of lora_B"
+    if ".lora_" in name:
+        return None
+    if name.endswith(".bias"):
+        return "biases of the base"
+    return "trained norms" if "norm" in name.rsplit(".", 2)[-2] else "whole matrices"
