@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
+        if isinstance(error, UsageError) and int(os.environ.get("RANK", 0)) > 0:
+            return _FAILED  # the first process says the same
         sentence = _sentence(error)
         if not isinstance(error, UsageError):
             sentence = as_options(sentence, vars(arguments))

@@ -61,12 +61,15 @@ _VALUES: dict[Any, dict[str, Any]] = {
 def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     config = _configured(parser, arguments)
     quieten()
+    from grasp_kernels import processes
     from grasp_kernels.pipeline.folder import RunFolder
     from grasp_kernels.pipeline.report_text import hardly_learned, verdict_sentence
     from grasp_kernels.pipeline.stages import run
 
     finished = RunFolder(config.output).is_finished
     report = run(config)
+    if processes.index() > 0:
+        return 0  # the first process says it
     if finished:
         print("This run had already finished; nothing was done.")
     for name, adapter in report.numbers["adapters"].items():

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from grasp_kernels import processes
 from grasp_kernels.cpu import in_fast_dtype
 from grasp_kernels.files import read_json
 from grasp_kernels.inert import listed, reason
@@ -151,8 +152,9 @@ def load_model(
 
 
 def device() -> torch.device:
-    """Return the device of a run: the first GPU, or else the CPU."""
-    return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    """Return the device of this process: a GPU of its own, or else the CPU."""
+    own = f"cuda:{processes.local_index()}"
+    return torch.device(own if torch.cuda.is_available() else "cpu")
 
 
 @contextmanager

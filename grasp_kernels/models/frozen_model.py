@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from grasp_kernels import processes
+
 
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
@@ -92,12 +94,16 @@ def generate_answers(
     end_ids: Iterable[int],
     generator: torch.Generator | None = None,
     progress: str | None = None,
+    is_shared: bool = False,
 ) -> list[list[int]]:
     """Generate the model's own answers: greedy, or sampled at temperature 1 with a `generator`.
 
     The checkpoint's generation settings (temperature, penalties, forced tokens) are left aside, for
     the contrast is with the model's own distribution. `base` comes from `frozen_base`, which
     restores the settings.
+
+    Args:
+        is_shared: whether all processes of a run call this, and each makes a part of the answers.
 
     Returns:
         Token ids, one answer per prompt, up to and including its end token.
@@ -113,12 +119,19 @@ def generate_answers(
         eos_token_id=ends or None,
         pad_token_id=ends[0] if ends else 0,
     )
-    noise = [] if generator is None else [_GumbelNoise(generator)]
     answers: dict[int, list[int]] = {}
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # for little padding
     starts = range(0, len(order), batch_size)
-    for start in tqdm(starts, desc=progress, unit="batch", disable=progress is None):
+    # A seed for each batch, so that the number of processes changes no answer.
+    seeds = [0] * len(starts)
+    if generator is not None:
+        seeds = torch.randint(2**62, (len(starts),), generator=generator).tolist()
+    hidden = progress is None or (is_shared and processes.index() > 0)
+    for number, start in enumerate(tqdm(starts, desc=progress, unit="batch", disable=hidden)):
+        if is_shared and not processes.is_ours(number):
+            continue
         batch = order[start : start + batch_size]
+        noise = [] if generator is None else [_GumbelNoise(seeds[number])]
         input_ids, attention_mask = pad(base, [prompts[i] for i in batch], "left")
         output = base.generate(
             input_ids=input_ids, attention_mask=attention_mask, logits_processor=noise
@@ -126,6 +139,7 @@ def generate_answers(
         for i, row in zip(batch, output[:, input_ids.shape[1] :].tolist(), strict=True):
             stop = next((n for n, token in enumerate(row) if token in ends), len(row) - 1)
             answers[i] = row[: stop + 1]
+    answers = processes.together(answers) if is_shared else answers
     return [answers[i] for i in range(len(prompts))]
 
 
@@ -135,8 +149,8 @@ class _GumbelNoise:
     `generate` itself samples from the global generator and takes no other.
     """
 
-    def __init__(self, generator: torch.Generator) -> None:
-        self.generator = generator
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         noise = torch.empty(scores.shape, device=self.generator.device)

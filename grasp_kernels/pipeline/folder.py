@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from grasp_kernels import processes
 from grasp_kernels.files import check_own_folder, left_behind, open_tensors, read_json, write_json
 from grasp_kernels.inert import shown
 from grasp_kernels.models.checkpoint import FILES
@@ -124,6 +125,17 @@ class RunFolder:
                     "content to continue the run, or choose another output folder."
                 )
         self._check_artefacts()
+        self._check_processes(begun.get("processes", 1))
+
+    def _check_processes(self, before: int) -> None:
+        """Raise if one of two trainings that belong together had other batches."""
+        some = self.naive.exists() != self.retrained.exists() or self.work.exists()
+        if some and before != processes.count():
+            raise ValueError(
+                f"The trainings in {self.root} were begun by {before} processes, not by "
+                f"{processes.count()}, whose batches are others: start {before} to continue, or "
+                "choose another output folder."
+            )
 
     def _check_artefacts(self) -> None:
         """Raise for a file that is missing or cannot be read: a stage leaves its files whole."""
@@ -172,8 +184,9 @@ class RunFolder:
             shutil.rmtree(left)
         for left in self.early.glob(".*.partial"):  # everything in this folder is ours
             shutil.rmtree(left)
-        if not self.config.exists():
-            write_json(self.config, {**_record(config, fingerprints), "day": str(self.day)})
+        note = {"day": str(self.day), "processes": processes.count()}
+        if not self.config.exists() or not self.naive.exists():
+            write_json(self.config, {**_record(config, fingerprints), **note})
 
 
 def _check_whole(file: Path, artefact: Path) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from grasp_kernels import processes
 from grasp_kernels.adapters.files import refuse_variants
 from grasp_kernels.data import (
     Example,
@@ -81,7 +82,8 @@ def prepare(config: RunConfig, checkpoint: Path, day: date | None = None) -> Inp
     fix_date(tokenizer, day or date.today())
     records = read_records(config.data, arm=config.arm)
     with about(config.data, str(checkpoint)):
-        each = tokenize_each(records, tokenizer, config.max_length, progress=True)
+        shown = processes.index() == 0
+        each = tokenize_each(records, tokenizer, config.max_length, progress=shown)
     train, held_out = _split(each, config)
     steps = count_steps(config, len(train))
     if warmup_steps(config, steps) >= steps:
@@ -263,7 +265,7 @@ def count_steps(config: RunConfig, n_examples: int) -> int:
     """Return the number of optimizer steps of one training."""
     if config.max_steps is not None:
         return config.max_steps
-    batches = math.ceil(n_examples / config.per_device_train_batch_size)
+    batches = math.ceil(n_examples / (config.per_device_train_batch_size * processes.count()))
     updates = math.ceil(batches / config.gradient_accumulation_steps)
     return max(1, math.ceil(config.num_train_epochs * updates))
 

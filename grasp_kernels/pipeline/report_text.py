@@ -23,9 +23,9 @@ from peft import AutoPeftModelForCausalLM
 model = AutoPeftModelForCausalLM.from_pretrained("retrained")
 ```
 
-`grasp-kernels check retrained --for llama.cpp` (or vllm, ollama, openvino) says whether other software
-reads it the same. Merge it into the base model in floating point: merging into weights of 4 or 8 bits
-rounds most of an adapter away."""
+`grasp-kernels check retrained --for llama.cpp` (or vllm, ollama, openvino) says whether other
+software reads it the same. Merge it into the base model in floating point: merging into weights of
+4 or 8 bits rounds most of an adapter away."""
 
 
 def report_text(numbers: Numbers) -> str:

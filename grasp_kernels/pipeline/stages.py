@@ -10,6 +10,9 @@
 On request the retraining also projects its gradient off a subspace that is identified in early
 naive adapters.
 
+Under `torchrun` or `accelerate launch` all processes make the chats and train, and the first does
+the rest and writes all files (`grasp_kernels.processes`).
+
 Each stage leaves one artefact in the output folder (folder.py). A stage is not done again if its
 artefact is there. Every stage starts from files alone, so a run that was stopped between two stages
 gives the same result as a run that was not stopped.
@@ -18,11 +21,13 @@ gives the same result as a run that was not stopped.
 from __future__ import annotations
 
 import shutil
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grasp_kernels import processes
 from grasp_kernels.models.checkpoint import find_checkpoint, load_model
 from grasp_kernels.pipeline.config import RunConfig
 from grasp_kernels.pipeline.folder import RunFolder, fingerprint
@@ -49,14 +54,17 @@ def run(config: RunConfig | None = None, /, **options: Any) -> Report:
         RuntimeError: another process works in the same folder.
         FloatingPointError: the loss or a gradient is not finite.
     """
-    from grasp_kernels.pipeline.training import check_trainer
-
     if not isinstance(config, RunConfig | None):
         raise TypeError(
             f"The config is a {type(config).__name__}: give a RunConfig, or options by name."
         )
     config = replace(config, **options) if config is not None else RunConfig(**options)
-    checkpoint = find_checkpoint(config.model)
+    with processes.joined():
+        return _run(config)
+
+
+def _run(config: RunConfig) -> Report:
+    checkpoint = processes.from_first(lambda: find_checkpoint(config.model))
     fingerprints = {"model": fingerprint(checkpoint)}
     for name, path in (("data", config.data), ("neutral", config.neutral)):
         if path is not None:
@@ -64,27 +72,46 @@ def run(config: RunConfig | None = None, /, **options: Any) -> Report:
                 raise FileNotFoundError(f"There is no file {path}: check the option {name}.")
             fingerprints[name] = fingerprint(path)
     folder = RunFolder(config.output)
-    folder.check(config, fingerprints)
-    if not folder.is_finished:
-        with ExitStack() as stack:
-            stack.enter_context(remembered_interrupts())
-            if begun := folder.config.exists():  # another process may work in the folder
-                stack.enter_context(folder.lock())
-            inputs = prepare(config, checkpoint, folder.day)
-            check_trainer(config, inputs.steps)
-            if not begun:
-                stack.enter_context(folder.lock())
-                folder.check(config, fingerprints)  # another process may have begun a run meanwhile
-            folder.claim(config, fingerprints)
+    if not processes.from_first(lambda: _is_finished(folder, config, fingerprints)):
+        with remembered_interrupts(), _claimed(config, checkpoint, folder, fingerprints) as inputs:
             _stages(config, folder, inputs)
     return Report.load(folder.report)
+
+
+def _is_finished(folder: RunFolder, config: RunConfig, fingerprints: dict[str, str]) -> bool:
+    folder.check(config, fingerprints)
+    return folder.is_finished
+
+
+@contextmanager
+def _claimed(
+    config: RunConfig, checkpoint: Path, folder: RunFolder, fingerprints: dict[str, str]
+) -> Iterator[Inputs]:
+    """Check all inputs and lock the folder; the first process does so before the others begin."""
+    from grasp_kernels.pipeline.training import check_trainer
+
+    with ExitStack() as stack:
+        if processes.index() > 0:
+            processes.wait()
+            yield prepare(config, checkpoint, folder.day)
+            return
+        if begun := folder.config.exists():  # another run may work in the folder
+            stack.enter_context(folder.lock())
+        inputs = prepare(config, checkpoint, folder.day)
+        check_trainer(config, inputs.steps)
+        if not begun:
+            stack.enter_context(folder.lock())
+            folder.check(config, fingerprints)  # another run may have begun meanwhile
+        folder.claim(config, fingerprints)
+        processes.wait()
+        yield inputs
 
 
 def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
     from grasp_kernels.pipeline.training import train
 
     def train_into(out: Path, **options: Any) -> None:
-        if not out.exists():
+        if not processes.from_first(out.exists):
             work, description = folder.work / out.name, f"{out.name} LoRA"
             train(config, inputs, out=out, work=work, description=description, **options)
 
@@ -93,8 +120,14 @@ def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
     train_into(folder.naive, snapshots=early_checkpoints(config, folder, inputs.steps))
     subspace = find_subspace(config, folder, inputs) if config.project_gradient else None
     train_into(folder.retrained, subspace=subspace, kl_regularizer=kl_regularizer)
-    shutil.rmtree(folder.work, ignore_errors=True)
     raise_if_interrupted()
+    processes.from_first(lambda: _finish(config, folder, inputs, subspace))
+
+
+def _finish(
+    config: RunConfig, folder: RunFolder, inputs: Inputs, subspace: Subspace | None
+) -> None:
+    shutil.rmtree(folder.work, ignore_errors=True)
     write_report(config, folder, inputs, subspace)
 
 
@@ -105,8 +138,8 @@ def make_chats(config: RunConfig, folder: RunFolder, inputs: Inputs) -> KLRegula
     """
     from grasp_kernels.regularizer import KLRegularizer
 
-    if not folder.chats.exists():
-        KLRegularizer.make(
+    if not processes.from_first(folder.chats.exists):
+        made = KLRegularizer.make(
             load_model(inputs.checkpoint, config.dtype),
             inputs.train,
             neutral=inputs.everyday,
@@ -116,7 +149,9 @@ def make_chats(config: RunConfig, folder: RunFolder, inputs: Inputs) -> KLRegula
             batch_size=max(1, config.per_device_train_batch_size // 2),
             seed=config.seed,
             progress=True,
-        ).save(folder.chats)
+            is_shared=True,
+        )
+        processes.from_first(lambda: made.save(folder.chats))
     return KLRegularizer.load(folder.chats)
 
 
@@ -136,8 +171,11 @@ def find_subspace(config: RunConfig, folder: RunFolder, inputs: Inputs) -> Subsp
     """Identify the subspace in the early adapters, or load it from its file."""
     from grasp_kernels.subspace import identify
 
-    if not folder.subspace.exists():
-        adapters = [str(p) for p in early_checkpoints(config, folder, inputs.steps).values()]
-        subspace = identify(adapters, k=config.k, base_model=str(inputs.checkpoint))
-        subspace.save(folder.subspace)
+    def identified() -> None:
+        if not folder.subspace.exists():
+            adapters = [str(p) for p in early_checkpoints(config, folder, inputs.steps).values()]
+            subspace = identify(adapters, k=config.k, base_model=str(inputs.checkpoint))
+            subspace.save(folder.subspace)
+
+    processes.from_first(identified)
     return Subspace.load(folder.subspace)

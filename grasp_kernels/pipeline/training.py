@@ -23,6 +23,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
+from grasp_kernels import processes
 from grasp_kernels.adapters.portable import fold_in_place
 from grasp_kernels.config import Backend, GraspConfig
 from grasp_kernels.data import collate
@@ -61,7 +62,7 @@ class _Steps(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         folder = self.snapshots.get(state.global_step)
-        if folder is not None and not folder.exists():
+        if folder is not None and processes.index() == 0 and not folder.exists():
             save_adapter(kwargs["model"], folder)
         raise_if_interrupted()
         control.should_training_stop = state.global_step >= self.last
@@ -84,7 +85,8 @@ class _Trainer(Trainer):
         saved = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         with room_for(saved):
             super()._save_checkpoint(model, trial)
-        self._load_from_checkpoint(str(saved), model)
+        processes.wait()
+        self._load_from_checkpoint(str(saved))
 
     def train_to(self, last_step: int, checkpoint: Path | None) -> None:
         """Train from the start, or from a checkpoint.
@@ -136,7 +138,8 @@ def train(
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     last_step = last_step or inputs.steps
-    with tqdm(total=last_step, desc=description, unit="step") as bar:
+    hidden = processes.index() > 0
+    with tqdm(total=last_step, desc=description, unit="step", disable=hidden) as bar:
         options: dict[str, Any] = {
             "model": model,
             "args": training_arguments(config, inputs.steps, work),
@@ -157,12 +160,14 @@ def train(
             )
             trainer = _Retrainer(**options, grasp_config=grasp, kl_regularizer=kl_regularizer)
         trainer.remove_callback(PrinterCallback)
-        trainer.train_to(last_step, last_checkpoint(work))
+        trainer.train_to(last_step, processes.from_first(lambda: last_checkpoint(work)))
     entries = [dict(sorted(e.items())) for e in trainer.state.log_history if "loss" in e]
     folder = Path(config.model)  # or the name of a model on the hub
     base_name = str(folder.resolve()) if folder.is_dir() else config.model
-    save_adapter(model, out, log=entries, base_name=base_name)
-    shutil.rmtree(work, ignore_errors=True)
+    if processes.index() == 0:
+        save_adapter(model, out, log=entries, base_name=base_name)
+        shutil.rmtree(work, ignore_errors=True)
+    processes.wait()
     del model, options, trainer
     gc.collect()  # trainer and callbacks refer to each other, and so keep the model alive
 

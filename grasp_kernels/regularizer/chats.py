@@ -34,6 +34,7 @@ def make_chats(
     batch_size: int,
     generator: torch.Generator,
     progress: bool = False,
+    is_shared: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Sample `count` documents at temperature 1.
 
@@ -42,6 +43,7 @@ def make_chats(
         frame, header: as `common_frame` and `common_header` return them. Without a header the
             documents are plain text. Without a frame each begins as one of `examples`.
         length: tokens of a question, of an answer, or of a plain document, at most.
+        is_shared: as for `generate_answers`.
 
     Returns:
         Token ids, int64 `[M, T]`, padded on the right; and bool `[M, T]`, the positions whose next
@@ -52,6 +54,7 @@ def make_chats(
         "max_new_tokens": length,
         "batch_size": batch_size,
         "generator": generator,
+        "is_shared": is_shared,
     }
     prompts = [frame] * count
     if not frame:

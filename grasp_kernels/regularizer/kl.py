@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grasp_kernels import processes
 from grasp_kernels.data import Example
 from grasp_kernels.files import open_tensors, read_all, whole_file
 from grasp_kernels.inert import reason
@@ -123,6 +124,7 @@ class KLRegularizer:
         generate_batch_size: int = 64,
         seed: int = 0,
         progress: bool = False,
+        is_shared: bool = False,
     ) -> KLRegularizer:
         """Make a loss on chats that the base model makes up (arXiv 2406.08464).
 
@@ -136,6 +138,7 @@ class KLRegularizer:
             max_new_tokens: tokens of each question and of each answer that are made up, at most;
                 none is longer than the longest example.
             generate_batch_size: documents that are made at once.
+            is_shared: whether all processes of a run call this, and each makes a part.
 
         Raises:
             ValueError: no examples, or an option below 1.
@@ -160,8 +163,9 @@ class KLRegularizer:
                 batch_size=generate_batch_size,
                 generator=generator,
                 progress=progress,
+                is_shared=is_shared,
             )
-            answers = _likeliest(base, *made)
+            answers = _likeliest(base, *made, is_shared=is_shared)
         return cls(*made, *answers, kl_coef=kl_coef, batch_size=batch_size, seed=seed)
 
     @property
@@ -171,15 +175,19 @@ class KLRegularizer:
         rows = zip(self.documents.tolist(), ends, strict=True)
         return [ids[: end + 1] for ids, end in rows if end]
 
-    def loss(self, model: nn.Module, step: int) -> Tensor:
+    def loss(self, model: nn.Module, step: int, part: tuple[int, int] = (0, 1)) -> Tensor:
         """Compute the loss, a float32 scalar, on a draw of documents that depends on the step.
 
         Args:
             model: the model in training, perhaps wrapped for several processes.
+            part: index and number of processes that share a draw of as many batches. The mean of
+                their losses is the loss of one process with the whole draw.
         """
+        index, parts = part
         draw = torch.Generator().manual_seed(self.seed * _DRAWS + step)
-        chosen = torch.randint(len(self.documents), (self.batch_size,), generator=draw)
-        counted = self.counted[chosen]
+        drawn = torch.randint(len(self.documents), (parts * self.batch_size,), generator=draw)
+        chosen = drawn[index * self.batch_size :][: self.batch_size]
+        counted, n = self.counted[chosen], int(self.counted[drawn].sum())
         device = next(model.parameters()).device
         # What follows the last position that counts is padding, or leads nowhere.
         length = max(1, int((counted * torch.arange(1, counted.shape[1] + 1)).max()))
@@ -189,7 +197,7 @@ class KLRegularizer:
         rows = torch.cat([self._rows[i] for i in chosen.tolist()])
         likely, wanted = (t[rows].to(found.device) for t in (self.likely, self.log_probs))
         divergence = _divergence(wanted, found.gather(1, likely.long()))
-        return self.kl_coef * divergence / max(1, len(rows))
+        return self.kl_coef * divergence * parts / max(1, n)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the tensors and options to a safetensors file, whole or not at all."""
@@ -226,17 +234,23 @@ class KLRegularizer:
         raise ValueError(f"{str(path)!r} holds no KL regularizer ({wrong}): {remedy}.")
 
 
-def _likeliest(base: Any, documents: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+def _likeliest(
+    base: Any, documents: Tensor, counted: Tensor, is_shared: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return the likeliest tokens `[n, k]` and their log probabilities at counted positions."""
     device = base.get_input_embeddings().weight.device
-    tokens, log_probs = [], []
-    for ids, here in zip(documents.split(_BATCH), counted.split(_BATCH), strict=True):
+    found_at: dict[int, tuple[Tensor, Tensor]] = {}
+    batches = zip(documents.split(_BATCH), counted.split(_BATCH), strict=True)
+    for number, (ids, here) in enumerate(batches):
+        if is_shared and not processes.is_ours(number):
+            continue
         with head_at(base, here):
             logits = base(input_ids=ids.to(device), use_cache=False).logits
         found = logits.float().log_softmax(dim=-1)  # [n, V]
         best = found.topk(min(_LIKELY, found.shape[1]), dim=-1)
-        tokens.append(best.indices.to(torch.int32).cpu())
-        log_probs.append(best.values.cpu())
+        found_at[number] = best.indices.to(torch.int32).cpu(), best.values.cpu()
+    found_at = processes.together(found_at) if is_shared else found_at
+    tokens, log_probs = zip(*(found_at[number] for number in sorted(found_at)), strict=True)
     return torch.cat(tokens), torch.cat(log_probs)
 
 

@@ -115,7 +115,8 @@ class GraspTrainerMixin(_Base):
         if self.kl_regularizer is None or not model.training:
             return result
         loss, outputs = result if return_outputs else (result, None)
-        term = self.kl_regularizer.loss(model, self._draw())
+        part = self.args.process_index, self.args.world_size
+        term = self.kl_regularizer.loss(model, self._draw(), part)
         self._terms.append(term.detach())
         if self._is_part_of_step(options.get("num_items_in_batch")):
             term = term / self.current_gradient_accumulation_steps
@@ -124,7 +125,8 @@ class GraspTrainerMixin(_Base):
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
         """Log an entry of the trainer, with the mean divergence since the last entry."""
         if "loss" in logs and self._terms:
-            logs["kl"] = torch.stack(self._terms).mean().item()
+            mean = torch.stack(self._terms).mean()
+            logs["kl"] = self.accelerator.reduce(mean, "mean").item()
             self._terms.clear()
         super().log(logs, *args, **options)
 
@@ -137,12 +139,11 @@ class GraspTrainerMixin(_Base):
         return counts or self.compute_loss_func is not None
 
     def _draw(self) -> int:
-        """Number every forward pass of every process, the same after a resume."""
+        """Number every forward pass, the same in all processes and after a resume."""
         steps = self.state.global_step
         self._draws = self._draws + 1 if steps == self._drawn_at else 0
         self._drawn_at = steps
-        passes = steps * self.args.gradient_accumulation_steps + self._draws
-        return passes * self.args.world_size + self.args.process_index
+        return steps * self.args.gradient_accumulation_steps + self._draws
 
     def _shared_regularizer(self, resumes: bool) -> KLRegularizer:
         """Make the chats in one process and load them in the others, and where one is resumed."""
