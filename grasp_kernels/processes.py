@@ -10,9 +10,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import torch
-import torch.distributed as dist
-
 _Found = TypeVar("_Found")
 _SET_BY_LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_ADDR")
 # Environment variables of `accelerate launch` with ways to split a model.
@@ -49,6 +46,7 @@ def joined() -> Iterator[None]:
                 f"The launcher is told to split the model ({asked[0]}), but a run keeps a whole "
                 "model in each process: launch it with --multi_gpu, or train with GraspTrainer."
             )
+        import torch
         from accelerate import PartialState
 
         PartialState(cpu=not torch.cuda.is_available(), timeout=_LONGEST)
@@ -59,6 +57,8 @@ def from_first(make: Callable[[], _Found]) -> _Found:
     """Return in all processes what `make` returns in the first; the others wait for it."""
     if count() == 1:
         return make()
+    import torch.distributed as dist
+
     found: list[Any] = [make() if index() == 0 else None]
     dist.broadcast_object_list(found, src=0)
     result: _Found = found[0]
@@ -74,6 +74,8 @@ def together(own: dict[int, _Found]) -> dict[int, _Found]:
     """Return the parts of all processes, which each have made some of."""
     if count() == 1:
         return own
+    import torch.distributed as dist
+
     parts: list[dict[int, _Found]] = [{} for _ in range(count())]
     dist.all_gather_object(parts, own)
     return {key: value for part in parts for key, value in part.items()}

@@ -12,6 +12,7 @@ from pathlib import Path
 from traceback import extract_tb
 from typing import NoReturn
 
+from grasp_kernels import processes
 from grasp_kernels.cli import adapter_commands, bench_command, doctor, inspect_command, run_commands
 from grasp_kernels.cli.options import UsageError, as_options
 from grasp_kernels.files import room_for
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
-        if isinstance(error, UsageError) and int(os.environ.get("RANK", 0)) > 0:
+        if isinstance(error, UsageError) and processes.index() > 0:
             return _FAILED  # the first process says the same
         sentence = _sentence(error)
         if not isinstance(error, UsageError):

@@ -6,6 +6,7 @@ from dataclasses import MISSING
 from functools import partial
 from typing import Any, Literal, get_type_hints
 
+from grasp_kernels import processes
 from grasp_kernels.cli.config_file import read_options
 from grasp_kernels.cli.options import number_of_directions
 from grasp_kernels.pipeline.config import OPTIONS, RunConfig
@@ -61,7 +62,6 @@ _VALUES: dict[Any, dict[str, Any]] = {
 def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     config = _configured(parser, arguments)
     quieten()
-    from grasp_kernels import processes
     from grasp_kernels.pipeline.folder import RunFolder
     from grasp_kernels.pipeline.report_text import hardly_learned, verdict_sentence
     from grasp_kernels.pipeline.stages import run
