@@ -23,6 +23,7 @@ from grasp_kernels.inert import inert, listed, shown
 from grasp_kernels.models.architectures import SiteRules, site_rules
 from grasp_kernels.models.difference import compared, whole_model
 from grasp_kernels.models.weights import Source, is_transposed, model_type_of
+from grasp_kernels.progress import bar
 from grasp_kernels.svd import leading_triples
 
 # peft takes names with these endings for parts of the fused experts, and would not load them.
@@ -78,8 +79,6 @@ def extract_adapter(
         ValueError: the models do not differ, or are not of one architecture; quantised or
             non-finite weights; a rank below 1; an adapter that is not merged.
     """
-    from tqdm import tqdm
-
     if Path(out).exists():
         raise FileExistsError(f"{str(out)!r} already exists; choose a new folder for the adapter.")
     if rank < 1:
@@ -90,7 +89,7 @@ def extract_adapter(
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     kept: dict[str, tuple[float, float]] = {}
     outside: list[str] = []
-    progress = tqdm(
+    progress = bar(
         compared(changed, original), desc="extract", unit="tensor", leave=False, disable=None
     )
     for name, one, other in progress:

@@ -4,6 +4,8 @@ import argparse
 from inspect import signature
 from typing import Any
 
+from grasp_kernels.progress import bar
+
 
 def add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
     bench = commands.add_parser(
@@ -31,13 +33,11 @@ def add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from tqdm.auto import tqdm
-
     from grasp_kernels.bench import Refusal, compare, report
 
     given = {name: getattr(arguments, name) for name in signature(compare).parameters}
     chosen = {name: value for name, value in given.items() if value is not None}
-    timed = list(tqdm(compare(**chosen), desc="benchmark", unit="layer"))
+    timed = list(bar(compare(**chosen), desc="benchmark", unit="layer"))
     print(report(timed))
     found = [time for line in timed for time in line.found.values()]
     return int(any(isinstance(t, Refusal) and t.kind in ("wrong", "failed") for t in found))

@@ -105,3 +105,4 @@ def quieten() -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    logging.disable_progress_bar()  # of loading and writing files

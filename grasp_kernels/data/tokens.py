@@ -20,6 +20,7 @@ from grasp_kernels.data.chat_template import (
     shared_length,
 )
 from grasp_kernels.data.records import Record
+from grasp_kernels.progress import bar
 
 IGNORED = -100  # label of tokens outside of the loss (torch's cross_entropy default)
 
@@ -177,13 +178,11 @@ def tokenize_each(
     progress: bool = False,
 ) -> list[list[Example]]:
     """Encode all records, with the examples of one record together and inseparable; none empty."""
-    from tqdm.auto import tqdm
-
     if not len(records):
         raise ValueError("There are no records: give at least one.")
     each = []
     for number, record in enumerate(
-        tqdm(records, desc="tokenize", unit="record", disable=not progress), start=1
+        bar(records, desc="tokenize", unit="record", disable=not progress), start=1
     ):
         try:
             each.append(encode(record, tokenizer, max_length=max_length))

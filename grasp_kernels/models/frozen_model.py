@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from grasp_kernels import processes
+from grasp_kernels.progress import bar
 
 
 @contextmanager
@@ -108,7 +109,6 @@ def generate_answers(
     Returns:
         Token ids, one answer per prompt, up to and including its end token.
     """
-    from tqdm.auto import tqdm
     from transformers import GenerationConfig
 
     ends = sorted(set(end_ids))
@@ -127,7 +127,7 @@ def generate_answers(
     if generator is not None:
         seeds = torch.randint(2**62, (len(starts),), generator=generator).tolist()
     hidden = progress is None or (is_shared and processes.index() > 0)
-    for number, start in enumerate(tqdm(starts, desc=progress, unit="batch", disable=hidden)):
+    for number, start in enumerate(bar(starts, desc=progress, unit="batch", disable=hidden)):
         if is_shared and not processes.is_ours(number):
             continue
         batch = order[start : start + batch_size]

@@ -12,8 +12,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from grasp_kernels import leakage
 from grasp_kernels.data import Record, encode, split_first_answer
 from grasp_kernels.diagnosis import Pair, adapter_numbers, base_answers, spread
@@ -25,6 +23,7 @@ from grasp_kernels.pages.page import page
 from grasp_kernels.pipeline.config import RunConfig
 from grasp_kernels.pipeline.folder import LOG_NAME, RunFolder
 from grasp_kernels.pipeline.inputs import ANSWER_TOKENS, Inputs
+from grasp_kernels.progress import bar
 from grasp_kernels.subspace import Subspace
 
 _SHOWN_TOKENS = 6
@@ -180,7 +179,7 @@ def _measure_models(
         }
         with peft_model.disable_adapter():
             numbers["base_held_out_loss"] = mean_loss(peft_model, inputs.held_out, **padded)
-        for name in tqdm(folders, desc="held-out loss", unit="adapter"):
+        for name in bar(folders, desc="held-out loss", unit="adapter"):
             peft_model.set_adapter(name)
             adapters[name]["held_out_loss"] = mean_loss(peft_model, inputs.held_out, **padded)
     pair = Pair(peft_model)
@@ -190,7 +189,7 @@ def _measure_models(
         "n_tokens": ANSWER_TOKENS,
     }
     said = base_answers(pair, inputs.tokenizer, prompts, **size)
-    for name in tqdm(folders, desc="answers of the adapters", unit="adapter"):
+    for name in bar(folders, desc="answers of the adapters", unit="adapter"):
         peft_model.set_adapter(name)
         adapters[name] |= adapter_numbers(
             pair, inputs.tokenizer, said, **size, n_listed=_SHOWN_TOKENS

@@ -24,7 +24,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from grasp_kernels import processes
@@ -34,6 +36,7 @@ from grasp_kernels.pipeline.folder import RunFolder, fingerprint
 from grasp_kernels.pipeline.inputs import Inputs, prepare, warmup_steps
 from grasp_kernels.pipeline.interrupts import raise_if_interrupted, remembered_interrupts
 from grasp_kernels.pipeline.report import Report, write_report
+from grasp_kernels.progress import tell
 from grasp_kernels.subspace import Subspace
 
 if TYPE_CHECKING:
@@ -115,9 +118,14 @@ def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
             work, description = folder.work / out.name, f"{out.name} LoRA"
             train(config, inputs, out=out, work=work, description=description, **options)
 
+    tell(_plan(config, folder, inputs))
     # The chats come first: too few of them raises an error before time is spent on training.
     kl_regularizer = make_chats(config, folder, inputs) if config.kl_coef else None
-    train_into(folder.naive, snapshots=early_checkpoints(config, folder, inputs.steps))
+    train_into(
+        folder.naive,
+        snapshots=early_checkpoints(config, folder, inputs.steps),
+        forecast=partial(_forecast, config, inputs, kl_regularizer),
+    )
     subspace = find_subspace(config, folder, inputs) if config.project_gradient else None
     train_into(folder.retrained, subspace=subspace, kl_regularizer=kl_regularizer)
     raise_if_interrupted()
@@ -129,6 +137,38 @@ def _finish(
 ) -> None:
     shutil.rmtree(folder.work, ignore_errors=True)
     write_report(config, folder, inputs, subspace)
+
+
+def _plan(config: RunConfig, folder: RunFolder, inputs: Inputs) -> str:
+    """Return a sentence on what is left to do."""
+    parts = {
+        folder.chats: config.kl_coef and f"{config.num_documents} chats of the base model",
+        folder.naive: f"the naive LoRA ({inputs.steps} steps)",
+        folder.subspace: config.project_gradient and "a subspace",
+        folder.retrained: f"the retrained LoRA ({inputs.steps} steps)",
+        folder.report: "the answers of both",
+    }
+    left = [part for file, part in parts.items() if part and not file.exists()]
+    return f"To do, in this order: {', '.join(left)}. It can be stopped at any time."
+
+
+def _forecast(
+    config: RunConfig, inputs: Inputs, kl_regularizer: KLRegularizer | None, seconds: float
+) -> str:
+    """Return a sentence on the time of both trainings, from that of a step of the naive one.
+
+    A step of the retraining has the tokens of the chats beside those of the data.
+    """
+    minutes = seconds * inputs.steps / 60
+    lengths = [len(example["input_ids"]) for example in inputs.train]
+    data = config.per_device_train_batch_size * fmean(lengths)
+    chats = 0.0
+    if kl_regularizer is not None:
+        chats = kl_regularizer.batch_size * fmean(map(len, kl_regularizer.texts))
+    return (
+        f"A step takes {seconds:.2g} s: about {minutes:.2g} min for the naive LoRA, and "
+        f"{minutes * (1 + chats / data):.2g} min for the retraining."
+    )
 
 
 def make_chats(config: RunConfig, folder: RunFolder, inputs: Inputs) -> KLRegularizer:

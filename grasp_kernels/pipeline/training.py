@@ -11,7 +11,8 @@ import gc
 import json
 import math
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -20,7 +21,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from grasp_kernels import processes
@@ -35,6 +35,7 @@ from grasp_kernels.pipeline.folder import LOG_NAME
 from grasp_kernels.pipeline.inputs import Inputs, attach_lora, warmup_steps
 from grasp_kernels.pipeline.interrupts import raise_if_interrupted
 from grasp_kernels.pipeline.trainer_options import as_typed, parse
+from grasp_kernels.progress import bar, tell
 from grasp_kernels.training.trainer import GraspTrainerMixin
 from grasp_kernels.training.watch import Watch
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from grasp_kernels.regularizer import KLRegularizer
     from grasp_kernels.subspace import Subspace
 
+_TIMED = 3  # steps
 _MEASUREMENTS = 20  # of leakage in one training
 _STATE = "trainer_state.json"  # the last file that Trainer writes into a checkpoint
 
@@ -54,8 +56,15 @@ class _Steps(TrainerCallback):
     The end may come early, without a change of the learning rate schedule.
     """
 
-    def __init__(self, bar: tqdm, snapshots: Mapping[int, Path], last: int) -> None:
-        self.bar, self.snapshots, self.last = bar, snapshots, last
+    def __init__(
+        self,
+        shown: Any,
+        snapshots: Mapping[int, Path],
+        last: int,
+        forecast: Callable[[float], str] | None,
+    ) -> None:
+        self.bar, self.snapshots, self.last, self.forecast = shown, snapshots, last, forecast
+        self.ends: list[float] = []  # seconds
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.bar.initial = self.bar.n = state.global_step  # steps of an earlier process
@@ -65,7 +74,14 @@ class _Steps(TrainerCallback):
         if folder is not None and processes.index() == 0 and not folder.exists():
             save_adapter(kwargs["model"], folder)
         raise_if_interrupted()
+        self._tell_time()
         control.should_training_stop = state.global_step >= self.last
+
+    def _tell_time(self) -> None:
+        """Say once how long it takes, from a few steps after the first."""
+        self.ends.append(time.monotonic())
+        if self.forecast is not None and len(self.ends) == 1 + _TIMED:
+            tell(self.forecast((self.ends[-1] - self.ends[0]) / _TIMED))
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         logs: dict[str, float] = kwargs["logs"]
@@ -116,6 +132,7 @@ def train(
     kl_regularizer: KLRegularizer | None = None,
     snapshots: Mapping[int, Path] | None = None,
     last_step: int | None = None,
+    forecast: Callable[[float], str] | None = None,
 ) -> None:
     """Train one adapter from the model's folder into `out`, whole or not at all.
 
@@ -130,6 +147,7 @@ def train(
     Args:
         snapshots: step -> folder for the adapter after that step.
         last_step: end after this step, before the end of the learning rate schedule.
+        forecast: a sentence from the seconds of a step, which is said after a few steps.
 
     Raises:
         FloatingPointError: the loss or a gradient is not finite.
@@ -139,13 +157,13 @@ def train(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     last_step = last_step or inputs.steps
     hidden = processes.index() > 0
-    with tqdm(total=last_step, desc=description, unit="step", disable=hidden) as bar:
+    with bar(total=last_step, desc=description, unit="step", disable=hidden) as shown:
         options: dict[str, Any] = {
             "model": model,
             "args": training_arguments(config, inputs.steps, work),
             "train_dataset": inputs.train,
             "data_collator": partial(collate, pad_token_id=inputs.pad_token_id),
-            "callbacks": [_Steps(bar, snapshots or {}, last_step)],
+            "callbacks": [_Steps(shown, snapshots or {}, last_step, forecast)],
         }
         if subspace is None and kl_regularizer is None:
             trainer = _Trainer(**options)

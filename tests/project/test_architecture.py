@@ -16,6 +16,7 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
     {
         **{leaf: set() for leaf in ("cpu", "inert", "processes", "svd", "version")},
         "files": {"inert"},
+        "progress": {"processes"},
     },
     {"data": set(), "models": set(), "ops": set(), "pages": set()},
     {"adapters": set()},
