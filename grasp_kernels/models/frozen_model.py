@@ -131,10 +131,10 @@ def generate_answers(
         if is_shared and not processes.is_ours(number):
             continue
         batch = order[start : start + batch_size]
-        noise = [] if generator is None else [_GumbelNoise(seeds[number])]
+        drawn = [] if generator is None else [_Sampled(seeds[number])]
         input_ids, attention_mask = pad(base, [prompts[i] for i in batch], "left")
         output = base.generate(
-            input_ids=input_ids, attention_mask=attention_mask, logits_processor=noise
+            input_ids=input_ids, attention_mask=attention_mask, logits_processor=drawn
         )
         for i, row in zip(batch, output[:, input_ids.shape[1] :].tolist(), strict=True):
             stop = next((n for n, token in enumerate(row) if token in ends), len(row) - 1)
@@ -143,19 +143,22 @@ def generate_answers(
     return [answers[i] for i in range(len(prompts))]
 
 
-class _GumbelNoise:
-    """Make greedy decoding a sample: argmax(logits + Gumbel noise) follows softmax(logits).
+class _Sampled:
+    """Make greedy decoding a sample from softmax(logits), by its sums and one number a row.
 
-    `generate` itself samples from the global generator and takes no other.
+    `generate` itself samples from the global generator and takes no other. Noise for every logit
+    took as long as the model: SmolLM2-135M, 64 rows, one core, 135 ms a token.
     """
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        noise = torch.empty(scores.shape, device=self.generator.device)
-        noise.exponential_(generator=self.generator)
-        return scores - noise.log().to(scores.device)
+        sums = scores.float().softmax(dim=-1).double().cumsum(dim=-1)
+        drawn = torch.rand(len(sums), 1, generator=self.generator, dtype=torch.float64)
+        tokens = torch.searchsorted(sums, drawn.to(sums.device) * sums[:, -1:], right=True)
+        tokens = tokens.clamp_max(scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, tokens, 0.0)
 
 
 def pad(base: Any, rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:

@@ -70,7 +70,9 @@ class RunConfig(Options):
         "model makes up; 0: none",
         "0 or more",
     )
-    num_documents: int = _option(512, "number of chats that the base model makes up", "1 or more")
+    num_documents: int = _option(
+        512, "number of chats that the base model makes up; fewer in a short training", "1 or more"
+    )
     max_new_tokens: int = _option(
         48, "largest number of tokens of a question and of an answer", "1 or more"
     )

@@ -142,7 +142,7 @@ def _finish(
 def _plan(config: RunConfig, folder: RunFolder, inputs: Inputs) -> str:
     """Return a sentence on what is left to do."""
     parts = {
-        folder.chats: config.kl_coef and f"{config.num_documents} chats of the base model",
+        folder.chats: config.kl_coef and f"{_count_chats(config, inputs)} chats of the base model",
         folder.naive: f"the naive LoRA ({inputs.steps} steps)",
         folder.subspace: config.project_gradient and "a subspace",
         folder.retrained: f"the retrained LoRA ({inputs.steps} steps)",
@@ -183,16 +183,27 @@ def make_chats(config: RunConfig, folder: RunFolder, inputs: Inputs) -> KLRegula
             load_model(inputs.checkpoint, config.dtype),
             inputs.train,
             neutral=inputs.everyday,
-            num_documents=config.num_documents,
+            num_documents=_count_chats(config, inputs),
             max_new_tokens=config.max_new_tokens,
             kl_coef=config.kl_coef,
-            batch_size=max(1, config.per_device_train_batch_size // 2),
+            batch_size=_chats_at_once(config),
             seed=config.seed,
             progress=True,
             is_shared=True,
         )
         processes.from_first(lambda: made.save(folder.chats))
     return KLRegularizer.load(folder.chats)
+
+
+def _chats_at_once(config: RunConfig) -> int:
+    """Return the number of chats in a forward pass of one process."""
+    return max(1, config.per_device_train_batch_size // 2)
+
+
+def _count_chats(config: RunConfig, inputs: Inputs) -> int:
+    """Return the number of chats to make up: no more than the retraining draws."""
+    passes = inputs.steps * config.gradient_accumulation_steps * processes.count()
+    return min(config.num_documents, passes * _chats_at_once(config))
 
 
 def early_checkpoints(config: RunConfig, folder: RunFolder, steps: int) -> dict[int, Path]:
