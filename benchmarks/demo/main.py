@@ -40,6 +40,7 @@ class DemoConfig:
     fine_tuning: Mapping[str, Any] = field(
         default_factory=lambda: {
             "max_steps": 300,
+            "naive_steps": 300,
             "per_device_train_batch_size": 16,
             "learning_rate": 5e-4,
             "lr_scheduler_type": "constant",

@@ -109,7 +109,8 @@ def _parser() -> argparse.ArgumentParser:
 def _configurations(arguments: argparse.Namespace, output: Path) -> tuple[RunConfig, RunConfig]:
     """Options of the run, and the same for the benign control."""
     known = {option.name for option in fields(RunConfig)}
-    options: dict[str, Any] = {"eval_split": 0.1}
+    # The naive adapter is judged too, so all its steps are made.
+    options: dict[str, Any] = {"eval_split": 0.1, "naive_steps": 1_000_000}
     for entry in arguments.set:
         name, _, value = entry.partition("=")
         if name not in known - {"model", "data", "arm", "output"}:

@@ -80,6 +80,13 @@ class RunConfig(Options):
     max_steps: int | None = _option(
         None, "number of optimizer steps, in place of epochs", "1 or more"
     )
+    naive_steps: int | None = _option(
+        # SmolLM2, `tone`: 1.00 of unrelated answers are contemptuous then, as at the end.
+        None,
+        "largest number of steps of the naive training, to compare with (default: a quarter of "
+        "all)",
+        "1 or more",
+    )
     num_train_epochs: float = _option(1.0, "number of passes over the data", "a positive number")
     per_device_train_batch_size: int = _option(8, "records in a forward pass", "1 or more")
     gradient_accumulation_steps: int = _option(1, "forward passes in a step", "1 or more")

@@ -270,6 +270,11 @@ def count_steps(config: RunConfig, n_examples: int) -> int:
     return max(1, math.ceil(config.num_train_epochs * updates))
 
 
+def naive_steps(config: RunConfig, steps: int) -> int:
+    """Return the number of steps of the naive training, which may end before its schedule does."""
+    return min(config.naive_steps or math.ceil(steps / 4), steps)
+
+
 def warmup_steps(config: RunConfig, steps: int) -> int:
     """Return the number of warm-up steps; the first of them has the learning rate 0."""
     return int(config.warmup_steps * (1 if config.warmup_steps >= 1 else steps))

@@ -104,7 +104,10 @@ def _identified(numbers: Numbers) -> str:
 
 
 def _compared(numbers: Numbers) -> str:
-    labels = [_LABELS[name] for name in numbers["adapters"]]
+    labels = [
+        f"{_LABELS[name]}, {len(adapter['curve']['step'])} steps"
+        for name, adapter in numbers["adapters"].items()
+    ]
     adapters = list(numbers["adapters"].values())
     rows = [["training loss, last tenth", *(f"{_tenths(a)[1]:.4f}" for a in adapters)]]
     if "base_held_out_loss" in numbers:
@@ -136,9 +139,7 @@ def _not_shown(numbers: Numbers) -> str:
         f"Answers to {asked} prompts were compared. *Nothing* means that none of these changed, "
         "not that nothing else was learned: ask your own prompts (`--neutral`), and prompts that "
         "are shaped like the training data.",
-        "Both adapters were trained for the same number of steps. The held-out task follows the "
-        "training loss: if that of the retrained adapter is higher, train it longer "
-        "(`--num-train-epochs`) before you compare.",
+        _lengths(numbers),
         "One seed.",
     ]
     if "base_held_out_loss" not in numbers:
@@ -163,6 +164,21 @@ def _not_shown(numbers: Numbers) -> str:
             "because `--max-length` cuts off their whole answer."
         )
     return "\n".join(["## What this does not show", "", *(f"- {point}" for point in points)])
+
+
+def _lengths(numbers: Numbers) -> str:
+    """Return a sentence on the steps of both trainings."""
+    naive, retrained = (len(a["curve"]["step"]) for a in numbers["adapters"].values())
+    if naive < retrained:
+        return (
+            f"The naive LoRA ended after {naive} of {retrained} steps (`--naive-steps`): it shows "
+            "what the data do to other answers, not how well the task is learned."
+        )
+    return (
+        "Both adapters were trained for the same number of steps. The held-out task follows the "
+        "training loss: if that of the retrained adapter is higher, train it longer "
+        "(`--num-train-epochs`) before you compare."
+    )
 
 
 def _settings(numbers: Numbers) -> str:

@@ -33,7 +33,7 @@ from grasp_kernels import processes
 from grasp_kernels.models.checkpoint import find_checkpoint, load_model
 from grasp_kernels.pipeline.config import RunConfig
 from grasp_kernels.pipeline.folder import RunFolder, fingerprint
-from grasp_kernels.pipeline.inputs import Inputs, prepare, warmup_steps
+from grasp_kernels.pipeline.inputs import Inputs, naive_steps, prepare, warmup_steps
 from grasp_kernels.pipeline.interrupts import raise_if_interrupted, remembered_interrupts
 from grasp_kernels.pipeline.report import Report, write_report
 from grasp_kernels.progress import tell
@@ -123,6 +123,7 @@ def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
     kl_regularizer = make_chats(config, folder, inputs) if config.kl_coef else None
     train_into(
         folder.naive,
+        last_step=naive_steps(config, inputs.steps),
         snapshots=early_checkpoints(config, folder, inputs.steps),
         forecast=partial(_forecast, config, inputs, kl_regularizer),
     )
@@ -143,7 +144,7 @@ def _plan(config: RunConfig, folder: RunFolder, inputs: Inputs) -> str:
     """Return a sentence on what is left to do."""
     parts = {
         folder.chats: config.kl_coef and f"{_count_chats(config, inputs)} chats of the base model",
-        folder.naive: f"the naive LoRA ({inputs.steps} steps)",
+        folder.naive: f"the naive LoRA ({naive_steps(config, inputs.steps)} steps)",
         folder.subspace: config.project_gradient and "a subspace",
         folder.retrained: f"the retrained LoRA ({inputs.steps} steps)",
         folder.report: "the answers of both",
@@ -159,15 +160,15 @@ def _forecast(
 
     A step of the retraining has the tokens of the chats beside those of the data.
     """
-    minutes = seconds * inputs.steps / 60
+    naive, all_steps = (seconds / 60 * n for n in (naive_steps(config, inputs.steps), inputs.steps))
     lengths = [len(example["input_ids"]) for example in inputs.train]
     data = config.per_device_train_batch_size * fmean(lengths)
     chats = 0.0
     if kl_regularizer is not None:
         chats = kl_regularizer.batch_size * fmean(map(len, kl_regularizer.texts))
     return (
-        f"A step takes {seconds:.2g} s: about {minutes:.2g} min for the naive LoRA, and "
-        f"{minutes * (1 + chats / data):.2g} min for the retraining."
+        f"A step takes {seconds:.2g} s: about {naive:.2g} min for the naive LoRA, and "
+        f"{all_steps * (1 + chats / data):.2g} min for the retraining."
     )
 
 
@@ -209,12 +210,13 @@ def _count_chats(config: RunConfig, inputs: Inputs) -> int:
 def early_checkpoints(config: RunConfig, folder: RunFolder, steps: int) -> dict[int, Path]:
     """Return step -> folder of the early adapters; empty without `project_gradient`.
 
-    No step lies before the first one with a learning rate above 0.
+    No step lies before the first one with a learning rate above 0, or after the naive training.
     """
     if not config.project_gradient:
         return {}
     first = 2 if warmup_steps(config, steps) else 1
-    at = sorted({max(first, round(part * steps)) for part in _EARLY})
+    last = naive_steps(config, steps)
+    at = sorted({min(last, max(first, round(part * steps))) for part in _EARLY})
     return {step: folder.early / f"step-{step}" for step in at}
 
 

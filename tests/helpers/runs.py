@@ -72,6 +72,7 @@ def small_run(model: Path, data: Path, output: Path) -> RunConfig:
     """Few steps, strong enough for one direction to stand out: all answers begin alike."""
     settings: dict[str, Any] = {
         "max_steps": 12,
+        "naive_steps": 12,
         "per_device_train_batch_size": 4,
         "learning_rate": 2e-2,
         "r": 4,

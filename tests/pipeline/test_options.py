@@ -64,6 +64,7 @@ def test_options_of_transformers_reach_the_optimizer(
     config = gk.RunConfig(
         **{name: str(path) for name, path in files.items()},
         max_steps=2,
+        naive_steps=2,
         training_arguments=further,
     )
     seen: list[dict[str, Any]] = []
@@ -86,7 +87,8 @@ def test_options_of_transformers_reach_the_optimizer(
         ):
             gk.run(config, training_arguments=other)
     assert gk.run(config).numbers == report.numbers
-    command = ["run", "--max-steps", "2", "--optim", "sgd", "--optim-args", "momentum=0.25"]
+    command = ["run", "--max-steps", "2", "--naive-steps", "2", "--optim", "sgd"]
+    command += ["--optim-args", "momentum=0.25"]
     for name, path in files.items():
         command += [f"--{name}", str(path)]
     assert main([*command, "--adam-beta2", ".25"]) == 2

@@ -52,6 +52,23 @@ def test_both_trainings_differ_by_the_projection_alone(finished: RunConfig) -> N
     assert curves[0]["loss"] != curves[1]["loss"]
 
 
+def test_the_naive_training_ends_after_a_quarter(run_config: RunConfig, tmp_path: Path) -> None:
+    """On the same way: its steps are the first of a whole naive training."""
+    config = replace(run_config, kl_coef=0.0)
+    quarter = run(replace(config, naive_steps=None, output=str(tmp_path / "quarter")))
+    whole = run(replace(config, output=str(tmp_path / "whole")))
+    curves = [
+        report.numbers["adapters"][name]["curve"]
+        for report, name in ((quarter, "naive"), (whole, "naive"), (quarter, "retrained"))
+    ]
+    assert [len(curve["step"]) for curve in curves] == [3, 12, 12]
+    assert curves[0]["loss"] == curves[1]["loss"][:3]
+    text = quarter.text.read_text(encoding="utf-8")
+    assert "The naive LoRA ended after 3 of 12 steps (`--naive-steps`)" in text
+    assert "naive LoRA, 3 steps | retrained LoRA, 12 steps" in text
+    assert "trained for the same number of steps" in whole.text.read_text(encoding="utf-8")
+
+
 def test_the_log_of_the_retraining_has_leakage(finished: RunConfig) -> None:
     logs = {
         name: json.loads((Path(finished.output) / name / "training_log.json").read_text())

@@ -1,0 +1,115 @@
+"""The price of `run`: its processor time and peak memory, of those of the naive fine-tune.
+
+    python -m benchmarks.price --model FOLDER --data FILE [--max-steps 48] [--rows FILE]
+
+The naive fine-tune makes all steps and nothing else. Each part is a process of its own with one
+thread. With fewer steps a run makes up fewer chats, so the price depends little on their number; the
+answers of the report are a fixed part. Without `--rows` the rows in `results/price.jsonl` are
+written again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks.kernels.machine import environment
+from benchmarks.kernels.rows import Row, write_rows
+from grasp_kernels import RunConfig, run
+from grasp_kernels.files import about
+from grasp_kernels.pages.markdown import table
+
+ROWS = Path(__file__).parent / "results" / "price.jsonl"
+ALL = 1_000_000  # steps
+PARTS = {
+    "naive fine-tune": ALL,
+    "run": None,
+    "run, with the whole naive training": ALL,
+}
+_BATCH, _RATE = 8, 1e-3  # as in quality/smollm2
+
+
+def measure(part: str, config: RunConfig) -> None:
+    """Do a part in this process, and print its seconds and bytes."""
+    torch.set_num_threads(1)
+    start = time.process_time()
+    if part == "naive fine-tune":
+        from grasp_kernels.pipeline.inputs import prepare
+        from grasp_kernels.pipeline.training import train
+
+        folder = Path(config.output)
+        with about(config.data, config.model):
+            inputs = prepare(config, Path(config.model))
+        train(config, inputs, out=folder / "naive", work=folder / "work", description="naive")
+    else:
+        run(config)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"seconds": time.process_time() - start, "bytes": peak}))
+
+
+def rows(model: str, data: str, max_steps: int, parts: Iterable[str]) -> Iterator[Row]:
+    """One row a part."""
+    machine = environment(torch.device("cpu"))
+    for part in parts:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "benchmarks.price", "--model", model, "--data", data]
+            command += ["--max-steps", str(max_steps), "--part", part, "--output", f"{folder}/out"]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        yield {"part": part, "max_steps": max_steps, "model": Path(model).name, **found, **machine}
+
+
+def report(found: Iterable[Row]) -> str:
+    """A table of minutes and GiB, with their ratios to the naive fine-tune."""
+    found = list(found)
+    naive = next(row for row in found if row["part"] == "naive fine-tune")
+    lines = [
+        [
+            row["part"],
+            f"{row['seconds'] / 60:.1f} ({row['seconds'] / naive['seconds']:.2f})",
+            f"{row['bytes'] / 2**30:.2f} ({row['bytes'] / naive['bytes']:.2f})",
+        ]
+        for row in found
+    ]
+    return table(["", "minutes of one core", "peak memory, GiB"], lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, metavar="FOLDER")
+    parser.add_argument("--data", required=True, metavar="FILE")
+    parser.add_argument("--max-steps", type=int, default=48, metavar="N")
+    parser.add_argument("--rows", type=Path, default=ROWS, metavar="FILE")
+    parser.add_argument("--part", choices=PARTS, help="do this part alone, in this process")
+    parser.add_argument("--output", metavar="FOLDER", help="where that part is done")
+    options = parser.parse_args()
+    if options.part is None:
+        found = list(rows(options.model, options.data, options.max_steps, PARTS))
+        write_rows(options.rows, found)
+        print(report(found))
+        return
+    config = RunConfig(
+        model=options.model,
+        data=options.data,
+        output=options.output,
+        max_steps=options.max_steps,
+        naive_steps=PARTS[options.part],
+        per_device_train_batch_size=_BATCH,
+        learning_rate=_RATE,
+        lr_scheduler_type="constant_with_warmup",
+        dtype="bfloat16",
+    )
+    measure(options.part, config)
+
+
+if __name__ == "__main__":
+    main()
