@@ -3,8 +3,8 @@
     python -m benchmarks.price --model FOLDER --data FILE [--max-steps 48] [--rows FILE]
 
 The naive fine-tune makes all steps and nothing else. Each part is a process of its own with one
-thread. With fewer steps a run makes up fewer chats, so the price depends little on their number; the
-answers of the report are a fixed part. Without `--rows` the rows in `results/price.jsonl` are
+thread. With fewer steps a run makes up fewer chats, so the price hardly depends on their number;
+the answers of the report are a fixed part. Without `--rows` the rows in `results/price.jsonl` are
 written again.
 """
 
