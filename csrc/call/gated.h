@@ -47,6 +47,18 @@ void each_part(const Tensor& rows, const Run& run) {
   for (int64_t start = 0; start < T; start += step) run(start, std::min(step, T - start));
 }
 
+// dX ⊙ U -> dG.
+Tensor of_activation(const Tensor& inner, const Tensor& gate, int64_t activation) {
+  return activation == kSilu ? at::silu_backward(inner, gate)
+                             : at::gelu_backward(inner, gate, "tanh");
+}
+
+// Whether a gradient is many (`is_grads_batched`): those are written to no given memory.
+bool is_batched(const Tensor& dx) {
+  const c10::DispatchKeySet keys = dx.key_set();
+  return keys.has(c10::DispatchKey::Batched) || keys.has(c10::DispatchKey::FuncTorchBatched);
+}
+
 Tensor matrix(const Tensor& x) { return x.dim() == 2 ? x : x.reshape({-1, x.size(-1)}); }
 
 }  // namespace
@@ -84,6 +96,9 @@ struct Gated : public torch::autograd::Function<Gated> {
                                          std::nullopt, true);
       found.emplace_back();
       return found;
+    }
+    if (is_batched(dx)) {
+      return {of_activation(dx * up, gate, activation), dx * activated(gate, activation), Tensor()};
     }
     const at::AutoDispatchBelowADInplaceOrView below;
     const Tensor D = matrix(dx), G = matrix(gate), U = matrix(up);

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 from transformers import activations
-from transformers.models.llama.modeling_llama import LlamaMLP
 
 from grasp_kernels.layers.plan import plan_class
 from grasp_kernels.layers.projected import ProjectedLoRA, has_hooks
@@ -52,7 +51,7 @@ class GatedMLP(_MLP):
     def forward(self, x: Tensor) -> Tensor:
         """Return `y[..., D]`."""
         down, act = self.down_proj, self.act_fn
-        if not _is_direct(down, act):
+        if not _is_direct(self.stock, down, act):
             return super().forward(x)  # type: ignore[no-any-return]
         gate, up = self.gate_proj(x), self.up_proj(x)
         if not _is_worth_it(gate, up):
@@ -73,27 +72,39 @@ def adopt_gated(model: nn.Module) -> list[str]:
     """Turn the gated MLPs with our layers into this class in place, and return their names."""
     found = []
     for name, module in model.named_modules():
-        if _is_llamas(module) and isinstance(module.down_proj, ProjectedLoRA):
+        if _is_gated(module):
             module.__class__ = _gated(module.__class__)
             found.append(name)
     return found
 
 
-def _is_llamas(module: nn.Module) -> bool:
-    """Say whether a module has the formula of Llama, by the code of its forward."""
-    code, llamas = getattr(type(module).forward, "__code__", None), LlamaMLP.forward.__code__
+def _formula(self: Any, x: Tensor) -> Any:
+    """Compute the MLP in the very words of transformers."""
+    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return down_proj
+
+
+def _has_formula(kind: type) -> bool:
+    """Say whether the forward of a class is `_formula`, by its code; libraries replace forwards."""
+    code, ours = getattr(kind.forward, "__code__", None), _formula.__code__  # type: ignore[attr-defined]
+    return code is not None and (code.co_code, code.co_names) == (ours.co_code, ours.co_names)
+
+
+def _is_gated(module: nn.Module) -> bool:
+    """Say whether a module computes the formula, with `down_proj` on our layer."""
     return (
-        code is not None
-        and (code.co_code, code.co_names) == (llamas.co_code, llamas.co_names)
+        _has_formula(type(module))
         and "forward" not in module.__dict__
         and type(module.act_fn) in _ACTIVATIONS
+        and isinstance(module.down_proj, ProjectedLoRA)
     )
 
 
-def _is_direct(down: nn.Module, act: nn.Module) -> bool:
-    """Say whether nothing is between the product and our layer."""
+def _is_direct(stock: type, down: nn.Module, act: nn.Module) -> bool:
+    """Say whether the formula holds, and nothing is between the product and our layer."""
     return not (
         torch.compiler.is_compiling()
+        or not _has_formula(stock)
         or not isinstance(down, ProjectedLoRA)
         or type(act) not in _ACTIVATIONS
         or is_transforming()

@@ -55,6 +55,8 @@ class Gate(NamedTuple):
         if torch.is_grad_enabled():
             dG, dU = torch.autograd.grad(self.product(), self[:2], dx, create_graph=True)
             return dG, dU
+        if _is_batched(dx):
+            return self._of_activation(dx * self.up, self.gate), dx * self._activated(self.gate)
         kernels = _kernels(self)
         if kernels is not None:
             return kernels.gradients(dx, *self)
@@ -62,15 +64,16 @@ class Gate(NamedTuple):
         dG, dU = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (G, U))
         for part in _parts(G):
             torch.mul(D[part], self._activated(G[part]), out=dU[part])
-            inner, out = D[part] * U[part], dG[part]
-            if self.activation == "silu":
-                torch.ops.aten.silu_backward(inner, G[part], grad_input=out)
-            else:
-                torch.ops.aten.gelu_backward(inner, G[part], approximate="tanh", grad_input=out)
+            self._of_activation(D[part] * U[part], G[part], grad_input=dG[part])
         return dG.view(self.gate.shape), dU.view(self.up.shape)
 
     def _activated(self, gate: Tensor) -> Tensor:
         return F.silu(gate) if self.activation == "silu" else F.gelu(gate, approximate="tanh")
+
+    def _of_activation(self, inner: Tensor, gate: Tensor, **out: Tensor) -> Tensor:
+        if self.activation == "silu":
+            return torch.ops.aten.silu_backward(inner, gate, **out)
+        return torch.ops.aten.gelu_backward(inner, gate, approximate="tanh", **out)
 
 
 class Gated(torch.autograd.Function):
@@ -86,6 +89,12 @@ class Gated(torch.autograd.Function):
     def backward(ctx: Any, *dx: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
         return *Gate(gate, up, ctx.activation).gradients(*dx), None
+
+
+def _is_batched(dx: Tensor) -> bool:
+    """Say whether a gradient is many (`is_grads_batched`): those are written to no given memory."""
+    functorch = torch._C._functorch  # type: ignore[attr-defined]
+    return bool(functorch.is_batchedtensor(dx) or functorch.is_legacy_batchedtensor(dx))
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -275,6 +275,35 @@ def test_another_formula_stays() -> None:
     assert gated.adopt_gated(mlp) == []
 
 
+def twice(self: Any, x: Tensor) -> Tensor:
+    """Llama's MLP without `act_fn`, as kernel libraries put it in its place."""
+    y: Tensor = 2 * self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+    return y
+
+
+def test_a_forward_that_somebody_replaced_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    mlp, x = an_mlp(), an_input()
+    once = mlp(x)
+    monkeypatch.setattr(LlamaMLP, "forward", twice)
+    assert torch.equal(mlp(x), 2 * once)
+    gk.layers.replacement.restore_lora_layers(mlp)
+    del mlp.act_fn
+    assert gated.adopt_gated(mlp) == []
+    torch.testing.assert_close(mlp(x), 2 * once)
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu_pytorch_tanh"])
+def test_many_gradients_at_once(act: str) -> None:
+    """As `torch.autograd.functional.jacobian(..., vectorize=True)` asks for them."""
+    mlp, x = an_mlp(act=act), an_input()[0, :2].requires_grad_()
+    y = mlp(x)
+    every = torch.eye(y.numel()).view(-1, *y.shape)
+    (found,) = torch.autograd.grad(y, x, every, retain_graph=True, is_grads_batched=True)
+    for dy, dx in zip(every, found, strict=True):
+        (meant,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+        torch.testing.assert_close(dx, meant)
+
+
 def test_copies_and_pickles() -> None:
     mlp, x = an_mlp(), an_input()
     meant = run(mlp, mlp, x)
