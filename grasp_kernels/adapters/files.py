@@ -133,7 +133,18 @@ def _refuse_model(folder: Path) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read and check the `adapter_config.json` of a LoRA adapter.
+    """Read and check the `adapter_config.json` of an adapter of plain LoRA.
+
+    Raises:
+        ValueError: as `read_any_config`; a variant of LoRA.
+    """
+    config = read_any_config(path)
+    refuse_variants(str(path), config)
+    return config
+
+
+def read_any_config(path: Path) -> dict[str, Any]:
+    """Read and check the `adapter_config.json` of an adapter of LoRA or of a variant.
 
     Raises:
         ValueError: no configuration, another kind of adapter, or a value that peft does not write.
@@ -152,7 +163,6 @@ def read_config(path: Path) -> dict[str, Any]:
                 f"{str(path)!r} says {name}={shown(value)}, which must be {wanted}; give the "
                 "configuration that belongs to these weights, or save the adapter again."
             )
-    refuse_variants(str(path), config)
     return config
 
 
@@ -189,7 +199,7 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
         ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), (_is(bool), "true or false")
     ),
-    "target_parameters": (_are_names, "a list of names"),
+    **dict.fromkeys(("target_parameters", "modules_to_save"), (_are_names, "a list of names")),
     "base_model_name_or_path": (_is(str), "a name"),
     "auto_mapping": (_patterns_to(_is(str, type(None))), "an object with names"),
     "init_lora_weights": (_is(bool, str), "a name or true"),

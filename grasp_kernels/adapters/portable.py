@@ -24,11 +24,13 @@ from grasp_kernels.adapters.files import (
     copied_files,
     find_weights,
     open_weights,
-    read_parts,
+    read_any_config,
+    refuse_variants,
     sort_keys,
 )
-from grasp_kernels.files import read_json, whole_file, whole_folder, write_json
-from grasp_kernels.inert import listed
+from grasp_kernels.adapters.load import MOVED_BASE, adapter_parts
+from grasp_kernels.files import whole_file, whole_folder, write_json
+from grasp_kernels.inert import listed, shown
 from grasp_kernels.models.difference import whole_model
 from grasp_kernels.models.names import base_name
 from grasp_kernels.models.weights import Source
@@ -39,9 +41,18 @@ _REFUSED, _DROPPED = "refuses it", "leaves it out, without a word"
 _NO_DORA = "train with plain LoRA"
 _WHOLE = "train without modules_to_save, or merge the adapter into its base"
 _BIAS = "train without lora_bias"
+_CONVERT = "save it by peft's save_pretrained(OUT, path_initial_model_for_weight_conversion=START)"
+_MOVED = "a base that its initialisation changed"
 # Part of an adapter -> consumer -> what it does with it. Software that is not named reads the part
 # as peft does.
 _PARTS: dict[str, tuple[str, dict[str, str]]] = {
+    _MOVED: (
+        _CONVERT,
+        dict.fromkeys(
+            ("vllm", "llama.cpp", "ollama", "openvino"),
+            "adds it to the base as it was, without a word",
+        ),
+    ),
     "rsLoRA": (_FOLD, dict.fromkeys(("llama.cpp", "ollama"), _SCALED)),
     "alpha_pattern": (
         _FOLD,
@@ -91,7 +102,8 @@ def fold_scaling(
 
     Raises:
         FileExistsError: `out` exists.
-        FileNotFoundError, ValueError: no adapter there, or one that cannot be used.
+        FileNotFoundError, ValueError: no adapter there, or one that cannot be used; a scaled weight
+            beyond its dtype.
     """
     source, target = Path(adapter_dir), Path(out)
     if target.exists():
@@ -115,19 +127,29 @@ def fold_in_place(folder: Path) -> None:
 def _fold(source: Path, folder: Path, base: Source | None) -> tuple[str, ...]:
     from safetensors.torch import save_file
 
-    parts, path = read_parts(source), find_weights(source, None)
+    parts, path = adapter_parts(source), find_weights(source, None)
+    if _moves_base(parts.config):
+        raise ValueError(
+            f"{str(source)!r} was initialised with {shown(parts.config['init_lora_weights'])}, so "
+            "peft changes the base by its rank and scaling when it loads the adapter, and another "
+            f"rank or scaling would be another model; {_CONVERT}, and fold that."
+        )
     read = open_weights(path)
     keys, others = sort_keys(path, read, None)
-    R = max(entry.lora_A.shape[0] for entry in parts.factors)
+    R = max(entry.lora_A.shape[-2] for entry in parts.factors)
     tensors: dict[str, Tensor] = {}
     for entry in parts.factors:
-        more = R - entry.lora_A.shape[0]
-        scaled = _scaled(entry.lora_B, entry.scaling)
-        tensors[entry.keys[0]] = F.pad(entry.lora_A, (0, 0, 0, more)).contiguous()
-        tensors[entry.keys[1]] = F.pad(scaled, (0, more)).contiguous()
+        (key_A, key_B), s, more = entry.keys, entry.scaling, R - entry.lora_A.shape[-2]
+        tensors[key_A] = _scaled(key_A, entry.lora_A, 1.0, (0, 0, 0, more))
+        tensors[key_B] = _scaled(key_B, entry.lora_B, s, (0, more))
         if entry.bias is not None:
-            tensors[keys[entry.name]["bias"]] = _scaled(entry.bias, entry.scaling)
+            key = keys[entry.name]["bias"]
+            tensors[key] = _scaled(key, entry.bias, s, (0, 0))
     same = _unchanged({key: read[key]() for key in others}, base)
+    named = parts.config.get("modules_to_save") or []
+    # peft loads all that it saves under a name, or nothing.
+    still = [name for name in named if any(_is_of(key, name) for key in others if key not in same)]
+    same = [key for key in same if not any(_is_of(key, name) for name in still)]
     tensors |= {key: read[key]() for key in others if key not in same}
     config = {
         **parts.config,
@@ -137,10 +159,7 @@ def _fold(source: Path, folder: Path, base: Source | None) -> tuple[str, ...]:
         "alpha_pattern": {},
         "use_rslora": False,
     }
-    if same and parts.config.get("modules_to_save"):
-        left = [_module(key) for key in others if key not in same]
-        named = parts.config["modules_to_save"]
-        still = [name for name in named if any(f".{one}".endswith(f".{name}") for one in left)]
+    if same and named:
         config["modules_to_save"] = still or None
     with whole_file(folder / WEIGHTS) as partial:  # the tensors may lie in the file of that name
         save_file(tensors, partial, metadata={"format": "pt"})
@@ -152,14 +171,30 @@ def _module(key: str) -> str:
     return base_name(key).removesuffix(".weight")
 
 
-def _scaled(tensor: Tensor, scaling: float) -> Tensor:
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    return (tensor.to(wide) * scaling).to(tensor.dtype)
+def _is_of(key: str, name: str) -> bool:
+    """Say whether peft saves a tensor for a name of `modules_to_save`, the end of a path."""
+    return f"{name}." in f"{_module(key)}."
+
+
+def _scaled(key: str, tensor: Tensor, scaling: float, more: tuple[int, ...]) -> Tensor:
+    """Return `s M` in the dtype of `M`, with `more` zeros as for `F.pad`.
+
+    Raises:
+        ValueError: a value is beyond the dtype.
+    """
+    wide = tensor.double() if tensor.dtype == torch.float64 else tensor.float()
+    found = F.pad(wide * scaling, more).to(tensor.dtype)
+    if not bool(found.to(wide.dtype).isfinite().all()):
+        raise ValueError(
+            f"{shown(key)} times its scaling {scaling:g} is beyond {tensor.dtype}; save the "
+            "adapter in bfloat16 or float32 first."
+        )
+    return found.contiguous()
 
 
 def _unchanged(tensors: Mapping[str, Tensor], base: Source | None) -> list[str]:
     """Return the keys of tensors that are equal to those of the base."""
-    if base is None or not tensors:
+    if base is None:
         return []
     original = whole_model(base, merged=False)
     return [
@@ -183,12 +218,11 @@ def consumer_problems(adapter_dir: str | PathLike[str], consumer: str) -> list[s
     """
     if consumer not in CONSUMERS:
         raise ValueError(f"for is {consumer!r}, which is unknown; use one of {CONSUMERS}.")
+    config, keys = _read(adapter_dir)
     if consumer in _ALWAYS:
         return [_ALWAYS[consumer]]
-    path = find_weights(Path(adapter_dir), None)
-    config = read_json(path.parent / CONFIG, "adapter configuration", "save the adapter again")
     found = []
-    for part, where in _parts_of(config, list(open_weights(path))):
+    for part, where in _parts_of(config, keys):
         remedy, effects = _PARTS[part]
         if consumer in effects:
             named = f" ({listed(where)})" if where else ""
@@ -198,17 +232,39 @@ def consumer_problems(adapter_dir: str | PathLike[str], consumer: str) -> list[s
 
 def consumer_advice(adapter_dir: str | PathLike[str], consumer: str) -> str | None:
     """Return what to do in other software with an adapter that it can read, or None."""
-    path = find_weights(Path(adapter_dir), None)
-    config = read_json(path.parent / CONFIG, "adapter configuration", "save the adapter again")
-    r, alpha = config.get("r", 1), config.get("lora_alpha", 1)
+    config, _ = _read(adapter_dir)
+    r, alpha = config["r"], config["lora_alpha"]
     whole = alpha * r**0.5 if config.get("use_rslora") else alpha
     return _ADVICE[consumer].format(alpha=f"{whole:g}") if consumer in _ADVICE else None
 
 
+def _read(adapter_dir: str | PathLike[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the configuration and the keys of an adapter of a form that was tried elsewhere."""
+    path = find_weights(Path(adapter_dir), None)
+    if not (path.parent / CONFIG).is_file():
+        raise FileNotFoundError(
+            f"There is no {CONFIG} next to {str(path)!r}; copy it there, or give an adapter folder."
+        )
+    config = read_any_config(path.parent / CONFIG)
+    refuse_variants(str(path.parent), {**config, "use_dora": False})  # DoRA is known
+    if config.get("trainable_token_indices"):
+        raise ValueError(
+            f"{str(path.parent)!r} has trained tokens (trainable_token_indices), which were not "
+            "tried with other software; merge the adapter into its base."
+        )
+    return config, list(open_weights(path))
+
+
+def _moves_base(config: Mapping[str, Any]) -> bool:
+    return str(config.get("init_lora_weights")).startswith(MOVED_BASE)
+
+
 def _parts_of(config: Mapping[str, Any], keys: list[str]) -> Iterator[tuple[str, list[str]]]:
     """Yield the parts of an adapter beyond plain LoRA, with their names."""
-    r, alpha = config.get("r"), config.get("lora_alpha")
-    if config.get("use_rslora") and r != 1:
+    r, alpha = config["r"], config["lora_alpha"]
+    if _moves_base(config):
+        yield _MOVED, [str(config["init_lora_weights"])]
+    if config.get("use_rslora") and {r, *(config.get("rank_pattern") or {}).values()} != {1}:
         yield "rsLoRA", []
     for name, plain in (("alpha_pattern", alpha), ("rank_pattern", r)):
         other = [key for key, value in (config.get(name) or {}).items() if value != plain]
@@ -237,4 +293,5 @@ def _kind_of(name: str) -> str | None:
         return None
     if name.endswith(".bias"):
         return "biases of the base"
-    return "trained norms" if "norm" in name.rsplit(".", 2)[-2] else "whole matrices"
+    module = name.removesuffix(".weight").rpartition(".")[2]
+    return "trained norms" if "norm" in module else "whole matrices"

@@ -156,10 +156,125 @@ def test_what_other_software_makes_of_it(
             assert found == []
 
 
+def configured(folder: Path, **values: Any) -> None:
+    config = {**config_of(folder), **values}
+    (folder / "adapter_config.json").write_text(json.dumps(config), "utf-8")
+
+
+def changed(folder: Path, **values: Tensor) -> None:
+    """Put tensors in the place of those with an ending of their name, or beside them."""
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for end, value in values.items():
+        tensors[next((key for key in tensors if key.endswith(f".{end}.weight")), end)] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_a_base_that_its_initialisation_changed(tmp_path: Path) -> None:
+    """peft changes it again on loading, by the rank and the scaling in the file."""
+    an_adapter(tmp_path / "adapter", use_rslora=True)
+    configured(tmp_path / "adapter", init_lora_weights="olora")
+    for consumer in ("vllm", "llama.cpp", "ollama", "openvino"):
+        found = consumer_problems(tmp_path / "adapter", consumer)
+        assert "(olora)" in found[0]
+        assert "the base as it was" in found[0]
+    with pytest.raises(ValueError, match=r"'olora'.*path_initial_model_for_weight"):
+        gk.fold_scaling(tmp_path / "adapter", tmp_path / "folded")
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"peft_type": "LOHA"}, "a LOHA adapter"),
+        ({"target_parameters": ["experts.down_proj"]}, "LoRA on raw parameters"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+        ({"trainable_token_indices": [1]}, "trained tokens"),
+        ({"r": None}, "r=None"),
+        ({"lora_alpha": "x"}, "lora_alpha='x'"),
+        ({"rank_pattern": [1]}, "rank_pattern"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save='lm_head'"),
+    ],
+    ids=str,
+)
+def test_nothing_is_said_of_other_forms(tmp_path: Path, values: dict[str, Any], said: str) -> None:
+    an_adapter(tmp_path / "adapter")
+    configured(tmp_path / "adapter", **values)
+    for consumer in CONSUMERS:
+        with pytest.raises(ValueError, match=said):
+            consumer_problems(tmp_path / "adapter", consumer)
+
+
+def test_rslora_of_rank_one_beside_other_ranks(tmp_path: Path) -> None:
+    an_adapter(tmp_path / "adapter", use_rslora=True, r=1, rank_pattern={"up_proj": 4})
+    assert "rsLoRA" in consumer_problems(tmp_path / "adapter", "llama.cpp")[0]
+    configured(tmp_path / "adapter", rank_pattern={})
+    assert consumer_problems(tmp_path / "adapter", "llama.cpp") == []
+
+
+def test_a_tensor_without_a_module(tmp_path: Path) -> None:
+    an_adapter(tmp_path / "adapter")
+    changed(tmp_path / "adapter", odd=torch.ones(2))
+    assert "whole matrices (odd)" in consumer_problems(tmp_path / "adapter", "vllm")[0]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (torch.full((32, 4), torch.nan), "non-finite"),
+        (torch.ones(32, 4, dtype=torch.int64), "int64"),
+        (torch.ones(5, 3), "share a rank"),
+        (torch.full((32, 4), 6e4, dtype=torch.float16), "beyond torch.float16"),
+    ],
+    ids=["nan", "whole numbers", "shape", "overflow"],
+)
+def test_damaged_weights_are_not_folded(tmp_path: Path, value: Tensor, said: str) -> None:
+    an_adapter(tmp_path / "adapter")
+    changed(tmp_path / "adapter", **{"o_proj.lora_B": value})
+    with pytest.raises(ValueError, match=said):
+        gk.fold_scaling(tmp_path / "adapter", tmp_path / "folded")
+    assert not (tmp_path / "folded").exists()
+
+
+def test_float8_is_scaled_in_float32(tmp_path: Path) -> None:
+    an_adapter(tmp_path / "adapter", lora_alpha=8, rank_pattern={"up_proj": 2})
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    before = {key: t.to(torch.float8_e4m3fn) for key, t in load_file(file).items()}
+    save_file(before, file, metadata={"format": "pt"})
+    gk.fold_scaling(tmp_path / "adapter", tmp_path / "folded")
+    after = load_file(tmp_path / "folded" / "adapter_model.safetensors")
+    for key, tensor in before.items():
+        scaling = (4.0 if "up_proj" in key else 2.0) if "lora_B" in key else 1.0
+        rows, columns = tensor.shape
+        found = after[key][:rows, :columns].float()
+        assert torch.equal(found, (tensor.float() * scaling).to(tensor.dtype).float())
+        assert after[key].dtype == torch.float8_e4m3fn
+        assert after[key].float().norm() == found.norm()
+
+
+@pytest.mark.parametrize(
+    ("module", "value"),
+    [("0.mlp.down_proj", torch.ones(32, 48)), ("1.input_layernorm", torch.ones(32) / 3)],
+)
+def test_what_peft_loads_together_stays_together(
+    tmp_path: Path, module: str, value: Tensor
+) -> None:
+    saved = ["mlp", "norm"]
+    an_adapter(tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=saved)
+    tiny_model().save_pretrained(tmp_path / "base")
+    changed(tmp_path / "adapter", **{module: value})
+    meant = logits(PeftModel.from_pretrained(tiny_model(), str(tmp_path / "adapter")))
+    left = gk.fold_scaling(tmp_path / "adapter", tmp_path / "less", base=tmp_path / "base")
+    assert len(left) == (7 if "mlp" in module else 9)
+    assert config_of(tmp_path / "less")["modules_to_save"] == ["mlp" if "mlp" in module else "norm"]
+    found = logits(PeftModel.from_pretrained(tiny_model(), str(tmp_path / "less")))
+    torch.testing.assert_close(found, meant, rtol=1e-5, atol=1e-5)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        gk.fold_scaling(tmp_path / "adapter", tmp_path / "other", base=tmp_path / "nowhere")
+
+
 def test_weights_of_conv1d(tmp_path: Path) -> None:
     an_adapter(tmp_path / "adapter")
-    config = {**config_of(tmp_path / "adapter"), "fan_in_fan_out": True}
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config), "utf-8")
+    configured(tmp_path / "adapter", fan_in_fan_out=True)
     (found,) = consumer_problems(tmp_path / "adapter", "llama.cpp")
     assert "turns the update around" in found
 
@@ -187,6 +302,7 @@ def test_folding_leaves_nothing_that_is_scaled_wrongly(
         (["check", "ADAPTER", "SUBSPACE", "--for", "vllm"], "give one of the two"),
         (["check", "ADAPTER", "--for", "vlm"], "--for is 'vlm', which is unknown"),
         (["check", "nowhere", "--for", "vllm"], "There is no adapter 'nowhere'"),
+        (["check", "nowhere", "--for", "mlx"], "There is no adapter 'nowhere'"),
         (["fold", "nowhere", "--output", "out"], "There is no adapter 'nowhere'"),
         (["fold", "ADAPTER", "--output", "ADAPTER"], "already exists"),
     ],
