@@ -56,6 +56,18 @@ def test_hooks_that_do_more_stay_in_charge(options: dict[str, Any]) -> None:
     assert layer.why_stock(torch.zeros(1, 48)) == "a child module has hooks"
 
 
+@pytest.mark.parametrize("name", ["mlp", "mlp.down_proj"])
+def test_a_hook_that_came_later_calls_the_forward_of_stock(name: str) -> None:
+    model = tiny_peft_model()
+    stock = loss_and_gradients(model)
+    gk.apply_grasp(model)
+    module = model.get_submodule(f"base_model.model.model.layers.0.{name}")
+    add_hook_to_module(module, AlignDevicesHook("cpu"))
+    torch.testing.assert_close(loss_and_gradients(model), stock)
+    gk.remove_grasp(model)
+    torch.testing.assert_close(loss_and_gradients(model), stock)
+
+
 def replaced_layer(model: PeftModel) -> gk.GraspLoRALinear:
     gk.apply_grasp(model, gk.GraspConfig(subspace=a_subspace(model)))
     layer = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj")
