@@ -22,7 +22,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"  # maps each tensor to its shard
 
-_COPIED = (".json", ".md", ".jinja")  # an adapter folder's configuration, card, tokenizer
+# An adapter folder's configuration, card, tokenizer (tokenizer.model, merges.txt).
+_COPIED = (".json", ".md", ".jinja", ".model", ".txt")
 _LORA_KEY = re.compile(
     r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.(?P<kind>weight|bias)$",
     re.DOTALL,  # a name may hold anything

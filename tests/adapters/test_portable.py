@@ -316,6 +316,18 @@ def test_wrong_input_is_named(
     assert said in capsys.readouterr().err
 
 
+def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
+    an_adapter(tmp_path / "adapter")
+    for name in ("tokenizer.model", "merges.txt", "tokenizer.json", "chat_template.jinja"):
+        (tmp_path / "adapter" / name).write_text(name, "utf-8")
+    (tmp_path / "adapter" / "optimizer.pt").write_bytes(b"not of the adapter")
+    gk.fold_scaling(tmp_path / "adapter", tmp_path / "folded")
+    found = {file.name for file in (tmp_path / "folded").iterdir()}
+    there = {file.name for file in (tmp_path / "adapter").iterdir()}
+    assert there - found == {"optimizer.pt"}
+    assert found < there
+
+
 def test_a_folder_that_exists_is_kept(tmp_path: Path) -> None:
     an_adapter(tmp_path / "adapter")
     with pytest.raises(FileExistsError, match="already exists"):
