@@ -17,7 +17,7 @@ from transformers import activations
 
 from grasp_kernels.layers.plan import plan_class
 from grasp_kernels.layers.projected import ProjectedLoRA, has_hooks
-from grasp_kernels.ops.gated import Gate
+from grasp_kernels.ops.gated import Gate, Gated, kernels_for
 from grasp_kernels.ops.lora_linear.differentiated import are_plain
 from grasp_kernels.ops.projection import is_transforming
 
@@ -57,7 +57,9 @@ class GatedMLP(_MLP):
         if not _is_worth_it(gate, up):
             return down(act(gate) * up)  # type: ignore[no-any-return]
         source = Gate(gate, up, _ACTIVATIONS[type(act)])
-        y: Tensor = down.forward(plan_class().gated(source), source=source)
+        # Kernels are launched from Python; C++ has the library calls alone.
+        product = Gated.apply(*source) if kernels_for(source) else plan_class().gated(source)
+        y: Tensor = down.forward(product, source=source)
         return y
 
     def release(self) -> None:

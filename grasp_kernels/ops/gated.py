@@ -41,7 +41,7 @@ class Gate(NamedTuple):
         """Return `X[..., K]`."""
         if torch.is_grad_enabled():  # create_graph: operations that torch differentiates again
             return self._activated(self.gate) * self.up
-        kernels = _kernels(self)
+        kernels = kernels_for(self)
         if kernels is not None:
             return kernels.product(*self)
         G, U = (_rows(tensor) for tensor in self[:2])
@@ -57,7 +57,7 @@ class Gate(NamedTuple):
             return dG, dU
         if _is_batched(dx):
             return self._of_activation(dx * self.up, self.gate), dx * self._activated(self.gate)
-        kernels = _kernels(self)
+        kernels = kernels_for(self)
         if kernels is not None:
             return kernels.gradients(dx, *self)
         D, G, U = map(_rows, (dx, self.gate, self.up))
@@ -109,7 +109,7 @@ def _parts(rows: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def _kernels(given: Gate) -> Any:
+def kernels_for(given: Gate) -> Any:
     """Return the module of the kernels for a long product on a GPU, or None."""
     gate, up, _ = given
     if not gate.is_cuda or gate.numel() < _LEAST_FOR_KERNELS or gate.shape != up.shape:

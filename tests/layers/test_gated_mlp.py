@@ -27,6 +27,8 @@ import grasp_kernels as gk
 from benchmarks.kept import kept
 from grasp_kernels.layers import gated, plan
 from grasp_kernels.layers.gated import GatedMLP
+from grasp_kernels.ops import gated as ops_gated
+from grasp_kernels.ops.gpu import gated as kernels
 from tests.helpers.models import ALL_LINEAR, tiny_model
 from tests.helpers.oracle import orthonormal
 
@@ -123,6 +125,28 @@ def test_the_same_bits_under_autocast_and_with_a_wider_adapter(adapter: torch.dt
     mlp = an_mlp()
     with torch.autocast("cpu", torch.bfloat16):
         assert_same(run(mlp, mlp, an_input()), in_stock(mlp, an_input()))
+
+
+def test_kernels_take_the_place_of_library_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the product, its gradients and its second computation, whoever calls the layer."""
+    mlp, x = an_mlp(), an_input()
+    meant, calls = in_stock(mlp, x), []
+    for name in ("product", "gradients"):
+        run_kernel = getattr(kernels, name)
+
+        def counted(*given: Any, name: str = name, run: Any = run_kernel) -> Any:
+            calls.append(name)
+            return run(*given)
+
+        monkeypatch.setattr(kernels, name, counted)
+    for module in (gated, ops_gated):
+        monkeypatch.setattr(module, "kernels_for", lambda source: kernels)
+    # As for the long calls of a GPU, which have no plan.
+    monkeypatch.setattr("grasp_kernels.layers.linear.make_plan", lambda *_: None)
+    mlp.down_proj.__dict__["_plan"] = None
+    for found, exact in zip(run(mlp, mlp, x), meant, strict=True):
+        torch.testing.assert_close(found, exact)
+    assert calls == ["product", "product", "gradients"]
 
 
 @pytest.mark.parametrize("frozen_A", [True, False])

@@ -118,7 +118,7 @@ def test_kernels_take_long_products_on_a_gpu_alone(monkeypatch: pytest.MonkeyPat
 
     def takes(elements: int, dtype: torch.dtype = torch.bfloat16) -> bool:
         tensor: Any = OnGpu(elements, dtype)
-        return gated._kernels(Gate(tensor, tensor, "silu")) is not None
+        return gated.kernels_for(Gate(tensor, tensor, "silu")) is not None
 
     monkeypatch.setattr(kernels, "kernel_support", lambda where: None)
     long = gated._LEAST_FOR_KERNELS
@@ -130,4 +130,4 @@ def test_kernels_take_long_products_on_a_gpu_alone(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(gated, "_module", lambda: None)
     assert not takes(long)
     _, gate, up = parts(torch.bfloat16, 2, 2)
-    assert gated._kernels(Gate(gate, up, "silu")) is None  # on a CPU, however long
+    assert gated.kernels_for(Gate(gate, up, "silu")) is None  # on a CPU, however long
