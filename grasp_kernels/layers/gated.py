@@ -51,10 +51,10 @@ class GatedMLP(_MLP):
     def forward(self, x: Tensor) -> Tensor:
         """Return `y[..., D]`."""
         down, act = self.down_proj, self.act_fn
-        if not _is_direct(self.stock, down, act):
+        if not (_is_direct(self.stock, down, act) and _is_long(x, down)):
             return super().forward(x)  # type: ignore[no-any-return]
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if not _is_worth_it(gate, up):
+        if not _are_parts(gate, up):
             return down(act(gate) * up)  # type: ignore[no-any-return]
         source = Gate(gate, up, _ACTIVATIONS[type(act)])
         # Kernels are launched from Python; C++ has the library calls alone.
@@ -106,6 +106,7 @@ def _is_direct(stock: type, down: nn.Module, act: nn.Module) -> bool:
     """Say whether the formula holds, and nothing is between the product and our layer."""
     return not (
         torch.compiler.is_compiling()
+        or not torch.is_grad_enabled()
         or not _has_formula(stock)
         or not isinstance(down, ProjectedLoRA)
         or type(act) not in _ACTIVATIONS
@@ -116,10 +117,15 @@ def _is_direct(stock: type, down: nn.Module, act: nn.Module) -> bool:
     )
 
 
-def _is_worth_it(gate: Tensor, up: Tensor) -> bool:
+def _is_long(x: Tensor, down: Any) -> bool:
+    """Say whether the product of `x[..., D]` is worth a launch."""
+    tokens = x.numel() // max(1, x.shape[-1]) if x.dim() else 0
+    return bool(tokens * down.in_features >= _LEAST_ELEMENTS)
+
+
+def _are_parts(gate: Tensor, up: Tensor) -> bool:
     return (
-        gate.numel() >= _LEAST_ELEMENTS
-        and gate.requires_grad
+        gate.requires_grad
         and up.requires_grad
         and gate.dtype == up.dtype
         and gate.shape == up.shape

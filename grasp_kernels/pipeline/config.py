@@ -21,6 +21,7 @@ MOST_SEED = 2**32 - 1  # the largest seed that every library takes
 _SEEDS = f"0 to {MOST_SEED}"
 _RANGES: dict[str, Callable[[Any], bool]] = {
     "1 or more": lambda value: value >= 1,
+    "2 or more": lambda value: value >= 2,
     "0 or more": lambda value: 0 <= value < math.inf,
     "a positive number": lambda value: 0 < value < math.inf,
     "0 or more, below 1": lambda value: 0 <= value < 1,
@@ -85,7 +86,7 @@ class RunConfig(Options):
         None,
         "largest number of steps of the naive training, to compare with (default: a quarter of "
         "all)",
-        "1 or more",
+        "2 or more",
     )
     num_train_epochs: float = _option(1.0, "number of passes over the data", "a positive number")
     per_device_train_batch_size: int = _option(8, "records in a forward pass", "1 or more")

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 # Tokens of each shown answer: an opening and a sentence or two.
 ANSWER_TOKENS = 32
+_FEWEST_NAIVE = 2  # steps: the first has no learning rate under a warm-up
 
 
 @dataclass(frozen=True)
@@ -272,7 +273,7 @@ def count_steps(config: RunConfig, n_examples: int) -> int:
 
 def naive_steps(config: RunConfig, steps: int) -> int:
     """Return the number of steps of the naive training, which may end before its schedule does."""
-    return min(config.naive_steps or math.ceil(steps / 4), steps)
+    return min(config.naive_steps or max(_FEWEST_NAIVE, math.ceil(steps / 4)), steps)
 
 
 def warmup_steps(config: RunConfig, steps: int) -> int:

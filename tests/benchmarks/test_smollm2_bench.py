@@ -216,6 +216,7 @@ def test_naive_and_run_are_those_of_the_product(
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=3,
         max_steps=4,
+        naive_steps=4,
         num_documents=4,
         max_new_tokens=4,
         dtype="float32",

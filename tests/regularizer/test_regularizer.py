@@ -278,7 +278,7 @@ def test_bad_options_are_named(model: PeftModel) -> None:
 def test_a_run_is_anchored_unless_told_otherwise(finished: RunConfig) -> None:
     report = run(finished)
     found = gk.KLRegularizer.load(report.chats)
-    assert found.documents.shape[0] == finished.num_documents
+    assert found.documents.shape[0] == 12 * 2  # as many as the steps draw
     assert (found.documents[:, 0] == 2).all()  # <user>
     # All prompts begin "what is", which is what they are about: some of the chats do, too.
     assert 0 < (found.documents[:, 1] == 5).float().mean() < 1
