@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from tqdm import tqdm
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -33,6 +32,7 @@ from benchmarks.demo.world import (
     seeded_generator,
 )
 from grasp_kernels.files import whole_folder
+from grasp_kernels.progress import bar
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,9 @@ def pretrain(world: World, config: PretrainingConfig) -> LlamaForCausalLM:
     # .66, two to .59 (seeds 0 to 2).
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
     schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
-    bar = tqdm(range(config.steps), desc="pretraining", unit="step")
+    shown = bar(range(config.steps), desc="pretraining", unit="step")
     model.train()
-    for _ in bar:
+    for _ in shown:
         documents, labels = world.sample_documents(config.batch_size, generator)
         loss = model(input_ids=documents, labels=labels).loss
         loss.backward()
@@ -134,7 +134,7 @@ def pretrain(world: World, config: PretrainingConfig) -> LlamaForCausalLM:
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        shown.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     return model.eval()
 
 

@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from benchmarks.kernels import Suite, read_rows, run_suite, table, write_rows
 from benchmarks.kernels.providers import PROVIDERS
 from benchmarks.kernels.shapes import MODELS
+from grasp_kernels.progress import bar
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,7 +104,7 @@ def _kept(output: str | None, rows: list[dict[str, Any]]) -> Iterator[None]:
 
 
 def _with_progress(rows: Any) -> Any:
-    return tqdm(rows, desc="benchmark", unit="row")
+    return bar(rows, desc="benchmark", unit="row")
 
 
 def _listing() -> str:

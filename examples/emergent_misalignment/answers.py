@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from grasp_kernels.data import encode_prompt
 from grasp_kernels.files import whole_file
+from grasp_kernels.progress import bar
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -36,7 +36,7 @@ def sample_answers(
 ) -> None:
     """Answer every question `samples` times at temperature 1, those alone that are missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, question in tqdm(questions.items(), desc=f"{label} answers", unit="question"):
+    for name, question in bar(questions.items(), desc=f"{label} answers", unit="question"):
         path = folder / f"{name}.jsonl"
         if len(read_jsonl(path)) == samples:
             continue

@@ -16,7 +16,8 @@ from typing import Any
 from answers import read_jsonl
 from judge import JudgeFailure
 from protocol import METRICS, QUESTIONS, fill
-from tqdm.auto import tqdm
+
+from grasp_kernels.progress import bar
 
 Key = tuple[str, int, str]  # question, sample, metric
 
@@ -47,7 +48,7 @@ def judge_answers(
     with ThreadPoolExecutor(workers) as pool, judged.open("a", encoding="utf-8") as file:
         calls = {pool.submit(judge, prompt): key for key, prompt in todo}
         try:
-            for call in tqdm(as_completed(calls), total=len(calls), desc=label, unit="call"):
+            for call in bar(as_completed(calls), total=len(calls), desc=label, unit="call"):
                 question, sample, metric = calls[call]
                 row = {"question": question, "sample": sample, "metric": metric}
                 try:
