@@ -46,7 +46,9 @@ def _lines() -> Any:
 
 def tell(sentence: str) -> None:
     """Write a sentence beside the bars, in the first process."""
-    if processes.index() == 0:
+    if processes.index() == 0 and sys.stderr.isatty():
         from tqdm.auto import tqdm
 
         tqdm.write(sentence, file=sys.stderr)
+    elif processes.index() == 0:
+        print(sentence, file=sys.stderr, flush=True)

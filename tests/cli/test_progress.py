@@ -37,6 +37,13 @@ def test_what_is_short_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == ""
 
 
+def test_a_sentence_is_said_beside_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.bar(total=5, desc="naive LoRA", unit="step") as shown:
+        shown.update()
+        progress.tell("A step takes 1 s.")
+    assert capsys.readouterr().err == "A step takes 1 s.\n"
+
+
 def test_a_terminal_gets_a_bar(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
