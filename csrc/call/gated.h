@@ -76,8 +76,8 @@ inline Tensor product(const Gate& given) {
 }
 
 struct Gated : public torch::autograd::Function<Gated> {
-  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& gate,
-                        const Tensor& up, int64_t activation) {
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& gate, const Tensor& up,
+                        int64_t activation) {
     ctx->save_for_backward({gate, up});
     ctx->saved_data["activation"] = activation;
     const at::AutoDispatchBelowADInplaceOrView below;

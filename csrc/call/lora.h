@@ -312,8 +312,8 @@ struct LoraLinear : public torch::autograd::Function<LoraLinear> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& A, const Tensor& B,
                         const std::optional<Tensor>& b, const Lora& op, const Gate& source) {
     const Call call = call_of(op, x);
-    // X is kept for dA alone: with a frozen A, S is the only activation kept. A product is not kept,
-    // but computed again.
+    // X is kept for dA alone: with a frozen A, S is the only activation kept. A product is not
+    // kept, but computed again.
     const bool keeps = A.requires_grad(), again = keeps && source.activation != 0;
     const bool casts = x.scalar_type() != call.compute;
     const Plain plain;
@@ -349,7 +349,8 @@ struct LoraLinear : public torch::autograd::Function<LoraLinear> {
       const auto dtype = [&](size_t i) { return static_cast<ScalarType>(numbers[i]); };
       const Tensor dy = flat(grads[0]), &A = saved[2];
       Tensor x = saved[0];
-      if (saved[9].defined()) x = as(product({saved[9], saved[0], numbers[3] >> 3}), dy.scalar_type());
+      if (saved[9].defined())
+        x = as(product({saved[9], saved[0], numbers[3] >> 3}), dy.scalar_type());
       x = x.defined() ? flat(x) : stand_in(dy, A.size(1));
       const bool has_b = dtype(6) != ScalarType::Undefined;
       Gradients found = grasp::backward(
@@ -413,8 +414,7 @@ inline at::Tensor lora_linear(const Lora& op, const at::Tensor& x, const Gate& s
       at::GradMode::is_enabled() && (x.requires_grad() || A.requires_grad() || B.requires_grad() ||
                                      (b.defined() && b.requires_grad()));
   if (differentiated) {
-    return LoraLinear::apply(x, A, B, b.defined() ? std::optional(b) : std::nullopt, op,
-                             source);
+    return LoraLinear::apply(x, A, B, b.defined() ? std::optional(b) : std::nullopt, op, source);
   }
   const Call call = call_of(op, x);
   const Plain plain;

@@ -27,7 +27,7 @@ def test_calls_are_timed_in_every_way() -> None:
     assert "| layer |" in script.report(found)
 
 
-@pytest.mark.parametrize("name", ["calls", "kept"])
+@pytest.mark.parametrize("name", ["calls", "kept", "price"])
 def test_the_page_shows_the_rows(name: str) -> None:
     script = load_script(name)
     rows = [json.loads(line) for line in script.ROWS.read_text(encoding="utf-8").splitlines()]
