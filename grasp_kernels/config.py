@@ -71,7 +71,7 @@ class GraspConfig(Options):
             0 leaves the term out.
         num_documents: number of chats invented by the base model.
         max_new_tokens: tokens of each question and of each answer, at most.
-        kl_batch_size: chats in a forward pass; None: half of the trainer's batch.
+        kl_batch_size: chats in a forward pass; None: a quarter of the trainer's batch.
         measure_steps: optimizer steps between two measurements of leakage.
 
     Raises:

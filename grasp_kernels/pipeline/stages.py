@@ -177,7 +177,7 @@ def make_chats(config: RunConfig, folder: RunFolder, inputs: Inputs) -> KLRegula
 
     They are made once, so that a resumed training goes on with the same chats.
     """
-    from grasp_kernels.regularizer import KLRegularizer
+    from grasp_kernels.regularizer import KLRegularizer, chats_beside
 
     if not processes.from_first(folder.chats.exists):
         made = KLRegularizer.make(
@@ -187,7 +187,7 @@ def make_chats(config: RunConfig, folder: RunFolder, inputs: Inputs) -> KLRegula
             num_documents=_count_chats(config, inputs),
             max_new_tokens=config.max_new_tokens,
             kl_coef=config.kl_coef,
-            batch_size=_chats_at_once(config),
+            batch_size=chats_beside(config.per_device_train_batch_size),
             seed=config.seed,
             progress=True,
             is_shared=True,
@@ -196,15 +196,13 @@ def make_chats(config: RunConfig, folder: RunFolder, inputs: Inputs) -> KLRegula
     return KLRegularizer.load(folder.chats)
 
 
-def _chats_at_once(config: RunConfig) -> int:
-    """Return the number of chats in a forward pass of one process."""
-    return max(1, config.per_device_train_batch_size // 2)
-
-
 def _count_chats(config: RunConfig, inputs: Inputs) -> int:
     """Return the number of chats to make up: no more than the retraining draws."""
+    from grasp_kernels.regularizer import chats_beside
+
     passes = inputs.steps * config.gradient_accumulation_steps * processes.count()
-    return min(config.num_documents, passes * _chats_at_once(config))
+    drawn = passes * chats_beside(config.per_device_train_batch_size)
+    return min(config.num_documents, drawn)
 
 
 def early_checkpoints(config: RunConfig, folder: RunFolder, steps: int) -> dict[int, Path]:

@@ -4,6 +4,6 @@ chats  chats of the base model, from the frame that all training prompts share
 kl     the divergence from the base model on the answers, as a loss
 """
 
-from grasp_kernels.regularizer.kl import KLRegularizer
+from grasp_kernels.regularizer.kl import KLRegularizer, chats_beside
 
-__all__ = ["KLRegularizer"]
+__all__ = ["KLRegularizer", "chats_beside"]

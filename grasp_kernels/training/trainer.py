@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from grasp_kernels.config import GraspConfig
-from grasp_kernels.regularizer import KLRegularizer
+from grasp_kernels.regularizer import KLRegularizer, chats_beside
 from grasp_kernels.training.apply import applied_config, apply_grasp, lora_layers
 from grasp_kernels.training.prompts import training_prompts
 from grasp_kernels.training.watch import Watch
@@ -158,9 +158,9 @@ class GraspTrainerMixin(_Base):
                 if index == 0 and (self.args.save_strategy != "no" or self.args.world_size > 1):
                     path.parent.mkdir(parents=True, exist_ok=True)
                     made.save(path)
-        half = max(1, self.args.per_device_train_batch_size // 2)
+        beside = chats_beside(self.args.per_device_train_batch_size)
         made.kl_coef = self.grasp_config.kl_coef
-        made.batch_size = self.grasp_config.kl_batch_size or half
+        made.batch_size = self.grasp_config.kl_batch_size or beside
         return made
 
     def _make_regularizer(self) -> KLRegularizer:

@@ -63,7 +63,12 @@ def config(tiny_model_dir: Path, chat_jsonl: Path, tmp_path_factory: pytest.Temp
     # Adam makes much of rounding; dropout has no common mask; both halves of a batch are whole.
     optimizer = {"optim": "sgd"}
     return replace(
-        made, lora_dropout=0.0, learning_rate=1.0, eval_split=0.0, training_arguments=optimizer
+        made,
+        lora_dropout=0.0,
+        learning_rate=1.0,
+        eval_split=0.0,
+        per_device_train_batch_size=8,
+        training_arguments=optimizer,
     )
 
 
@@ -123,7 +128,7 @@ def test_a_finished_run_is_read_by_any_number(two: RunConfig) -> None:
 def test_a_training_goes_on_with_as_many_processes(config: RunConfig, tmp_path: Path) -> None:
     """Killed in the retraining: two go on to the same adapter, one is refused."""
     both = replace(
-        config, output=str(tmp_path / "out"), per_device_train_batch_size=2, save_steps=1
+        config, output=str(tmp_path / "out"), per_device_train_batch_size=4, save_steps=1
     )
     whole = replace(both, output=str(tmp_path / "whole"))
     assert finish(launched(whole))[0] == 0

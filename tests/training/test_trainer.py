@@ -193,7 +193,7 @@ def test_trl_trains_on_our_layers_and_chats(
     )
     found = made.kl_regularizer
     assert found is not None
-    assert found.batch_size == 2
+    assert found.batch_size == 1
     assert torch.equal(found.documents, expected.documents)
     assert torch.equal(found.counted, expected.counted)
     assert torch.equal(found.log_probs, expected.log_probs)
