@@ -59,13 +59,13 @@ bool is_batched(const Tensor& dx) {
   return keys.has(c10::DispatchKey::Batched) || keys.has(c10::DispatchKey::FuncTorchBatched);
 }
 
-Tensor matrix(const Tensor& x) { return x.dim() == 2 ? x : x.reshape({-1, x.size(-1)}); }
+Tensor flat(const Tensor& x) { return x.dim() == 2 ? x : x.reshape({-1, x.size(-1)}); }
 
 }  // namespace
 
 // X [..., K].
 inline Tensor product(const Gate& given) {
-  const Tensor G = matrix(given.gate), U = matrix(given.up);
+  const Tensor G = flat(given.gate), U = flat(given.up);
   Tensor X = at::empty_like(U, at::MemoryFormat::Contiguous);
   each_part(G, [&](int64_t start, int64_t rows) {
     Tensor part = X.narrow(0, start, rows);
@@ -101,7 +101,7 @@ struct Gated : public torch::autograd::Function<Gated> {
       return {of_activation(dx * up, gate, activation), dx * activated(gate, activation), Tensor()};
     }
     const at::AutoDispatchBelowADInplaceOrView below;
-    const Tensor D = matrix(dx), G = matrix(gate), U = matrix(up);
+    const Tensor D = flat(dx), G = flat(gate), U = flat(up);
     const Tensor dG = at::empty_like(G, at::MemoryFormat::Contiguous),
                  dU = at::empty_like(U, at::MemoryFormat::Contiguous);
     each_part(G, [&](int64_t start, int64_t rows) {

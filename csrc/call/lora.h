@@ -71,8 +71,6 @@ struct Plain {
 
 Tensor as(const Tensor& t, ScalarType dtype) { return t.scalar_type() == dtype ? t : t.to(dtype); }
 
-Tensor flat(const Tensor& x) { return x.dim() == 2 ? x : x.reshape({-1, x.size(-1)}); }
-
 Tensor shaped(const Tensor& y, at::IntArrayRef like) {
   if (like.size() == 2) return y;
   std::vector<int64_t> sizes = like.vec();
