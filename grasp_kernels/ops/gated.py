@@ -44,7 +44,7 @@ class Gate(NamedTuple):
         kernels = kernels_for(self)
         if kernels is not None:
             return kernels.product(*self)
-        G, U = (_rows(tensor) for tensor in self[:2])
+        G, U = (flat(tensor) for tensor in self[:2])
         X = torch.empty_like(U, memory_format=torch.contiguous_format)
         for part in _parts(G):
             torch.mul(self._activated(G[part]), U[part], out=X[part])
@@ -60,7 +60,7 @@ class Gate(NamedTuple):
         kernels = kernels_for(self)
         if kernels is not None:
             return kernels.gradients(dx, *self)
-        D, G, U = map(_rows, (dx, self.gate, self.up))
+        D, G, U = map(flat, (dx, self.gate, self.up))
         dG, dU = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (G, U))
         for part in _parts(G):
             torch.mul(D[part], self._activated(G[part]), out=dU[part])
@@ -97,7 +97,8 @@ def _is_batched(dx: Tensor) -> bool:
     return bool(functorch.is_batchedtensor(dx) or functorch.is_legacy_batchedtensor(dx))
 
 
-def _rows(x: Tensor) -> Tensor:
+def flat(x: Tensor) -> Tensor:
+    """Return `[..., K]` as `[T, K]`."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 

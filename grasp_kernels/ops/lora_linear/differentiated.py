@@ -14,6 +14,7 @@ from torch import Tensor
 
 from grasp_kernels.ops.autocast import without_autocast
 from grasp_kernels.ops.gated import Gate
+from grasp_kernels.ops.gated import flat as _flat
 from grasp_kernels.ops.lora_linear import aten
 from grasp_kernels.ops.lora_linear.operands import Needs, Operands, Saved
 from grasp_kernels.ops.lora_linear.registry import select
@@ -42,10 +43,6 @@ _TWICE = (
 )
 operator = torch.ops.grasp_kernels.lora_linear.default
 _backward = torch.ops.grasp_kernels.lora_linear_backward.default
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _unflattened(y: Tensor, x: Tensor) -> Tensor:
