@@ -37,7 +37,7 @@ from triton.runtime import driver
 
 from grasp_kernels.files import whole_file
 from grasp_kernels.ops.gated import ACTIVATIONS
-from grasp_kernels.ops.gpu import gated
+from grasp_kernels.ops.gpu import gated, linear_kl
 from grasp_kernels.ops.gpu.launch import PARTS, Launch, dry_run
 from grasp_kernels.ops.lora_linear.operands import Needs, Operands
 from grasp_kernels.ops.lora_linear.triton.backend import backward, forward
@@ -74,6 +74,7 @@ class Case:
     tf32: bool = False
     base: bool = False  # the base product is another library's
     activation: str = ""  # of the product of a gated MLP, in place of a layer
+    softcap: float | None = None  # of T rows of N logits, in place of a layer; 0.0: without a cap
 
     def __str__(self) -> str:
         default = Case()
@@ -93,6 +94,8 @@ CASES = (
     Case(dtype=torch.float32, tf32=True),
     *(Case(K=14336, activation=name) for name in ACTIVATIONS),
     Case(**ODD, activation="silu"),
+    Case(T=256, N=128256, softcap=0.0),
+    Case(T=255, N=32001, softcap=30.0, dtype=torch.float32),
 )
 # Launches of the same blocks that differ in a flag; registers are tightest on sm_90.
 MORE = (
@@ -132,6 +135,10 @@ def _call(case: Case) -> None:
     if case.activation:
         given = empty(case.T, case.K), empty(case.T, case.K), case.activation
         gated.gradients(gated.product(*given), *given)
+        return
+    if case.softcap is not None:
+        logits = empty(case.T, case.N, dtype=torch.float32)
+        linear_kl.divergence(logits, logits, case.softcap or None, case.dtype)
         return
     T, K, N, R, Q = case.T, case.K, case.N, case.R, case.Q
     A, B = empty(R, K, dtype=torch.float32), empty(N, R, dtype=torch.float32)

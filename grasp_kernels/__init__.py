@@ -35,6 +35,7 @@ _HOMES = {
     "diagnose": "diagnosis",
     "extract_adapter": "adapters.extraction",
     "fold_scaling": "adapters.portable",
+    "fused_linear_kl": "ops.linear_kl",
     "identify": "subspace",
     "leakage": "layers.closure",
     "lora_linear": "ops",

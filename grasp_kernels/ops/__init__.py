@@ -1,6 +1,7 @@
 """The differentiable operators and the backends behind them; no stage is imported here.
 
 lora_linear   the operator, its specification and its backends
+linear_kl     the divergence of two models from the inputs of their heads
 gated         the product of a gated MLP, computed again instead of kept
 projection    gradients and matrices off a basis
 gpu           what all kernels share

@@ -22,13 +22,14 @@ from grasp_kernels.data import Example
 from grasp_kernels.files import open_tensors, read_all, whole_file
 from grasp_kernels.inert import reason
 from grasp_kernels.models.frozen_model import frozen_base, head_at
+from grasp_kernels.ops.linear_kl import Likeliest, fused_linear_kl, likeliest_divergence
 from grasp_kernels.regularizer.chats import common_frame, common_header, make_chats
+from grasp_kernels.regularizer.head import LinearHead
 
 _DRAWS = 1 << 20  # of one training, whose seeds follow each other
 # Tokens whose probabilities are kept at a position.
 _LIKELY = 128
 _BATCH = 8  # documents that the base model is asked about at once
-_REST = 1e-6  # less than this is what float32 rounds, and no mass
 _PARTS = ("documents", "counted", "likely", "log_probs")
 
 
@@ -201,11 +202,9 @@ class KLRegularizer:
         # What follows the last position that counts is padding, or leads nowhere.
         length = max(1, int((counted * torch.arange(1, counted.shape[1] + 1)).max()))
         ids, here = self.documents[chosen, :length].to(device), counted[:, :length]
-        with head_at(model, here):  # all logits would be the largest tensor of the step
-            found = model(input_ids=ids, use_cache=False).logits.float().log_softmax(dim=-1)
         rows = torch.cat([self._rows[i] for i in chosen.tolist()])
-        likely, wanted = (t[rows].to(found.device) for t in (self.likely, self.log_probs))
-        divergence = _divergence(wanted, found.gather(1, likely.long()))
+        base = Likeliest(self.likely[rows], self.log_probs[rows])
+        divergence = _divergence(model, ids, here, base)
         return self.kl_coef * divergence * parts / max(1, n)
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -263,10 +262,19 @@ def _likeliest(
     return torch.cat(tokens), torch.cat(log_probs)
 
 
-def _divergence(wanted: Tensor, found: Tensor) -> Tensor:
-    """Sum the divergence over rows `[n, k]` of log probabilities, all other tokens as one."""
-    p = wanted.exp()
-    rest, of_model = (1 - logs.exp().sum(dim=-1) for logs in (wanted, found))
-    rest = torch.where(rest > _REST, rest, 0)
-    beyond = torch.xlogy(rest, rest) - torch.xlogy(rest, of_model.clamp_min(_REST))
-    return (p * (wanted - found)).sum() + beyond.sum()
+def _divergence(model: nn.Module, ids: Tensor, here: Tensor, base: Likeliest) -> Tensor:
+    """Sum the divergence over the positions `here[B, T]` that count, in their order."""
+    head = LinearHead.of(model)
+    if head is not None:
+        with head.reading(here):
+            logits = model(input_ids=ids, use_cache=False).logits
+        if head.gives(logits):
+            base = Likeliest(*(part.to(head.hidden.device) for part in base))
+            softcap = head.softcap
+            return fused_linear_kl(
+                head.hidden, head.weight, base, bias=head.bias, softcap=softcap, reduction="sum"
+            )
+    with head_at(model, here):  # all logits would be the largest tensor of the step
+        found = model(input_ids=ids, use_cache=False).logits.float().log_softmax(dim=-1)
+    likely, wanted = (part.to(found.device) for part in base)
+    return likeliest_divergence(wanted, found.gather(1, likely.long())).sum()

@@ -1,0 +1,172 @@
+"""The divergence from the inputs of the head, and the heads that take the logits instead."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
+
+import grasp_kernels as gk
+from grasp_kernels.regularizer import head as heads
+from grasp_kernels.regularizer import kl
+from grasp_kernels.regularizer.head import LinearHead
+from tests.helpers.models import tiny_model, tiny_peft_model
+
+GEMMA = {"head_dim": 8, "final_logit_softcapping": 2.0}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The positions of each fused divergence."""
+    found: list[int] = []
+
+    def counted(hidden: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        found.append(len(hidden))
+        return gk.fused_linear_kl(hidden, *args, **options)
+
+    monkeypatch.setattr(kl, "fused_linear_kl", counted)
+    return found
+
+
+def regularizer(model: Any, kept: float = 0.7) -> gk.KLRegularizer:
+    torch.manual_seed(0)
+    documents = torch.randint(5, 32, (6, 8))
+    counted = torch.rand(6, 8) < kept
+    counted[0] = True
+    return gk.KLRegularizer.of(model, documents, counted, batch_size=4)
+
+
+def measured(model: Any, found: gk.KLRegularizer, step: int = 1) -> list[torch.Tensor]:
+    """The loss and the gradients of the adapter."""
+    learned = [p for p in model.parameters() if p.requires_grad]
+    loss = found.loss(model, step)
+    return [loss.detach(), *torch.autograd.grad(loss, learned)]
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [(LlamaConfig, {}), (LlamaConfig, {"tie_word_embeddings": True}), (Gemma2Config, GEMMA)],
+)
+def test_a_linear_head_gives_what_its_logits_give(
+    config: type, options: dict[str, Any], calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _peft(config, options)
+    monkeypatch.setattr(kl, "_LIKELY", 9)
+    found = regularizer(model)
+    fused = measured(model, found)
+    assert len(calls) == 1
+    assert calls[0] > 4
+    monkeypatch.setattr(LinearHead, "of", lambda model: None)
+    for ours, plain in zip(fused, measured(model, found), strict=True):
+        torch.testing.assert_close(ours, plain)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [(GraniteConfig, {"logits_scaling": 8.0}), (CohereConfig, {"logit_scale": 0.0625})],
+)
+def test_scales_behind_a_head_are_noticed(
+    config: type, options: dict[str, Any], calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _peft(config, options)
+    found = regularizer(model)
+    runs: list[int] = []
+    model.register_forward_hook(lambda *_: runs.append(1))
+    ours = measured(model, found)
+    measured(model, found)
+    assert calls == []
+    assert len(runs) == 3  # the first one looked, and took the logits then
+    monkeypatch.setattr(LinearHead, "of", lambda model: None)
+    assert all(map(torch.equal, ours, measured(model, found)))
+
+
+def test_a_draw_without_a_position_is_no_loss(calls: list[int]) -> None:
+    model = tiny_peft_model()
+    found = regularizer(model, kept=0.0)  # the first of six documents counts alone
+    losses = [found.loss(model, step) for step in range(40)]
+    assert any(loss == 0 for loss in losses)
+    assert all(loss.isfinite() for loss in losses)
+    next(loss for loss in losses if loss == 0).backward()
+    assert any(calls)
+
+
+def test_autocast_of_the_model_alone(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As accelerate has it: the forward is in bfloat16, and the loss outside of autocast."""
+    model = tiny_peft_model()
+    plain = model.forward
+
+    def forward(*args: Any, **options: Any) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return plain(*args, **options)
+
+    monkeypatch.setattr(model, "forward", forward)
+    found = regularizer(model)
+    fused = measured(model, found)
+    assert len(calls) == 1
+    monkeypatch.setattr(LinearHead, "of", lambda model: None)
+    for ours, logits in zip(fused, measured(model, found), strict=True):
+        torch.testing.assert_close(ours, logits, rtol=0.05, atol=0.05 * float(logits.abs().max()))
+
+
+def _peft(config: type, options: dict[str, Any]) -> PeftModel:
+    return tiny_peft_model(("q_proj", "down_proj"), config_class=_with(config, options))
+
+
+def _with(config: type, options: dict[str, Any]) -> Any:
+    return lambda **sizes: config(**sizes, **options)
+
+
+def _hooked(model: PeftModel) -> None:
+    model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+def _replaced(model: PeftModel) -> None:
+    head = model.get_output_embeddings()
+    stock = head.forward
+    head.forward = lambda x: stock(x) * 2
+
+
+def _adapted(model: PeftModel) -> PeftModel:
+    config = LoraConfig(r=2, target_modules=["lm_head"])
+    return get_peft_model(model.get_base_model(), config)
+
+
+def _saved(model: PeftModel) -> PeftModel:
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    return get_peft_model(tiny_model(), config)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_hooked, _replaced, _adapted, _saved, lambda model: torch.compile(model, backend="eager")],
+)
+def test_heads_that_are_more_than_a_weight(change: Callable[[PeftModel], Any]) -> None:
+    model = tiny_peft_model()
+    assert isinstance(LinearHead.of(model), LinearHead)
+    changed = change(model)
+    assert LinearHead.of(model if changed is None else changed) is None
+
+
+def test_a_head_is_forgotten_with_its_model() -> None:
+    model = tiny_peft_model()
+    before = len(heads._known)
+    regularizer(model).loss(model, 0)
+    assert len(heads._known) == before + 1
+    del model
+    assert len(heads._known) == before
+
+
+def test_wrapped_models() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    model = tiny_peft_model()
+    head = LinearHead.of(Wrapper(model))
+    assert head is not None
+    assert head.weight is model.get_output_embeddings().weight
