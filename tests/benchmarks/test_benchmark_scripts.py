@@ -27,7 +27,7 @@ def test_calls_are_timed_in_every_way() -> None:
     assert "| layer |" in script.report(found)
 
 
-@pytest.mark.parametrize("name", ["calls", "kept", "price"])
+@pytest.mark.parametrize("name", ["calls", "kept", "linear_kl", "price"])
 def test_the_page_shows_the_rows(name: str) -> None:
     script = load_script(name)
     rows = [json.loads(line) for line in script.ROWS.read_text(encoding="utf-8").splitlines()]
@@ -45,6 +45,19 @@ def test_kept_bytes_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row["layers"] for row in found] == ["peft", "grasp"] * 4
     assert all(ours < theirs for theirs, ours in zip(sizes[::2], sizes[1::2], strict=True))
     assert script.report(found).count("\n") == 5
+
+
+def test_the_divergence_is_measured_in_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = load_script("linear_kl")
+    monkeypatch.setattr(script, "CASES", {"tiny": (512, 4096, 32)})
+    found = list(script.rows("cpu", rounds=1))
+    assert [row["way"] for row in found] == list(script.ways("cpu"))
+    assert all(row["seconds"] > 0 for row in found)
+    plain, fused = (row["bytes"] for row in found)
+    assert fused < plain
+    hidden, base, weight = torch.randn(5, 8), torch.randn(5, 8), torch.randn(9, 8)
+    losses = [loss(hidden, weight, base) for loss in script.ways("cpu").values()]
+    torch.testing.assert_close(*losses)
 
 
 def test_the_ways_of_a_call_give_the_same() -> None:
