@@ -1,7 +1,8 @@
 """The processes of one run, which `torchrun` or `accelerate launch` has started.
 
-Each has the whole model and a part of every batch. The first process writes all files; the others
-wait for it, and then read what it wrote.
+Each has a part of every batch, and the whole model; if the launcher asks for FSDP2, a part of every
+weight of the base model. The first process writes all files; the others wait for it, and then read
+what it wrote.
 """
 
 import os
@@ -12,9 +13,21 @@ from typing import Any, TypeVar
 
 _Found = TypeVar("_Found")
 _SET_BY_LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_ADDR")
-# Environment variables of `accelerate launch` with ways to split a model.
-_SPLIT = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
+# Variables of `accelerate launch`: what a run does, and what it refuses, with the remedy.
+_FSDP = "ACCELERATE_USE_FSDP"
+_INSTEAD = "use --multi_gpu, or FSDP with fsdp_version: 2 for a model that one GPU cannot hold"
+_REFUSED = {
+    "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", _INSTEAD),
+    "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", _INSTEAD),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("a parallelism_config", _INSTEAD),
+    "FSDP_OFFLOAD_PARAMS": ("fsdp_offload_params", "leave it out, or use more processes"),
+    "FSDP_ACTIVATION_CHECKPOINTING": (
+        "fsdp_activation_checkpointing",
+        "leave it out, and give the run the option gradient_checkpointing",
+    ),
+}
 _LONGEST = timedelta(days=1)  # the first process may write a report for as long
+_is_split = False
 
 
 def count() -> int:
@@ -35,22 +48,43 @@ def local_index() -> int:
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Connect the processes of this run inside the context.
+    """Connect the processes of this run inside the context, and split its models if asked to.
 
     Raises:
-        ValueError: the launcher is told to split the model over processes.
+        ValueError: the launcher is told to split the model in a way that a run does not know.
     """
+    for name, (what, remedy) in _REFUSED.items():
+        if _is_on(name):
+            raise ValueError(f"The launcher is told to use {what}, which a run does not: {remedy}.")
+    global _is_split
+    split = _is_on(_FSDP)
+    if split and (version := os.environ.get("FSDP_VERSION", "1")) != "2":
+        raise ValueError(
+            f"The launcher is told to use FSDP with fsdp_version: {version}, which a run does not: "
+            "set fsdp_version: 2 in its configuration."
+        )
     if count() > 1:
-        if asked := [name for name in _SPLIT if os.environ.get(name, "").lower() == "true"]:
-            raise ValueError(
-                f"The launcher is told to split the model ({asked[0]}), but a run keeps a whole "
-                "model in each process: launch it with --multi_gpu, or train with GraspTrainer."
-            )
         import torch
         from accelerate import PartialState
 
         PartialState(cpu=not torch.cuda.is_available(), timeout=_LONGEST)
-    yield
+    _is_split = split and count() > 1
+    try:
+        # Models are split when they are loaded; Trainer would split them again.
+        os.environ |= {_FSDP: "false"} if split else {}
+        yield
+    finally:
+        os.environ |= {_FSDP: "true"} if split else {}
+        _is_split = False
+
+
+def _is_on(name: str) -> bool:
+    return os.environ.get(name, "").lower() == "true"
+
+
+def is_split() -> bool:
+    """Say whether each process has a part of a model, so that all of them run it together."""
+    return _is_split
 
 
 def from_first(make: Callable[[], _Found]) -> _Found:
@@ -81,6 +115,11 @@ def together(own: dict[int, _Found]) -> dict[int, _Found]:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def is_ours(number: int) -> bool:
-    """Say whether this process makes the part of a number."""
-    return number % count() == index()
+def shares(total: int) -> list[int]:
+    """Return the numbers of the parts that this process makes, out of `total`.
+
+    They are equally many in each process, since a model that is split runs in all at once. So the
+    last parts may be made twice.
+    """
+    rounds = -(-total // count())
+    return [(i * count() + index()) % total for i in range(rounds)]

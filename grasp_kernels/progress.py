@@ -11,9 +11,11 @@ _LINE = "{desc}: {n_fmt}/{total_fmt} {unit}s, {elapsed} so far, about {remaining
 
 
 def bar(*args: Any, **options: Any) -> Any:
-    """Make a bar of tqdm; in a log it writes a line every half minute, and nothing before that."""
+    """Make a bar of tqdm in the first process; in a log it writes a line every half minute."""
     from tqdm.auto import tqdm
 
+    if processes.index() > 0:
+        options["disable"] = True
     if sys.stderr.isatty() or tqdm.__module__.endswith("notebook"):
         return tqdm(*args, **options)
     settings = {"mininterval": _SECONDS, "maxinterval": _SECONDS, "delay": _SECONDS}

@@ -57,7 +57,7 @@ def ends(scores: Tensor, tokenizer: Tokenizer, count: int) -> dict[str, Any]:
     }
 
 
-@torch.inference_mode()
+@torch.no_grad()  # FSDP2 cannot gather weights again that it gathered in inference_mode
 def mean_loss(
     model: nn.Module, examples: Sequence[Example], *, batch_size: int, pad_token_id: int
 ) -> float:

@@ -18,6 +18,7 @@ from grasp_kernels import processes
 from grasp_kernels.cpu import in_fast_dtype
 from grasp_kernels.files import read_json
 from grasp_kernels.inert import listed, reason
+from grasp_kernels.models.sharding import here, split_loading
 from grasp_kernels.models.tensors import INDEX, WEIGHTS, Stored, read_folder
 
 if TYPE_CHECKING:
@@ -112,7 +113,8 @@ def load_model(
     """Load the frozen model in evaluation mode, with every weight of its files.
 
     Args:
-        where: the device; `device()` if None.
+        where: the device, and a whole model; `device()` if None, and in a run that splits models
+            a part of every weight.
 
     Raises:
         FileNotFoundError: a shard is missing.
@@ -128,6 +130,8 @@ def load_model(
             "model again with save_pretrained."
         )
     stored = read_folder(checkpoint)
+    split = where is None and processes.is_split()
+    parts = split_loading(config) if split else {}
     with reading("model", checkpoint):
         model, told = AutoModelForCausalLM.from_pretrained(
             checkpoint,
@@ -137,13 +141,16 @@ def load_model(
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # reported, and refused below
             output_loading_info=True,
+            **parts,
         )
     _refuse_other_weights(checkpoint, told)
     if getattr(config, "quantization_config", None) is None:
         _refuse_integers(checkpoint, stored, {name for name, _ in model.named_parameters()})
-    model = model.to(where or device()).eval()
+    model = (model if split else model.to(where or device())).eval()
     for name, weight in model.named_parameters():
-        if weight.dtype in _CHECKED and not torch.stack(weight.aminmax()).isfinite().all():
+        part = here(weight)
+        checked = part.numel() > 0 and part.dtype in _CHECKED
+        if checked and not torch.stack(part.aminmax()).isfinite().all():
             raise ValueError(
                 f"The weight {name} of {checkpoint} is not finite in {weight.dtype}: {_RESTORE}, "
                 "or use another dtype."

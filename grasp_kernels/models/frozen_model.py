@@ -126,11 +126,9 @@ def generate_answers(
     seeds = [0] * len(starts)
     if generator is not None:
         seeds = torch.randint(2**62, (len(starts),), generator=generator).tolist()
-    hidden = progress is None or (is_shared and processes.index() > 0)
-    for number, start in enumerate(bar(starts, desc=progress, unit="batch", disable=hidden)):
-        if is_shared and not processes.is_ours(number):
-            continue
-        batch = order[start : start + batch_size]
+    numbers = processes.shares(len(starts)) if is_shared else range(len(starts))
+    for number in bar(numbers, desc=progress, unit="batch", disable=progress is None):
+        batch = order[starts[number] : starts[number] + batch_size]
         drawn = [] if generator is None else [_Sampled(seeds[number])]
         input_ids, attention_mask = pad(base, [prompts[i] for i in batch], "left")
         output = base.generate(

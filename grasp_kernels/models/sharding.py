@@ -5,12 +5,17 @@ others. FSDP and ZeRO-3 of DeepSpeed keep a flat slice of a weight, perhaps empt
 own contexts. Inside the forward of a unit wrapped by FSDP, every weight is a whole tensor.
 """
 
+import gc
+import re
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from grasp_kernels import processes
 
 
 def is_sharded(weight: Tensor) -> bool:
@@ -49,6 +54,11 @@ def refuse_away(name: str, matrix: Tensor) -> None:
         "LoRA layers (as fsdp_version 2 does), and read weights within "
         "FullyShardedDataParallel.summon_full_params."
     )
+
+
+def here(weight: Tensor) -> Tensor:
+    """Return the part of a weight that this process has, perhaps an empty one."""
+    return weight.to_local() if is_sharded(weight) else weight  # type: ignore[attr-defined]
 
 
 def whole(weight: Tensor) -> Tensor:
@@ -104,3 +114,49 @@ def gathered(model: nn.Module) -> AbstractContextManager[Any]:
     ):
         return nullcontext()
     return module.FullyShardedDataParallel.summon_full_params(model, writeback=False)
+
+
+def split_loading(config: Any) -> dict[str, Any]:
+    """Return the options with which `from_pretrained` reads a part of every weight (FSDP2).
+
+    Each decoder block is gathered by itself; transformers knows their names in most architectures.
+
+    Raises:
+        ValueError: a quantised model, or a transformers that cannot.
+    """
+    import transformers
+
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            "The weights of the model are quantised, and a run splits whole ones alone: give the "
+            "checkpoint in 16 or 32 bits, or launch the run with --multi_gpu."
+        )
+    if not hasattr(transformers.PreTrainedModel, "is_distributed_loading_by_transformers"):
+        raise ValueError(
+            f"transformers {transformers.__version__} cannot load a model in parts: update it, or "
+            "launch the run with --multi_gpu."
+        )
+    from transformers.distributed import DistributedConfig
+
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    plan = {
+        re.sub(r"\.\d+(?=\.|$)", ".*", name): "free_full_weight"
+        for name, module in model.named_modules()
+        if type(module).__name__ in (model._no_split_modules or ())
+    }
+    gc.collect()  # the modules of the last model refer to each other
+    return {"distributed_config": DistributedConfig(fsdp_size=processes.count(), fsdp_plan=plan)}
+
+
+def leave_to_ddp(model: Any) -> None:
+    """Let Trainer train the adapter of a split base as that of a whole one: with DDP.
+
+    Each process has the whole adapter. By itself Trainer refuses to save its optimizer, and peft
+    gathers the base in each process that saves the adapter.
+    """
+    base = model.get_base_model()
+    base._is_distributed_loading_by_transformers, base._tp_size = False, None
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        model, [name for name, weight in model.named_parameters() if is_sharded(weight)]
+    )

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from grasp_kernels import leakage
+from grasp_kernels import leakage, processes
 from grasp_kernels.data import Record, encode, split_first_answer
 from grasp_kernels.diagnosis import Pair, adapter_numbers, base_answers, spread
 from grasp_kernels.diagnosis.effect import mean_loss
@@ -90,12 +90,16 @@ def write_report(
     """
     from grasp_kernels.pipeline.report_text import report_text
 
-    numbers = _numbers(config, folder, inputs, subspace)
+    numbers = _numbers(config, folder, inputs, subspace)  # in all processes, for a split model
     text, drawn = report_text(numbers), training_chart(numbers["adapters"])
-    write_text(folder.training_chart, drawn)
-    write_text(folder.report_text, text)
-    write_text(folder.report_page, page(text, {folder.training_chart.name: drawn}))
-    write_json(folder.report, numbers)
+
+    def write() -> None:
+        write_text(folder.training_chart, drawn)
+        write_text(folder.report_text, text)
+        write_text(folder.report_page, page(text, {folder.training_chart.name: drawn}))
+        write_json(folder.report, numbers)
+
+    processes.from_first(write)
 
 
 def _numbers(

@@ -10,8 +10,8 @@
 On request the retraining also projects its gradient off a subspace that is identified in early
 naive adapters.
 
-Under `torchrun` or `accelerate launch` all processes make the chats and train, and the first does
-the rest and writes all files (`grasp_kernels.processes`).
+Under `torchrun` or `accelerate launch` all processes do all stages together, except for the
+subspace, and the first writes all files (`grasp_kernels.processes`).
 
 Each stage leaves one artefact in the output folder (folder.py). A stage is not done again if its
 artefact is there. Every stage starts from files alone, so a run that was stopped between two stages
@@ -90,23 +90,30 @@ def _is_finished(folder: RunFolder, config: RunConfig, fingerprints: dict[str, s
 def _claimed(
     config: RunConfig, checkpoint: Path, folder: RunFolder, fingerprints: dict[str, str]
 ) -> Iterator[Inputs]:
-    """Check all inputs and lock the folder; the first process does so before the others begin."""
+    """Check all inputs, and lock the folder in the first process.
+
+    The others wait for its check, which would say the same, unless they load a split model with it.
+    """
     from grasp_kernels.pipeline.training import check_trainer
 
+    is_first = processes.index() == 0
     with ExitStack() as stack:
-        if processes.index() > 0:
+        begun = folder.config.exists()
+        if is_first and begun:  # another run may work in the folder
+            stack.enter_context(folder.lock())
+        day = processes.from_first(lambda: folder.day)
+        waits = not (is_first or processes.is_split())
+        if waits:
             processes.wait()
-            yield prepare(config, checkpoint, folder.day)
-            return
-        if begun := folder.config.exists():  # another run may work in the folder
-            stack.enter_context(folder.lock())
-        inputs = prepare(config, checkpoint, folder.day)
-        check_trainer(config, inputs.steps)
-        if not begun:
-            stack.enter_context(folder.lock())
-            folder.check(config, fingerprints)  # another run may have begun meanwhile
-        folder.claim(config, fingerprints)
-        processes.wait()
+        inputs = prepare(config, checkpoint, day)
+        if not waits:
+            processes.wait()
+        if is_first:
+            check_trainer(config, inputs.steps)
+            if not begun:
+                stack.enter_context(folder.lock())
+                folder.check(config, fingerprints)  # another run may have begun meanwhile
+            folder.claim(config, fingerprints)
         yield inputs
 
 
@@ -130,13 +137,7 @@ def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
     subspace = find_subspace(config, folder, inputs) if config.project_gradient else None
     train_into(folder.retrained, subspace=subspace, kl_regularizer=kl_regularizer)
     raise_if_interrupted()
-    processes.from_first(lambda: _finish(config, folder, inputs, subspace))
-
-
-def _finish(
-    config: RunConfig, folder: RunFolder, inputs: Inputs, subspace: Subspace | None
-) -> None:
-    shutil.rmtree(folder.work, ignore_errors=True)
+    processes.from_first(lambda: shutil.rmtree(folder.work, ignore_errors=True))
     write_report(config, folder, inputs, subspace)
 
 

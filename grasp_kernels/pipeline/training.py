@@ -30,6 +30,7 @@ from grasp_kernels.data import collate
 from grasp_kernels.files import room_for, whole_folder, write_json
 from grasp_kernels.inert import reason
 from grasp_kernels.models.checkpoint import load_model
+from grasp_kernels.models.sharding import leave_to_ddp
 from grasp_kernels.pipeline.config import RunConfig
 from grasp_kernels.pipeline.folder import LOG_NAME
 from grasp_kernels.pipeline.inputs import Inputs, attach_lora, warmup_steps
@@ -156,8 +157,9 @@ def train(
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     last_step = last_step or inputs.steps
-    hidden = processes.index() > 0
-    with bar(total=last_step, desc=description, unit="step", disable=hidden) as shown:
+    if processes.is_split():
+        leave_to_ddp(model)
+    with bar(total=last_step, desc=description, unit="step") as shown:
         options: dict[str, Any] = {
             "model": model,
             "args": training_arguments(config, inputs.steps, work),

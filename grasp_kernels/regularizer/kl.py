@@ -248,10 +248,9 @@ def _likeliest(
     """Return the likeliest tokens `[n, k]` and their log probabilities at counted positions."""
     device = base.get_input_embeddings().weight.device
     found_at: dict[int, tuple[Tensor, Tensor]] = {}
-    batches = zip(documents.split(_BATCH), counted.split(_BATCH), strict=True)
-    for number, (ids, here) in enumerate(batches):
-        if is_shared and not processes.is_ours(number):
-            continue
+    batches = list(zip(documents.split(_BATCH), counted.split(_BATCH), strict=True))
+    for number in processes.shares(len(batches)) if is_shared else range(len(batches)):
+        ids, here = batches[number]
         with head_at(base, here):
             logits = base(input_ids=ids.to(device), use_cache=False).logits
         found = logits.float().log_softmax(dim=-1)  # [n, V]

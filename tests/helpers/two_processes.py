@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import accelerate.utils.fsdp_utils
 import torch
@@ -23,11 +24,15 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
 import grasp_kernels as gk
+from grasp_kernels import processes
+from grasp_kernels.models import sharding
 from grasp_kernels.models.architectures import model_gains, model_sites
-from tests.helpers.models import tiny_peft_model
-from tests.helpers.oracle import orthonormal
+from grasp_kernels.models.checkpoint import load_model
+from tests.helpers.models import tiny_model, tiny_peft_model
+from tests.helpers.oracle import orthonormal, relative_error
 
 STEPS = 6
 TIMEOUT = 300.0  # seconds for all scenarios together; half a minute is normal
@@ -323,6 +328,37 @@ def _fsdp1(ids: Tensor, folder: Path) -> Any:
     return {**result, "refused": refused}
 
 
+def _split_loading(ids: Tensor, folder: Path) -> Any:
+    """What `run` loads where the launcher asks for FSDP2, next to the whole model."""
+    from torch.distributed.fsdp import FSDPModule
+    from transformers import GPT2Config, LlamaConfig
+
+    asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    own = ids[0] if dist.get_rank() == 0 else ids[0, :1, :5]
+    found: dict[str, Any] = {}
+    with patch.dict(os.environ, asked), torch.no_grad():
+        for kind in (LlamaConfig, GPT2Config):
+            place = folder / kind.model_type
+            if dist.get_rank() == 0:
+                tiny_model(kind, tie_word_embeddings=True).save_pretrained(place)
+            dist.barrier()
+            whole = load_model(place, where=torch.device("cpu"))
+            with processes.joined():
+                parts = load_model(place)
+            here = sum(sharding.here(p).numel() for p in parts.parameters())
+            size = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+            size["max_new_tokens"] = 3 + 4 * dist.get_rank()
+            answers, expected = (m.generate(own, **size) for m in (parts, whole))
+            blocks = [type(m).__name__ for m in parts.modules() if isinstance(m, FSDPModule)]
+            found[kind.model_type] = {
+                "error": relative_error(parts(input_ids=own).logits, whole(input_ids=own).logits),
+                "same answers": torch.equal(answers, expected),
+                "part": here / whole.num_parameters(),
+                "blocks": sum(name.endswith(("DecoderLayer", "GPT2Block")) for name in blocks),
+            }
+    return {"losses": [0.0], "found": found}
+
+
 def _refused(call: Callable[[], Any]) -> str:
     try:
         call()
@@ -349,6 +385,9 @@ SCENARIOS: dict[str, Callable[[Tensor, Path], Any]] = {
     "fsdp2_afterwards": _fsdp2_afterwards,
     "fsdp2_leaves": partial(_fsdp2, shard=_shard_leaves),
     "fsdp1": _fsdp1,
+    "split_loading": _split_loading,
 }
 if not hasattr(accelerate.utils.fsdp_utils, "fsdp2_prepare_model"):  # before accelerate 1.6
     del SCENARIOS["fsdp2_accelerate"]
+if not hasattr(PreTrainedModel, "is_distributed_loading_by_transformers"):  # an older transformers
+    del SCENARIOS["split_loading"]

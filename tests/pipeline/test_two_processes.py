@@ -1,5 +1,5 @@
-"""A run of two processes, as a launcher starts them: the files and, up to rounding, the adapters of
-one process with batches twice as large."""
+"""A run of two processes, as a launcher starts them: the files and, up to rounding, the adapters
+and the report of one process with batches twice as large."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from grasp_kernels import RunConfig, processes, run
+from grasp_kernels.models.sharding import split_loading
 from tests.helpers.oracle import relative_error
 from tests.helpers.runs import small_run
 
@@ -28,18 +30,31 @@ pytestmark = pytest.mark.slow
 SECONDS = 300
 
 
-def launched(config: RunConfig, count: int = 2, **variables: str) -> subprocess.Popen[str]:
-    """Start the command in processes of torchrun."""
+FSDP2 = {"distributed_type": "FSDP", "num_processes": 2, "fsdp_config": {"fsdp_version": 2}}
+needs_loading_in_parts = pytest.mark.skipif(
+    not hasattr(PreTrainedModel, "is_distributed_loading_by_transformers"),
+    reason="this transformers loads whole models",
+)
+
+
+def launched(
+    config: RunConfig, launcher: dict[str, Any] | None = None, **variables: str
+) -> subprocess.Popen[str]:
+    """Start the command in two processes of torchrun, or of accelerate with its configuration."""
     options = {name: value for name, value in asdict(config).items() if value is not None}
     options = {**options, "target_modules": list(config.target_modules)}
     options |= options.pop("training_arguments")
     file = Path(config.output).with_suffix(".yaml")  # torchrun takes --r for an option of its own
     file.write_text(yaml.safe_dump(options), encoding="utf-8")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, f"--nproc-per-node={count}", "-m", "grasp_kernels", "run"]
-    command += ["--config", str(file)]
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    if launcher is not None:
+        asked = file.with_suffix(".accelerate.yaml")
+        asked.write_text(yaml.safe_dump(launcher), encoding="utf-8")
+        command = ["accelerate.commands.launch", "--config_file", str(asked)]
+        command += ["--main_process_port", "0"]
+    command += ["-m", "grasp_kernels", "run", "--config", str(file)]
     return subprocess.Popen(
-        command,
+        [sys.executable, "-m", *command],
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -50,6 +65,17 @@ def launched(config: RunConfig, count: int = 2, **variables: str) -> subprocess.
 def finish(started: subprocess.Popen[str]) -> tuple[int, str, str]:
     out, err = started.communicate(timeout=SECONDS)
     return started.returncode, out, err
+
+
+def kill_in_retraining(started: subprocess.Popen[str], config: RunConfig) -> None:
+    end = time.monotonic() + SECONDS
+    while not list(Path(config.output).glob("work/retrained/checkpoint-3/trainer_state.json")):
+        assert time.monotonic() < end
+        assert started.poll() is None, started.communicate()
+        time.sleep(0.02)
+    for process in psutil.Process(started.pid).children(recursive=True):
+        process.kill()
+    started.communicate()
 
 
 def adapter(folder: str | Path, name: str) -> dict[str, Tensor]:
@@ -66,22 +92,22 @@ def config(tiny_model_dir: Path, chat_jsonl: Path, tmp_path_factory: pytest.Temp
         made,
         lora_dropout=0.0,
         learning_rate=1.0,
-        eval_split=0.0,
+        eval_split=1 / 3,
         per_device_train_batch_size=8,
         training_arguments=optimizer,
     )
 
 
-@pytest.fixture(scope="module")
-def two(config: RunConfig) -> RunConfig:
-    """The folder of a run of two processes."""
+@pytest.fixture(scope="module", params=[None, pytest.param(FSDP2, marks=needs_loading_in_parts)])
+def two(config: RunConfig, request: pytest.FixtureRequest) -> RunConfig:
+    """The folder of a run of two processes: DDP by torchrun, FSDP2 by accelerate."""
     half = config.per_device_train_batch_size // 2
     both = replace(
         config,
-        output=str(Path(config.output).parent / "two"),
+        output=str(Path(config.output).parent / ("two" if request.param is None else "split")),
         per_device_train_batch_size=half,
     )
-    status, out, err = finish(launched(both))
+    status, out, err = finish(launched(both, request.param))
     assert status == 0, err
     assert out.count("Report:") == 1  # the first process speaks for all
     return both
@@ -102,8 +128,14 @@ def test_two_processes_make_what_one_makes(config: RunConfig, two: RunConfig) ->
         assert ours.keys() == theirs.keys()
         error = max(relative_error(ours[key], theirs[key]) for key in theirs)
         assert error < 1e-3, name
-        curves = [report["adapters"][name]["curve"] for report in (numbers, alone.numbers)]
-        assert curves[0]["loss"] == pytest.approx(curves[1]["loss"], rel=1e-4)
+        told, expected = (report["adapters"][name] for report in (numbers, alone.numbers))
+        assert told["curve"]["loss"] == pytest.approx(expected["curve"]["loss"], rel=1e-4)
+        assert told["held_out_loss"] == pytest.approx(expected["held_out_loss"], rel=1e-4)
+        assert told["effect"]["divergence"] == pytest.approx(
+            expected["effect"]["divergence"], rel=1e-2
+        )
+        answers = [[a["adapter"] for a in t["answers"]["unrelated"]] for t in (told, expected)]
+        assert answers[0] == answers[1]
     found, meant = (
         load_file(Path(made.output) / "subspace.safetensors")["basis"] for made in (two, config)
     )
@@ -132,15 +164,7 @@ def test_a_training_goes_on_with_as_many_processes(config: RunConfig, tmp_path: 
     )
     whole = replace(both, output=str(tmp_path / "whole"))
     assert finish(launched(whole))[0] == 0
-    started = launched(both)
-    end = time.monotonic() + SECONDS
-    while not list(Path(both.output).glob("work/retrained/checkpoint-3/trainer_state.json")):
-        assert time.monotonic() < end
-        assert started.poll() is None, started.communicate()
-        time.sleep(0.02)
-    for process in psutil.Process(started.pid).children(recursive=True):
-        process.kill()
-    started.communicate()
+    kill_in_retraining(launched(both), both)
     with pytest.raises(ValueError, match="were begun by 2 processes, not by 1"):
         run(both)
     status, _, err = finish(launched(both))
@@ -148,6 +172,21 @@ def test_a_training_goes_on_with_as_many_processes(config: RunConfig, tmp_path: 
     for name in ("naive", "retrained"):
         ours, theirs = adapter(both.output, name), adapter(whole.output, name)
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@needs_loading_in_parts
+def test_the_training_of_a_split_model_goes_on(config: RunConfig, tmp_path: Path) -> None:
+    """Killed in the retraining: it ends as one process does."""
+    both = replace(
+        config, output=str(tmp_path / "out"), per_device_train_batch_size=4, save_steps=3
+    )
+    kill_in_retraining(launched(both, FSDP2), both)
+    status, _, err = finish(launched(both, FSDP2))
+    assert status == 0, err
+    run(config)
+    for name in ("naive", "retrained"):
+        ours, theirs = adapter(both.output, name), adapter(config.output, name)
+        assert max(relative_error(ours[key], theirs[key]) for key in theirs) < 1e-3, name
 
 
 def test_wrong_input_ends_all_processes(config: RunConfig, tmp_path: Path) -> None:
@@ -159,12 +198,31 @@ def test_wrong_input_ends_all_processes(config: RunConfig, tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
-def test_a_split_model_is_refused(config: RunConfig, tmp_path: Path) -> None:
-    status, _, err = finish(
-        launched(replace(config, output=str(tmp_path / "out")), ACCELERATE_USE_FSDP="true")
-    )
-    assert status != 0
-    assert "a run keeps a whole model in each process" in err
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version: 1, .* set fsdp_version: 2"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed, .* use --multi_gpu, or FSDP"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "a parallelism_config, .* --multi_gpu"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params, .* leave it out"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "the option gradient_checkpointing"),
+    ],
+)
+def test_other_ways_to_split_a_model_are_refused(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, asked: dict[str, str], sentence: str
+) -> None:
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=sentence):
+        run(replace(config, output=f"{config.output}-refused"))
+    assert not Path(f"{config.output}-refused").exists()
+
+
+@needs_loading_in_parts
+def test_quantised_weights_are_not_split() -> None:
+    config = PreTrainedConfig(quantization_config={"quant_method": "bitsandbytes"})
+    with pytest.raises(ValueError, match=r"are quantised, .* --multi_gpu"):
+        split_loading(config)
 
 
 def test_variables_of_other_launchers_mean_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,3 +232,15 @@ def test_variables_of_other_launchers_mean_nothing(monkeypatch: pytest.MonkeyPat
     assert (processes.count(), processes.index(), processes.local_index()) == (1, 0, 0)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     assert (processes.count(), processes.index()) == (8, 3)
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 4, 7])
+def test_processes_make_equally_many_parts(monkeypatch: pytest.MonkeyPatch, total: int) -> None:
+    made = []
+    for name, value in (("WORLD_SIZE", "3"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+    for index in range(3):
+        monkeypatch.setenv("RANK", str(index))
+        made.append(processes.shares(total))
+    assert {part for parts in made for part in parts} == set(range(total))
+    assert len(set(map(len, made))) == 1

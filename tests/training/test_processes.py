@@ -55,7 +55,7 @@ def alone() -> tuple[list[float], dict[str, torch.Tensor]]:
 
 
 AS_RUN = sorted(name for name in SCENARIOS if name.endswith("_as_run"))
-EXACT = sorted(set(SCENARIOS) - {"fsdp2_leaves", *AS_RUN})
+EXACT = sorted(set(SCENARIOS) - {"fsdp2_leaves", "split_loading", *AS_RUN})
 
 
 def result(folder: Path, name: str) -> dict[str, Any]:
@@ -119,6 +119,16 @@ def test_two_processes_retrain_as_run_does(spread: Path, name: str) -> None:
     for key, value in model.state_dict().items():
         if ".lora_A." in key:
             assert torch.equal(saved[key.replace(".default", "")], value), key
+
+
+@pytest.mark.skipif("split_loading" not in SCENARIOS, reason="this transformers loads whole models")
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_model_loaded_in_parts_is_the_whole_one(spread: Path, kind: str) -> None:
+    found = result(spread, "split_loading")["found"][kind]
+    assert found["error"] <= 1e-6
+    assert found["same answers"]  # of other lengths in each process
+    assert found["part"] < 0.6
+    assert found["blocks"] == 3  # gathered one by one
 
 
 def test_layers_that_are_units_of_their_own_stay_with_peft(spread: Path) -> None:
