@@ -18,7 +18,7 @@ from grasp_kernels import processes
 from grasp_kernels.cpu import in_fast_dtype
 from grasp_kernels.files import read_json
 from grasp_kernels.inert import listed, reason
-from grasp_kernels.models.sharding import here, split_loading
+from grasp_kernels.models.sharding import local_part, split_loading
 from grasp_kernels.models.tensors import INDEX, WEIGHTS, Stored, read_folder
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def load_model(
         _refuse_integers(checkpoint, stored, {name for name, _ in model.named_parameters()})
     model = (model if split else model.to(where or device())).eval()
     for name, weight in model.named_parameters():
-        part = here(weight)
+        part = local_part(weight)
         checked = part.numel() > 0 and part.dtype in _CHECKED
         if checked and not torch.stack(part.aminmax()).isfinite().all():
             raise ValueError(

@@ -56,7 +56,7 @@ def refuse_away(name: str, matrix: Tensor) -> None:
     )
 
 
-def here(weight: Tensor) -> Tensor:
+def local_part(weight: Tensor) -> Tensor:
     """Return the part of a weight that this process has, perhaps an empty one."""
     return weight.to_local() if is_sharded(weight) else weight  # type: ignore[attr-defined]
 

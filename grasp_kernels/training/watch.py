@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from grasp_kernels.inert import listed
 from grasp_kernels.layers.closure import leakage
 from grasp_kernels.models.architectures import SiteRules
-from grasp_kernels.models.sharding import here
+from grasp_kernels.models.sharding import local_part
 from grasp_kernels.subspace import Subspace, check_subspace
 
 _KEY = "leakage"
@@ -104,5 +104,5 @@ class Watch(TrainerCallback):
 
 def _largest_gradient(model: nn.Module) -> float:
     """Return the largest element of all gradients, nan if one is; waits for the device once."""
-    gradients = [here(p.grad) for p in model.parameters() if p.grad is not None]
+    gradients = [local_part(p.grad) for p in model.parameters() if p.grad is not None]
     return torch.nn.utils.get_total_norm(gradients, norm_type=math.inf).item()

@@ -345,7 +345,7 @@ def _split_loading(ids: Tensor, folder: Path) -> Any:
             whole = load_model(place, where=torch.device("cpu"))
             with processes.joined():
                 parts = load_model(place)
-            here = sum(sharding.here(p).numel() for p in parts.parameters())
+            here = sum(sharding.local_part(p).numel() for p in parts.parameters())
             size = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
             size["max_new_tokens"] = 3 + 4 * dist.get_rank()
             answers, expected = (m.generate(own, **size) for m in (parts, whole))

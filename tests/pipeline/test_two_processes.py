@@ -98,7 +98,11 @@ def config(tiny_model_dir: Path, chat_jsonl: Path, tmp_path_factory: pytest.Temp
     )
 
 
-@pytest.fixture(scope="module", params=[None, pytest.param(FSDP2, marks=needs_loading_in_parts)])
+@pytest.fixture(
+    scope="module",
+    params=[None, pytest.param(FSDP2, marks=needs_loading_in_parts)],
+    ids=["ddp", "fsdp2"],
+)
 def two(config: RunConfig, request: pytest.FixtureRequest) -> RunConfig:
     """The folder of a run of two processes: DDP by torchrun, FSDP2 by accelerate."""
     half = config.per_device_train_batch_size // 2
