@@ -25,43 +25,15 @@ _NAME = 64  # characters of the name, so that a long name with additions stays w
 
 @contextmanager
 def whole_file(path: str | PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path; after a successful block its file replaces `path`.
+    """Give a temporary path; after a successful block its file or folder replaces `path`.
 
-    Raises:
-        FileNotFoundError: the folder of `path` does not exist.
-        OSError: there is no room, or nothing can be written there.
-    """
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"The folder {str(target.parent)!r} does not exist; make it first.")
-    with _naming(target):
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    with _beside(target) as temporary:
-        yield temporary
-
-
-@contextmanager
-def whole_folder(path: str | PathLike[str]) -> Iterator[Path]:
-    """Give an empty folder; after a successful block it replaces `path`.
+    It is in a new folder next to `path` with an unguessable name. So no link lies there, and the
+    remains of a killed process are in nobody's way.
 
     Raises:
         OSError: there is no room, or nothing can be written there.
     """
     target = Path(path)
-    with _naming(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-    with _beside(target) as temporary:
-        temporary.mkdir()
-        yield temporary
-
-
-@contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """Give a path in a new folder next to `target`, with an unguessable name.
-
-    So no link lies there, and the remains of a killed process are in nobody's way.
-    """
     with _naming(target):
         folder = TemporaryDirectory(
             dir=target.parent,
@@ -75,6 +47,17 @@ def _beside(target: Path) -> Iterator[Path]:
         _settle(temporary)
         with _naming(target):
             os.replace(temporary, target)
+
+
+@contextmanager
+def whole_folder(path: str | PathLike[str]) -> Iterator[Path]:
+    """Give an empty folder; after a successful block it replaces `path`, as in `whole_file`."""
+    target = Path(path)
+    with _naming(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(target) as temporary:
+        temporary.mkdir()
+        yield temporary
 
 
 def left_behind(path: str | PathLike[str]) -> list[Path]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grasp_kernels.adapters.files import WEIGHTS
-from grasp_kernels.files import whole_folder
+from grasp_kernels.files import new_folder, whole_folder
 from grasp_kernels.inert import inert, listed, shown
 from grasp_kernels.models.architectures import SiteRules, site_rules
 from grasp_kernels.models.difference import compared, whole_model
@@ -79,8 +79,7 @@ def extract_adapter(
         ValueError: the models do not differ, or are not of one architecture; quantised or
             non-finite weights; a rank below 1; an adapter that is not merged.
     """
-    if Path(out).exists():
-        raise FileExistsError(f"{str(out)!r} already exists; choose a new folder for the adapter.")
+    target = new_folder(out)
     if rank < 1:
         raise ValueError(f"rank is {rank}; choose at least 1.")
     changed, original = whole_model(model, merged=True), whole_model(base, merged=False)
@@ -106,7 +105,7 @@ def extract_adapter(
             f"{_named(base)} (differences elsewhere: {listed(outside) or 'none'}); give the "
             "changed model, and as the base the model that it was made from."
         )
-    _write(Path(out), factors, rank, base)
+    _write(target, factors, rank, base)
     return Extraction(
         {name: part / whole for name, (part, whole) in kept.items()},
         sum(part for part, _ in kept.values()) / sum(whole for _, whole in kept.values()),

@@ -29,7 +29,7 @@ from grasp_kernels.adapters.files import (
     sort_keys,
 )
 from grasp_kernels.adapters.load import MOVED_BASE, adapter_parts
-from grasp_kernels.files import whole_file, whole_folder, write_json
+from grasp_kernels.files import new_folder, whole_file, whole_folder, write_json
 from grasp_kernels.inert import listed, shown
 from grasp_kernels.models.difference import whole_model
 from grasp_kernels.models.names import base_name
@@ -105,11 +105,7 @@ def fold_scaling(
         FileNotFoundError, ValueError: no adapter there, or one that cannot be used; a scaled weight
             beyond its dtype.
     """
-    source, target = Path(adapter_dir), Path(out)
-    if target.exists():
-        raise FileExistsError(
-            f"{str(target)!r} already exists; choose a new folder for the adapter."
-        )
+    source, target = Path(adapter_dir), new_folder(out)
     weights = find_weights(source, None)
     files = copied_files(weights.parent)
     with whole_folder(target) as folder:

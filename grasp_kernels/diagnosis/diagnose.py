@@ -27,7 +27,7 @@ from grasp_kernels.diagnosis.answers import (
 from grasp_kernels.diagnosis.effect import measure_effect
 from grasp_kernels.diagnosis.pair import Pair, open_pair
 from grasp_kernels.diagnosis.report import diagnosis_text
-from grasp_kernels.files import whole_folder, write_json, write_text
+from grasp_kernels.files import new_folder, whole_folder, write_json, write_text
 from grasp_kernels.models.checkpoint import find_checkpoint, load_tokenizer
 from grasp_kernels.pages.page import page
 from grasp_kernels.version import __version__
@@ -69,11 +69,8 @@ class Diagnosis:
         Raises:
             FileExistsError: the folder exists already.
         """
-        folder = Path(folder)
-        if folder.exists():
-            raise FileExistsError(f"{folder} already exists: choose a new folder.")
         text = f"{self.text()}\n"
-        with whole_folder(folder) as partial:
+        with whole_folder(new_folder(folder)) as partial:
             write_json(partial / "diagnosis.json", self.to_json())
             write_text(partial / "diagnosis.html", page(text))
             write_text(partial / "diagnosis.md", text)

@@ -25,7 +25,7 @@ from grasp_kernels.adapters.files import (
     sort_keys,
 )
 from grasp_kernels.adapters.load import adapter_parts
-from grasp_kernels.files import whole_folder
+from grasp_kernels.files import new_folder, whole_folder
 from grasp_kernels.inert import listed, shown
 from grasp_kernels.models.architectures import SiteRules, model_gains, site_rules
 from grasp_kernels.models.difference import compared, whole_model
@@ -310,11 +310,7 @@ def project_adapter(
     from safetensors.torch import save_file
 
     check_subspace(subspace)
-    source, target = Path(adapter_dir), Path(out)
-    if target.exists():
-        raise FileExistsError(
-            f"{str(target)!r} already exists; choose a new folder for the adapter."
-        )
+    source, target = Path(adapter_dir), new_folder(out)
     left = _leakage(source, subspace, None, sites).unseen  # checks the adapter, and that they fit
     weights = find_weights(source, None)
     copied = copied_files(weights.parent)

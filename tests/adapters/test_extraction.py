@@ -272,7 +272,7 @@ def test_an_unknown_architecture_needs_sites(merged: Any, tmp_path: Path) -> Non
 
 def test_files_that_are_there_are_kept(merged: Any, tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
-    with pytest.raises(FileExistsError, match="choose a new folder"):
+    with pytest.raises(FileExistsError, match="choose another path"):
         gk.extract_adapter(merged, tiny_model(Qwen2Config), tmp_path / "adapter")
     with pytest.raises(FileNotFoundError, match="There are no weights in"):
         gk.extract_adapter(tmp_path / "adapter", tiny_model(Qwen2Config), tmp_path / "new")
