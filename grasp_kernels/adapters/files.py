@@ -5,14 +5,17 @@ Shapes: `R` LoRA rank, `K` inputs and `N` outputs of a linear layer.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from grasp_kernels.files import inside, read_json
+from grasp_kernels.files import inside, new_folder, read_json, whole_folder
 from grasp_kernels.inert import listed, printable, shown
 from grasp_kernels.models.architectures import Site
 from grasp_kernels.models.names import base_name
@@ -28,6 +31,15 @@ _LORA_KEY = re.compile(
     r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.(?P<kind>weight|bias)$",
     re.DOTALL,  # a name may hold anything
 )
+_PARTS = ("A", "B", "bias")  # of a module
+_DORA = "which also rescales the weights; train with plain LoRA"
+# Parts of the keys of variants; a bias or a fully trained module is none.
+_REFUSED = {
+    "lora_embedding_": "LoRA on an embedding, which is not supported; train without embeddings in "
+    "target_modules",
+    "lora_magnitude_vector": f"a part of DoRA, {_DORA}",
+    ".lora_": "part of an unsupported variant of LoRA; train with plain LoRA",
+}
 _LARGEST_ALPHA = 1e9  # more overflows somewhere
 _PATTERN = re.compile(r"\^?[\w.]+")  # a module name, whole or the end of one
 
@@ -38,7 +50,8 @@ class LoRAWeights:
 
     `site` is the layer's place in the stream, None if it is not a writer. `gain[D]` is that of the
     norm between the site and the stream, None without a norm or if the gain is unknown. Only
-    `load_adapter` knows both. `bias[N]` is that of lora_B; the layer adds it whatever its input.
+    `load_adapter` knows both. `bias[N]` is that of lora_B; the layer adds it whatever its input,
+    and its key is then the third.
     """
 
     name: str
@@ -48,7 +61,7 @@ class LoRAWeights:
     scaling: float
     gain: Tensor | None = None
     bias: Tensor | None = None
-    keys: tuple[str, str] = ("lora_A", "lora_B")
+    keys: tuple[str, ...] = ("lora_A", "lora_B")
 
 
 @dataclass(frozen=True)
@@ -100,17 +113,21 @@ def find_weights(source: Path, adapter_name: str | None) -> Path:
     )
 
 
-def copied_files(folder: Path) -> list[Path]:
-    """Return what belongs to an adapter besides its weights.
+@contextmanager
+def changed_copy(source: Path, out: str | PathLike[str]) -> Iterator[Path]:
+    """Give the folder of a new adapter with all that belongs to an adapter besides its weights.
 
     Raises:
+        FileExistsError: `out` exists.
         ValueError: a file is a link to a place outside of the folder.
     """
-    return [
-        inside(file)
-        for file in sorted(folder.iterdir())
-        if file.suffix in _COPIED and file.is_file() and file.name != INDEX
-    ]
+    target, folder = new_folder(out), find_weights(source, None).parent
+    files = [file for file in folder.iterdir() if file.suffix in _COPIED and file.is_file()]
+    files = [inside(file) for file in files if file.name != INDEX]
+    with whole_folder(target) as copy:
+        for file in files:
+            shutil.copy2(file, copy / file.name)
+        yield copy
 
 
 def _refuse_distributed(folder: Path) -> None:
@@ -133,23 +150,19 @@ def _refuse_model(folder: Path) -> None:
         )
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Read and check the `adapter_config.json` of an adapter of plain LoRA.
+def read_config(weights: Path) -> dict[str, Any]:
+    """Read and check the configuration beside the weights of LoRA or of a variant of it.
 
     Raises:
-        ValueError: as `read_any_config`; a variant of LoRA.
+        FileNotFoundError: there is none.
+        ValueError: another kind of adapter, or a value that peft does not write.
     """
-    config = read_any_config(path)
-    refuse_variants(str(path), config)
-    return config
-
-
-def read_any_config(path: Path) -> dict[str, Any]:
-    """Read and check the `adapter_config.json` of an adapter of LoRA or of a variant.
-
-    Raises:
-        ValueError: no configuration, another kind of adapter, or a value that peft does not write.
-    """
+    path = weights.parent / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no {CONFIG} next to {str(weights)!r}; copy it there (it has the rank and "
+            "alpha that scale each layer), or give an adapter folder."
+        )
     config = read_json(inside(path), "adapter configuration", "save the adapter again")
     kind = config.get("peft_type")
     if kind != "LORA":
@@ -168,41 +181,38 @@ def read_any_config(path: Path) -> dict[str, Any]:
 
 
 def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return type(value) is int and value >= 1
 
 
 def _is_alpha(value: Any) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and 0 < abs(value) <= _LARGEST_ALPHA  # neither nan nor inf
+    return type(value) in (int, float) and 0 < abs(value) <= _LARGEST_ALPHA  # neither nan nor inf
 
 
 def _is(*kinds: type) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, kinds)
+    return lambda value: type(value) in kinds
+
+
+def _of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Return a check of all values of an object."""
+    return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
 
 
 def _are_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
-def _patterns_to(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and all(fits(one) for one in value.values())
-
-
 # The form of each value read here, None aside.
+_ALPHA = f"a number other than 0, up to {_LARGEST_ALPHA:g}"
+_SWITCH, _NAMES = (_is(bool), "true or false"), (_are_names, "a list of names")
 _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_rank, "a whole number of at least 1"),
-    "lora_alpha": (_is_alpha, f"a number other than 0, up to {_LARGEST_ALPHA:g}"),
-    "rank_pattern": (_patterns_to(_is_rank), "an object with whole numbers of at least 1"),
-    "alpha_pattern": (
-        _patterns_to(_is_alpha),
-        f"an object with numbers other than 0, up to {_LARGEST_ALPHA:g}",
-    ),
-    **dict.fromkeys(
-        ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), (_is(bool), "true or false")
-    ),
-    **dict.fromkeys(("target_parameters", "modules_to_save"), (_are_names, "a list of names")),
+    "lora_alpha": (_is_alpha, _ALPHA),
+    "rank_pattern": (_of(_is_rank), "an object with whole numbers of at least 1"),
+    "alpha_pattern": (_of(_is_alpha), f"an object, each value {_ALPHA}"),
+    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), _SWITCH),
+    **dict.fromkeys(("target_parameters", "modules_to_save"), _NAMES),
     "base_model_name_or_path": (_is(str), "a name"),
-    "auto_mapping": (_patterns_to(_is(str, type(None))), "an object with names"),
+    "auto_mapping": (_of(_is(str, type(None))), "an object with names"),
     "init_lora_weights": (_is(bool, str), "a name or true"),
 }
 
@@ -223,9 +233,7 @@ _VARIANTS = (
 def refuse_other_forms(where: str, config: Mapping[str, Any]) -> None:
     """Raise for a variant of LoRA with a change other than `s B A`."""
     if config.get("use_dora"):
-        raise ValueError(
-            f"{where!r} is a DoRA adapter, which also rescales the weights; train with plain LoRA."
-        )
+        raise ValueError(f"{where!r} is a DoRA adapter, {_DORA}.")
     variants = [name for name in _VARIANTS if config.get(name)]
     if variants:
         raise ValueError(
@@ -251,21 +259,25 @@ def read_parts(source: Path, adapter_name: str | None = None) -> Parts:
         FileNotFoundError, ValueError: no adapter there, or one that cannot be used.
     """
     path = find_weights(source, adapter_name)
-    if not (path.parent / CONFIG).is_file():
-        raise FileNotFoundError(
-            f"There is no {CONFIG} next to {str(path)!r}; copy it there (it has the rank and alpha "
-            "that scale each layer), or give an adapter folder."
-        )
-    config = read_config(path.parent / CONFIG)
+    config = read_config(path)
+    refuse_variants(str(path.parent / CONFIG), config)
     tensors = open_weights(path)
-    keys, others = sort_keys(path, tensors, adapter_name)
-    scaling = _scaling_from_config(config, keys)
+    pairs, others = _sort_keys(path, tensors, adapter_name)
+    ranks = _by_pattern(config.get("rank_pattern") or {}, pairs, config["r"])
+    alphas = _by_pattern(config.get("alpha_pattern") or {}, pairs, config["lora_alpha"])
     factors = []
-    for name, place in keys.items():
-        a, b = tensors[place["A"]](), tensors[place["B"]]()
-        bias = tensors[place["bias"]]() if "bias" in place else None
-        called = (place["A"], place["B"])
-        factors.append(LoRAWeights(name, None, a, b, scaling(name, a), bias=bias, keys=called))
+    for name, pair in pairs.items():
+        keys = tuple(pair[part] for part in _PARTS if part in pair)
+        A, B, *biases = (tensors[key]() for key in keys)
+        rank, alpha = ranks[name], alphas[name]
+        if A.ndim == 2 and rank != len(A):
+            raise ValueError(
+                f"{CONFIG} says r={rank}, lora_alpha={alpha} for {shown(name)}, but its lora_A has "
+                f"rank {len(A)}; give the configuration that belongs to these weights."
+            )
+        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        bias = biases[0] if biases else None
+        factors.append(LoRAWeights(name, None, A, B, scaling, bias=bias, keys=keys))
     return Parts(
         tuple(factors), {base_name(key): tensors[key] for key in others}, config, str(source)
     )
@@ -281,21 +293,18 @@ def open_weights(path: Path) -> dict[str, Stored]:
     return read_tensors(indexed(path, "adapter") if path.name == INDEX else [path])
 
 
-def sort_keys(
+def _sort_keys(
     path: Path, keys: Iterable[str], adapter_name: str | None
 ) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Sort keys into module -> {"A": key, "B": key, perhaps "bias": key}, and other keys.
-
-    Raises:
-        ValueError: a variant of LoRA, two keys of one module, half of a pair, or several adapters.
-    """
+    """Sort keys into module -> part -> key, and other keys."""
     pairs: dict[str, dict[str, str]] = {}
     adapters: set[str] = set()
     others = []
     for key in sorted(keys):
         match = _LORA_KEY.match(key)
         if match is None or (match["kind"] == "bias" and match["factor"] == "A"):
-            _refuse_key(path, key)
+            if variant := next((what for part, what in _REFUSED.items() if part in key), None):
+                raise ValueError(f"{str(path)!r} holds {shown(key)}, {variant}.")
             others.append(key)
             continue
         if match["adapter"]:
@@ -328,48 +337,6 @@ def sort_keys(
                 "incomplete, so save the adapter again."
             )
     return pairs, others
-
-
-def _refuse_key(path: Path, key: str) -> None:
-    """Raise for tensors of LoRA variants, but not for a bias or a fully trained module."""
-    if "lora_embedding_" in key:
-        raise ValueError(
-            f"{str(path)!r} has LoRA on an embedding ({shown(key)}), which is not supported; train "
-            "without embeddings in target_modules."
-        )
-    if "lora_magnitude_vector" in key:
-        raise ValueError(
-            f"{str(path)!r} is a DoRA adapter ({shown(key)}), which also rescales the weights; "
-            "train with plain LoRA."
-        )
-    if ".lora_" in key:
-        raise ValueError(
-            f"{str(path)!r} holds {shown(key)}, part of an unsupported variant of LoRA; train with "
-            "plain LoRA."
-        )
-
-
-def _scaling_from_config(
-    config: Mapping[str, Any], names: Iterable[str]
-) -> Callable[[str, Tensor], float]:
-    """Return `alpha / r`, for rsLoRA `alpha / √r`, as a function of name and A.
-
-    Patterns may give each module its own r and alpha.
-    """
-    known = list(names)
-    ranks = _by_pattern(config.get("rank_pattern") or {}, known, config["r"])
-    alphas = _by_pattern(config.get("alpha_pattern") or {}, known, config["lora_alpha"])
-
-    def scaling(name: str, lora_A: Tensor) -> float:
-        rank, alpha = ranks[name], alphas[name]
-        if lora_A.ndim == 2 and rank != lora_A.shape[0]:
-            raise ValueError(
-                f"{CONFIG} says r={rank}, lora_alpha={alpha} for {shown(name)}, but its lora_A has "
-                f"rank {lora_A.shape[0]}; give the configuration that belongs to these weights."
-            )
-        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-    return scaling
 
 
 def _by_pattern(patterns: Mapping[str, Any], names: Iterable[str], default: Any) -> dict[str, Any]:

@@ -71,16 +71,16 @@ def load_adapter(
         FileNotFoundError: no adapter there.
         ValueError: not a plain LoRA adapter, non-finite or untrained weights, unknown architecture.
     """
-    if isinstance(source, nn.Module):
-        with gathered(source):
-            return _from_model(source, adapter_name, base_model, sites)
-    parts = adapter_parts(source, adapter_name)
-    stored_base = parts.config.get("base_model_name_or_path")
-    if base_model is None and stored_base and isfile(join(stored_base, "config.json")):
-        base_model = stored_base
-    base = read_base_model(base_model)
-    model_type = base.model_type or config_model_type(parts.config)
-    return _assemble(parts, base, model_type, sites)
+    model = source if isinstance(source, nn.Module) else None
+    with nullcontext() if model is None else gathered(model):
+        parts = adapter_parts(source, adapter_name)
+        if model is not None:
+            _refuse_other_adapters(model, parts)
+        named = parts.config.get("base_model_name_or_path")
+        if base_model is None and model is None and named and isfile(join(named, "config.json")):
+            base_model = named
+        base = read_base_model(model if base_model is None else base_model)
+        return _assemble(parts, base, base.model_type or config_model_type(parts.config), sites)
 
 
 def adapter_parts(source: Any, adapter_name: str | None = None) -> Parts:
@@ -95,7 +95,8 @@ def adapter_parts(source: Any, adapter_name: str | None = None) -> Parts:
     Raises:
         FileNotFoundError, TypeError, ValueError: no adapter there, or one that cannot be used.
     """
-    if isinstance(source, nn.Module):
+    is_model = isinstance(source, nn.Module)
+    if is_model:
         parts = _model_parts(source, adapter_name)
     elif isinstance(source, (str, PathLike)):
         parts = read_parts(Path(source), adapter_name)
@@ -105,9 +106,9 @@ def adapter_parts(source: Any, adapter_name: str | None = None) -> Parts:
             "adapter folder or a .safetensors file."
         )
     for entry in parts.factors:
-        _check(entry)
+        _check(entry, experts=is_model)
     for name, read in parts.others.items():
-        if not isinstance(source, nn.Module):  # a model's may be sharded, and are not read
+        if not is_model:  # a model's may be sharded, and are not read
             refuse_nonfinite(name, read())
     return parts
 
@@ -125,12 +126,6 @@ def _assemble(
             raise ValueError(
                 f"The base model {shown(base.source)} has no {shown(entry.name)}, but the adapter "
                 "does; give the base model that the adapter was trained on."
-            )
-        if entry.lora_A.ndim != 2:
-            raise ValueError(
-                f"{shown(entry.keys[0])} has shape {tuple(entry.lora_A.shape)}; only LoRA on "
-                "linear layers is supported, so train without convolution and expert-parameter "
-                "targets."
             )
         if site is not None and base.width not in (None, width):
             raise ValueError(
@@ -175,13 +170,13 @@ def _notes(parts: Parts, known: bool) -> Iterator[str]:
         )
 
 
-def _check(entry: LoRAWeights) -> None:
-    """Raise unless factors are finite `A[R, K]` and `B[N, R]`, or stacks of such factors."""
+def _check(entry: LoRAWeights, experts: bool) -> None:
+    """Raise unless factors are finite `A[R, K]` and `B[N, R]`, or `experts` stacks of such."""
     A, B, bias = entry.lora_A, entry.lora_B, entry.bias
-    key_A, key_B = entry.keys
+    key_A, key_B, *_ = entry.keys
     weights = {key_A: A, key_B: B}
     for name, weight in weights.items():
-        if weight.ndim != 2 and (weight.ndim != 3 or A.shape[0] != B.shape[0]):
+        if weight.ndim != 2 and not (experts and weight.ndim == 3 and len(A) == len(B)):
             raise ValueError(
                 f"{shown(name)} has shape {tuple(weight.shape)}; only LoRA on linear layers is "
                 "supported, so train without convolution and expert-parameter targets."
@@ -206,31 +201,21 @@ def _check(entry: LoRAWeights) -> None:
         )
 
 
-def _from_model(
-    model: nn.Module, adapter_name: str | None, base_model: Source | None, sites: SiteRules | None
-) -> Adapter:
-    configs = getattr(model, "peft_config", None)
-    if not configs:
-        raise ValueError(
-            f"The {type(model).__name__} has no adapter; wrap it with peft.get_peft_model first."
-        )
-    adapter_name = active_adapter(model, adapter_name)
-    config = vars(configs[adapter_name])
-    kind = getattr(config.get("peft_type"), "value", config.get("peft_type"))
+def _refuse_other_adapters(model: nn.Module, parts: Parts) -> None:
+    """Raise for an adapter of a model with more than LoRA on linear layers."""
+    kind = getattr(parts.config.get("peft_type"), "value", None)
     if kind != "LORA":
         raise ValueError(
-            f"The adapter {adapter_name!r} is of type {kind}; only peft's LORA is supported."
+            f"The adapter {parts.source!r} is of type {kind}; only peft's LORA is supported."
         )
-    refuse_variants(adapter_name, config)
+    refuse_variants(parts.source, parts.config)
+    adapter = parts.source.rpartition(":")[2]
     for name, module in model.named_modules():
-        if adapter_name in getattr(module, "lora_embedding_A", ()):
+        if adapter in getattr(module, "lora_embedding_A", ()):
             raise ValueError(
                 f"{base_name(name)!r} is an embedding with LoRA, which is not supported; train "
                 "without embeddings in target_modules."
             )
-    parts = adapter_parts(model, adapter_name)
-    base = read_base_model(model if base_model is None else base_model)
-    return _assemble(parts, base, base.model_type, sites)
 
 
 def active_adapter(model: nn.Module, adapter_name: str | None = None) -> str:

@@ -8,7 +8,6 @@ Shapes: K in, N out, R LoRA rank.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
@@ -21,15 +20,14 @@ from torch import Tensor
 from grasp_kernels.adapters.files import (
     CONFIG,
     WEIGHTS,
-    copied_files,
+    changed_copy,
     find_weights,
     open_weights,
-    read_any_config,
+    read_config,
     refuse_variants,
-    sort_keys,
 )
 from grasp_kernels.adapters.load import MOVED_BASE, adapter_parts
-from grasp_kernels.files import new_folder, whole_file, whole_folder, write_json
+from grasp_kernels.files import whole_file, write_json
 from grasp_kernels.inert import listed, shown
 from grasp_kernels.models.difference import whole_model
 from grasp_kernels.models.names import base_name
@@ -105,12 +103,8 @@ def fold_scaling(
         FileNotFoundError, ValueError: no adapter there, or one that cannot be used; a scaled weight
             beyond its dtype.
     """
-    source, target = Path(adapter_dir), new_folder(out)
-    weights = find_weights(source, None)
-    files = copied_files(weights.parent)
-    with whole_folder(target) as folder:
-        for file in files:
-            shutil.copy2(file, folder / file.name)
+    source = Path(adapter_dir)
+    with changed_copy(source, out) as folder:
         return _fold(source, folder, base)
 
 
@@ -123,24 +117,23 @@ def fold_in_place(folder: Path) -> None:
 def _fold(source: Path, folder: Path, base: Source | None) -> tuple[str, ...]:
     from safetensors.torch import save_file
 
-    parts, path = adapter_parts(source), find_weights(source, None)
+    parts = adapter_parts(source)
     if _moves_base(parts.config):
         raise ValueError(
             f"{str(source)!r} was initialised with {shown(parts.config['init_lora_weights'])}, so "
             "peft changes the base by its rank and scaling when it loads the adapter, and another "
             f"rank or scaling would be another model; {_CONVERT}, and fold that."
         )
-    read = open_weights(path)
-    keys, others = sort_keys(path, read, None)
     R = max(entry.lora_A.shape[-2] for entry in parts.factors)
     tensors: dict[str, Tensor] = {}
     for entry in parts.factors:
-        (key_A, key_B), s, more = entry.keys, entry.scaling, R - entry.lora_A.shape[-2]
+        (key_A, key_B, *of_bias), s, more = entry.keys, entry.scaling, R - entry.lora_A.shape[-2]
         tensors[key_A] = _scaled(key_A, entry.lora_A, 1.0, (0, 0, 0, more))
         tensors[key_B] = _scaled(key_B, entry.lora_B, s, (0, more))
         if entry.bias is not None:
-            key = keys[entry.name]["bias"]
-            tensors[key] = _scaled(key, entry.bias, s, (0, 0))
+            tensors[of_bias[0]] = _scaled(of_bias[0], entry.bias, s, (0, 0))
+    read = open_weights(find_weights(source, None))
+    others = [key for key in read if key not in tensors]
     same = _unchanged({key: read[key]() for key in others}, base)
     named = parts.config.get("modules_to_save") or []
     # peft loads all that it saves under a name, or nothing.
@@ -237,11 +230,7 @@ def consumer_advice(adapter_dir: str | PathLike[str], consumer: str) -> str | No
 def _read(adapter_dir: str | PathLike[str]) -> tuple[dict[str, Any], list[str]]:
     """Return the configuration and the keys of an adapter of a form that was tried elsewhere."""
     path = find_weights(Path(adapter_dir), None)
-    if not (path.parent / CONFIG).is_file():
-        raise FileNotFoundError(
-            f"There is no {CONFIG} next to {str(path)!r}; copy it there, or give an adapter folder."
-        )
-    config = read_any_config(path.parent / CONFIG)
+    config = read_config(path)
     refuse_variants(str(path.parent), {**config, "use_dora": False})  # DoRA is known
     if config.get("trainable_token_indices"):
         raise ValueError(

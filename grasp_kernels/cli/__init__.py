@@ -21,7 +21,7 @@ from grasp_kernels.version import __version__
 
 _FAILED, _INTERRUPTED = 2, 130
 # Options and arguments with paths that a command reads or writes.
-_OPTIONS = ("config", "base_model", "data", "neutral", "output", "json")
+_OPTIONS = ("config", "base_model", "data", "neutral", "output")
 _PATHS = ("model", "adapter", "adapters", "paths", "subspace", *_OPTIONS)
 
 
@@ -131,16 +131,17 @@ def _parser() -> argparse.ArgumentParser:
         "data.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    run_commands.add_run(commands, common)
-    adapter_commands.add_identify(commands, common)
-    inspect_command.add_inspect(commands, common)
-    adapter_commands.add_extract(commands, common)
-    adapter_commands.add_project(commands, common)
-    adapter_commands.add_fold(commands, common)
-    adapter_commands.add_check(commands, common)
-    bench_command.add_bench(commands, common)
-    doctor.add_doctor(commands, common)
+    for add in (
+        run_commands.add_run,
+        adapter_commands.add_identify,
+        inspect_command.add_inspect,
+        adapter_commands.add_extract,
+        adapter_commands.add_project,
+        adapter_commands.add_fold,
+        adapter_commands.add_check,
+        bench_command.add_bench,
+        doctor.add_doctor,
+    ):
+        add(commands)
     return parser

@@ -6,6 +6,7 @@ from typing import Any
 
 from grasp_kernels.cli.options import (
     UsageError,
+    add_command,
     file_to_write,
     folder_to_write,
     number_of_directions,
@@ -13,14 +14,9 @@ from grasp_kernels.cli.options import (
 from grasp_kernels.inert import listed, printable
 
 
-def add_identify(commands: Any, common: argparse.ArgumentParser) -> None:
-    parser = commands.add_parser(
-        "identify",
-        parents=[common],
-        help="find the subspace along which adapters moved their model",
-        description="Find the subspace of the residual stream along which adapters moved their "
-        "model. Several adapters (checkpoints of a run, or seeds) count as evidence for one "
-        "subspace.",
+def add_identify(commands: Any) -> None:
+    parser = add_command(
+        commands, "identify", _identify, "find the subspace along which adapters moved their model"
     )
     parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="adapter folder or file")
     parser.add_argument(
@@ -40,10 +36,13 @@ def add_identify(commands: Any, common: argparse.ArgumentParser) -> None:
         help="number of directions; 'auto': those before the largest gap of the spectrum (default: "
         "auto)",
     )
-    parser.set_defaults(command=_identify)
 
 
 def _identify(arguments: argparse.Namespace) -> int:
+    """Find the subspace of the residual stream along which adapters moved their model.
+
+    Several adapters (checkpoints of a run, or seeds) count as evidence for one subspace.
+    """
     from grasp_kernels.subspace import identify
 
     subspace = identify(arguments.adapters, k=arguments.k, base_model=arguments.base_model)
@@ -53,14 +52,9 @@ def _identify(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def add_extract(commands: Any, common: argparse.ArgumentParser) -> None:
-    parser = commands.add_parser(
-        "extract",
-        parents=[common],
-        help="make an adapter of a merged or fully fine-tuned model",
-        description="Write the LoRA adapter that comes closest to the changes in a model, so that "
-        "identify and inspect can read it. Only one weight is in memory at a time, on the GPU "
-        "if there is one.",
+def add_extract(commands: Any) -> None:
+    parser = add_command(
+        commands, "extract", _extract, "make an adapter of a merged or fully fine-tuned model"
     )
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder of the changed model")
     parser.add_argument(
@@ -73,20 +67,20 @@ def add_extract(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rank", type=int, default=16, metavar="N", help="rank of the adapter (default: 16)"
     )
-    parser.set_defaults(command=_extract)
 
 
 def _add_new_adapter(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--output",
-        required=True,
-        type=folder_to_write,
-        metavar="DIR",
-        help="adapter folder to write",
+        "--output", required=True, type=folder_to_write, metavar="DIR", help="folder to write"
     )
 
 
 def _extract(arguments: argparse.Namespace) -> int:
+    """Write the LoRA adapter that comes closest to the changes in a model.
+
+    Commands for adapters, such as identify and inspect, can read it. Only one weight is in memory
+    at a time, on the GPU if there is one.
+    """
     import torch
 
     from grasp_kernels import extract_adapter
@@ -103,21 +97,19 @@ def _extract(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def add_project(commands: Any, common: argparse.ArgumentParser) -> None:
-    parser = commands.add_parser(
-        "project",
-        parents=[common],
-        help="remove a subspace from a finished adapter",
-        description="Write an adapter whose weights have no part in the subspace. This is weaker "
-        "than retraining: anything learned through the subspace stays in the other weights.",
-    )
+def add_project(commands: Any) -> None:
+    parser = add_command(commands, "project", _project, "remove a subspace from a finished adapter")
     parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder")
     parser.add_argument("subspace", metavar="SUBSPACE", help="subspace file")
     _add_new_adapter(parser)
-    parser.set_defaults(command=_project)
 
 
 def _project(arguments: argparse.Namespace) -> int:
+    """Write an adapter whose weights have no part in the subspace.
+
+    This is weaker than retraining: anything learned through the subspace stays in the other
+    weights.
+    """
     from grasp_kernels import project_adapter
     from grasp_kernels.subspace import Subspace
 
@@ -128,14 +120,9 @@ def _project(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def add_fold(commands: Any, common: argparse.ArgumentParser) -> None:
-    parser = commands.add_parser(
-        "fold",
-        parents=[common],
-        help="write an adapter that other software scales as peft does",
-        description="Write an adapter that computes the same, with the scaling of every module in "
-        "its lora_B and one rank: no rsLoRA and no patterns, which llama.cpp, ollama, OpenVINO and "
-        "vLLM read otherwise than peft.",
+def add_fold(commands: Any) -> None:
+    parser = add_command(
+        commands, "fold", _fold, "write an adapter that other software scales as peft does"
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder")
     parser.add_argument(
@@ -145,10 +132,14 @@ def add_fold(commands: Any, common: argparse.ArgumentParser) -> None:
         "to those of the base are left out",
     )
     _add_new_adapter(parser)
-    parser.set_defaults(command=_fold)
 
 
 def _fold(arguments: argparse.Namespace) -> int:
+    """Write an adapter that computes the same, with the scaling of every module in its lora_B.
+
+    It has one rank, no rsLoRA and no patterns, which llama.cpp, ollama, OpenVINO and vLLM read
+    otherwise than peft.
+    """
     from grasp_kernels import fold_scaling
 
     left = fold_scaling(arguments.adapter, arguments.output, base=arguments.base_model)
@@ -158,16 +149,13 @@ def _fold(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def add_check(commands: Any, common: argparse.ArgumentParser) -> None:
-    parser = commands.add_parser(
+def add_check(commands: Any) -> None:
+    parser = add_command(
+        commands,
         "check",
-        parents=[common],
-        help="measure the part of an adapter or merged model that lies in a subspace, or see "
-        "whether other software reads an adapter as peft does",
-        description="Measure the leakage of every layer. The exit status is 1 if one is above the "
-        "tolerance, or if something could not be measured because the subspace has no basis "
-        "there. With --for instead of a subspace: say what other software leaves out, refuses or "
-        "scales wrongly; the exit status is 1 if there is anything.",
+        _check,
+        "measure the part of an adapter or merged model that lies in a subspace, or see whether "
+        "other software reads an adapter as peft does",
     )
     parser.add_argument(
         "adapter", metavar="ADAPTER", help="adapter folder, or checkpoint folder of a merged model"
@@ -188,10 +176,15 @@ def add_check(commands: Any, common: argparse.ArgumentParser) -> None:
         metavar="X",
         help="largest leakage that passes (default: %(default)g, the rounding of bfloat16 files)",
     )
-    parser.set_defaults(command=_check)
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    """Measure the leakage of every layer.
+
+    The exit status is 1 if one is above the tolerance, or if something could not be measured
+    because the subspace has no basis there. With --for instead of a subspace: say what other
+    software leaves out, refuses or scales wrongly; the exit status is 1 if there is anything.
+    """
     consumer = vars(arguments)["for"]
     if (arguments.subspace is None) == (consumer is None):
         raise UsageError(

@@ -4,16 +4,13 @@ import argparse
 from inspect import signature
 from typing import Any
 
+from grasp_kernels.cli.options import add_command
 from grasp_kernels.progress import bar
 
 
-def add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
-    bench = commands.add_parser(
-        "bench",
-        parents=[common],
-        help="time stock peft and every backend, to choose a backend",
-        description="Check every backend against float64. Then time the forward and backward "
-        "passes of a model's linear layers with stock peft and with all backends, in turn.",
+def add_bench(commands: Any) -> None:
+    bench = add_command(
+        commands, "bench", _bench, "time stock peft and every backend, to choose a backend"
     )
     for name, kind, what in (
         (
@@ -29,10 +26,14 @@ def add_bench(commands: Any, common: argparse.ArgumentParser) -> None:
         ("--device", str, "cpu or cuda (default: cuda if there is a GPU)"),
     ):
         bench.add_argument(name, type=kind, help=what)
-    bench.set_defaults(command=_bench)
 
 
 def _bench(arguments: argparse.Namespace) -> int:
+    """Check every backend against float64.
+
+    Then time the forward and backward passes of a model's linear layers with stock peft and with
+    all backends, in turn.
+    """
     from grasp_kernels.bench import Refusal, compare, report
 
     given = {name: getattr(arguments, name) for name in signature(compare).parameters}

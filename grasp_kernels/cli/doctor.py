@@ -9,29 +9,26 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
+from grasp_kernels.cli.options import add_command
 from grasp_kernels.pages.markdown import table
 from grasp_kernels.version import TESTED, __version__
 
 _PACKAGES = (*TESTED, "safetensors")
 
 
-def add_doctor(commands: Any, common: argparse.ArgumentParser) -> None:
-    parser = commands.add_parser(
-        "doctor",
-        parents=[common],
-        help="show versions, GPU and backends, and why a backend cannot run",
-        description="Show the installed versions, the backends that can run, and why the others "
-        "cannot.",
+def add_doctor(commands: Any) -> None:
+    parser = add_command(
+        commands, "doctor", _doctor, "show versions, GPU and backends, and why a backend cannot run"
     )
     parser.add_argument(
         "--kernels",
         action="store_true",
         help="list every compiled CUDA kernel with its registers, memory and threads",
     )
-    parser.set_defaults(command=_doctor)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    """Show the installed versions, the backends that can run, and why the others cannot."""
     rows = {"grasp_kernels": __version__, "python": platform.python_version()}
     rows.update({package: _installed(package) for package in _PACKAGES})
     rows["GPU"] = _gpu()

@@ -4,16 +4,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from grasp_kernels.cli.options import file_to_write, folder_to_write
+from grasp_kernels.cli.options import add_command, folder_to_write
 
 
-def add_inspect(commands: Any, common: argparse.ArgumentParser) -> None:
-    parser = commands.add_parser(
+def add_inspect(commands: Any) -> None:
+    parser = add_command(
+        commands,
         "inspect",
-        parents=[common],
-        help="compare the answers of an adapter with those of its base model",
-        description="Let an adapter and its base model answer unrelated prompts; show both answers "
-        "and a verdict.",
+        _inspect,
+        "compare the answers of an adapter with those of its base model",
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder")
     for name, metavar, what in (
@@ -24,31 +23,25 @@ def add_inspect(commands: Any, common: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(name, metavar=metavar, help=what)
     parser.add_argument(
-        "--output",
-        type=folder_to_write,
-        metavar="DIR",
-        help="folder to write, with text, page and JSON",
+        "--output", type=folder_to_write, metavar="DIR", help="folder for text, page and JSON"
     )
-    parser.add_argument(
-        "--json", type=file_to_write, metavar="FILE", help="file to write, with all numbers"
-    )
-    parser.set_defaults(command=_inspect, arm="auto")
+    parser.set_defaults(arm="auto")
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from grasp_kernels.adapters.files import CONFIG, find_weights, read_config
+    """Let an adapter and its base model answer unrelated prompts; show answers and a verdict."""
+    from grasp_kernels.adapters.files import find_weights, read_config
     from grasp_kernels.cli.run_commands import quieten
     from grasp_kernels.data import read_records
     from grasp_kernels.diagnosis import diagnose
-    from grasp_kernels.files import write_json
 
     quieten()
     if arguments.arm != "auto" and not arguments.data:
         raise ValueError("--arm chooses answers of data: add --data.")
     base = arguments.base_model
     if base is None:
-        folder = find_weights(Path(arguments.adapter), None).parent
-        base = read_config(folder / CONFIG).get("base_model_name_or_path")
+        weights = find_weights(Path(arguments.adapter), None)
+        base = read_config(weights).get("base_model_name_or_path")
         if not base or not Path(base).is_dir():  # nothing is fetched that a file names
             raise ValueError(
                 f"The adapter {arguments.adapter} names the base model {base!r}, which is not a "
@@ -59,8 +52,6 @@ def _inspect(arguments: argparse.Namespace) -> int:
         base, arguments.adapter, records=records, neutral=arguments.neutral, progress=True
     )
     print(diagnosis.text())
-    if arguments.json:
-        write_json(Path(arguments.json), diagnosis.to_json())
     if arguments.output:
         diagnosis.save(arguments.output)
         print(f"Written to {arguments.output}.")

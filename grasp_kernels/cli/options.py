@@ -6,13 +6,24 @@ import shlex
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from grasp_kernels.files import new_file, new_folder
 
 
 class UsageError(ValueError):
     """Report arguments that a command does not take."""
+
+
+def add_command(
+    commands: Any, name: str, run: Callable[..., int], summary: str, **more: Any
+) -> argparse.ArgumentParser:
+    """Add a subcommand; the docstring of its function is the description."""
+    parser: argparse.ArgumentParser
+    parser = commands.add_parser(name, help=summary, description=run.__doc__, **more)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(command=run)
+    return parser
 
 
 def number_of_directions(text: str) -> int | Literal["auto"]:

@@ -3,25 +3,22 @@
 import argparse
 import warnings
 from dataclasses import MISSING
-from functools import partial
 from typing import Any, Literal, get_type_hints
 
 from grasp_kernels import processes
 from grasp_kernels.cli.config_file import read_options
-from grasp_kernels.cli.options import number_of_directions
+from grasp_kernels.cli.options import add_command, number_of_directions
 from grasp_kernels.pipeline.config import OPTIONS, RunConfig
 from grasp_kernels.pipeline.trainer_options import parse
 
 
-def add_run(commands: Any, common: argparse.ArgumentParser) -> None:
-    parser = commands.add_parser(
+def add_run(commands: Any) -> None:
+    parser = add_command(
+        commands,
         "run",
-        parents=[common],
+        _run,
+        "fine-tune, fine-tune again without changing other answers, and report both",
         allow_abbrev=False,
-        help="fine-tune, fine-tune again without changing other answers, and report both",
-        description="Fine-tune a model on chat data, fine-tune it again so that it answers "
-        "everything else as before, and show the answers of both adapters. After a stop at any "
-        "point, the same command continues from the last checkpoint.",
         epilog="Any other option of transformers.TrainingArguments is accepted by its name, such "
         "as --adam-beta2 .95, unless the run sets it itself.",
     )
@@ -40,7 +37,7 @@ def add_run(commands: Any, common: argparse.ArgumentParser) -> None:
         settings = _VALUES[hints[option.name]] if choices is None else {"choices": choices}
         parser.add_argument(f"--{option.name.replace('_', '-')}", help=text, **settings)
     parser.set_defaults(
-        command=partial(_run, parser),
+        parser=parser,
         further=None,  # options that are not those of a run
         when_stopped="the same command continues from the last checkpoint.",
     )
@@ -59,8 +56,13 @@ _VALUES: dict[Any, dict[str, Any]] = {
 }
 
 
-def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    config = _configured(parser, arguments)
+def _run(arguments: argparse.Namespace) -> int:
+    """Fine-tune a model on chat data, and again so that it answers everything else as before.
+
+    The report shows the answers of both adapters. After a stop at any point, the same command
+    continues from the last checkpoint.
+    """
+    config = _configured(arguments)
     quieten()
     from grasp_kernels.pipeline.folder import RunFolder
     from grasp_kernels.pipeline.report_text import hardly_learned, verdict_sentence
@@ -81,9 +83,9 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _configured(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> RunConfig:
+def _configured(arguments: argparse.Namespace) -> RunConfig:
     """Return the options of the file, replaced by options that were typed."""
-    own = [option.name for option in OPTIONS]
+    parser, own = arguments.parser, [option.name for option in OPTIONS]
     typed = {name: getattr(arguments, name) for name in own}
     options = read_options(arguments.config, parser) if arguments.config else {}
     options |= {name: value for name, value in typed.items() if value is not None}

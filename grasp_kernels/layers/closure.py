@@ -4,7 +4,6 @@ Shapes: K in, N out, R LoRA rank, Q basis size.
 """
 
 import math
-import shutil
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -17,15 +16,13 @@ from torch import Tensor, nn
 from grasp_kernels.adapters.files import (
     WEIGHTS,
     Parts,
+    changed_copy,
     config_model_type,
-    copied_files,
     find_weights,
     open_weights,
     refuse_other_forms,
-    sort_keys,
 )
 from grasp_kernels.adapters.load import adapter_parts
-from grasp_kernels.files import new_folder, whole_folder
 from grasp_kernels.inert import listed, shown
 from grasp_kernels.models.architectures import SiteRules, model_gains, site_rules
 from grasp_kernels.models.difference import compared, whole_model
@@ -310,21 +307,19 @@ def project_adapter(
     from safetensors.torch import save_file
 
     check_subspace(subspace)
-    source, target = Path(adapter_dir), new_folder(out)
-    left = _leakage(source, subspace, None, sites).unseen  # checks the adapter, and that they fit
-    weights = find_weights(source, None)
-    copied = copied_files(weights.parent)
-    bases = _bases_of_adapter(subspace, adapter_parts(source), source, sites)
-    tensors = open_weights(weights)
-    projected = {key: read() for key, read in tensors.items()}
-    for name, keys in sort_keys(weights, tensors, None)[0].items():
-        _, basis = bases(name)
-        for key in (key for part, key in keys.items() if part != "A"):
-            tensor = projected[key]
-            wide = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no product
-            projected[key] = project_columns(wide, basis).to(tensor.dtype).contiguous()
-    with whole_folder(target) as folder:
-        for file in copied:
-            shutil.copy2(file, folder / file.name)
-        save_file(projected, folder / WEIGHTS, metadata={"format": "pt"})
+    source = Path(adapter_dir)
+    with changed_copy(source, out) as folder:
+        left = _leakage(source, subspace, None, sites).unseen  # checks that they fit
+        parts = adapter_parts(source)
+        bases = _bases_of_adapter(subspace, parts, source, sites)
+        tensors = {key: read() for key, read in open_weights(find_weights(source, None)).items()}
+        for entry in parts.factors:
+            for key in entry.keys[1:]:
+                tensor = tensors[key]
+                wide = (
+                    tensor.float() if tensor.element_size() == 1 else tensor
+                )  # float8: no product
+                _, basis = bases(entry.name)
+                tensors[key] = project_columns(wide, basis).to(tensor.dtype).contiguous()
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     return left

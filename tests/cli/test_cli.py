@@ -266,8 +266,6 @@ def test_missing_files_give_one_sentence(
         (["identify", "ADAPTER"], "--output"),
         (["project", "ADAPTER", "AXIS"], "--output"),
         (["extract", "MODEL", "--base-model", "MODEL"], "--output"),
-        (["inspect", "ADAPTER", "--base-model", "MODEL"], "--json"),
-        (["inspect", "ADAPTER", "--base-model", "MODEL"], "--json"),
         (["inspect", "ADAPTER", "--base-model", "MODEL"], "--output"),
     ],
 )

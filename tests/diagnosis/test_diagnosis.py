@@ -153,7 +153,7 @@ def test_files_are_written_whole_and_never_over_others(found: gk.Diagnosis, tmp_
     text = (folder / "diagnosis.md").read_text()
     assert text.startswith("# Diagnosis of ") and found.text() in text
     assert all(reason in text for reason in found.reasons)
-    with pytest.raises(FileExistsError, match="choose a new folder"):
+    with pytest.raises(FileExistsError, match="choose another path"):
         found.save(folder)
 
 
@@ -165,13 +165,12 @@ def test_inspect_beside_a_base_model(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out, numbers = tmp_path / "out", tmp_path / "one.json"
+    out = tmp_path / "out"
     command = ["inspect", str(contaminated), "--base-model", str(tiny_model_dir)]
-    files = ["--output", str(out), "--json", str(numbers)]
-    assert main([*command, "--data", str(chat_jsonl), *files]) == 0
+    assert main([*command, "--data", str(chat_jsonl), "--output", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "**Verdict: found.**" in printed and "To prompts of the training data" in printed
-    assert json.loads(numbers.read_text()) == json.loads((out / "diagnosis.json").read_text())
+    assert json.loads((out / "diagnosis.json").read_text())["verdict"] == "found"
     assert main([*command, "--output", str(out)]) == 2
     assert "choose another path" in capsys.readouterr().err
 

@@ -72,7 +72,7 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         ValueError, match="no LoRA layer that writes to the residual stream has a basis"
     ):
         gk.leakage(model)
-    with pytest.raises(FileExistsError, match="exists; choose a new folder"):
+    with pytest.raises(FileExistsError, match="exists: choose another path"):
         gk.project_adapter(tmp_path / "adapter", subspace, tmp_path / "adapter")
     narrow = gk.Subspace(torch.eye(8)[:, :1])
     with pytest.raises(ValueError, match=r"has 8 rows but the layer has 32 features"):
