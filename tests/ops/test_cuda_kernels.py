@@ -16,7 +16,7 @@ import torch
 from grasp_kernels.ops.lora_linear.cuda import backend, passes
 from grasp_kernels.ops.lora_linear.cuda.library import operators
 from grasp_kernels.ops.lora_linear.triton import passes as triton_passes
-from grasp_kernels.ops.lora_linear.triton.dropout import keep_mask
+from grasp_kernels.ops.lora_linear.triton.dropout import drawn, keep_mask
 from grasp_kernels.ops.lora_linear.triton.fused import Passes
 from tests.helpers.backends import operands
 from tests.helpers.kernels import DEVICE, assert_exact, normal, seeded
@@ -314,4 +314,4 @@ def test_what_a_layer_may_be() -> None:
     assert "with a sum up to 160 but this layer has 161" in str(
         backend.refuses(x, operands(K=24, N=16, R=150, Q=11))
     )
-    assert math.isclose(passes._mask(seeded(0.25))[2], 1 / 0.75)
+    assert math.isclose(drawn(seeded(0.25))[2], 1 / 0.75)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -19,8 +19,7 @@ from triton.runtime import driver
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Hold the properties of a GPU for the launch tables."""
 
     shared_memory: int  # bytes that one program may use
@@ -41,8 +40,7 @@ PARTS = {
 _INTERPRETER = Part(227 << 10, 6, tma=True)
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """Hold the arguments of one kernel launch."""
 
     kernel: Any

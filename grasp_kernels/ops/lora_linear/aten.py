@@ -32,20 +32,10 @@ from grasp_kernels import cpu
 from grasp_kernels.ops.lora_linear.dropout import blocks, kept, masks
 from grasp_kernels.ops.lora_linear.dropout import host_seed as draw_seed
 from grasp_kernels.ops.lora_linear.operands import Gradients, Needs, Operands, Saved
-from grasp_kernels.ops.lora_linear.reference import DTYPES, closed_factors
+from grasp_kernels.ops.lora_linear.reference import DTYPES, closed_factors, refuses, unsupported
 from grasp_kernels.ops.projection import project_columns
 
 __all__ = ["DTYPES", "backward", "draw_seed", "forward", "kept", "refuses", "unsupported"]
-
-
-def unsupported(where: torch.device) -> str | None:
-    """Return None: library calls run everywhere."""
-    return None
-
-
-def refuses(x: Tensor, op: Operands) -> str | None:
-    """Return None: every call is computed."""
-    return None
 
 
 def write_weight(weight: Tensor, basis: Tensor) -> Tensor:

@@ -108,11 +108,6 @@ def are_plain(*given: Tensor | None) -> bool:
     )
 
 
-def _stand_in(dy: Tensor, lora_A: Tensor) -> Tensor:
-    """Return a tensor like `X[..., K]` in shape, dtype and device, of one element in memory."""
-    return dy.new_empty(()).expand(*dy.shape[:-1], lora_A.shape[1])
-
-
 def _keep(ctx: Any, wanted: bool, x: Tensor, source: Gate | None, *others: Tensor | None) -> None:
     """Save X for dW and dA alone: with a frozen A, S is the only activation kept.
 
@@ -125,9 +120,9 @@ def _keep(ctx: Any, wanted: bool, x: Tensor, source: Gate | None, *others: Tenso
 
 
 def _kept(ctx: Any, x: Tensor | None, gate: Tensor | None, dy: Tensor, A: Tensor) -> Tensor:
-    """Return X from the first two of the saved tensors, or a stand-in for it."""
+    """Return X from the first two of the saved tensors, or its like of one element in memory."""
     if x is None:
-        return _stand_in(dy, A)
+        return dy.new_empty(()).expand(*dy.shape[:-1], A.shape[1])
     return x if gate is None else Gate(gate, x, ctx.activation).product().to(dy.dtype)
 
 

@@ -31,7 +31,7 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def unsupported(where: torch.device) -> str | None:
-    """Return None: the specification runs everywhere."""
+    """Return None: operations of torch run everywhere."""
     return None
 
 

@@ -1,4 +1,4 @@
-"""The three passes of `fused.Passes` on CUDA C++ kernels.
+"""The functions of `triton.passes` on CUDA C++ kernels.
 
 Shapes: T tokens, C columns read by a pass, R LoRA rank, Q basis size, E skinny rows.
 """
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from grasp_kernels.ops.lora_linear.cuda.library import operators
-from grasp_kernels.ops.lora_linear.triton.dropout import Dropout
+from grasp_kernels.ops.lora_linear.triton.dropout import Dropout, drawn
 
 
 def down(
@@ -21,7 +21,7 @@ def down(
     dropout: Dropout | None = None,
 ) -> Tensor:
     n_scaled = A.shape[0] if n_scaled is None else n_scaled
-    seed, threshold, keep = _mask(dropout)
+    seed, threshold, keep = drawn(dropout)
     return operators().down(x, A, scaling * keep, n_scaled, seed, threshold)
 
 
@@ -36,7 +36,7 @@ def sums(
     scaling: float = 1.0,
     dropout: Dropout | None = None,
 ) -> Tensor | None:
-    seed, threshold, keep = _mask(dropout)
+    seed, threshold, keep = drawn(dropout)
     skinny = operators().sums(z, left, out, factor, basis, project, scaling * keep, seed, threshold)
     return None if factor is None else skinny
 
@@ -59,9 +59,3 @@ def _one_read(major: int, C: int, R: int, E: int) -> bool:
     """
     parts = operators().skinny_parts(major, C, R, E)
     return parts == 1 or (parts > 1 and 4 * E * parts <= C)
-
-
-def _mask(dropout: Dropout | None) -> tuple[Tensor | None, int, float]:
-    if dropout is None:
-        return None, 0, 1.0
-    return dropout.seed, dropout.threshold, dropout.inverse_keep

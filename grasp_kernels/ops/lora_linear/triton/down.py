@@ -10,7 +10,7 @@ Shapes: T tokens, K in, R LoRA rank (or the sum of ranks of a group).
 
 # mypy: ignore-errors
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,12 +27,11 @@ from grasp_kernels.ops.gpu.launch import (
     launch,
     part_of,
 )
-from grasp_kernels.ops.lora_linear.triton.dropout import Dropout, kept
+from grasp_kernels.ops.lora_linear.triton.dropout import Dropout, drawn, kept
 from grasp_kernels.ops.lora_linear.triton.reduce import finish_skinny
 
 
-@dataclass(frozen=True)
-class DownTile:
+class DownTile(NamedTuple):
     """Hold the block sizes of one program and its scheduling."""
 
     t: int
@@ -117,11 +116,16 @@ def down(
     dropout: Dropout | None = None,
     tma: bool = True,
 ) -> Tensor:
-    """Compute `Passes.down` of `fused`; `tma=False` is for tests: no copy engine."""
+    """Return `s A x̃ᵀ [R, T]` in the dtype of `x[T, K]`, for `A[R, K]` in the same dtype.
+
+    Rows from `n_scaled` on (None: there are none) come with −1 instead of `scaling`. `tma=False` is
+    for tests: no copy engine.
+    """
     (T, K), R = x.shape, A.shape[0]
     part = part_of(x.device)
     n_scaled = R if n_scaled is None else n_scaled
-    scaling *= 1.0 if dropout is None else dropout.inverse_keep
+    seed, threshold, keep = drawn(dropout)
+    scaling *= keep
     tma = tma and copies_in_bulk(part, x)
     tile = tile_for(part, x.element_size(), tma, R)
     blocks = triton.cdiv(T, tile.t) * triton.cdiv(R, tile.r), triton.cdiv(K, tile.k)
@@ -134,11 +138,8 @@ def down(
         x,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
         x=TensorDescriptor.from_tensor(x, [tile.t, tile.k]) if tma else x,
-        A=A, out=parts,
-        seed=None if dropout is None else dropout.seed,
-        T=T, K=K, R=R, k_split=k_split,
-        threshold=0 if dropout is None else dropout.threshold,
-        n_scaled=n_scaled, scaling=scaling,
+        A=A, out=parts, seed=seed, T=T, K=K, R=R, k_split=k_split,
+        threshold=threshold, n_scaled=n_scaled, scaling=scaling,
         stride_xt=x.stride(0), stride_xk=x.stride(1),
         stride_ar=A.stride(0), stride_ak=A.stride(1),
         BLOCK_T=tile.t, BLOCK_K=tile.k, BLOCK_R=tile.r,

@@ -32,6 +32,13 @@ class Dropout(NamedTuple):
         return 1.0 / (1.0 - self.p) if self.p < 1.0 else 0.0
 
 
+def drawn(dropout: Dropout | None) -> tuple[Tensor | None, int, float]:
+    """Return the seed, the threshold and the factor of the kept elements."""
+    if dropout is None:
+        return None, 0, 1.0
+    return dropout.seed, dropout.threshold, dropout.inverse_keep
+
+
 @triton.jit
 def kept(seed, rows, first, chunks, threshold, BLOCK: tl.constexpr):
     """Return the mask `[BT, BLOCK]` of `rows[BT]` (int64) and columns from `first`, 8 | first.

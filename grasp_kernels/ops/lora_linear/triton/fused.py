@@ -9,12 +9,12 @@
 Where another library computes the base product, its result comes in, `Y = base + s S B°ᵀ`, its
 gradient goes out, `dbase = dY − D Vᵀ`, and the last product is `dX = mask ⊙ (dS A)`.
 
-Each backend has its own passes; the products are shared (`base_product`).
+Each backend has its own passes, which `triton.passes` describes; the products are shared.
 Shapes: T tokens, K in, N out, C columns read by a pass (K or N), R LoRA rank, Q basis size,
 E rows of a skinny result.
 """
 
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,48 +26,7 @@ from grasp_kernels.ops.lora_linear.triton.base_product import product
 from grasp_kernels.ops.lora_linear.triton.dropout import Dropout
 from grasp_kernels.ops.projection import project_columns
 
-
-class Passes(Protocol):
-    """Describe the module of a backend of kernels: a module with these functions."""
-
-    def down(
-        self,
-        x: Tensor,
-        A: Tensor,
-        *,
-        scaling: float = 1.0,
-        n_scaled: int | None = None,
-        dropout: Dropout | None = None,
-    ) -> Tensor:
-        """Return `s A x̃ᵀ [R, T]` in the dtype of `x[T, K]`, for `A[R, K]` in the same dtype.
-
-        Rows from `n_scaled` on (None: there are none) come with −1 instead of `scaling`.
-        """
-        ...
-
-    def sums(
-        self,
-        z: Tensor,
-        left: Tensor,
-        out: Tensor,
-        *,
-        factor: Tensor | None = None,
-        basis: Tensor | None = None,
-        project: bool = False,
-        scaling: float = 1.0,
-        dropout: Dropout | None = None,
-    ) -> Tensor | None:
-        """Write `s (I − V Vᵀ) z̃ᵀ leftᵀ` into `out[C, R]`, for `z[T, C]` and `left[R, T]`.
-
-        With `factor[C, R]` also return the skinny result of the same read,
-        `[s factor | −basis]ᵀ zᵀ`, of E = R + Q rows with `project` and R without. `basis` is
-        float32 `[C, Q]`, orthonormal, or None.
-        """
-        ...
-
-    def one_read(self, z: Tensor, R: int, E: int) -> bool:
-        """Say whether `sums` with a factor costs less than `sums` and `down`, two reads of `z`."""
-        ...
+Passes = Any  # `triton.passes`, or a module with the same functions
 
 
 def forward(

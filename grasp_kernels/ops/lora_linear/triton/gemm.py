@@ -13,7 +13,7 @@ size.
 
 # mypy: ignore-errors
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -29,11 +29,10 @@ from grasp_kernels.ops.gpu.launch import (
     launch,
     part_of,
 )
-from grasp_kernels.ops.lora_linear.triton.dropout import Dropout, kept
+from grasp_kernels.ops.lora_linear.triton.dropout import Dropout, drawn, kept
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """Hold the block sizes of one program and its scheduling."""
 
     t: int
@@ -188,6 +187,7 @@ def extended_gemm(
     tma = tma and not accumulate and copies_in_bulk(part, a, stored, out)
     d, cw = (left, right) if projection is None else projection
     Q, masked = 0 if projection is None else d.shape[0], dropout is not None
+    seed, threshold, keep = drawn(dropout)
     tile = tile or tile_for(part, out.element_size(), tma, masked)
     tiles = triton.cdiv(T, tile.t) * triton.cdiv(J, tile.j)
     launch(
@@ -200,10 +200,7 @@ def extended_gemm(
             if tma else b,
         c=TensorDescriptor.from_tensor(out, [tile.t, tile.j]) if tma else out,
         bias=bias, left=left, right=right, d=d, cw=cw,
-        seed=None if dropout is None else dropout.seed,
-        T=T, I=I, J=J, R=R, Q=Q, scaling=scaling,
-        threshold=0 if dropout is None else dropout.threshold,
-        inverse_keep=1.0 if dropout is None else dropout.inverse_keep,
+        seed=seed, T=T, I=I, J=J, R=R, Q=Q, scaling=scaling, threshold=threshold, inverse_keep=keep,
         programs=min(part.multiprocessors, tiles),
         stride_at=a.stride(0), stride_ai=a.stride(1),
         stride_bi=b.stride(0), stride_bj=b.stride(1),

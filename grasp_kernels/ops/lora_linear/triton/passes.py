@@ -1,27 +1,17 @@
-"""The three passes of `fused.Passes` on Triton kernels.
+"""The three passes of `fused` on Triton kernels; the CUDA backend has the same functions.
 
+`one_read` says whether `sums` with a factor costs less than `sums` and `down`, two reads of `z`.
 Shapes: T tokens, C columns read by a pass, R LoRA rank, Q basis size, E skinny rows.
 """
 
 from torch import Tensor
 
-from grasp_kernels.ops.lora_linear.triton.down import down as down_pass
-from grasp_kernels.ops.lora_linear.triton.dropout import Dropout
+from grasp_kernels.ops.lora_linear.triton.down import down
+from grasp_kernels.ops.lora_linear.triton.dropout import Dropout, drawn
 from grasp_kernels.ops.lora_linear.triton.reduce import finish_factor, finish_skinny, total
 from grasp_kernels.ops.lora_linear.triton.tokens import one_read, token_pass
 
 __all__ = ["down", "one_read", "sums"]
-
-
-def down(
-    x: Tensor,
-    A: Tensor,
-    *,
-    scaling: float = 1.0,
-    n_scaled: int | None = None,
-    dropout: Dropout | None = None,
-) -> Tensor:
-    return down_pass(x, A, scaling=scaling, n_scaled=n_scaled, dropout=dropout)
 
 
 def sums(
@@ -35,11 +25,15 @@ def sums(
     scaling: float = 1.0,
     dropout: Dropout | None = None,
 ) -> Tensor | None:
+    """Write `s (I − V Vᵀ) z̃ᵀ leftᵀ` into `out[C, R]`, for `z[T, C]` and `left[R, T]`.
+
+    With `factor[C, R]` also return the skinny result of the same read, `[s factor | −basis]ᵀ zᵀ`,
+    of E = R + Q rows with `project` and R without. `basis` is float32 `[C, Q]`, orthonormal.
+    """
     partial = token_pass(z, left, factor=factor, basis=basis, project=project, dropout=dropout)
     skinny = None
     if partial.skinny is not None:
         skinny = finish_skinny(partial.skinny, left.shape[0], scaling, z.dtype)
-    keep = 1.0 if dropout is None else dropout.inverse_keep
     share = None if partial.shares is None else total(partial.shares)
-    finish_factor(partial.sums, share, basis, scaling * keep, out)
+    finish_factor(partial.sums, share, basis, scaling * drawn(dropout)[2], out)
     return skinny

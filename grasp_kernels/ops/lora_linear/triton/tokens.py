@@ -17,7 +17,6 @@ Shapes: T tokens, C columns of `Z` (N of dY, K of X), R LoRA rank, Q basis size.
 
 # mypy: ignore-errors
 
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -36,11 +35,10 @@ from grasp_kernels.ops.gpu.launch import (
     launch,
     part_of,
 )
-from grasp_kernels.ops.lora_linear.triton.dropout import Dropout, kept
+from grasp_kernels.ops.lora_linear.triton.dropout import Dropout, drawn, kept
 
 
-@dataclass(frozen=True)
-class Slab:
+class Slab(NamedTuple):
     """Hold the block sizes of one program and its scheduling."""
 
     t: int
@@ -222,6 +220,7 @@ def token_pass(
         torch.empty(slabs * splits, Q, R, **new) if Q else None,
         torch.empty(slabs, E, T, **new) if factor is not None else None,
     )
+    seed, threshold, _ = drawn(dropout)
     factor_strides = (0, 0) if factor is None else factor.stride()
     basis_strides = (0, 0) if basis is None else basis.stride()
     launch(
@@ -232,9 +231,7 @@ def token_pass(
         z=TensorDescriptor.from_tensor(z, [slab.t, slab.c]) if tma else z,
         left=left, factor=factor, basis=basis,
         sums=found.sums, shares=found.shares, skinny=found.skinny,
-        seed=None if dropout is None else dropout.seed,
-        T=T, C=C, R=R, Q=Q, E=E, blocks=triton.cdiv(blocks, splits),
-        threshold=0 if dropout is None else dropout.threshold,
+        seed=seed, T=T, C=C, R=R, Q=Q, E=E, blocks=triton.cdiv(blocks, splits), threshold=threshold,
         stride_zt=z.stride(0), stride_zc=z.stride(1),
         stride_fc=factor_strides[0], stride_fr=factor_strides[1],
         stride_bc=basis_strides[0], stride_bq=basis_strides[1],
