@@ -425,15 +425,13 @@ def _template_errors(messages: list[Message], tokenizer: Tokenizer) -> Iterator[
     roles = ", ".join(message["role"] for message in messages)
     try:
         yield
-    except TemplateError as error:
-        raise ValueError(
-            f"The chat template refuses the turns {roles} ({reason(error)}): change these turns, "
-            "or use another chat template."
-        ) from None
     except ImportError:
         raise
     except Exception as error:  # a template is a program that can fail in any way
+        does, remedy = "fails on", "correct it"
+        if isinstance(error, TemplateError):
+            does, remedy = "refuses", "change these turns"
         raise ValueError(
-            f"The chat template fails on the turns {roles} ({reason(error)}): correct it, or use "
+            f"The chat template {does} the turns {roles} ({reason(error)}): {remedy}, or use "
             "another chat template."
         ) from None

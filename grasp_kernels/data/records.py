@@ -122,14 +122,12 @@ def read_records(
         records.append(parse_record(row, place, require_answer, arm, unread))
     if not records:
         raise ValueError(f"{source} has no records: give some, {_EXPECTED}.")
-    columns = [key for key in unread if not key.startswith(_IN_TURNS)]
-    fields = [key.removeprefix(_IN_TURNS) for key in unread if key.startswith(_IN_TURNS)]
-    for found, what in (
-        (columns, "columns that are not read"),
-        (fields, "fields of turns that only the chat template could show"),
+    of_turns = {key for key in unread if key.startswith(_IN_TURNS)}
+    for keys, what in (
+        (unread - of_turns, "columns that are not read"),
+        (of_turns, "fields of turns that only the chat template could show"),
     ):
-        if found:
-            names = ", ".join(map(_quoted, sorted(found)))
+        if names := ", ".join(_quoted(key.removeprefix(_IN_TURNS)) for key in sorted(keys)):
             warnings.warn(f"{source} has {what}: {names}.", stacklevel=2)
     return records
 
@@ -144,7 +142,7 @@ def parse_record(
     """Read one row, in any of the layouts of `read_records`.
 
     Args:
-        place: name of the row in an error.
+        place: name of the row in an error, perhaps empty.
         unread: gets the unread columns with possible content; fields of turns begin with
             "messages.".
 
@@ -154,7 +152,7 @@ def parse_record(
     try:
         return _record(row, require_answer, arm, set() if unread is None else unread)
     except ValueError as error:
-        raise ValueError(f"{place}: {error}.") from None
+        raise ValueError(f"{place}: {error}." if place else f"{error}.") from None
 
 
 def _record(row: Any, require_answer: bool, arm: str, unread: set[str]) -> Record:
@@ -279,8 +277,7 @@ def _tools(row: dict[str, Any]) -> list[Tool]:
     for key in _TOOLS:
         for i, tool in enumerate(_structure(row, key)):
             tool = _parsed(tool, f"{key}[{i}]")
-            function = tool.get("function", tool) if isinstance(tool, dict) else None
-            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            if not _has_a_name(tool):
                 raise ValueError(
                     f'"{key}[{i}]" is {_shorten(tool)}, expected a function with a "name"'
                 )
@@ -393,11 +390,16 @@ def _message(message: Any, where: str) -> Message:
         role, content, rest[_CALL] = "assistant", "", content
     if call := rest.pop(_CALL, None):
         rest["tool_calls"] = [_call(call, where)]
+    calls = rest.get("tool_calls") or []
+    if not isinstance(calls, list) or not all(map(_has_a_name, calls)):
+        raise ValueError(
+            f'{where}.tool_calls is {_shorten(calls)}, expected a list of functions with a "name"'
+        )
     if isinstance(content, list) and all(
         isinstance(part, dict) and part.get("type") == "text" for part in content
     ):
         content = "".join(_text(part.get("text"), f"{where}.content") for part in content)
-    if rest.get("tool_calls") and not content:
+    if calls and not content:
         content = ""  # the calls are the answer
     # An empty system turn keeps the template from adding its own.
     elif role != "system" or content != "":
@@ -412,9 +414,14 @@ def _message(message: Any, where: str) -> Message:
 
 def _call(content: Any, where: str) -> dict[str, Any]:
     function = _parsed(content, f"{where}.content")
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    if not _has_a_name({"function": function}):
         raise ValueError(f'{where} is {_shorten(content)}, expected a call in JSON with a "name"')
     return {"type": "function", "function": function}
+
+
+def _has_a_name(call: Any) -> bool:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
 def _text(value: Any, key: str) -> str:

@@ -16,7 +16,6 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _JSON = ("expected one JSON object per line", "expected a JSON array of objects")
 _BEGINS_AS_JSON = re.compile(rb'\{\s*["}]|\[\s*[\[{"\]]')  # whole or not
 _PLAIN = ("", ".txt")  # endings of plain text
-_MOST_DIGITS = 4300  # of an integer, at Python's own limit
 
 
 def read_rows(source: str | Path, *, split: str, subset: str | None) -> Rows:
@@ -79,7 +78,7 @@ def parse_json(text: str) -> Any:
         ValueError: it is not JSON, or says something twice.
     """
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_int=_integer)
+        return json.loads(text, object_pairs_hook=_object)
     except RecursionError as error:
         raise ValueError(reason(error)) from None
 
@@ -91,12 +90,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f'"{twice}" appears twice in one object')
     return value
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > _MOST_DIGITS:
-        raise ValueError(f"an integer of {len(digits)} digits")
-    return int(digits)
 
 
 def _json(path: Path) -> Rows:

@@ -14,12 +14,11 @@ from grasp_kernels.data.chat_template import (
     Span,
     Tokenizer,
     Tool,
-    is_learned,
     render_answers,
     render_prompt,
     shared_length,
 )
-from grasp_kernels.data.records import Record
+from grasp_kernels.data.records import Record, parse_record
 from grasp_kernels.progress import bar
 
 IGNORED = -100  # label of tokens outside of the loss (torch's cross_entropy default)
@@ -33,7 +32,7 @@ class Example(TypedDict):
 
 
 def encode(record: Record, tokenizer: Tokenizer, *, max_length: int | None) -> list[Example]:
-    """Tokenise a record; labels are `IGNORED` (-100) except on its answers.
+    """Tokenise a record, or a row in its layouts; labels are `IGNORED` but for its answers.
 
     Every assistant turn without a mark as given counts, with its end token; plain text counts
     whole. The rendering is tokenised once and the answers are found by character offsets, so the
@@ -49,7 +48,7 @@ def encode(record: Record, tokenizer: Tokenizer, *, max_length: int | None) -> l
         ValueError: no record, no chat template, a template that omits words of a turn, a slow
             tokenizer.
     """
-    _check(record)
+    record = _checked(record)
     if "text" in record:
         ids = _encode_plain("", record["text"], tokenizer)["input_ids"]
         examples = [Example(input_ids=ids, labels=list(ids))]
@@ -66,49 +65,11 @@ def encode(record: Record, tokenizer: Tokenizer, *, max_length: int | None) -> l
     return [one for one in cut if any(label != IGNORED for label in one["labels"][1:])]
 
 
-def _check(record: Record) -> None:
-    given: Any = record
-    if not isinstance(given, dict) or not ("text" in given or "messages" in given):
-        keys = sorted(map(str, given)) if isinstance(given, dict) else repr(given)[:40]
-        raise ValueError(
-            f'This is not a record ({keys}), expected "messages" or "text": read_records converts '
-            "other layouts."
-        )
-    if not isinstance(given.get("text", ""), str):
-        raise ValueError(f'"text" is {repr(given["text"])[:40]}, expected a string.')
-    _check_turns(given.get("messages", []), given.get("tools"))
-
-
-def _check_turns(messages: Any, tools: Any) -> None:
-    if not isinstance(messages, (list, tuple)):
-        raise ValueError(f'"messages" is {repr(messages)[:40]}, expected a list of turns.')
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ValueError(f'messages[{i}] has no "role": give "system", "user" or "assistant".')
-        content, calls = message.get("content"), message.get("tool_calls") or []
-        if not isinstance(calls, list) or not all(map(_has_a_name, calls)):
-            raise ValueError(
-                f"messages[{i}].tool_calls is {repr(calls)[:40]}, expected a list of functions "
-                'with a "name".'
-            )
-        if not isinstance(content, str) and not (content is None and calls):
-            raise ValueError(
-                f"messages[{i}].content is {repr(content)[:40]}, expected a string: read_records "
-                "joins contents that are in parts."
-            )
-        try:
-            is_learned(message)
-        except ValueError as error:
-            raise ValueError(f"messages[{i}]: {error}.") from None
-    if not all("function" in tool and _has_a_name(tool) for tool in tools or []):
-        raise ValueError(
-            f'"tools" is {repr(tools)[:40]}, expected {{"type": "function", "function": ...}}.'
-        )
-
-
-def _has_a_name(call: Any) -> bool:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    return isinstance(function, dict) and isinstance(function.get("name"), str)
+def _checked(record: Any) -> Record:
+    """Return a record, or a row in any layout of `read_records`, as a record."""
+    found = parse_record(record, "", require_answer=False)
+    options: Any = {key: record[key] for key in ("context", "concatenate") if key in record}
+    return Record(**{**options, **found})
 
 
 def encode_prompt(
@@ -121,8 +82,8 @@ def encode_prompt(
     """
     if not messages:
         raise ValueError("There is no turn to answer: give at least one message.")
-    _check_turns(messages, tools)
-    text = render_prompt(messages, tokenizer, tools=tools)
+    record = _checked({"messages": messages, "tools": tools})
+    text = render_prompt(record["messages"], tokenizer, tools=record.get("tools"))
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -132,7 +93,6 @@ def split_first_answer(record: Record, tokenizer: Tokenizer) -> tuple[list[int],
     Raises:
         ValueError: plain text, which has no prompt, or as `encode`.
     """
-    _check(record)
     if "text" in record:
         raise ValueError(
             "A plain text has no prompt that could be answered differently: "

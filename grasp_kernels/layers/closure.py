@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
@@ -84,10 +85,12 @@ def leakage(
             two active adapters, or with `base` an adapter that is not merged or a quantised weight.
     """
     check_subspace(subspace)
-    if base is None:
-        found = _leakage(source, subspace, adapter_name, sites)
-    else:
+    if base is not None:
         found = _of_models(source, base, subspace, sites)
+    else:
+        with gathered(source) if isinstance(source, nn.Module) else nullcontext():
+            parts, bases = _of_adapter(source, subspace, adapter_name, sites)
+        found = _measured(parts, bases)
     if found.unseen:
         warnings.warn(
             f"The leakage of {listed(found.unseen)} was not measured; see Leakages.unseen.",
@@ -96,33 +99,27 @@ def leakage(
     return found
 
 
-def _leakage(
-    source: Source,
-    subspace: Subspace | None,
-    adapter_name: str | None = None,
-    sites: SiteRules | None = None,
-) -> Leakages:
-    if subspace is None and not isinstance(source, nn.Module):
+def _of_adapter(
+    source: Source, subspace: Subspace | None, adapter_name: str | None, sites: SiteRules | None
+) -> tuple[Parts, _Bases]:
+    """Return an adapter, and the bases of the subspace, or else of its layers, at its modules."""
+    model = source if isinstance(source, nn.Module) else None
+    if subspace is None and model is None:
         raise ValueError("an adapter folder has no basis of its own; pass the subspace to measure.")
-    with gathered(source) if isinstance(source, nn.Module) else nullcontext():
-        parts = adapter_parts(source, adapter_name)
-        refuse_other_forms(parts.source, parts.config)
-        if subspace is not None:
-            bases = _bases_of_adapter(subspace, parts, source, sites)
-        else:
-            assert isinstance(source, nn.Module)
-            bases = _bases_of_layers(source)
-    return _measured(parts, bases)
-
-
-def _bases_of_adapter(
-    subspace: Subspace, parts: Parts, source: Source, sites: SiteRules | None
-) -> _Bases:
-    model_type = config_model_type(parts.config)
-    if isinstance(source, nn.Module):
-        model_type = model_type_of(source) or model_type
+    parts = adapter_parts(source, adapter_name)
+    refuse_other_forms(parts.source, parts.config)
+    if subspace is None and model is not None:
+        known = {  # of replaced layers; one without a basis needs none
+            adapted_name(name, layer): layer.write_basis
+            for name, layer in model.named_modules()
+            if hasattr(layer, "write_basis") and hasattr(layer, "lora_A")
+        }
+        return parts, lambda name: (name if name in known else "", known.get(name))
+    assert subspace is not None
+    model_type = None if model is None else model_type_of(model)
     names = [entry.name for entry in parts.factors]
-    return _bases_along(subspace, model_type, names, source, sites)
+    model_type = model_type or config_model_type(parts.config)
+    return parts, _bases_along(subspace, model_type, names, source, sites)
 
 
 def _bases_along(
@@ -150,22 +147,15 @@ def _bases_along(
     return basis
 
 
-def _bases_of_layers(model: nn.Module) -> _Bases:
-    """Return the bases of replaced layers; a layer without a basis needs none."""
-    known = {
-        adapted_name(name, layer): layer.write_basis
-        for name, layer in model.named_modules()
-        if hasattr(layer, "write_basis") and hasattr(layer, "lora_A")
-    }
-    return lambda name: (name if name in known else "", known.get(name))
-
-
+@dataclass
 class _Measured:
     """Hold the norms of all parts of one site's change, and of their shares along the basis."""
 
-    def __init__(self, name: str, basis: Tensor) -> None:
-        self.name, self.basis = name, basis
-        self.total = self.along = self.bias = 0.0
+    name: str
+    basis: Tensor
+    total: float = 0.0
+    along: float = 0.0
+    bias: float = 0.0
 
     def add_product(self, A: Tensor, B: Tensor, scaling: float) -> None:
         """Add `s B A [N, K]`, or a stack of such products."""
@@ -309,9 +299,8 @@ def project_adapter(
     check_subspace(subspace)
     source = Path(adapter_dir)
     with changed_copy(source, out) as folder:
-        left = _leakage(source, subspace, None, sites).unseen  # checks that they fit
-        parts = adapter_parts(source)
-        bases = _bases_of_adapter(subspace, parts, source, sites)
+        parts, bases = _of_adapter(source, subspace, None, sites)
+        left = _measured(parts, bases).unseen  # checks that they fit
         tensors = {key: read() for key, read in open_weights(find_weights(source, None)).items()}
         for entry in parts.factors:
             for key in entry.keys[1:]:

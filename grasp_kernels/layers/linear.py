@@ -53,26 +53,21 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
         r: int = 16,
         lora_alpha: int = 32,
         *,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
         adapter_name: str = "default",
         write_basis: Tensor | None = None,
         closed: bool = True,
         backend: str = "auto",
+        **options: Any,
     ) -> GraspLoRALinear:
-        """Make a layer from one `nn.Linear`, which is frozen, without a peft model."""
+        """Make a layer from one `nn.Linear`, which is frozen, without a peft model.
+
+        `options` are others of `LoraConfig`.
+        """
         # peft builds its layer: the arguments of its constructor differ from release to release.
-        config = LoraConfig(
-            r=r,
-            lora_alpha=lora_alpha,
-            lora_dropout=lora_dropout,
-            use_rslora=use_rslora,
-            target_modules=["linear"],
-        )
+        config = LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=["linear"], **options)
         holder = inject_adapter_in_model(config, nn.ModuleDict({"linear": linear}), adapter_name)
-        layer = holder["linear"]
-        cls.adopt(layer, write_basis, "residual", closed, backend)
-        return layer
+        cls.adopt(holder["linear"], write_basis, "residual", closed, backend)
+        return holder["linear"]
 
     def forward(self, x: Tensor, *args: Any, source: Gate | None = None, **kwargs: Any) -> Tensor:
         """Return `Y[..., N]` from `X[..., K]`; `source` as for `lora_linear`."""
@@ -87,11 +82,10 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
         if reason is not None:
             return reason
         weight = self.base_layer.weight
-        dtype = weight.dtype
         if x.device != weight.device:
             return f"input on {x.device} for a weight on {weight.device}"
-        if x.dtype != dtype and autocast_dtype(x.device) is None:
-            return f"input of {x.dtype} for a weight of {dtype}"
+        if x.dtype != weight.dtype and autocast_dtype(x.device) is None:
+            return f"input of {x.dtype} for a weight of {weight.dtype}"
         return None
 
     def _accelerated(self, x: Tensor, adapter: str, source: Gate | None) -> Tensor:
@@ -100,21 +94,11 @@ class GraspLoRALinear(ProjectedLoRA, lora.Linear):
             y = None if plan is None else plan.run(self, x, source)
             if y is not None:
                 return y
-        base, weight = self.base_layer, self._weight
-        return self._operator(
-            x,
-            # A view made by FSDP requires a gradient if any parameter of its unit does.
-            weight.detach() if weight.requires_grad else weight,
-            base.bias,
-            adapter,
-            source=source,
-        )
-
-    @property
-    def _weight(self) -> Tensor:
-        """Return `W[N, K]`; the Conv1D of transformers stores the transpose."""
-        weight = self.base_layer.weight
-        return weight.mT if self.fan_in_fan_out else weight
+        base = self.base_layer
+        weight = base.weight.mT if self.fan_in_fan_out else base.weight  # Conv1D stores [K, N]
+        # A view made by FSDP requires a gradient if any parameter of its unit does.
+        weight = weight.detach() if weight.requires_grad else weight
+        return self._operator(x, weight, base.bias, adapter, source=source)
 
 
 def why_never(layer: nn.Module, adapter: str, *, sharded: bool = False) -> str | None:

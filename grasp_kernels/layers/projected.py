@@ -68,10 +68,9 @@ class ProjectedLoRA(ClosedLayer):
         if x.is_meta and self.get_base_layer().weight.is_meta:
             return _META
         active = self._active()
-        reason = self._why_in_torch(x, active) if active else None
-        if reason is None and len(active) != 1:
-            reason = f"{len(active)} active adapters"
-        return reason or self._why_not(x, active[0])
+        if active and (reason := self._why_in_torch(x, active)):
+            return reason
+        return self._why_not(x, *active) if len(active) == 1 else f"{len(active)} active adapters"
 
     def _why_in_torch(self, x: Tensor, active: list[str]) -> str | None:
         if any(adapter in self.lora_variant for adapter in active):
@@ -90,8 +89,7 @@ class ProjectedLoRA(ClosedLayer):
         return why_adapter_never(self, adapter)
 
     def _active(self) -> list[str]:
-        lora_A = self.lora_A
-        return [name for name in self.active_adapters if name in lora_A]
+        return [name for name in self.active_adapters if name in self.lora_A]
 
     def forward(self, x: Tensor, *args: Any, source: Gate | None = None, **kwargs: Any) -> Tensor:
         """Return `Y[..., N]` from `X[..., K]`; `source` as for `lora_linear`."""
@@ -151,12 +149,9 @@ class ProjectedLoRA(ClosedLayer):
         )
 
     def _tell_stock(self, reason: str) -> None:
+        sentence = "LoRA layers run peft's own forward, which gives the same result but is not "
         if not torch.compiler.is_compiling():
-            self._tell(
-                reason,
-                "LoRA layers run peft's own forward, which gives the same result but is not "
-                f"accelerated: {reason}.",
-            )
+            self._tell(reason, f"{sentence}accelerated: {reason}.")
 
     def _stock_forward(self, reason: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if reason in _IDLE:
@@ -199,21 +194,18 @@ def why_no_matrix(weight: Tensor, *, sharded: bool) -> str | None:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Say whether a call of the module does more than its forward."""
+    """Say whether a call of the module does more than its forward.
+
+    In a model spread over devices a hook of accelerate is the only wrapper of a forward. It moves
+    the input to the device of the weight, where the hook of the block has moved it.
+    """
+    hook: Any = module.__dict__.get("_hf_hook")
+    is_placed = type(hook).__name__ == "AlignDevicesHook"
+    is_placed = is_placed and not (hook.offload or hook.io_same_device)
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        # Hooks of accelerate, and tensor parallelism of transformers.
-        or ("forward" in module.__dict__ and not _is_placed(module))
+        or ("forward" in module.__dict__ and not is_placed)
     )
-
-
-def _is_placed(module: nn.Module) -> bool:
-    """Say whether accelerate's hook for a model spread over devices is the only wrapper.
-
-    It moves the input to the device of the weight, where the hook of the block has moved it.
-    """
-    hook: Any = module.__dict__.get("_hf_hook")
-    return type(hook).__name__ == "AlignDevicesHook" and not (hook.offload or hook.io_same_device)

@@ -147,14 +147,10 @@ def restore_lora_layers(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, (ClosedLayer, GatedMLP)):
             module.release()
-            _rebind(module)
+            # A hook of accelerate calls the forward of the former class.
+            if getattr(module.__dict__.get("_old_forward"), "__self__", None) is module:
+                module.__dict__["_old_forward"] = MethodType(type(module).forward, module)
         _unhook(module)
-
-
-def _rebind(module: nn.Module) -> None:
-    """Point a hook of accelerate to the forward of the class; it calls that of the former class."""
-    if getattr(module.__dict__.get("_old_forward"), "__self__", None) is module:
-        module.__dict__["_old_forward"] = MethodType(type(module).forward, module)
 
 
 def _check_weight(name: str, layer: LoraLayer, sharded: bool) -> None:

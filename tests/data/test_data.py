@@ -354,7 +354,7 @@ def test_each_line_stands_on_its_own_and_blank_lines_are_skipped(tmp_path: Path)
         (b'{"text": "\\ud800"}', "surrogate"),
         (b'{"query": "q", "answer": null}', r"unknown keys \['query'\] \(empty ones do not count"),
         (b'{"text": "a", "n": {"text": "b", "text": "c"}}', '"text" appears twice in one object'),
-        (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "an integer of 5000 digits"),
+        (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "integer.*5000 digits"),
         (b'{"messages": []}', r'"messages" is \[\], expected a list'),
         (b'{"messages": ["q"]}', r"messages\[0\] is 'q'"),
         (b'{"messages": [{"content": "q"}]}', r'messages\[0\] has no "role"'),

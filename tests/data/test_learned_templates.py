@@ -241,21 +241,17 @@ def test_tools_that_a_template_does_not_show_are_named() -> None:
     ("records", "message"),
     [
         ([], "There are no records: give at least one"),
-        ([{"foo": 1}], r"Record 1: This is not a record \(\['foo'\]\), expected \"messages\" or"),
-        (
-            [{"prompt": "q", "completion": "a"}],
-            "Record 1: This is not a record .*read_records converts",
-        ),
-        (["a"], "Record 1: This is not a record"),
+        ([{"foo": 1}], r"Record 1: unknown keys \['foo'\] .*, expected \"messages\" or"),
+        (["a"], "Record 1: a JSON str, not an object, expected"),
         ([{"text": 3}], 'Record 1: "text" is 3'),
         ([{"messages": [{"content": "q"}]}], r'Record 1: messages\[0\] has no "role"'),
-        ([{"messages": [{"role": "user"}]}], r"Record 1: messages\[0\]\.content is None"),
+        ([{"messages": [{"role": "user"}]}], r'Record 1: "messages\[0\]\.content" is None'),
         ([{"messages": "why?"}], "Record 1: \"messages\" is 'why\\?'"),
         (
             [{"messages": [{**ANSWER, "tool_calls": ["f"]}]}],
             r"Record 1: messages\[0\]\.tool_calls is",
         ),
-        ([{"messages": TURNS, "tools": [{"name": "f"}]}], 'Record 1: "tools" is'),
+        ([{"messages": TURNS, "tools": [{"n": "f"}]}], r'Record 1: "tools\[0\]" is'),
         ([{"messages": [USER]}], "None of the 1 records has an answer token: give longer ones"),
     ],
 )
