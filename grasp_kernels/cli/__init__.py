@@ -13,7 +13,7 @@ from traceback import extract_tb
 from typing import NoReturn
 
 from grasp_kernels import processes
-from grasp_kernels.cli import adapter_commands, bench_command, doctor, inspect_command, run_commands
+from grasp_kernels.cli import adapter_commands, bench_command, doctor, run_commands
 from grasp_kernels.cli.options import UsageError, as_options
 from grasp_kernels.files import room_for
 from grasp_kernels.inert import printable, reason
@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     for add in (
         run_commands.add_run,
         adapter_commands.add_identify,
-        inspect_command.add_inspect,
+        adapter_commands.add_inspect,
         adapter_commands.add_extract,
         adapter_commands.add_project,
         adapter_commands.add_fold,

@@ -2,14 +2,16 @@
 
 import argparse
 import warnings
+from collections.abc import Iterator
 from dataclasses import MISSING
+from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from grasp_kernels import processes
-from grasp_kernels.cli.config_file import read_options
-from grasp_kernels.cli.options import add_command, number_of_directions
+from grasp_kernels.cli.options import UsageError, add_command, number_of_directions
+from grasp_kernels.inert import reason
 from grasp_kernels.pipeline.config import OPTIONS, RunConfig
-from grasp_kernels.pipeline.trainer_options import parse
+from grasp_kernels.pipeline.trainer_options import as_typed, parse
 
 
 def add_run(commands: Any) -> None:
@@ -87,7 +89,7 @@ def _configured(arguments: argparse.Namespace) -> RunConfig:
     """Return the options of the file, replaced by options that were typed."""
     parser, own = arguments.parser, [option.name for option in OPTIONS]
     typed = {name: getattr(arguments, name) for name in own}
-    options = read_options(arguments.config, parser) if arguments.config else {}
+    options = _read_options(arguments.config, parser) if arguments.config else {}
     options |= {name: value for name, value in typed.items() if value is not None}
     if arguments.further:
         try:
@@ -99,6 +101,62 @@ def _configured(arguments: argparse.Namespace) -> RunConfig:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
     further = {name: options.pop(name) for name in sorted(options.keys() - set(own))}
     return RunConfig(**options, training_arguments=further)
+
+
+def _read_options(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """Read options of a run from a file; its keys are their names.
+
+    Raises:
+        UsageError: a file that is not YAML, or has a key twice; a key that is not an option; a
+            value of another type.
+    """
+    options: dict[str, Any] = {}
+    for name, value in _read(path).items():
+        try:
+            options |= _taken(str(name).replace("-", "_"), value, parser)
+        except ValueError as error:
+            raise UsageError(f"{path}: {error}") from None
+    return options
+
+
+def _taken(name: str, value: Any, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    if value is None:
+        raise ValueError(f"{name} has no value: give one, or leave it out.")
+    typed = name.replace("_", "-")
+    words = as_typed(typed, value)
+    if name not in (option.name for option in OPTIONS):
+        return parse(words)
+    if isinstance(value, bool):
+        words = [f"--{typed}" if value else f"--no-{typed}"]
+    return {name: getattr(parser.parse_args(words), name)}
+
+
+def _read(path: str) -> dict[Any, Any]:
+    import yaml
+
+    if not Path(path).is_file():
+        raise UsageError(f"There is no file {path}: check the option --config.")
+    text = Path(path).read_bytes()
+    try:
+        tree, content = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        at = getattr(error, "problem_mark", None)
+        wrong = f"line {at.line + 1}: {vars(error)['problem']}" if at else reason(error)
+        raise UsageError(f"{path} is not YAML ({wrong}): correct it.") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds no options: give a line such as max_steps: 200 for each.")
+    for names in _keys(tree):
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UsageError(f"{path}: {twice[0]} is there twice: remove one of them.")
+    return content
+
+
+def _keys(node: Any) -> Iterator[list[str]]:
+    """Yield the keys of a mapping, and of the mappings in it."""
+    if node.id == "mapping":
+        yield [str(key.value).replace("-", "_") for key, _ in node.value]
+        for _, value in node.value:
+            yield from _keys(value)
 
 
 def quieten() -> None:

@@ -1,7 +1,6 @@
 """LoRA weights -> the directions of the residual stream along which a fine-tune moved; their file.
 
 basis              orthonormal directions, and the same directions at the output of a layer
-stack              weights of adapters -> one matrix
 identification     adapters -> Subspace
 """
 

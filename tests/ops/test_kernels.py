@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from grasp_kernels.ops.gpu.launch import PARTS, dry_run
-from grasp_kernels.ops.lora_linear.triton import base_product
-from grasp_kernels.ops.lora_linear.triton.base_product import product
+from grasp_kernels.ops.lora_linear.triton import gemm
 from grasp_kernels.ops.lora_linear.triton.down import down
 from grasp_kernels.ops.lora_linear.triton.dropout import keep_mask
-from grasp_kernels.ops.lora_linear.triton.gemm import Tile, extended_gemm
+from grasp_kernels.ops.lora_linear.triton.gemm import Tile, extended_gemm, product
 from grasp_kernels.ops.lora_linear.triton.reduce import finish_factor, finish_skinny, total
 from grasp_kernels.ops.lora_linear.triton.tokens import Slab, one_read, token_pass
 from tests.helpers.kernels import DEVICE, assert_exact, normal, seeded
@@ -53,7 +52,7 @@ def test_extended_product(
 def test_both_paths_of_a_product_agree(
     dtype: torch.dtype, dropout_p: float, Q: int, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base_product, "choose", lambda *_, **__: path)
+    monkeypatch.setattr(gemm, "choose", lambda *_, **__: path)
     T, I, J, R = 37, 48, 56, 5
     a, b = normal(T, I, dtype=dtype), normal(I, J, dtype=dtype)
     left, right = normal(R, T, dtype=dtype), normal(R, J, dtype=dtype)
@@ -74,7 +73,7 @@ def test_both_paths_of_a_product_agree(
 def test_the_choice_of_a_path() -> None:
     """By what was measured on a Hopper, elsewhere predicted by the inner width."""
     choose, sm_90, sm_120, sm_80 = (
-        base_product.choose,
+        gemm.choose,
         *map(PARTS.get, ("sm_90", "sm_120", "sm_80")),
     )
     assert choose(sm_90, 2, 28672) == "extended"

@@ -12,8 +12,7 @@ import grasp_kernels.subspace.identification as identification
 from grasp_kernels.adapters import Adapter, LoRAWeights, load_adapter
 from grasp_kernels.models.architectures import RULES
 from grasp_kernels.subspace import Subspace, identify
-from grasp_kernels.subspace.identification import choose_k
-from grasp_kernels.subspace.stack import stack_blocks
+from grasp_kernels.subspace.identification import choose_k, stack_blocks
 from tests.helpers.models import tiny_peft_model
 from tests.helpers.oracle import budget, relative_error
 from tests.helpers.synthetic import synthetic_adapter, unit_directions

@@ -7,6 +7,5 @@ dropout        the mask, from a seed
 down           S = A X̃ᵀ
 tokens         [dS | D] = dY [s B̂ | V] and dB = s dYᵀ S from one read;  dA = dSᵀ X̃
 reduce         sums of parts in a fixed order, (I − V Vᵀ) dB
-base_product   Y and dX: how the skinny columns join the base product
-gemm           the base product with R + Q more columns
+gemm           Y and dX: the base product with R + Q more columns
 """

@@ -22,8 +22,8 @@ from torch import Tensor
 from grasp_kernels.ops.lora_linear.aten import added, base_gradients, whole_bias, write_weight
 from grasp_kernels.ops.lora_linear.operands import Gradients, Needs, Operands, Saved
 from grasp_kernels.ops.lora_linear.reference import closed_factors
-from grasp_kernels.ops.lora_linear.triton.base_product import product
 from grasp_kernels.ops.lora_linear.triton.dropout import Dropout
+from grasp_kernels.ops.lora_linear.triton.gemm import product
 from grasp_kernels.ops.projection import project_columns
 
 Passes = Any  # `triton.passes`, or a module with the same functions
