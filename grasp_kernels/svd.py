@@ -12,7 +12,7 @@ _OVERSAMPLES = 8
 _ITERATIONS = 4
 
 
-def leading_triples(matrix: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def leading_triples(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the leading `rank` triples of a real matrix `[M, N]`, by `torch.svd_lowrank`.
 
     bf16 and fp16 are computed, and returned, in float32. The function draws from the generators
@@ -26,11 +26,7 @@ def leading_triples(matrix: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor
     """
     wide = matrix if matrix.dtype in (torch.float32, torch.float64) else matrix.float()
     size = min(rank + _OVERSAMPLES, *wide.shape)
-    on_gpu = wide.device.type == "cuda"
-    with torch.random.fork_rng(devices=[wide.device] if on_gpu else []):
-        if on_gpu:
-            torch.cuda.default_generators[wide.device.index or 0].manual_seed(seed)
-        else:
-            torch.default_generator.manual_seed(seed)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(0)
         U, S, V = torch.svd_lowrank(wide, q=size, niter=_ITERATIONS)
     return U[:, :rank], S[:rank], V[:, :rank].mT

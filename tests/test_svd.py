@@ -42,11 +42,10 @@ def test_values_of_a_slow_spectrum_are_within_the_theorem() -> None:
 
 def test_the_same_in_every_run_and_random_numbers_are_left_alone() -> None:
     matrix, state = torch.randn(30, 50), torch.get_rng_state()
-    first, again, other = (leading_triples(matrix, 3, seed=seed) for seed in (0, 0, 1))
+    first, again = leading_triples(matrix, 3), leading_triples(matrix, 3)
     assert torch.equal(torch.get_rng_state(), state)
     for one, two in zip(first, again, strict=True):
         assert torch.equal(one, two)
-    assert not torch.equal(first[0], other[0])
 
 
 def test_half_precision_is_computed_in_float32() -> None:

@@ -32,16 +32,24 @@ def _doctor(arguments: argparse.Namespace) -> int:
     rows = {"grasp_kernels": __version__, "python": platform.python_version()}
     rows.update({package: _installed(package) for package in _PACKAGES})
     rows["GPU"] = _gpu()
-    host = _host()
-    rows["compiled extension"] = _extension(host)
+    host: Any = None  # the compiled module with the facts of this build
+    if find_spec("grasp_kernels._host") is not None:
+        host = import_module("grasp_kernels._host")
     rows["calls of layers"] = _calls()
     rows["CUDA kernels"] = _kernels(host)
 
-    from grasp_kernels.ops import backends
+    from grasp_kernels.models.checkpoint import device
+    from grasp_kernels.ops.lora_linear import registry
 
-    for name, reason in backends().items():
-        rows[f"backend {name}"] = _backend(name) if reason is None else f"does not run: {reason}"
-    rows["backend auto"] = _auto()
+    measured, least = registry.measured_on(device()), registry.LEAST_TOKENS
+    for name, reason in registry.backends().items():
+        runs = "runs"
+        if name in registry.KERNELS and not measured:
+            runs = "runs; never timed on such a GPU, so auto does not choose it"
+        rows[f"backend {name}"] = runs if reason is None else f"does not run: {reason}"
+    rows["backend auto"] = "chooses aten: no kernel was measured to be faster here"
+    if measured:
+        rows["backend auto"] = f"chooses kernels for bfloat16 calls of {least} tokens or more"
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")
@@ -71,21 +79,6 @@ def _installed(package: str) -> str:
     return f"{found}, within {oldest} to {newest}"
 
 
-def _host() -> Any:
-    """Return the compiled module with the facts of this build, or None."""
-    if find_spec("grasp_kernels._host") is None:
-        return None
-    return import_module("grasp_kernels._host")
-
-
-def _extension(host: Any) -> str:
-    if host is None:
-        return "not built (optional)"
-    build = host.build_info()
-    standard = build["cxx_standard"] // 100 % 100
-    return f"{build['version']}, by {build['compiler']}, C++{standard}, Python {build['python']}"
-
-
 def _calls() -> str:
     """Say whether the calls of layers are compiled, or why they are in Python."""
     if find_spec("peft") is None:
@@ -109,41 +102,16 @@ def _kernels(host: Any) -> str:
     if not build.get("nvcc"):
         return "not built (to build them, install with nvcc and with pip's --no-build-isolation)"
     kernels = host.kernels()
-    spilling = [kernel["name"] for kernel in kernels if kernel["spilled"]]
-    spills = (
-        f"{len(spilling)} spill: {', '.join(sorted(set(spilling)))}" if spilling else "none spills"
-    )
+    spilling = sorted({kernel["name"] for kernel in kernels if kernel["spilled"]})
     return (
-        f"{len(kernels)} for {', '.join(build['architectures'])}, by nvcc {build['nvcc']}, "
-        f"for torch {build['torch_abi']} or newer; {spills}"
+        f"{len(kernels)} for {', '.join(build['architectures'])}, by nvcc {build['nvcc']}, for "
+        f"torch {build['torch_abi']} or newer; registers spill in {', '.join(spilling) or 'none'}"
     )
 
 
 _COLUMNS = (  # memory is in bytes
     "name", "shape", "arch", "registers", "shared_memory", "local_memory", "spilled", "max_threads",
 )  # fmt: skip
-
-
-def _backend(name: str) -> str:
-    """Describe a backend that runs; `auto` takes no kernels that were not timed on such a GPU."""
-    from grasp_kernels.models.checkpoint import device
-    from grasp_kernels.ops.lora_linear import registry
-
-    if name not in registry.KERNELS or registry.measured_on(device()):
-        return "runs"
-    return "runs; never timed on such a GPU, so auto does not choose it"
-
-
-def _auto() -> str:
-    from grasp_kernels.models.checkpoint import device
-    from grasp_kernels.ops.lora_linear.registry import LEAST_TOKENS, measured_on
-
-    if measured_on(device()):
-        return (
-            f"chooses kernels for bfloat16 calls of {LEAST_TOKENS} tokens or more, and aten "
-            "otherwise"
-        )
-    return "chooses aten: no kernel was measured to be faster here"
 
 
 def _gpu() -> str:

@@ -115,30 +115,31 @@ def _parse(content: bytes, place: str, expected: str) -> Any:
 
 def _csv(path: Path) -> Rows:
     before = csv.field_size_limit(2**31 - 1)  # an answer may be longer than Python's 131072
-    line = 0
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.reader(lines, strict=True)
-            table = []
+            reader = csv.DictReader(lines, strict=True)
+            rows: list[dict[Any, Any]] = []
             for row in reader:
-                table.append(row)
-                line = reader.line_num
+                rows.append(row)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not CSV in UTF-8 ({error}): export it again.") from None
     except csv.Error as error:
-        raise ValueError(f"{path}, line {line + 1}: not CSV ({error}): export it again.") from None
+        raise ValueError(
+            f"{path}, row {len(rows) + 1}: not CSV ({error}): export it again."
+        ) from None
     finally:
         csv.field_size_limit(before)
-    header, *rows = [row for row in table if row] or [[]]
+    header = reader.fieldnames or []
     _refuse_twice(path, [name for name in header if name])
     for place, row in _numbered(path, rows):
-        if any(row[len(header) :]):
+        more = row.pop(None, [])
+        if any(more):
             raise ValueError(
-                f"{place}: {len(row)} fields, but the header has {len(header)}: quote every field "
-                "that contains a comma."
+                f"{place}: {len(header) + len(more)} fields, but the header has {len(header)}: "
+                "quote every field that contains a comma."
             )
         # CSV has no null: a missing value of a row is an empty field.
-        yield place, {name: field for name, field in zip(header, row, strict=False) if field}
+        yield place, {name: field for name, field in row.items() if field}
 
 
 def _parquet(path: Path) -> Rows:

@@ -19,7 +19,7 @@ from grasp_kernels.cpu import in_fast_dtype
 from grasp_kernels.files import read_json
 from grasp_kernels.inert import listed, reason
 from grasp_kernels.models.sharding import local_part, split_loading
-from grasp_kernels.models.tensors import INDEX, WEIGHTS, Stored, read_folder
+from grasp_kernels.models.tensors import INDEX, Stored, read_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -124,11 +124,6 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     config = load_config(checkpoint)
-    if not any((checkpoint / name).is_file() for name in (WEIGHTS, INDEX)):
-        raise ValueError(
-            f"The checkpoint {checkpoint} has no {WEIGHTS}: download it completely, or save the "
-            "model again with save_pretrained."
-        )
     stored = read_folder(checkpoint)
     split = where is None and processes.is_split()
     parts = split_loading(config) if split else {}

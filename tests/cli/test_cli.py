@@ -169,14 +169,19 @@ def test_check_fails_before_and_passes_after_project(
     assert "within the tolerance" in capsys.readouterr().out
 
 
-def test_doctor_says_which_kernels_nobody_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from grasp_kernels.cli import doctor
+def test_doctor_says_which_kernels_nobody_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from grasp_kernels.ops.lora_linear import registry
 
     untimed = "runs; never timed on such a GPU, so auto does not choose it"
+    monkeypatch.setattr(registry, "backends", lambda: dict.fromkeys(registry.BACKENDS))
     for hopper, kernels in ((False, untimed), (True, "runs")):
         monkeypatch.setattr(registry, "measured_on", lambda where, is_it=hopper: is_it)
-        found = {name: doctor._backend(name) for name in registry.BACKENDS}
+        assert main(["doctor"]) == 0
+        lines = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
+        found = {line[1]: line[2] for line in lines if line[0] == "backend"}
+        assert found.pop("auto").startswith("chooses kernels" if hopper else "chooses aten")
         expected = dict.fromkeys(registry.KERNELS, kernels)
         assert found == expected | dict.fromkeys(("aten", "reference"), "runs")
 
@@ -207,9 +212,9 @@ def test_doctor_says_whether_calls_are_compiled(
 def test_doctor_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
-    assert f"torch               {torch.__version__.partition('+')[0]}" in printed
+    assert f"torch              {torch.__version__.partition('+')[0]}" in printed
     assert all(f"backend {name}" in printed for name in BACKENDS)
-    lines = {line[:18].strip(): line[18:].strip() for line in printed.splitlines()}
+    lines = {line[:17].strip(): line[17:].strip() for line in printed.splitlines()}
     if not torch.cuda.is_available():
         expected = "chooses aten: no kernel was measured to be faster here"
         assert expected in lines["backend auto"]

@@ -264,9 +264,9 @@ def test_wheel_without_nvcc_says_so_and_works(tmp_path: Path) -> None:
     assert where.startswith(str(commands.parent))
     report = run(commands, "grasp-kernels", "doctor")
     assert all(f"backend {name}" in report for name in BACKENDS)
-    assert "CUDA kernels        not built" in report
+    assert "CUDA kernels       not built" in report
     release = ".".join(torch.__version__.split(".")[:2])
-    assert f"calls of layers     compiled for torch {release}" in report
+    assert f"calls of layers    compiled for torch {release}" in report
 
 
 @pytest.mark.slow
