@@ -71,13 +71,11 @@ _PARTS: dict[str, tuple[str, dict[str, str]]] = {
         {"llama.cpp": "turns the update around, without a word"},
     ),
 }
-_ALWAYS = {
-    "mlx": "mlx-lm reads no folder of peft, only its own format: merge the adapter into its base.",
-}
-_ADVICE = {
-    "openvino": "OpenVINO GenAI takes alpha from you, not from the file: AdapterConfig().add("
-    "adapter, alpha={alpha}); without it, or with add_request, the scale is another.",
-}
+_MLX = "mlx-lm reads no folder of peft, only its own format: merge the adapter into its base."
+_OPENVINO = (
+    "OpenVINO GenAI takes alpha from you, not from the file: AdapterConfig().add(adapter, "
+    "alpha={:g}); without it, or with add_request, the scale is another."
+)
 CONSUMERS = ("vllm", "llama.cpp", "ollama", "openvino", "mlx")
 
 
@@ -208,8 +206,8 @@ def consumer_problems(adapter_dir: str | PathLike[str], consumer: str) -> list[s
     if consumer not in CONSUMERS:
         raise ValueError(f"for is {consumer!r}, which is unknown; use one of {CONSUMERS}.")
     config, keys = _read(adapter_dir)
-    if consumer in _ALWAYS:
-        return [_ALWAYS[consumer]]
+    if consumer == "mlx":
+        return [_MLX]
     found = []
     for part, where in _parts_of(config, keys):
         remedy, effects = _PARTS[part]
@@ -221,10 +219,12 @@ def consumer_problems(adapter_dir: str | PathLike[str], consumer: str) -> list[s
 
 def consumer_advice(adapter_dir: str | PathLike[str], consumer: str) -> str | None:
     """Return what to do in other software with an adapter that it can read, or None."""
+    if consumer != "openvino":
+        return None
     config, _ = _read(adapter_dir)
-    r, alpha = config["r"], config["lora_alpha"]
-    whole = alpha * r**0.5 if config.get("use_rslora") else alpha
-    return _ADVICE[consumer].format(alpha=f"{whole:g}") if consumer in _ADVICE else None
+    return _OPENVINO.format(
+        config["lora_alpha"] * (config["r"] ** 0.5 if config.get("use_rslora") else 1)
+    )
 
 
 def _read(adapter_dir: str | PathLike[str]) -> tuple[dict[str, Any], list[str]]:

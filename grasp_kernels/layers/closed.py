@@ -346,6 +346,11 @@ def _close_(factors: Sequence[_Factor]) -> None:
             factor.weight.data.copy_(like(factor.weight, value))
 
 
+def unpickled(make: Callable[[type], type], stock: type) -> Any:
+    """Return an empty object of a class that `make` makes, which no pickle finds."""
+    return make(stock).__new__(make(stock))
+
+
 # --- events that the layers learn of
 
 _layers: WeakSet[ClosedLayer] = WeakSet()

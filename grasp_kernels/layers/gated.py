@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 from transformers import activations
 
+from grasp_kernels.layers.closed import unpickled
 from grasp_kernels.layers.plan import plan_class
 from grasp_kernels.layers.projected import ProjectedLoRA, has_hooks
 from grasp_kernels.ops.gated import Gate, Gated, kernels_for
@@ -67,7 +68,7 @@ class GatedMLP(_MLP):
         self.__class__ = self.stock
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _empty, (self.stock,), self.__dict__  # a pickle finds no class made here
+        return unpickled, (_gated, self.stock), self.__dict__
 
 
 def adopt_gated(model: nn.Module) -> list[str]:
@@ -103,7 +104,7 @@ def _is_gated(module: nn.Module) -> bool:
 
 
 def _is_direct(stock: type, down: nn.Module, act: nn.Module) -> bool:
-    """Say whether the formula holds, and nothing is between the product and our layer."""
+    """Say whether the formula holds, with nothing between the product and our layer."""
     return not (
         torch.compiler.is_compiling()
         or not torch.is_grad_enabled()
@@ -119,8 +120,7 @@ def _is_direct(stock: type, down: nn.Module, act: nn.Module) -> bool:
 
 def _is_long(x: Tensor, down: Any) -> bool:
     """Say whether the product of `x[..., D]` is worth a launch."""
-    tokens = x.numel() // max(1, x.shape[-1]) if x.dim() else 0
-    return bool(tokens * down.in_features >= _LEAST_ELEMENTS)
+    return bool(x.shape[:-1].numel() * down.in_features >= _LEAST_ELEMENTS)
 
 
 def _are_parts(gate: Tensor, up: Tensor) -> bool:
@@ -138,7 +138,3 @@ def _gated(stock: type) -> type[GatedMLP]:
     made = type(f"Grasp{stock.__name__}", (GatedMLP, stock), {"stock": stock})
     made.__name__ = stock.__name__
     return made
-
-
-def _empty(stock: type) -> GatedMLP:
-    return _gated(stock).__new__(_gated(stock))

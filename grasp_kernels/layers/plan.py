@@ -226,11 +226,8 @@ def compiled() -> Any:
     try:
         return importlib.import_module(f"grasp_kernels._call_{release}").Plan
     except ImportError as error:
-        built = sorted({file.name.split(".")[0] for file in _FOLDER.glob("_call_*")})
-        others = [name.removeprefix("_call_").replace("_", ".") for name in built]
-        release = release.replace("_", ".")
-        if not others:
+        built = {file.name.split(".")[0].removeprefix("_call_") for file in _FOLDER.glob("_call_*")}
+        if not built:
             return "not built"
-        if release in others:
-            return f"built for torch {release}, but {error}"
-        return f"built for torch {', '.join(others)}, and torch is {torch.__version__}"
+        why = f"but {error}" if release in built else f"and torch is {torch.__version__}"
+        return f"built for torch {', '.join(sorted(built)).replace('_', '.')}, {why}"

@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from grasp_kernels.layers.closed import unpickled
 from grasp_kernels.layers.projected import ProjectedLoRA
 from grasp_kernels.ops.gated import Gate
 
@@ -38,7 +39,7 @@ class QuantisedLoRA(ProjectedLoRA):
         return self._operator(x, None, None, adapter, base=base, source=source)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _empty, (self.stock,), self.__dict__  # a pickle finds no class made here
+        return unpickled, (quantised, self.stock), self.__dict__
 
 
 def why_wrong_gradient(layer: LoraLayer) -> str | None:
@@ -116,7 +117,3 @@ def library_of(layer: LoraLayer) -> str | None:
 def quantised(stock: type) -> type[QuantisedLoRA]:
     """Return the class for layers of a class of peft: `quantised(Linear4bit).adopt(layer, ...)`."""
     return type(f"Grasp{stock.__name__}", (QuantisedLoRA, stock), {"stock": stock})
-
-
-def _empty(stock: type) -> QuantisedLoRA:
-    return quantised(stock).__new__(quantised(stock))

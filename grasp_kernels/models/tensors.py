@@ -69,33 +69,25 @@ def indexed(path: Path, what: str) -> list[Path]:
         FileNotFoundError: a shard is missing.
         ValueError: the file is not an index, or names files outside of its folder.
     """
-    shards = read_json(inside(path), "index of shards", f"save the {what} again").get("weight_map")
+    again = f"save the {what} again"
+    shards = read_json(inside(path), "index of shards", again).get("weight_map")
     named = shards.values() if isinstance(shards, dict) else ()
     if not named or not all(isinstance(one, str) for one in named):
-        raise ValueError(
-            f"{str(path)!r} is not a valid index of shards (its weight_map is {shown(shards)}); "
-            f"save the {what} again."
-        )
+        wrong = f"is not a valid index of shards (its weight_map is {shown(shards)})"
+        raise ValueError(f"{str(path)!r} {wrong}; {again}.")
     names = sorted(set(named))
-    strange = [name for name in names if Path(name).name != name or name == ".."]
-    if strange:
-        raise ValueError(
-            f"{str(path)!r} names the shards {listed(strange)}, which are not files in its folder; "
-            f"save the {what} again."
+    if strange := [name for name in names if Path(name).name != name or name == ".."]:
+        wrong = f"names the shards {listed(strange)}, which are not files in its folder"
+        raise ValueError(f"{str(path)!r} {wrong}; {again}.")
+    if missing := [name for name in names if not (path.parent / name).is_file()]:
+        wrong = (
+            f"names {listed(missing)}, which {'is' if len(missing) == 1 else 'are'} not next to it"
         )
-    missing = [name for name in names if not (path.parent / name).is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{str(path)!r} names {listed(missing)}, which {'is' if len(missing) == 1 else 'are'} "
-            "not next to it; copy all shards into its folder."
-        )
+        raise FileNotFoundError(f"{str(path)!r} {wrong}; copy all shards into its folder.")
     files = [path.parent / name for name in names]
-    lost = sorted(set(shards) - set(read_tensors(files)))
-    if lost:
-        raise ValueError(
-            f"{str(path)!r} names the tensors {listed(lost)}, which no shard holds; save the "
-            f"{what} again."
-        )
+    if lost := sorted(set(shards) - set(read_tensors(files))):
+        wrong = f"names the tensors {listed(lost)}, which no shard holds"
+        raise ValueError(f"{str(path)!r} {wrong}; {again}.")
     return files
 
 

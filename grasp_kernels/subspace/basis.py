@@ -18,6 +18,7 @@ from torch import Tensor
 from grasp_kernels.files import open_tensors, read_all, whole_file
 from grasp_kernels.inert import inert, shown
 from grasp_kernels.models.architectures import Site
+from grasp_kernels.models.tensors import refuse_nonfinite
 
 _ORTHONORMAL_TOLERANCE = 1e-5
 _FORMAT = "grasp_kernels.subspace"
@@ -57,11 +58,7 @@ class Subspace:
                     "the norm."
                 )
             self._check_gain(norm, gain)
-            if not bool(gain.isfinite().all()):
-                raise ValueError(
-                    f"The gain of {shown(norm)} has non-finite values; give the weight of an "
-                    "intact model."
-                )
+            refuse_nonfinite(f"the gain of {norm}", gain)
 
     @property
     def k(self) -> int:
@@ -111,16 +108,12 @@ class Subspace:
         with open_tensors(path, remedy) as file:
             text = (file.metadata() or {}).get(_FORMAT)
             tensors = read_all(file) if text else {}
-        if text is None:
-            raise ValueError(
-                f"{str(path)!r} is a safetensors file but does not hold a subspace of this format; "
-                f"{remedy}."
-            )
         try:
+            if text is None:
+                raise ValueError("it has no header of one")
             notes, metadata = _fields(json.loads(text))
             basis = tensors.pop(_BASIS)
-            strange = sorted(key for key in tensors if not key.startswith(_GAIN))
-            if strange:
+            if strange := sorted(key for key in tensors if not key.startswith(_GAIN)):
                 raise ValueError(f"nothing refers to its tensor {shown(strange[0])}")
             gains = {key.removeprefix(_GAIN): gain for key, gain in tensors.items()}
             return cls(basis, gains, notes, metadata)
@@ -146,20 +139,17 @@ class Subspace:
 
 def _fields(header: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Return notes and metadata of a header, checked: the file may come from anywhere."""
-    if not isinstance(header, dict):
-        raise ValueError("its header is not a JSON object")
-    if header.get("version") != _FORMAT_VERSION:
+    version = header.get("version") if isinstance(header, dict) else header
+    if version != _FORMAT_VERSION or not isinstance(header, dict):
         raise ValueError(
-            f"its format is {shown(header.get('version'))}, and this release reads "
-            f"{_FORMAT_VERSION}"
+            f"its format is {shown(version)}, and this release reads {_FORMAT_VERSION}"
         )
     notes, metadata = header["notes"], header["metadata"]
     if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
         raise ValueError(f"notes is {shown(notes)}")
-    if not isinstance(metadata, dict):
+    fits = isinstance(metadata, dict) and isinstance(metadata.get("model_type", ""), str | None)
+    if not fits:
         raise ValueError(f"metadata is {shown(metadata)}")
-    if not isinstance(metadata.get("model_type", ""), str | None):
-        raise ValueError(f"model_type is {shown(metadata['model_type'])}")
     return tuple(notes), metadata
 
 

@@ -126,7 +126,7 @@ def test_loading_what_is_no_subspace(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a complete safetensors file"):
         Subspace.load(tmp_path / "text.safetensors")
     save_file({"w": torch.ones(1)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(ValueError, match="does not hold a subspace"):
+    with pytest.raises(ValueError, match="does not hold a valid subspace"):
         Subspace.load(tmp_path / "foreign.safetensors")
 
 
