@@ -51,6 +51,9 @@ class Refusal(NamedTuple):
     reason: str
 
 
+Found = dict[str, float | Refusal]
+
+
 class Timed(NamedTuple):
     """Hold the times of one linear layer: "peft", every backend and "auto".
 
@@ -60,7 +63,7 @@ class Timed(NamedTuple):
     name: str
     K: int
     N: int
-    found: dict[str, float | Refusal]
+    found: Found
 
 
 def compare(
@@ -91,10 +94,7 @@ def compare(
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind = name.partition(":")[0]
     if kind not in _USUAL or (kind == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(
-            f"device is {name!r}, which cannot be timed here; use 'cpu', or 'cuda' if torch sees a "
-            "GPU."
-        )
+        raise ValueError(f"device is {name!r}, which is not here; use 'cpu', or 'cuda' with a GPU.")
     model, tokens = model or _USUAL[kind][0], _USUAL[kind][1] if tokens is None else tokens
     for what, given, known in (("model", model, MODELS), ("dtype", dtype, _DTYPES)):
         if given not in known:
@@ -134,12 +134,10 @@ def _stock(K: int, N: int, R: int, V: Tensor | None) -> Any:
     return layer
 
 
-def _measured(
-    stock: Any, V: Tensor | None, tokens: int, seconds: float
-) -> dict[str, float | Refusal]:
+def _measured(stock: Any, V: Tensor | None, tokens: int, seconds: float) -> Found:
     """Return the time of stock peft and of each backend, or the reason for a missing time."""
     weight = stock.base_layer.weight
-    found: dict[str, float | Refusal] = {"peft": _time(stock, tokens, seconds)}
+    found: Found = {"peft": _time(stock, tokens, seconds)}
     wide, own = (_results(layer, V) for layer in (copy.deepcopy(stock).double(), stock))
     for backend in (*_TIMED, "auto"):
         reason = _unavailable(backend, weight)

@@ -33,11 +33,7 @@ class Options:
     """Check the options of a dataclass; an error names the option, its value and a remedy."""
 
     def check_types(self) -> None:
-        """Compare the values of options of the plain types with their annotations.
-
-        Raises:
-            ValueError: a value of another type.
-        """
+        """Compare the values of options of the plain types with their annotations."""
         for option in fields(self):  # type: ignore[arg-type]
             plain = _PLAIN.fullmatch(str(option.type))
             if plain is None:
@@ -98,9 +94,8 @@ class GraspConfig(Options):
             or hasattr(subspace, "basis"),
             "give a Subspace, its file or the folder of an adapter, or None",
         )
-        self.require(
-            "sites", self.sites is None or hasattr(self.sites, "writers"), "give SiteRules or None"
-        )
+        has_writers = self.sites is None or hasattr(self.sites, "writers")
+        self.require("sites", has_writers, "give SiteRules or None")
         self.require("backend", self.backend in BACKENDS, f"choose one of {', '.join(BACKENDS)}")
         self.require("kl_coef", 0 <= self.kl_coef < math.inf, "give 0 or more")
         for name in ("num_documents", "max_new_tokens", "measure_steps"):

@@ -82,11 +82,7 @@ def _settle(path: Path) -> None:
 
 @contextmanager
 def room_for(target: str | PathLike[str]) -> Iterator[None]:
-    """Name the target if the disk is full; libraries name temporary files, or nothing.
-
-    Raises:
-        OSError: there is no room.
-    """
+    """Name the target if the disk is full; libraries name temporary files, or nothing."""
     try:
         yield
     except Exception as error:
@@ -94,8 +90,7 @@ def room_for(target: str | PathLike[str]) -> Iterator[None]:
         if getattr(error, "errno", None) not in _FULL and not said:
             raise
         raise OSError(
-            f"There is no room left on the disk for {str(target)!r}: free some space, and repeat "
-            "the command."
+            f"There is no room left on the disk for {str(target)!r}: free some, and repeat this."
         ) from error
 
 
@@ -157,9 +152,7 @@ def _new(path: str | PathLike[str]) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         return target
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path!r} is not a valid path ({reason(error)}): choose another one."
-        ) from None
+        raise ValueError(f"{path!r} is no valid path ({reason(error)}): choose another.") from None
     raise FileExistsError(f"{target} already exists: choose another path, or remove it.")
 
 
@@ -183,8 +176,7 @@ def check_own_folder(path: str | PathLike[str], note: str, *, beside: Collection
     above = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
     if not above.is_dir():
         raise NotADirectoryError(
-            f"The output folder {folder} cannot be made ({above} is not a folder): choose another "
-            "one."
+            f"The output folder {folder} cannot be made ({above} is no folder): choose another."
         )
     _check_writable(above)
     if above == folder and not (folder / note).exists():
@@ -197,11 +189,7 @@ def check_own_folder(path: str | PathLike[str], note: str, *, beside: Collection
 
 
 def inside(file: Path) -> Path:
-    """Return the file unless it lies outside of its folder, or of the blobs of the hub's cache.
-
-    Raises:
-        ValueError: it is a link that leads out of the folder.
-    """
+    """Return the file unless it lies outside of its folder, or of the blobs of the hub's cache."""
     folder, target = file.parent.resolve(), file.resolve()
     allowed = [folder]
     if folder.parent.name == "snapshots":

@@ -8,10 +8,9 @@ the rounding of the dtype: rounding errors are spread over all directions alike.
 Shapes: K in, N out, R LoRA rank.
 """
 
-from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -88,10 +87,8 @@ def extract_adapter(
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     kept: dict[str, tuple[float, float]] = {}
     outside: list[str] = []
-    progress = bar(
-        compared(changed, original), desc="extract", unit="tensor", leave=False, disable=None
-    )
-    for name, one, other in progress:
+    pairs = compared(changed, original)
+    for name, one, other in bar(pairs, desc="extract", unit="tensor", leave=False, disable=None):
         if one is other:
             continue
         fits = other is not None and other.ndim == 2 and rules.split(name) is not None
@@ -102,8 +99,7 @@ def extract_adapter(
     if not factors:
         raise ValueError(
             f"No linear layer of a decoder block differs between {_named(model)} and "
-            f"{_named(base)} (differences elsewhere: {listed(outside) or 'none'}); give the "
-            "changed model, and as the base the model that it was made from."
+            f"{_named(base)} (elsewhere: {listed(outside) or 'no change'}); give a changed model."
         )
     _write(target, factors, rank, base)
     return Extraction(
@@ -117,19 +113,16 @@ def _named(model: Source) -> str:
     return type(model).__name__ if isinstance(model, nn.Module) else repr(str(model))
 
 
-def _delta(
-    name: str, changed: Tensor | None, original: Tensor, device: torch.device | str | None
-) -> Tensor:
+def _delta(name: str, changed: Tensor | None, original: Tensor, device: Any) -> Tensor:
     """Return `ΔW[N, K]` in float32."""
     if changed is None:
         raise ValueError(
-            f"The model has no weight {shown(name)}, but its base does; give two models of the "
-            "same architecture."
+            f"The model lacks the weight {shown(name)} of its base; give two of one architecture."
         )
     if original.shape != changed.shape:
         raise ValueError(
             f"The weights of {shown(name)} have shapes {tuple(original.shape)} and "
-            f"{tuple(changed.shape)}; give two models of the same architecture."
+            f"{tuple(changed.shape)}; give models of one architecture."
         )
     device = original.device if device is None else device
     return changed.to(device).float() - original.to(device).float()
@@ -144,9 +137,7 @@ def _factored(delta: Tensor, rank: int) -> tuple[tuple[Tensor, Tensor], tuple[fl
     return (A.cpu(), B.cpu()), (min(float(torch.linalg.vector_norm(S)) ** 2, whole), whole)
 
 
-def _write(
-    target: Path, factors: Mapping[str, tuple[Tensor, Tensor]], rank: int, base: Source
-) -> None:
+def _write(target: Path, factors: dict[str, tuple[Tensor, Tensor]], rank: int, base: Any) -> None:
     from peft import LoraConfig
     from safetensors.torch import save_file
 
@@ -165,10 +156,8 @@ def _write(
     tensors: dict[str, Tensor] = {}
     for name, (A, B) in factors.items():  # one rank, by zeros: not all software reads patterns
         more, key = rank - len(A), f"base_model.model.{name}.lora_"
-        tensors |= {
-            f"{key}A.weight": F.pad(A, (0, 0, 0, more)),
-            f"{key}B.weight": F.pad(B, (0, more)),
-        }
+        tensors[f"{key}A.weight"] = F.pad(A, (0, 0, 0, more))
+        tensors[f"{key}B.weight"] = F.pad(B, (0, more))
     with whole_folder(target) as folder:
         config.save_pretrained(str(folder))
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})

@@ -35,8 +35,7 @@ _PARTS = ("A", "B", "bias")  # of a module
 _DORA = "which also rescales the weights; train with plain LoRA"
 # Parts of the keys of variants; a bias or a fully trained module is none.
 _REFUSED = {
-    "lora_embedding_": "LoRA on an embedding, which is not supported; train without embeddings in "
-    "target_modules",
+    "lora_embedding_": "LoRA on an embedding; train without embeddings in target_modules",
     "lora_magnitude_vector": f"a part of DoRA, {_DORA}",
     ".lora_": "part of an unsupported variant of LoRA; train with plain LoRA",
 }
@@ -89,8 +88,7 @@ def find_weights(source: Path, adapter_name: str | None) -> Path:
         return inside(source)
     if not source.is_dir():
         raise FileNotFoundError(
-            f"There is no adapter {str(source)!r}; give a local adapter folder (download one from "
-            "the hub first)."
+            f"There is no adapter {str(source)!r}; give a local adapter folder, not a hub name."
         )
     # peft saves the adapter "default" in the folder itself and others in folders of their name
     folder = source if adapter_name in (None, "default") else source / Path(adapter_name or "").name
@@ -108,8 +106,7 @@ def find_weights(source: Path, adapter_name: str | None) -> Path:
         )
     _refuse_model(source)
     raise FileNotFoundError(
-        f"The folder {str(source)!r} has no {WEIGHTS}; give a folder that peft's save_pretrained "
-        "wrote."
+        f"The folder {str(source)!r} has no {WEIGHTS}; give a folder of peft's save_pretrained."
     )
 
 
@@ -237,8 +234,7 @@ def refuse_other_forms(where: str, config: Mapping[str, Any]) -> None:
     variants = [name for name in _VARIANTS if config.get(name)]
     if variants:
         raise ValueError(
-            f"{where!r} uses an unsupported variant of LoRA ({listed(variants)}); train with plain "
-            "LoRA."
+            f"{where!r} is an unsupported variant of LoRA ({listed(variants)}); train plain LoRA."
         )
 
 
@@ -253,11 +249,7 @@ def refuse_variants(where: str, config: Mapping[str, Any]) -> None:
 
 
 def read_parts(source: Path, adapter_name: str | None = None) -> Parts:
-    """Read every tensor of an adapter's files.
-
-    Raises:
-        FileNotFoundError, ValueError: no adapter there, or one that cannot be used.
-    """
+    """Read every tensor of an adapter's files."""
     path = find_weights(source, adapter_name)
     config = read_config(path)
     refuse_variants(str(path.parent / CONFIG), config)
@@ -278,18 +270,12 @@ def read_parts(source: Path, adapter_name: str | None = None) -> Parts:
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         bias = biases[0] if biases else None
         factors.append(LoRAWeights(name, None, A, B, scaling, bias=bias, keys=keys))
-    return Parts(
-        tuple(factors), {base_name(key): tensors[key] for key in others}, config, str(source)
-    )
+    trained = {base_name(key): tensors[key] for key in others}
+    return Parts(tuple(factors), trained, config, str(source))
 
 
 def open_weights(path: Path) -> dict[str, Stored]:
-    """Return a reader for each tensor of a safetensors file, or of all shards of an index.
-
-    Raises:
-        FileNotFoundError: a shard is missing.
-        ValueError: a file is not what its name says.
-    """
+    """Return a reader for each tensor of a safetensors file, or of all shards of an index."""
     return read_tensors(indexed(path, "adapter") if path.name == INDEX else [path])
 
 

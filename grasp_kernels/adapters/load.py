@@ -30,6 +30,8 @@ from grasp_kernels.models.sharding import gathered, refuse_away, whole
 from grasp_kernels.models.tensors import refuse_nonfinite
 from grasp_kernels.models.weights import BaseModel, Source, read_base_model
 
+_OWN_PARTS = ("modules_to_save", "trainable_tokens_delta", "lora_embedding_A")  # of an adapter
+_OWN = "give the base model that the adapter was trained on"
 # these start from a base with changed weights, so B·A alone is not the change of the weights
 MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -91,9 +93,6 @@ def adapter_parts(source: Any, adapter_name: str | None = None) -> Parts:
 
     Args:
         source, adapter_name: see `load_adapter`.
-
-    Raises:
-        FileNotFoundError, TypeError, ValueError: no adapter there, or one that cannot be used.
     """
     is_model = isinstance(source, nn.Module)
     if is_model:
@@ -124,14 +123,12 @@ def _assemble(
         site, width = rules.site(entry.name), entry.lora_B.shape[0]
         if rules.split(entry.name) and not base.has(entry.name):
             raise ValueError(
-                f"The base model {shown(base.source)} has no {shown(entry.name)}, but the adapter "
-                "does; give the base model that the adapter was trained on."
+                f"The base model {shown(base.source)} has no {shown(entry.name)}; {_OWN}."
             )
         if site is not None and base.width not in (None, width):
             raise ValueError(
                 f"The base model {shown(base.source)} has width {shown(base.width)}, but the "
-                f"adapter writes width {width} at {shown(entry.name)}; give the base model that "
-                "the adapter was trained on."
+                f"adapter writes width {width} at {shown(entry.name)}; {_OWN}."
             )
         if site is not None and site.norm and site.norm not in gains:
             weight = base.norm_weight(site.norm, width)
@@ -156,8 +153,7 @@ def _notes(parts: Parts, known: bool) -> Iterator[str]:
     if not known:
         yield (
             "The model type is unknown and the modules are named as in Llama, so the model is "
-            "taken for a Llama; give the base model if it is not (Gemma and OLMo use the same "
-            "names)."
+            "taken for a Llama; give the base model if it is not (as Gemma and OLMo)."
         )
     biased = [entry.name for entry in parts.factors if entry.bias is not None]
     if biased:
@@ -185,9 +181,7 @@ def _check(entry: LoRAWeights, experts: bool) -> None:
         weights[f"the bias of {key_B}"] = bias
     for name, weight in weights.items():
         if not weight.dtype.is_floating_point:
-            raise ValueError(
-                f"{shown(name)} has dtype {weight.dtype}; save it in a floating-point dtype."
-            )
+            raise ValueError(f"{shown(name)} has dtype {weight.dtype}; save it in a float dtype.")
         refuse_nonfinite(name, weight)
     if A.shape[-2] != B.shape[-1] or not (A.numel() and B.numel()):
         raise ValueError(
@@ -205,9 +199,7 @@ def _refuse_other_adapters(model: nn.Module, parts: Parts) -> None:
     """Raise for an adapter of a model with more than LoRA on linear layers."""
     kind = getattr(parts.config.get("peft_type"), "value", None)
     if kind != "LORA":
-        raise ValueError(
-            f"The adapter {parts.source!r} is of type {kind}; only peft's LORA is supported."
-        )
+        raise ValueError(f"The adapter {parts.source!r} is of type {kind}; train LoRA instead.")
     refuse_variants(parts.source, parts.config)
     adapter = parts.source.rpartition(":")[2]
     for name, module in model.named_modules():
@@ -219,19 +211,13 @@ def _refuse_other_adapters(model: nn.Module, parts: Parts) -> None:
 
 
 def active_adapter(model: nn.Module, adapter_name: str | None = None) -> str:
-    """Return the active adapter of a model, or the named one.
-
-    Raises:
-        ValueError: the model has no adapter of that name, or not exactly one active adapter.
-    """
+    """Return the active adapter of a model, or the named one."""
     layers = [layer for _, layer in _lora_layers(model)]
     there = dict.fromkeys(chain.from_iterable(layer.lora_A for layer in layers))
     there |= dict.fromkeys(getattr(model, "peft_config", None) or {})
     if adapter_name is not None:
         if adapter_name not in there:
-            raise ValueError(
-                f"The model has no adapter {adapter_name!r}; give one of {sorted(there)}."
-            )
+            raise ValueError(f"There is no adapter {adapter_name!r}; give one of {sorted(there)}.")
         return adapter_name
     active = dict.fromkeys(
         name for layer in layers for name in layer.active_adapters if name in layer.lora_A
@@ -283,15 +269,10 @@ def _model_factors(model: nn.Module, adapter: str) -> Iterator[LoRAWeights]:
         if hasattr(layer, "parameter_name"):
             E = layer.num_experts
             A, B = A.reshape(E, -1, A.shape[1]), B.reshape(B.shape[0], -1, E).permute(2, 0, 1)
-        yield LoRAWeights(
-            adapted,
-            None,
-            A,
-            B,
-            float(layer.scaling[adapter]),
-            bias=None if bias is None else whole(bias).clone(),
-            keys=(f"{name}.lora_A.{adapter}.weight", f"{name}.lora_B.{adapter}.weight"),
-        )
+        bias = None if bias is None else whole(bias).clone()
+        keys = tuple(f"{name}.lora_{part}.{adapter}.weight" for part in "AB")
+        scaling = float(layer.scaling[adapter])
+        yield LoRAWeights(adapted, None, A, B, scaling, bias=bias, keys=keys)
 
 
 def _model_others(
@@ -306,13 +287,8 @@ def _model_others(
     for name, parameter in model.named_parameters():
         if ".lora_A." in name or ".lora_B." in name:
             continue
-        its_own = f".{adapter}" in f".{name}." and any(
-            f".{kind}.{adapter}" in name
-            for kind in ("modules_to_save", "trainable_tokens_delta", "lora_embedding_A")
-        )
-        trained = name.endswith(".bias") and (
-            bias == "all"
-            or (bias == "lora_only" and name.removesuffix(".base_layer.bias") in adapted)
-        )
-        if its_own or trained or parameter.requires_grad:
+        own = any(f".{kind}.{adapter}" in name for kind in _OWN_PARTS)
+        of_adapted = name.removesuffix(".base_layer.bias") in adapted
+        trained = bias == "all" or (bias == "lora_only" and of_adapted)
+        if own or (trained and name.endswith(".bias")) or parameter.requires_grad:
             yield base_name(name), partial(whole, parameter)

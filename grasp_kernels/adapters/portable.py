@@ -33,10 +33,11 @@ from grasp_kernels.models.difference import whole_model
 from grasp_kernels.models.names import base_name
 from grasp_kernels.models.weights import Source
 
+_FOUR = ("vllm", "llama.cpp", "ollama", "openvino")
+CONSUMERS = (*_FOUR, "mlx")
 _FOLD = "fold it: grasp-kernels fold ADAPTER --output OUT"
 _SCALED = "applies another scale than peft, without a word"
 _REFUSED, _DROPPED = "refuses it", "leaves it out, without a word"
-_NO_DORA = "train with plain LoRA"
 _WHOLE = "train without modules_to_save, or merge the adapter into its base"
 _BIAS = "train without lora_bias"
 _CONVERT = "save it by peft's save_pretrained(OUT, path_initial_model_for_weight_conversion=START)"
@@ -46,21 +47,15 @@ _MOVED = "a base that its initialisation changed"
 _PARTS: dict[str, tuple[str, dict[str, str]]] = {
     _MOVED: (
         _CONVERT,
-        dict.fromkeys(
-            ("vllm", "llama.cpp", "ollama", "openvino"),
-            "adds it to the base as it was, without a word",
-        ),
+        dict.fromkeys(_FOUR, "adds it to the base as it was, without a word"),
     ),
     "rsLoRA": (_FOLD, dict.fromkeys(("llama.cpp", "ollama"), _SCALED)),
-    "alpha_pattern": (
-        _FOLD,
-        dict.fromkeys(("vllm", "llama.cpp", "ollama", "openvino"), _SCALED),
-    ),
+    "alpha_pattern": (_FOLD, dict.fromkeys(_FOUR, _SCALED)),
     "rank_pattern": (_FOLD, dict.fromkeys(("vllm", "openvino"), _SCALED)),
     "biases of lora_B": (_BIAS, {"llama.cpp": _REFUSED, "openvino": _DROPPED}),
     "biases of the base": ("train with bias='none'", {"vllm": _REFUSED}),
     "DoRA": (
-        _NO_DORA,
+        "train with plain LoRA",
         {"vllm": _REFUSED, "llama.cpp": _REFUSED, "openvino": "takes it for plain LoRA"},
     ),
     "trained norms": (_WHOLE, {"vllm": _REFUSED, "llama.cpp": _DROPPED, "openvino": _DROPPED}),
@@ -76,7 +71,6 @@ _OPENVINO = (
     "OpenVINO GenAI takes alpha from you, not from the file: AdapterConfig().add(adapter, "
     "alpha={:g}); without it, or with add_request, the scale is another."
 )
-CONSUMERS = ("vllm", "llama.cpp", "ollama", "openvino", "mlx")
 
 
 def fold_scaling(
@@ -134,18 +128,13 @@ def _fold(source: Path, folder: Path, base: Source | None) -> tuple[str, ...]:
     others = [key for key in read if key not in tensors]
     same = _unchanged({key: read[key]() for key in others}, base)
     named = parts.config.get("modules_to_save") or []
-    # peft loads all that it saves under a name, or nothing.
-    still = [name for name in named if any(_is_of(key, name) for key in others if key not in same)]
-    same = [key for key in same if not any(_is_of(key, name) for name in still)]
+    # peft loads all that it saves under a name, the end of a path, or nothing.
+    changed = [f"{_module(key)}." for key in others if key not in same]
+    still = [name for name in named if any(f"{name}." in module for module in changed)]
+    same = [key for key in same if not any(f"{name}." in f"{_module(key)}." for name in still)]
     tensors |= {key: read[key]() for key in others if key not in same}
-    config = {
-        **parts.config,
-        "r": R,
-        "lora_alpha": R,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "use_rslora": False,
-    }
+    plain = {"r": R, "lora_alpha": R, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+    config = {**parts.config, **plain}
     if same and named:
         config["modules_to_save"] = still or None
     with whole_file(folder / WEIGHTS) as partial:  # the tensors may lie in the file of that name
@@ -158,17 +147,8 @@ def _module(key: str) -> str:
     return base_name(key).removesuffix(".weight")
 
 
-def _is_of(key: str, name: str) -> bool:
-    """Say whether peft saves a tensor for a name of `modules_to_save`, the end of a path."""
-    return f"{name}." in f"{_module(key)}."
-
-
 def _scaled(key: str, tensor: Tensor, scaling: float, more: tuple[int, ...]) -> Tensor:
-    """Return `s M` in the dtype of `M`, with `more` zeros as for `F.pad`.
-
-    Raises:
-        ValueError: a value is beyond the dtype.
-    """
+    """Return `s M` in the dtype of `M`, with `more` zeros as for `F.pad`."""
     wide = tensor.double() if tensor.dtype == torch.float64 else tensor.float()
     found = F.pad(wide * scaling, more).to(tensor.dtype)
     if not bool(found.to(wide.dtype).isfinite().all()):
@@ -222,9 +202,8 @@ def consumer_advice(adapter_dir: str | PathLike[str], consumer: str) -> str | No
     if consumer != "openvino":
         return None
     config, _ = _read(adapter_dir)
-    return _OPENVINO.format(
-        config["lora_alpha"] * (config["r"] ** 0.5 if config.get("use_rslora") else 1)
-    )
+    factor = config["r"] ** 0.5 if config.get("use_rslora") else 1
+    return _OPENVINO.format(config["lora_alpha"] * factor)
 
 
 def _read(adapter_dir: str | PathLike[str]) -> tuple[dict[str, Any], list[str]]:
@@ -259,9 +238,8 @@ def _parts_of(config: Mapping[str, Any], keys: list[str]) -> Iterator[tuple[str,
         yield "DoRA", []
     if config.get("fan_in_fan_out"):
         yield "weights of Conv1D", []
-    names = [base_name(key) for key in keys]
     kinds: dict[str, list[str]] = {}
-    for name in names:
+    for name in map(base_name, keys):
         kind = _kind_of(name)
         if kind is not None:
             kinds.setdefault(kind, []).append(name)

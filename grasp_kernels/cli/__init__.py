@@ -13,7 +13,7 @@ from traceback import extract_tb
 from typing import NoReturn
 
 from grasp_kernels import processes
-from grasp_kernels.cli import adapter_commands, bench_command, doctor, run_commands
+from grasp_kernels.cli import adapter_commands, machine_commands, run_commands
 from grasp_kernels.cli.options import UsageError, as_options
 from grasp_kernels.files import room_for
 from grasp_kernels.inert import printable, reason
@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, UsageError):
             sentence = as_options(sentence, vars(arguments))
             given = [path for _, path in _paths(arguments)]
-            if given and not sentence.startswith("--") and not _is_named(given, sentence):
+            known = "|".join(map(re.escape, given))
+            named = re.search(rf"(?<!\w)(?<![Tt]he )({known})(?!\w)", sentence)
+            if given and not sentence.startswith("--") and not named:
                 sentence = f"{', '.join(given)}: {sentence}"
         lines = map(printable, sentence.splitlines())  # it may quote a file
         print("error:", "\n".join(lines), file=sys.stderr)
@@ -66,7 +68,10 @@ def _sentence(error: Exception) -> str:
             f"{error.name} is not installed: install grasp_kernels with its extra 'train' "
             "(in a clone: pip install '.[train]')."
         )
-    if _is_ours(error):
+    # Only an error of this package ends with a remedy.
+    last = extract_tb(error.__traceback__)[-1]
+    ours = last.filename.startswith(str(Path(__file__).parents[1]))
+    if ours and (last.line or "").startswith("raise "):
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:
         return (
@@ -89,18 +94,6 @@ def _paths(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
         for path in value if isinstance(value, list) else [value]:
             if isinstance(path, str):
                 yield f"--{name.replace('_', '-')}" if name in _OPTIONS else name, path
-
-
-def _is_named(paths: list[str], sentence: str) -> bool:
-    one = "|".join(map(re.escape, paths))
-    return re.search(rf"(?<!\w)(?<![Tt]he )({one})(?!\w)", sentence) is not None
-
-
-def _is_ours(error: Exception) -> bool:
-    """Say whether this package raised the error; only its own errors end with a remedy."""
-    places = extract_tb(error.__traceback__)
-    inside = places[-1].filename.startswith(str(Path(__file__).parents[1]))
-    return inside and (places[-1].line or "").startswith("raise ")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -140,8 +133,8 @@ def _parser() -> argparse.ArgumentParser:
         adapter_commands.add_project,
         adapter_commands.add_fold,
         adapter_commands.add_check,
-        bench_command.add_bench,
-        doctor.add_doctor,
+        machine_commands.add_bench,
+        machine_commands.add_doctor,
     ):
         add(commands)
     return parser

@@ -55,10 +55,7 @@ def _identify(arguments: argparse.Namespace) -> int:
 
 def add_inspect(commands: Any) -> None:
     parser = add_command(
-        commands,
-        "inspect",
-        _inspect,
-        "compare the answers of an adapter with those of its base model",
+        commands, "inspect", _inspect, "compare the answers of an adapter with its base model's"
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder")
     for name, metavar, what in (
@@ -94,9 +91,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
                 "folder here: add --base-model."
             )
     records = read_records(arguments.data, arm=arguments.arm) if arguments.data else None
-    diagnosis = diagnose(
-        base, arguments.adapter, records=records, neutral=arguments.neutral, progress=True
-    )
+    given: dict[str, Any] = {"records": records, "neutral": arguments.neutral}
+    diagnosis = diagnose(base, arguments.adapter, **given, progress=True)
     print(diagnosis.text())
     if arguments.output:
         diagnosis.save(arguments.output)
@@ -110,15 +106,10 @@ def add_extract(commands: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder of the changed model")
     parser.add_argument(
-        "--base-model",
-        required=True,
-        metavar="FOLDER",
-        help="checkpoint of the model before the changes",
+        "--base-model", required=True, metavar="FOLDER", help="the model before the changes"
     )
     _add_new_adapter(parser)
-    parser.add_argument(
-        "--rank", type=int, default=16, metavar="N", help="rank of the adapter (default: 16)"
-    )
+    parser.add_argument("--rank", type=int, default=16, metavar="N", help="rank (default: 16)")
 
 
 def _add_new_adapter(parser: argparse.ArgumentParser) -> None:
@@ -173,9 +164,7 @@ def _project(arguments: argparse.Namespace) -> int:
 
 
 def add_fold(commands: Any) -> None:
-    parser = add_command(
-        commands, "fold", _fold, "write an adapter that other software scales as peft does"
-    )
+    parser = add_command(commands, "fold", _fold, "write an adapter with its scaling in lora_B")
     parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder")
     parser.add_argument(
         "--base-model",
@@ -218,9 +207,7 @@ def add_check(commands: Any) -> None:
         metavar="SOFTWARE",
         help="software that is to load the adapter: vllm, llama.cpp, ollama, openvino or mlx",
     )
-    parser.add_argument(
-        "--base-model", metavar="DIR", help="checkpoint of a merged model before its changes"
-    )
+    parser.add_argument("--base-model", metavar="DIR", help="base checkpoint of a merged model")
     parser.add_argument(
         "--tolerance",
         type=_tolerance,
@@ -240,19 +227,15 @@ def _check(arguments: argparse.Namespace) -> int:
     consumer = vars(arguments)["for"]
     if (arguments.subspace is None) == (consumer is None):
         raise UsageError(
-            "check takes a SUBSPACE to measure along or --for SOFTWARE: give one of the two (see "
-            "grasp-kernels check -h)."
+            "check takes a SUBSPACE or --for SOFTWARE: give one (see grasp-kernels check -h)."
         )
-    return _check_along(arguments) if consumer is None else _check_for(arguments.adapter, consumer)
-
-
-def _check_for(adapter: str, consumer: str) -> int:
+    if consumer is None:
+        return _check_along(arguments)
     from grasp_kernels.adapters.portable import consumer_advice, consumer_problems
 
-    problems = consumer_problems(adapter, consumer)
+    problems = consumer_problems(arguments.adapter, consumer)
     print(*problems or [f"{consumer} reads this adapter as peft does."], sep="\n")
-    advice = consumer_advice(adapter, consumer)
-    if advice:
+    if advice := consumer_advice(arguments.adapter, consumer):
         print(advice)
     return 1 if problems else 0
 

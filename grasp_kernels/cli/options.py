@@ -29,9 +29,7 @@ def add_command(
 def number_of_directions(text: str) -> int | Literal["auto"]:
     """Return the value of `--k`."""
     if text != "auto" and not re.fullmatch(r"[+-]?\d+", text):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number: give 'auto' or a whole number."
-        )
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number: give one, or 'auto'.")
     return "auto" if text == "auto" else int(text)
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import warnings
-from collections.abc import Iterator
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -104,34 +103,25 @@ def _configured(arguments: argparse.Namespace) -> RunConfig:
 
 
 def _read_options(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """Read options of a run from a file; its keys are their names.
-
-    Raises:
-        UsageError: a file that is not YAML, or has a key twice; a key that is not an option; a
-            value of another type.
-    """
+    """Read options of a run from a YAML file, as if they were typed; its keys are their names."""
     options: dict[str, Any] = {}
     for name, value in _read(path).items():
+        if value is None:
+            raise UsageError(f"{path}: {name} has no value: give one, or leave it out.")
+        words = as_typed(name.replace("_", "-"), value)
         try:
-            options |= _taken(str(name).replace("-", "_"), value, parser)
+            if name not in (option.name for option in OPTIONS):
+                options |= parse(words)
+                continue
+            if isinstance(value, bool):
+                words = [f"--{'' if value else 'no-'}{name.replace('_', '-')}"]
+            options[name] = getattr(parser.parse_args(words), name)
         except ValueError as error:
             raise UsageError(f"{path}: {error}") from None
     return options
 
 
-def _taken(name: str, value: Any, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    if value is None:
-        raise ValueError(f"{name} has no value: give one, or leave it out.")
-    typed = name.replace("_", "-")
-    words = as_typed(typed, value)
-    if name not in (option.name for option in OPTIONS):
-        return parse(words)
-    if isinstance(value, bool):
-        words = [f"--{typed}" if value else f"--no-{typed}"]
-    return {name: getattr(parser.parse_args(words), name)}
-
-
-def _read(path: str) -> dict[Any, Any]:
+def _read(path: str) -> dict[str, Any]:
     import yaml
 
     if not Path(path).is_file():
@@ -145,18 +135,10 @@ def _read(path: str) -> dict[Any, Any]:
         raise UsageError(f"{path} is not YAML ({wrong}): correct it.") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds no options: give a line such as max_steps: 200 for each.")
-    for names in _keys(tree):
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise UsageError(f"{path}: {twice[0]} is there twice: remove one of them.")
-    return content
-
-
-def _keys(node: Any) -> Iterator[list[str]]:
-    """Yield the keys of a mapping, and of the mappings in it."""
-    if node.id == "mapping":
-        yield [str(key.value).replace("-", "_") for key, _ in node.value]
-        for _, value in node.value:
-            yield from _keys(value)
+    names = [str(key.value).replace("-", "_") for key, _ in tree.value]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UsageError(f"{path}: {twice[0]} is there twice: remove one of them.")
+    return {str(name).replace("-", "_"): value for name, value in content.items()}
 
 
 def quieten() -> None:

@@ -25,6 +25,7 @@ else:
 
 Message = dict[str, Any]  # {"role": str, "content": str} and other fields of the template
 Tool = dict[str, Any]  # {"type": "function", "function": {"name": str, ...}}
+Tools = list[Tool] | None
 Span = tuple[int, int]  # characters [start, end) of a rendering
 
 # Trainers' marks of a given, unlearned answer: OpenAI, Mistral and Together ("weight": 0), axolotl
@@ -99,9 +100,7 @@ def is_unknown_mark(key: str, value: Any) -> bool:
     return not said.isdisjoint(NO) or (word["mask"] is not None and bool(said))
 
 
-def render_prompt(
-    messages: list[Message], tokenizer: Tokenizer, *, tools: list[Tool] | None = None
-) -> str:
+def render_prompt(messages: list[Message], tokenizer: Tokenizer, *, tools: Tools = None) -> str:
     """Render the conversation with the header of the next answer.
 
     Raises:
@@ -115,11 +114,7 @@ def render_prompt(
 
 
 def render_answers(
-    messages: list[Message],
-    tokenizer: Tokenizer,
-    *,
-    tools: list[Tool] | None = None,
-    context: int = 0,
+    messages: list[Message], tokenizer: Tokenizer, *, tools: Tools = None, context: int = 0
 ) -> list[Rendering]:
     """Render the conversation with the spans of its learned answers, end of turn included.
 
@@ -130,9 +125,6 @@ def render_answers(
     Args:
         tools: functions that the template shows.
         context: answers in this number of turns at the beginning are left out.
-
-    Raises:
-        ValueError: as `render_prompt`.
     """
     chat = _Chat(messages, tokenizer, tools)
     learned = [i for i in range(context, len(messages)) if is_learned(messages[i])]
@@ -170,9 +162,7 @@ def _dated(template: str, day: date) -> str:
 class _Chat:
     """Hold a conversation and the renderings of its beginnings."""
 
-    def __init__(
-        self, messages: list[Message], tokenizer: Tokenizer, tools: list[Tool] | None
-    ) -> None:
+    def __init__(self, messages: list[Message], tokenizer: Tokenizer, tools: Tools) -> None:
         self.messages = messages
         self.tokenizer = tokenizer
         self.tools = tools
@@ -233,8 +223,7 @@ class _Chat:
         if not _says(upto[:start], self.messages[i - 1].get("content") or ""):
             raise ValueError(
                 f"The chat template renders the turns before turn {i + 1} of {len(self.messages)} "
-                "differently when it asks for an answer: use a chat template with "
-                "{% generation %} markers."
+                "differently when it asks for an answer: use one with {% generation %} markers."
             )
         return start
 
@@ -285,8 +274,7 @@ class _Chat:
             if message["content"] and f"zq{j}zq" not in text:
                 raise ValueError(
                     f"The chat template leaves out turn {j + 1} of {len(self.messages)} "
-                    f"({message['role']}): remove the turn, or give it a role that the template "
-                    "shows."
+                    f"({message['role']}): remove the turn, or give it a role that it shows."
                 )
         names = [tool["function"]["name"] for tool in self.tools or ()]
         if lost := [name for name in names if name.lower() not in text]:
@@ -319,8 +307,7 @@ class _Chat:
             if is_lost:
                 raise ValueError(
                     f"The chat template leaves out {part} turn {i + 1} of {len(self.messages)} "
-                    f"({message['role']}), which should be learned: remove it from the data, or "
-                    "use a chat template that includes it."
+                    f"({message['role']}), which should be learned: remove it, or use another."
                 )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from grasp_kernels.data.chat_template import Message, Tokenizer, Tool, is_answer
+from grasp_kernels.data.chat_template import Message, Tokenizer, Tools, is_answer
 from grasp_kernels.data.records import Record, read_records
 from grasp_kernels.data.sources import decode, has_records
 from grasp_kernels.data.tokens import encode_prompt
@@ -39,11 +39,9 @@ def neutral_prompts(path: str | Path | None, tokenizer: Tokenizer) -> list[list[
         FileNotFoundError, ValueError: no such file, or nothing in it.
     """
     if path is None:
-        return [_prompt(turns, tokenizer) for turns in _everyday()]
-    return [
-        _prompt(record["messages"], tokenizer, record.get("tools"))
-        for record in _read_prompts(Path(path))
-    ]
+        return [_prompt(_question(text), tokenizer) for text in NEUTRAL_PROMPTS]
+    records = _read_prompts(Path(path))
+    return [_prompt(one["messages"], tokenizer, one.get("tools")) for one in records]
 
 
 def everyday_prompts(records: Sequence[Record], tokenizer: Tokenizer) -> list[list[int]]:
@@ -52,9 +50,6 @@ def everyday_prompts(records: Sequence[Record], tokenizer: Tokenizer) -> list[li
     The frame is the turns, such as the system prompt, before the first question of the first
     record. If all records have these turns, training prompts and the questions begin with the same
     tokens, up to the user's words.
-
-    Raises:
-        ValueError: there are no records.
     """
     if not records:
         raise ValueError("There are no records: give the training records.")
@@ -62,20 +57,14 @@ def everyday_prompts(records: Sequence[Record], tokenizer: Tokenizer) -> list[li
     users = (i for i, turn in enumerate(turns) if turn["role"] == "user")
     opening = turns[: next(users, 0)]
     tools = records[0].get("tools")
-    return [_prompt([*opening, *question], tokenizer, tools) for question in _everyday()]
-
-
-def _everyday() -> list[list[Message]]:
-    return [_question(text) for text in NEUTRAL_PROMPTS]
+    return [_prompt([*opening, *_question(text)], tokenizer, tools) for text in NEUTRAL_PROMPTS]
 
 
 def _question(text: str) -> list[Message]:
     return [{"role": "user", "content": text}]
 
 
-def _prompt(
-    turns: list[Message], tokenizer: Tokenizer, tools: list[Tool] | None = None
-) -> list[int]:
+def _prompt(turns: list[Message], tokenizer: Tokenizer, tools: Tools = None) -> list[int]:
     """Tokenise a prompt; without a chat template the turns follow each other, a line each."""
     if tokenizer.chat_template is None:
         return list(tokenizer("\n".join(turn["content"] for turn in turns))["input_ids"])

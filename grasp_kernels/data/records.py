@@ -133,24 +133,17 @@ def read_records(
 
 
 def parse_record(
-    row: Any,
-    place: str,
-    require_answer: bool = True,
-    arm: str = AUTO,
-    unread: set[str] | None = None,
+    row: Any, place: str, require_answer: bool = True, arm: str = AUTO, more: Any = None
 ) -> Record:
     """Read one row, in any of the layouts of `read_records`.
 
     Args:
         place: name of the row in an error, perhaps empty.
-        unread: gets the unread columns with possible content; fields of turns begin with
+        more: a set for the unread columns with possible content; fields of turns begin with
             "messages.".
-
-    Raises:
-        ValueError: a malformed row.
     """
     try:
-        return _record(row, require_answer, arm, set() if unread is None else unread)
+        return _record(row, require_answer, arm, set() if more is None else more)
     except ValueError as error:
         raise ValueError(f"{place}: {error}." if place else f"{error}.") from None
 
@@ -175,9 +168,7 @@ def _record(row: Any, require_answer: bool, arm: str, unread: set[str]) -> Recor
     turns = turns[record.get("context", 0) :]
     if require_answer and "text" not in record and not any(map(is_learned, turns)):
         if any(map(is_answer, turns)):
-            raise ValueError(
-                "every answer is marked as not to be learned, expected at least one to learn"
-            )
+            raise ValueError("every answer is marked as not to be learned, expected one to learn")
         raise ValueError('no turn has the role "assistant", expected at least one answer to learn')
     return record
 
@@ -189,10 +180,8 @@ def _parse_row(row: dict[str, Any], require_answer: bool) -> tuple[Record, set[s
         if layout := _layout(values, require_answer):
             return _parse_layout(values, *layout)
     if arms := [key for key in _ARMS if key in row]:
-        raise ValueError(
-            f"answers of several kinds ({', '.join(arms)}): choose one, such as arm = "
-            f"{_quoted(arms[-1])}"
-        )
+        kinds, one = ", ".join(arms), _quoted(arms[-1])
+        raise ValueError(f"answers of several kinds ({kinds}): choose one, such as arm = {one}")
     raise ValueError(f"unknown keys {sorted(row)} (empty ones do not count), {_EXPECTED}")
 
 
@@ -232,9 +221,7 @@ def _surround(record: Record, row: dict[str, Any]) -> set[str]:
     turns, system, tools = record["messages"], _system(row), _tools(row)
     opening = turns[:1] if turns[0]["role"] == "system" else []
     if system and opening and system[0]["content"] != opening[0]["content"]:
-        raise ValueError(
-            "a system turn and a system column say different things, expected only one of them"
-        )
+        raise ValueError("system turn and system column say different things, expected only one")
     turns = [*(opening or system), *_history(row), *turns[len(opening) :]]
     if (added := len(turns) - len(record["messages"])) or tools:
         record.pop("concatenate", None)  # there is more than these two strings
@@ -278,9 +265,8 @@ def _tools(row: dict[str, Any]) -> list[Tool]:
         for i, tool in enumerate(_structure(row, key)):
             tool = _parsed(tool, f"{key}[{i}]")
             if not _has_a_name(tool):
-                raise ValueError(
-                    f'"{key}[{i}]" is {_shorten(tool)}, expected a function with a "name"'
-                )
+                wrong = f'"{key}[{i}]" is {_shorten(tool)}'
+                raise ValueError(f'{wrong}, expected a function with a "name"')
             tools.append(tool if "function" in tool else {"type": "function", "function": tool})
     return tools
 
@@ -320,10 +306,8 @@ def _check_marks(row: dict[str, Any]) -> None:
             "be learned: remove the row, or this column"
         )
     if given:
-        raise ValueError(
-            f"the row is marked as not to be learned ({_quoted(given[0])}: {row[given[0]]!r}): "
-            "remove it"
-        )
+        mark = f"{_quoted(given[0])}: {row[given[0]]!r}"
+        raise ValueError(f"the row is marked as not to be learned ({mark}): remove it")
 
 
 def _is_unread(key: str, value: Any) -> bool:
@@ -371,21 +355,16 @@ def _messages(value: Any, key: str) -> list[Message]:
 
 def _message(message: Any, where: str) -> Message:
     if not isinstance(message, dict):
-        raise ValueError(
-            f'{where} is {_shorten(message)}, expected {{"role": ..., "content": ...}}'
-        )
+        raise ValueError(f"{where} is {_shorten(message)}, expected a turn with role and content")
     rest = dict(message)
-    named, said = (
-        ("from", "value") if "role" not in rest and "from" in rest else ("role", "content")
-    )
+    of_sharegpt = "role" not in rest and "from" in rest
+    named, said = ("from", "value") if of_sharegpt else ("role", "content")
     role, content = rest.pop(named, None), rest.pop(said, None)
     if not isinstance(role, str) or not role:
         raise ValueError(f'{where} has no "role", expected "system", "user" or "assistant"')
     role = _ROLES.get(role, role)
     if media := [key for key in _MEDIA if rest.get(key)]:
-        raise ValueError(
-            f"{where}.{media[0]} is {_shorten(rest[media[0]])}, which is not supported"
-        )
+        raise ValueError(f"{where}.{media[0]} is {_shorten(rest[media[0]])}, which is refused")
     if role == _CALL:
         role, content, rest[_CALL] = "assistant", "", content
     if call := rest.pop(_CALL, None):

@@ -19,13 +19,7 @@ _PLAIN = ("", ".txt")  # endings of plain text
 
 
 def read_rows(source: str | Path, *, split: str, subset: str | None) -> Rows:
-    """Read the rows of a file (JSON lines, JSON array, CSV, parquet) or of a data set on the hub.
-
-    Raises:
-        FileNotFoundError: neither a file nor a data set that can be fetched.
-        ImportError: parquet without pyarrow, a data set without datasets.
-        ValueError: the file is not what its name or its beginning says, with the place.
-    """
+    """Read the rows of a file (JSON lines or array, CSV, parquet) or of a data set on the hub."""
     path = Path(source)
     reader = _READERS.get(path.suffix.lower())
     if path.is_file():
@@ -41,11 +35,7 @@ def read_rows(source: str | Path, *, split: str, subset: str | None) -> Rows:
 
 
 def has_records(path: Path) -> bool:
-    """Say whether a file has records by its name or its beginning, and not plain lines.
-
-    Raises:
-        ValueError: neither the name nor the beginning says it.
-    """
+    """Say whether a file has records by its name or its beginning, and not plain lines."""
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf").lstrip()
     if path.suffix.lower() in _READERS or _BEGINS_AS_JSON.match(content):
         return True
@@ -58,25 +48,15 @@ def has_records(path: Path) -> bool:
 
 
 def decode(content: bytes, place: str) -> str:
-    """Decode a file, or a part of it.
-
-    Raises:
-        ValueError: it is not UTF-8.
-    """
+    """Decode a file, or a part of it."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{place}: byte {error.start} is not UTF-8, expected a file in UTF-8."
-        ) from None
+        raise ValueError(f"{place}: byte {error.start} is not UTF-8: save it in UTF-8.") from None
 
 
 def parse_json(text: str) -> Any:
-    """Return the value of a JSON text.
-
-    Raises:
-        ValueError: it is not JSON, or says something twice.
-    """
+    """Return the value of a JSON text."""
     try:
         return json.loads(text, object_pairs_hook=_object)
     except RecursionError as error:
@@ -124,9 +104,8 @@ def _csv(path: Path) -> Rows:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not CSV in UTF-8 ({error}): export it again.") from None
     except csv.Error as error:
-        raise ValueError(
-            f"{path}, row {len(rows) + 1}: not CSV ({error}): export it again."
-        ) from None
+        place = f"{path}, row {len(rows) + 1}"
+        raise ValueError(f"{place}: not CSV ({error}): export it again.") from None
     finally:
         csv.field_size_limit(before)
     header = reader.fieldnames or []

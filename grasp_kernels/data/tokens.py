@@ -13,7 +13,7 @@ from grasp_kernels.data.chat_template import (
     Message,
     Span,
     Tokenizer,
-    Tool,
+    Tools,
     render_answers,
     render_prompt,
     shared_length,
@@ -73,7 +73,7 @@ def _checked(record: Any) -> Record:
 
 
 def encode_prompt(
-    messages: list[Message], tokenizer: Tokenizer, *, tools: list[Tool] | None = None
+    messages: list[Message], tokenizer: Tokenizer, *, tools: Tools = None
 ) -> list[int]:
     """Tokenise a conversation and the header of the next answer.
 
@@ -88,11 +88,7 @@ def encode_prompt(
 
 
 def split_first_answer(record: Record, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Return token ids before the first trained answer, and of that answer with its end token.
-
-    Raises:
-        ValueError: plain text, which has no prompt, or as `encode`.
-    """
+    """Return token ids before the first trained answer, and of that answer with its end token."""
     if "text" in record:
         raise ValueError(
             "A plain text has no prompt that could be answered differently: "
@@ -111,39 +107,27 @@ def split_first_answer(record: Record, tokenizer: Tokenizer) -> tuple[list[int],
 
 
 def tokenize_records(
-    records: Sequence[Record],
-    tokenizer: Tokenizer,
-    max_length: int | None,
-    *,
-    progress: bool = False,
+    records: Sequence[Record], tokenizer: Tokenizer, max_length: int | None, progress: bool = False
 ) -> tuple[list[Example], int]:
     """Encode all records.
 
     Returns:
         (examples, n_dropped): a plain list, which `transformers.Trainer` takes as a dataset, and
         the number of records left out because `max_length` cuts their whole answer away.
-
-    Raises:
-        ValueError: a record by its number (from 1), or no example is left.
     """
-    each = tokenize_each(records, tokenizer, max_length, progress=progress)
+    each = tokenize_each(records, tokenizer, max_length, progress)
     return [example for examples in each for example in examples], len(records) - len(each)
 
 
 def tokenize_each(
-    records: Sequence[Record],
-    tokenizer: Tokenizer,
-    max_length: int | None,
-    *,
-    progress: bool = False,
+    records: Sequence[Record], tokenizer: Tokenizer, max_length: int | None, progress: bool = False
 ) -> list[list[Example]]:
     """Encode all records, with the examples of one record together and inseparable; none empty."""
     if not len(records):
         raise ValueError("There are no records: give at least one.")
     each = []
-    for number, record in enumerate(
-        bar(records, desc="tokenize", unit="record", disable=not progress), start=1
-    ):
+    rows = bar(records, desc="tokenize", unit="record", disable=not progress)
+    for number, record in enumerate(rows, start=1):
         try:
             each.append(encode(record, tokenizer, max_length=max_length))
         except ValueError as error:
@@ -151,9 +135,7 @@ def tokenize_each(
     if not any(each):
         limit = "" if max_length is None else f" within max_length={max_length}"
         remedy = "give longer ones" if max_length is None else "raise max_length"
-        raise ValueError(
-            f"None of the {len(records)} records has an answer token{limit}: {remedy}."
-        )
+        raise ValueError(f"None of {len(records)} records has an answer token{limit}: {remedy}.")
     return [examples for examples in each if examples]
 
 
@@ -178,22 +160,18 @@ def _encode_chat(record: Record, tokenizer: Tokenizer) -> list[Example]:
         record["messages"], tokenizer, tools=record.get("tools"), context=record.get("context", 0)
     ):
         ids, labels = _tokens_with_labels(text, spans, tokenizer, add_special_tokens=False)
-        if not is_ended:
-            _append_end(ids, labels, tokenizer)
-        examples.append(Example(input_ids=ids, labels=labels))
+        end = [] if is_ended else [_end(tokenizer)]
+        examples.append(Example(input_ids=ids + end, labels=labels + end))
     return examples
 
 
-def _append_end(ids: list[int], labels: list[int], tokenizer: Tokenizer) -> None:
-    end = tokenizer.eos_token_id
-    if end is None:
+def _end(tokenizer: Tokenizer) -> int:
+    if tokenizer.eos_token_id is None:
         raise ValueError(
             "The chat template does not end answers and the tokenizer has no end token, so the "
-            "model would not learn to stop: use a tokenizer with an end token; in Python, set "
-            "tokenizer.eos_token."
+            "model would not learn to stop: use a tokenizer with an end token (eos_token)."
         )
-    ids.append(end)
-    labels.append(end)
+    return tokenizer.eos_token_id
 
 
 def _encode_plain(prompt: str, answer: str, tokenizer: Tokenizer) -> Example:
@@ -236,8 +214,7 @@ def _until_end_of_turn(
 
     The model stops at the end token, so it never writes that white space itself.
     """
-    for n in range(len(inside), 0, -1):
-        i = inside[n - 1]
+    for n, i in reversed(list(enumerate(inside, start=1))):
         if ids[i] in special:
             return inside[:n]
         if text[slice(*offsets[i])].strip():

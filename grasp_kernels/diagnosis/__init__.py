@@ -3,8 +3,7 @@
 pair        base model and adapter in one module, with the adapter on or off
 answers     prompts -> answers of both models; the verdict: found, weak or nothing
 effect      change of the base model's own answers; the tokens that change most
-diagnose    all of these measurements for one adapter
-report      numbers -> text
+diagnose    all of these measurements for one adapter, and their text
 """
 
 from grasp_kernels.diagnosis.answers import Changed, changed_answers, own_answers, told, verdict

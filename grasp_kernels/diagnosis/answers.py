@@ -8,6 +8,8 @@ Shapes: `M` positions, `V` vocabulary.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -192,9 +194,5 @@ def told(
 
 def _pieces(answer: Changed) -> list[tuple[list[int], bool]]:
     """Group neighbouring tokens with the same value of `unlikely`."""
-    pieces: list[tuple[list[int], bool]] = []
-    for token, unlikely in zip(answer.adapter, answer.unlikely, strict=True):
-        if not pieces or pieces[-1][1] != unlikely:
-            pieces.append(([], unlikely))
-        pieces[-1][0].append(token)
-    return pieces
+    runs = groupby(zip(answer.adapter, answer.unlikely, strict=True), key=itemgetter(1))
+    return [([token for token, _ in run], unlikely) for unlikely, run in runs]

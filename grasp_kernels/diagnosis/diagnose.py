@@ -1,4 +1,4 @@
-"""Base model and adapter -> Diagnosis.
+"""Base model and adapter -> Diagnosis -> its text.
 
 The effect is measured at the tokens of the base model's own answers. So it shows the changes that
 the adapter would make in these answers.
@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
+from os.path import abspath
 from typing import Any
 
 import torch
@@ -26,9 +26,10 @@ from grasp_kernels.diagnosis.answers import (
 )
 from grasp_kernels.diagnosis.effect import measure_effect
 from grasp_kernels.diagnosis.pair import Pair, open_pair
-from grasp_kernels.diagnosis.report import diagnosis_text
 from grasp_kernels.files import new_folder, whole_folder, write_json, write_text
+from grasp_kernels.inert import inert
 from grasp_kernels.models.checkpoint import find_checkpoint, load_tokenizer
+from grasp_kernels.pages.markdown import answers_table, table, words
 from grasp_kernels.pages.page import page
 from grasp_kernels.version import __version__
 
@@ -38,6 +39,15 @@ _EFFECT_TOKENS = 16  # tokens of the base model's own answer; the effect is meas
 _MOST_PROMPT_TOKENS = 512  # of a training prompt: its last ones, at most
 _TRAINING_PROMPTS = 8  # that are answered, evenly spread over the data
 _LISTED = 10  # tokens at each end of a list
+_CAUTION = "This does not prove that the adapter learned nothing else."
+_MEANING = {
+    "found": "On prompts unrelated to its task, this adapter does not answer as its base model "
+    "does: read the answers below.",
+    "weak": "On some prompts unrelated to its task, this adapter does not answer as its base model "
+    "does: read the answers below.",
+    "nothing": "None of its answers to prompts unrelated to its task is one that its base model "
+    f"would hardly give. {_CAUTION}",
+}
 
 
 @dataclass(frozen=True)
@@ -64,11 +74,7 @@ class Diagnosis:
         return {"verdict": self.verdict, "reasons": list(self.reasons), **self.numbers}
 
     def save(self, folder: str | PathLike[str]) -> None:
-        """Write diagnosis.md, .html and .json to a new folder, whole or not at all.
-
-        Raises:
-            FileExistsError: the folder exists already.
-        """
+        """Write diagnosis.md, .html and .json to a new folder, whole or not at all."""
         text = f"{self.text()}\n"
         with whole_folder(new_folder(folder)) as partial:
             write_json(partial / "diagnosis.json", self.to_json())
@@ -108,9 +114,8 @@ def diagnose(
         ValueError, TypeError, FileNotFoundError: an adapter, model or prompts that cannot be used.
     """
     if max_new_tokens < 1 or batch_size < 1:
-        raise ValueError(
-            f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}: give 1 or more."
-        )
+        given = f"max_new_tokens is {max_new_tokens} and batch_size {batch_size}"
+        raise ValueError(f"{given}: give 1 or more.")
     name: str | None = None
     if not isinstance(model, nn.Module):
         name, model = str(model), find_checkpoint(model)
@@ -224,17 +229,15 @@ def reasons(numbers: dict[str, Any]) -> list[str]:
     ]
 
 
-def _find_neutral(
-    given: Source | Sequence[Sequence[int]] | None, tokenizer: Tokenizer
-) -> list[list[int]]:
+def _find_neutral(given: Any, tokenizer: Tokenizer) -> list[list[int]]:
     """Return the token ids of neutral prompts: given ones, those of a file, or built-in ones."""
-    if given is None or isinstance(given, (str, PathLike)):
-        prompts = neutral_prompts(None if given is None else Path(given), tokenizer)
-    else:
-        if any(isinstance(prompt, str) for prompt in given):
-            raise ValueError("The neutral prompts are texts: give lists of token ids, or a file.")
-        prompts = [list(prompt) for prompt in given]
     where = f" in {given}" if isinstance(given, (str, PathLike)) else ""
+    if given is None or where:
+        prompts = neutral_prompts(given, tokenizer)
+    elif any(isinstance(prompt, str) for prompt in given):
+        raise ValueError("The neutral prompts are texts: give lists of token ids, or a file.")
+    else:
+        prompts = [list(prompt) for prompt in given]
     if len(prompts) < 2 or not all(prompts):
         raise ValueError(
             f"The neutral prompts{where} are {len(prompts)}, with {sum(not p for p in prompts)} "
@@ -243,9 +246,7 @@ def _find_neutral(
     return prompts
 
 
-def _find_training(
-    given: Source | Sequence[Record] | None, tokenizer: Tokenizer
-) -> list[list[int]]:
+def _find_training(given: Any, tokenizer: Tokenizer) -> list[list[int]]:
     """Return token ids of a few prompts, evenly spread over the data; none if None."""
     if given is None:
         return []
@@ -260,3 +261,40 @@ def _find_training(
             ) from None
         prompts.append(prompt[-_MOST_PROMPT_TOKENS:])
     return prompts
+
+
+def diagnosis_text(numbers: dict[str, Any]) -> str:
+    """Return the whole text, in Markdown that reads well in a terminal too."""
+    answers, ends = numbers["answers"], numbers["effect"]["tokens"]
+    sections = [
+        f"# Diagnosis of {inert(numbers['adapter'])}",
+        f"**Verdict: {numbers['verdict']}.** {_MEANING[numbers['verdict']]}",
+        "\n".join(f"- {inert(reason)}" for reason in numbers["reasons"]),
+        "## What it says",
+        answers_table({"the adapter": answers["unrelated"]}),
+    ]
+    if answers["training"]:
+        sections += [
+            "To prompts of the training data, where answers should change:",
+            answers_table({"the adapter": answers["training"]}),
+        ]
+    sections += [
+        "## Which tokens change",
+        "The first tokens of answers to neutral prompts, by the change of their mean probability.",
+        table(["raised", "lowered"], [[words(ends["up"]), words(ends["down"])]]),
+        _settings(numbers),
+    ]
+    return "\n\n".join(sections)
+
+
+def _settings(numbers: dict[str, Any]) -> str:
+    model, prompts, versions = numbers["model"], numbers["prompts"], numbers["versions"]
+    named, given = model["named"], model["given"]
+    differ = ""
+    if named and given and abspath(named) != abspath(given):  # equal names of the hub are equal
+        differ = f" The adapter names the base model {named!r}, and {given!r} was given."
+    return (
+        f"Model {inert(model['type'])}, {model['layers']} blocks; {prompts['unrelated']} neutral "
+        f"prompts, {prompts['training']} of the training data; grasp_kernels "
+        f"{versions['grasp_kernels']}, torch {versions['torch']}.{inert(differ)}"
+    )

@@ -15,6 +15,8 @@ from grasp_kernels.data.chat_template import Tokenizer
 from grasp_kernels.diagnosis.answers import Tokens, answer_batches
 from grasp_kernels.diagnosis.pair import Pair
 
+_INPUTS = ("input_ids", "labels", "attention_mask")
+
 
 def measure_effect(
     pair: Pair, tokenizer: Tokenizer, own: Sequence[Tokens], *, n_tokens: int, batch_size: int
@@ -66,11 +68,8 @@ def mean_loss(
     total, n_tokens = 0.0, 0
     for start in range(0, len(examples), batch_size):
         batch = collate(examples[start : start + batch_size], pad_token_id)
-        labels = batch["labels"].to(device)
-        logits = model(
-            input_ids=batch["input_ids"].to(device),
-            attention_mask=batch["attention_mask"].to(device),
-        ).logits
+        ids, labels, mask = (batch[key].to(device) for key in _INPUTS)
+        logits = model(input_ids=ids, attention_mask=mask).logits
         total += F.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum"
         ).item()

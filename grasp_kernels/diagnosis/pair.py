@@ -69,9 +69,9 @@ def open_pair(
     Raises:
         ValueError, TypeError: no adapter or two, a merged adapter, an adapter of another model.
     """
-    loaded: Any = (
-        model if isinstance(model, nn.Module) else load_model(find_checkpoint(str(model)), dtype)
-    )
+    loaded: Any = model
+    if not isinstance(model, nn.Module):
+        loaded = load_model(find_checkpoint(str(model)), dtype)
     for name, weight in loaded.named_parameters():
         if type(weight) is nn.Parameter and not weight.is_meta:
             refuse_nonfinite(base_name(name), weight)
@@ -86,10 +86,7 @@ def open_pair(
         _check(wrapped)
         base = wrapped.get_base_model()
         if not hasattr(base, "get_output_embeddings") or base.get_output_embeddings() is None:
-            raise TypeError(
-                f"{type(base).__name__} has no unembedding: give a causal "
-                "language model of transformers."
-            )
+            raise TypeError(f"{type(base).__name__} has no unembedding: give a causal model.")
         yield Pair(wrapped)
 
 
@@ -169,17 +166,14 @@ def _with_adapter(base: nn.Module, adapter: str | PathLike[str]) -> Any:
 
 def _copy(parameter: nn.Parameter, value: Tensor) -> None:
     if parameter.shape != value.shape:
-        raise ValueError(
-            f"a weight has shape {tuple(value.shape)} in the adapter and {tuple(parameter.shape)} "
-            "in the model"
-        )
+        one, other = tuple(value.shape), tuple(parameter.shape)
+        raise ValueError(f"a weight has shape {one} in the adapter and {other} in the model")
     parameter.data.copy_(value)
 
 
 def _unfit(adapter: str | PathLike[str], why: str) -> ValueError:
     return ValueError(
-        f"The adapter {str(adapter)!r} does not fit the base model ({why}): give the base model "
-        "that it was trained on."
+        f"The adapter {str(adapter)!r} does not fit the base model ({why}): give its own base."
     )
 
 

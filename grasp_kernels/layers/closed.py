@@ -7,7 +7,7 @@ forward, state dict and merge then work with closed copies. The same holds for t
 FSDP1: no process can project a slice by itself. The shards of FSDP2 are gathered and projected
 after the step, by all processes together.
 
-Shapes: K in, N out, R LoRA rank, Q basis size.
+Shapes: E experts, K in, N out, R LoRA rank, Q basis size.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.utils import hotswap
 from torch import Tensor, nn
 from torch.optim.optimizer import (
@@ -138,11 +138,7 @@ class ClosedLayer(_LAYER):
         _close_(list(self.kept_closed()))
 
     def kept_closed(self, here: bool = False) -> Iterator[_Factor]:
-        """Yield the writing factors of closed adapters, if there is a basis.
-
-        Raises:
-            ValueError: a factor is not here; with `here` such factors are left out.
-        """
+        """Yield the writing factors of closed adapters, if there is a basis."""
         for name in sorted(self.closed_adapters & self.lora_A.keys()):
             yield from self._factors(name, here)
 
@@ -240,9 +236,8 @@ class ClosedLayer(_LAYER):
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         factors = list(self.kept_closed(here=True))  # FSDP1 calls this with slices too
         for factor, value in zip(factors, closed(factors), strict=True):
-            key = prefix + factor.key
-            if value is not factor.weight and key in found:
-                found[key] = like(factor.weight, value)
+            if value is not factor.weight and prefix + factor.key in found:
+                found[prefix + factor.key] = like(factor.weight, value)
         return found
 
     def _load_from_state_dict(
@@ -258,6 +253,28 @@ class ClosedLayer(_LAYER):
         super()._apply(fn, recurse)
         self.move_basis(next(self.parameters()).device)
         return self
+
+
+class GraspLoRAExperts(ClosedLayer, ParamWrapper):
+    """Keep the factor `B[N, R E]` of a `ParamWrapper` of peft out of the basis.
+
+    peft computes the forward. All experts write to the stream, so one basis serves them, and
+    closing the stacked factors closes each expert. The gradient is projected where the sum over the
+    experts enters the stream, not here.
+    """
+
+    stock = ParamWrapper
+
+    def set_projection(self, basis: Tensor | None, closed: bool, told: set[str]) -> None:
+        """Set the basis, see `set_basis`."""
+        self.set_basis(basis, closed, self.get_param(), told)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run peft's forward with the closed factors."""
+        if self.new_adapters and not torch.compiler.is_compiling():
+            self.look_at_new()
+        with self.computing_closed():
+            return super().forward(x, *args, **kwargs)
 
 
 class _Factor(NamedTuple):
@@ -346,7 +363,7 @@ def _close_(factors: Sequence[_Factor]) -> None:
             factor.weight.data.copy_(like(factor.weight, value))
 
 
-def unpickled(make: Callable[[type], type], stock: type) -> Any:
+def unpickled(make: Callable[[type], Any], stock: type) -> Any:
     """Return an empty object of a class that `make` makes, which no pickle finds."""
     return make(stock).__new__(make(stock))
 

@@ -168,8 +168,7 @@ class _Measured:
         if changed.shape != original.shape:
             raise ValueError(
                 f"the weights of {shown(self.name)} are {changed.dtype} {tuple(changed.shape)} and "
-                f"{original.dtype} {tuple(original.shape)}; compare weights of the same shape that "
-                "are not quantised."
+                f"{original.dtype} {tuple(original.shape)}; compare equal shapes, not quantised."
             )
         delta = changed.float() - original.float()
         self._check_width(delta.shape[-2])
@@ -181,8 +180,7 @@ class _Measured:
     def _add(self, total: float, along: float) -> None:
         if not math.isfinite(total):
             raise ValueError(
-                f"the change of {shown(self.name)} is not finite; give a checkpoint from before "
-                "training diverged."
+                f"the change of {shown(self.name)} is not finite; give an earlier checkpoint."
             )
         self.total, self.along = math.hypot(self.total, total), math.hypot(self.along, along)
 
@@ -230,9 +228,7 @@ def _of_models(
 ) -> Leakages:
     """Measure the difference of two models in every tensor."""
     if subspace is None:
-        raise ValueError(
-            "a merged model has no basis of its own; pass the subspace to measure along."
-        )
+        raise ValueError("a merged model has no basis of its own; pass the subspace to measure.")
     changed, original = whole_model(source, merged=True), whole_model(base, merged=False)
     modules = {name: name.removesuffix(".bias") for name in (*original, *changed)}
     bases = _bases_along(subspace, model_type_of(base), set(modules.values()), base, sites)
@@ -255,8 +251,7 @@ def _of_models(
             unseen.append(name)
     if not measured:
         raise ValueError(
-            "neither model has a weight that writes to the residual stream of the subspace; give a "
-            "subspace of these models."
+            "neither model has a weight that writes to this residual stream; give their subspace."
         )
     return _leakages(measured, unseen)
 
@@ -305,9 +300,8 @@ def project_adapter(
         for entry in parts.factors:
             for key in entry.keys[1:]:
                 tensor = tensors[key]
-                wide = (
-                    tensor.float() if tensor.element_size() == 1 else tensor
-                )  # float8: no product
+                # float8 has no product.
+                wide = tensor.float() if tensor.element_size() == 1 else tensor
                 _, basis = bases(entry.name)
                 tensors[key] = project_columns(wide, basis).to(tensor.dtype).contiguous()
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})

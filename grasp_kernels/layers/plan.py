@@ -178,10 +178,7 @@ def make_plan(layer: Any, x: Tensor, adapter: str) -> Plan | None:
     )
     guards = Guards(
         list(_same(layer, adapter, dropout, factors)),
-        [
-            layer.merged_adapters,
-            *(getattr(module, hooks) for module in factors for hooks in _HOOKS),
-        ],
+        [layer.merged_adapters, *(getattr(one, hooks) for one in factors for hooks in _HOOKS)],
         [(module, type(module)) for module in (*factors, dropout)],
         adapter,
         most_tokens,

@@ -51,8 +51,11 @@ def why_wrong_gradient(layer: LoraLayer) -> str | None:
     """
     base: Any = layer.get_base_layer()
     weight = getattr(base, "weight", None)
-    if weight is None or weight.is_meta or _is_plain(base):
+    if weight is None or weight.is_meta:
         return None
+    is_plain = type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
+    if is_plain and type(base) in (nn.Linear, Conv1D) and "forward" not in base.__dict__:
+        return None  # torch computes the product, and so its gradient
     what = f"its base layer, a {type(base).__name__} over a {type(weight).__name__},"
     try:
         error = _gradient_error(base, layer.in_features, weight)
@@ -66,16 +69,6 @@ def why_wrong_gradient(layer: LoraLayer) -> str | None:
     return (
         f"{what} passes back {found}, so everything before it is trained wrongly, with peft's own "
         "layers as well: quantise the weights alone, not the activations"
-    )
-
-
-def _is_plain(base: Any) -> bool:
-    """Say whether torch computes the product of the base layer, and so its gradient."""
-    return (
-        type(base) in (nn.Linear, Conv1D)
-        and "forward" not in base.__dict__
-        and type(base.weight) in (nn.Parameter, Tensor)
-        and base.weight.is_floating_point()
     )
 
 

@@ -17,8 +17,7 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from grasp_kernels.adapters.load import MOVED_BASE
-from grasp_kernels.layers.closed import ClosedLayer
-from grasp_kernels.layers.experts import GraspLoRAExperts
+from grasp_kernels.layers.closed import ClosedLayer, GraspLoRAExperts
 from grasp_kernels.layers.gated import GatedMLP, adopt_gated
 from grasp_kernels.layers.linear import GraspLoRALinear, why_never
 from grasp_kernels.layers.projected import why_adapter_never
@@ -212,11 +211,7 @@ def _why_kept(layer: LoraLayer, sharded: bool) -> str | None:
 
 
 def bases_in(model: nn.Module, subspace: Subspace, writers: Iterable[Site]) -> dict[str, Tensor]:
-    """Return the basis `[N, Q]` of each writer by its name, with the gains of this model.
-
-    Raises:
-        ValueError: a writer has another width.
-    """
+    """Return the basis `[N, Q]` of each writer by its name, with the gains of this model."""
     modules = {base_name(name): module for name, module in model.named_modules()}
     writers = list(writers)
     gains = model_gains(model, writers)

@@ -13,7 +13,8 @@ Shapes: `D` width of the stream, `k` directions.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import Tensor, nn
 
@@ -73,22 +74,21 @@ class SiteRules:
     blocks: str = "layers"
     outputs: tuple[str, ...] = ()
     norms: str = "rms"
-    _norms: dict[str, str | None] = field(init=False, repr=False, compare=False)  # of each site
 
     def __post_init__(self) -> None:
         if isinstance(self.writers, str) or isinstance(self.outputs, (str, Mapping)):
             raise TypeError(
                 f"SiteRules got writers={self.writers!r} and outputs={self.outputs!r}; give each "
-                "as a tuple of names (a norm after a writer: as a dictionary from the writer's "
-                "name to that of its norm)."
+                "as a tuple of names (with norms: a dictionary from a writer to its norm)."
             )
         if self.norms not in NORMS:
             raise ValueError(f"SiteRules got norms={self.norms!r}; use one of {NORMS}.")
+
+    @cached_property
+    def _norms(self) -> dict[str, str | None]:
+        """Return the norm after each writer and output."""
         writers = self.writers if isinstance(self.writers, Mapping) else dict.fromkeys(self.writers)
-        object.__setattr__(self, "writers", dict(writers))
-        object.__setattr__(self, "outputs", tuple(self.outputs))
-        bare = (*self.outputs, *filter(None, writers.values()))
-        object.__setattr__(self, "_norms", {**writers, **dict.fromkeys(bare)})
+        return {**writers, **dict.fromkeys([*self.outputs, *filter(None, writers.values())])}
 
     def split(self, name: str) -> tuple[str, int, str] | None:
         """Return stem, layer and rest, ("model.layers", 3, "mlp.up_proj"); None elsewhere."""

@@ -44,8 +44,7 @@ def find_checkpoint(model: str | PathLike[str]) -> Path:
     if folder.is_dir():
         if (folder / "adapter_config.json").is_file():
             raise ValueError(
-                f"The folder {model} holds an adapter (adapter_config.json): give the checkpoint "
-                "of a whole model."
+                f"The folder {model} holds an adapter (adapter_config.json): give a whole model."
             )
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(
@@ -53,8 +52,7 @@ def find_checkpoint(model: str | PathLike[str]) -> Path:
             )
         if not any(folder.glob("*.safetensors")):
             raise FileNotFoundError(
-                f"The folder {model} has no .safetensors file: save the model with "
-                "save_pretrained, which writes one."
+                f"The folder {model} has no .safetensors file: save it with save_pretrained."
             )
         return folder.resolve()
     from huggingface_hub import snapshot_download
@@ -87,12 +85,7 @@ def load_config(checkpoint: Path) -> PreTrainedConfig:
 
 
 def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a checkpoint folder.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it cannot be read.
-    """
+    """Load the tokenizer of a checkpoint folder."""
     from transformers import AutoTokenizer
 
     if not any(file for part in _TOKENIZER for file in checkpoint.glob(part)):
@@ -185,10 +178,7 @@ def _check_json(checkpoint: Path, names: tuple[str, ...]) -> None:
 
 def _refuse_other_weights(checkpoint: Path, told: dict[str, Any]) -> None:
     """Raise unless the files had the weights of the model, and no others."""
-    mismatched = [
-        f"{name} {tuple(stored)} for {tuple(wanted)}"
-        for name, stored, wanted in told["mismatched_keys"]
-    ]
+    mismatched = [f"{key} {tuple(a)} for {tuple(b)}" for key, a, b in told["mismatched_keys"]]
     odd = {
         "lack": sorted(told["missing_keys"]),
         "also have": sorted(told["unexpected_keys"]),
@@ -199,8 +189,7 @@ def _refuse_other_weights(checkpoint: Path, told: dict[str, Any]) -> None:
     if parts:
         raise ValueError(
             f"The weights of {checkpoint} are not those of its config.json: they "
-            f"{', and '.join(parts)}; complete the download, or give the config.json that belongs "
-            "to them."
+            f"{', and '.join(parts)}; complete the download, or give their own config.json."
         )
 
 
@@ -214,6 +203,5 @@ def _refuse_integers(checkpoint: Path, stored: Mapping[str, Stored], parameters:
     if found:
         raise ValueError(
             f"The weights of {checkpoint} are quantised, and its config.json has no "
-            f"quantization_config that says how: {listed(found, most=3)}; give the "
-            "checkpoint in 16 or 32 bits."
+            f"quantization_config: {listed(found, most=3)}; give it in 16 or 32 bits."
         )

@@ -34,22 +34,18 @@ def whole_model(source: Source, *, merged: bool) -> dict[str, Reader]:
         return model_weights(source)
     folder = Path(source)
     if (folder / "adapter_config.json").is_file():
-        raise ValueError(
-            f"{str(source)!r} is an adapter, not a model; give the checkpoint of a whole model."
-        )
+        raise ValueError(f"{str(source)!r} is an adapter, not a model; give a whole checkpoint.")
     stored = model_config(folder)
     for key, what in (("quantization_config", "quantised"), ("vision_config", "multimodal")):
         if stored.get(key):
             raise ValueError(
                 f"The checkpoint {str(folder)!r} is {what}, so its files do not hold the weights "
-                "of its layers by name; give an ordinary checkpoint; in Python, load the model "
-                "without quantisation and give that."
+                "of its layers by name; give an ordinary one; in Python, give the loaded model."
             )
     found = model_weights(folder)
     if not found:
         raise FileNotFoundError(
-            f"There are no weights in {str(source)!r}; give a model, or a checkpoint folder with "
-            "safetensors files."
+            f"There are no weights in {str(source)!r}; give a model or a safetensors checkpoint."
         )
     return found
 
@@ -62,9 +58,6 @@ def compared(
     Equal tensors are the same object. A tensor is None for a model without it. Tensors are compared
     in the coarser of their dtypes: a rounding is not a change. Neither is a head that is the
     embedding: not all models store it.
-
-    Raises:
-        ValueError: a weight that is not finite, not here, or quantised.
     """
     for name, read in original.items():
         other = read()

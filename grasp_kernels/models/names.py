@@ -33,9 +33,6 @@ def same_module(name: str, known: Iterable[str]) -> str | None:
     A task model and its bare backbone name a module differently ("model.layers.0.mlp",
     "layers.0.mlp"), so names may differ by leading components, and by the "language_model." of a
     text model next to a model for images.
-
-    Raises:
-        ValueError: several known names differ by such components.
     """
     known = known if isinstance(known, Container) else set(known)
     if name in known:
@@ -47,10 +44,7 @@ def same_module(name: str, known: Iterable[str]) -> str | None:
         if one and (f".{_of_text(one)}".endswith(end) or end.endswith(f".{_of_text(one)}"))
     ]
     if len(ends) > 1:
-        raise ValueError(
-            f"{name!r} could be any of {sorted(ends)[:4]}; give the base model that the adapter "
-            "was trained on."
-        )
+        raise ValueError(f"{name!r} could be any of {sorted(ends)[:4]}; give its own base model.")
     return ends[0] if ends else None
 
 

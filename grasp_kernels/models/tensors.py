@@ -27,12 +27,7 @@ class Stored:
 
 
 def read_tensors(files: list[Path]) -> dict[str, Stored]:
-    """Return a reader for every tensor of some files, by its key.
-
-    Raises:
-        ValueError: a file is not a whole safetensors file, leads out of its folder, or repeats a
-            key.
-    """
+    """Return a reader for every tensor of some files, by its key."""
     found: dict[str, Stored] = {}
     for file in files:
         with open_tensors(inside(file), _AGAIN) as opened:
@@ -50,9 +45,6 @@ def read_folder(folder: Path) -> dict[str, Stored]:
     """Return a reader for each tensor of a model's checkpoint, by its key.
 
     The folder may hold other files too.
-
-    Raises:
-        FileNotFoundError, ValueError: a shard is missing, or cannot be read.
     """
     files = sorted(folder.glob("*.safetensors"))
     if (folder / INDEX).is_file():
@@ -80,9 +72,7 @@ def indexed(path: Path, what: str) -> list[Path]:
         wrong = f"names the shards {listed(strange)}, which are not files in its folder"
         raise ValueError(f"{str(path)!r} {wrong}; {again}.")
     if missing := [name for name in names if not (path.parent / name).is_file()]:
-        wrong = (
-            f"names {listed(missing)}, which {'is' if len(missing) == 1 else 'are'} not next to it"
-        )
+        wrong = f"names shards that are not next to it ({listed(missing)})"
         raise FileNotFoundError(f"{str(path)!r} {wrong}; copy all shards into its folder.")
     files = [path.parent / name for name in names]
     if lost := sorted(set(shards) - set(read_tensors(files))):

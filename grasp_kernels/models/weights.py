@@ -48,19 +48,14 @@ class BaseModel:
         return not self.weights or any(same_module(one, self.weights) for one in names)
 
     def norm_weight(self, norm: str, width: int) -> Tensor | None:
-        """Return the weight `[D]` of a norm by its module name, None if the base has no weights.
-
-        Raises:
-            ValueError: the base has no such norm, or one of another width or with values that are
-                not finite.
-        """
+        """Return the weight `[D]` of a norm by its module name, None if the base has no weights."""
         if not self.weights:
             return None
         name = same_module(norm, self.weights)
         if name is None:
             raise ValueError(
                 f"The base model {shown(self.source)} has no norm {shown(norm)}, through which the "
-                "adapter writes; give the base model that the adapter was trained on."
+                "adapter writes; give its own base model."
             )
         weight = whole(self.weights[name]())
         if weight.is_meta:
@@ -68,8 +63,7 @@ class BaseModel:
         if weight.shape != (width,):
             raise ValueError(
                 f"The norm {shown(norm)} of the base model {shown(self.source)} has width "
-                f"{weight.numel()}, but the adapter writes {width}; give the base model that the "
-                "adapter was trained on."
+                f"{weight.numel()}, but the adapter writes {width}; give its own base model."
             )
         refuse_nonfinite(norm, weight)
         return weight.clone()
@@ -92,8 +86,7 @@ def read_base_model(source: Source | None) -> BaseModel:
     folder = Path(source)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"The base model {str(folder)!r} has no config.json; give a checkpoint folder or a "
-            "model."
+            f"The base model {str(folder)!r} has no config.json; give a checkpoint or a model."
         )
     stored = model_config(folder)
     nested = stored.get("text_config")
@@ -107,9 +100,6 @@ def model_weights(source: Source) -> dict[str, Reader]:
 
     For fused experts it reads `[E, N, K]`, by the name of the parameter. Other tensors, such as
     biases, have their whole name.
-
-    Raises:
-        FileNotFoundError, ValueError: a shard is missing; tensors that are not those of one model.
     """
     return _of_module(source) if isinstance(source, nn.Module) else _of_folder(Path(source))
 
@@ -141,8 +131,7 @@ def _of_folder(folder: Path) -> dict[str, Reader]:
             continue
         if name in found:
             raise ValueError(
-                f"The checkpoint {str(folder)!r} holds two tensors for {shown(name)}; give one "
-                "that save_pretrained wrote."
+                f"The checkpoint {str(folder)!r} holds {shown(name)} twice; save the model again."
             )
         turned = transposed and key.endswith(".weight") and not name.endswith(_EMBEDDINGS)
         found[name] = partial(_transpose, read) if turned else read
@@ -178,23 +167,15 @@ def model_type_of(source: Source) -> str | None:
 
 
 def model_config(folder: Path) -> dict[str, Any]:
-    """Read the `config.json` of a checkpoint folder, empty where there is none.
-
-    Raises:
-        ValueError: it cannot be read, or its model type is not a name.
-    """
+    """Read the `config.json` of a checkpoint folder, empty where there is none."""
     path = folder / "config.json"
     if not path.is_file():
         return {}
-    config = read_json(
-        inside(path), "configuration of a model", "copy it again from the checkpoint"
-    )
+    again = "copy it again from the checkpoint"
+    config = read_json(inside(path), "configuration of a model", again)
     kind = config.get("model_type")
     if kind is not None and not isinstance(kind, str):
-        raise ValueError(
-            f"{str(path)!r} says model_type={shown(kind)}, which must be a name; copy it again "
-            "from the checkpoint."
-        )
+        raise ValueError(f"{str(path)!r} says model_type={shown(kind)}, which is no name; {again}.")
     return config
 
 

@@ -73,8 +73,7 @@ def identify(
     values = [value for value in S.tolist() if value > _ZERO * float(S[0])]
     if isinstance(k, int) and k > len(values):
         raise ValueError(
-            f"k is {k}, but the adapter moved along {len(values)} directions only; choose "
-            f"k ≤ {len(values)}."
+            f"k is {k}, but the adapter moved along {len(values)} directions only; choose fewer."
         )
     gains = {w.site.norm: w.gain for w in writers if w.site and w.site.norm and w.gain is not None}
     notes = [
@@ -85,9 +84,7 @@ def identify(
     if zero:
         notes.append(f"{len(zero)} blocks are zero and were skipped (the first: {zero[0]}).")
     if any(w.site and w.site.norm and w.gain is None for w in writers):
-        notes.append(
-            "The gains of the norms are unknown and count as 1; give the base model to read them."
-        )
+        notes.append("The gains of the norms are unknown and count as 1; give the base model.")
     notes += dict.fromkeys(note for one in adapters for note in one.notes)
     chosen = choose_k(values) if isinstance(k, str) else k
     metadata = {
@@ -146,9 +143,6 @@ def stack_blocks(layers: Iterable[LoRAWeights]) -> Stack:
     Every block is divided by its spectral norm, so that no layer dominates: as training goes on,
     raw blocks collapse onto the layer that moved most. The norm is spectral rather than Frobenius,
     because the weight of a layer then does not depend on other things that it learned.
-
-    Raises:
-        ValueError: blocks of different width.
     """
     blocks: list[Tensor] = []
     zero, width, first = [], 0, ""

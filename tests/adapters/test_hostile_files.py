@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 import grasp_kernels as gk
 from grasp_kernels.adapters import load_adapter
 from grasp_kernels.cli import main
+from grasp_kernels.diagnosis.diagnose import diagnosis_text
 from grasp_kernels.diagnosis.pair import open_pair
-from grasp_kernels.diagnosis.report import diagnosis_text
 from grasp_kernels.inert import inert, printable
 from grasp_kernels.models.weights import model_weights
 from grasp_kernels.pages.markdown import answers_table, cell

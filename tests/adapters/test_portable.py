@@ -148,7 +148,7 @@ def test_what_other_software_makes_of_it(
     for consumer in CONSUMERS:
         found = consumer_problems(tmp_path / "adapter", consumer)
         if consumer == "mlx":
-            assert found == [gk.adapters.portable._ALWAYS["mlx"]]
+            assert found == [gk.adapters.portable._MLX]
         elif consumer in named:
             assert len(found) == 1
             assert named[consumer] in found[0]
@@ -298,8 +298,8 @@ def test_folding_leaves_nothing_that_is_scaled_wrongly(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["check", "ADAPTER"], "give one of the two"),
-        (["check", "ADAPTER", "SUBSPACE", "--for", "vllm"], "give one of the two"),
+        (["check", "ADAPTER"], "give one (see"),
+        (["check", "ADAPTER", "SUBSPACE", "--for", "vllm"], "give one (see"),
         (["check", "ADAPTER", "--for", "vlm"], "--for is 'vlm', which is unknown"),
         (["check", "nowhere", "--for", "vllm"], "There is no adapter 'nowhere'"),
         (["check", "nowhere", "--for", "mlx"], "There is no adapter 'nowhere'"),

@@ -201,12 +201,12 @@ def test_doctor_says_which_kernels_nobody_timed(
 def test_doctor_says_whether_calls_are_compiled(
     found: object, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from grasp_kernels.cli import doctor
+    from grasp_kernels.cli import machine_commands
     from grasp_kernels.layers import plan
 
     monkeypatch.setattr(plan, "compiled", lambda: found)
     monkeypatch.setattr(torch, "__version__", "3.1.4")
-    assert doctor._calls() == said
+    assert machine_commands._calls() == said
 
 
 def test_doctor_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
@@ -233,12 +233,12 @@ def test_doctor_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
 def test_doctor_says_how_a_release_stands_to_the_tested_ones(
     release: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from grasp_kernels.cli import doctor
+    from grasp_kernels.cli import machine_commands
 
-    monkeypatch.setitem(doctor.TESTED, "torch", ("2.10.0", "2.14.1"))
-    monkeypatch.setattr(doctor, "version", lambda package: release)
-    assert doctor._installed("torch") == said
-    assert doctor._installed("safetensors") == release
+    monkeypatch.setitem(machine_commands.TESTED, "torch", ("2.10.0", "2.14.1"))
+    monkeypatch.setattr(machine_commands, "version", lambda package: release)
+    assert machine_commands._installed("torch") == said
+    assert machine_commands._installed("safetensors") == release
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_outputs_are_refused_over_anything_before_any_work(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("identify a --output x --k x", "error: --k: 'x' is not a number: give 'auto'"),
+        ("identify a --output x --k x", "error: --k: 'x' is not a number: give one, or 'auto'"),
         ("run --model m --data d --output o --seed 4294967296", "--seed is 4294967296: give 0 to"),
         (
             "run --model m --data d --output o --k 17",

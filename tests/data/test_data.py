@@ -265,7 +265,7 @@ def test_records_cut_before_their_answer_are_dropped_and_counted() -> None:
     assert trained_text(short, tokenizer, max_length=len(prompt) + 2) == ["ab"]
     examples, n_dropped = tokenize_records([short, long], tokenizer, len(prompt) + 1)
     assert (len(examples), n_dropped) == (1, 1)
-    with pytest.raises(ValueError, match="None of the 2 records has an answer token"):
+    with pytest.raises(ValueError, match="None of 2 records has an answer token"):
         tokenize_records([short, long], tokenizer, 5)
 
 

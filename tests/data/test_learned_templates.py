@@ -134,7 +134,7 @@ def test_an_answer_whose_first_letter_is_that_of_the_thought() -> None:
 def test_a_template_without_an_end_needs_an_end_token() -> None:
     tokenizer = tokenizer_of(NO_END, "<user>", "<assistant>", eos=None)
     with pytest.raises(
-        ValueError, match=r"Record 1: .*does not end answers.*set tokenizer\.eos_token"
+        ValueError, match=r"Record 1: .*does not end answers.*an end token \(eos_token\)"
     ):
         tokenize_records([{"messages": TURNS}], tokenizer, None)
 
@@ -252,7 +252,7 @@ def test_tools_that_a_template_does_not_show_are_named() -> None:
             r"Record 1: messages\[0\]\.tool_calls is",
         ),
         ([{"messages": TURNS, "tools": [{"n": "f"}]}], r'Record 1: "tools\[0\]" is'),
-        ([{"messages": [USER]}], "None of the 1 records has an answer token: give longer ones"),
+        ([{"messages": [USER]}], "None of 1 records has an answer token: give longer ones"),
     ],
 )
 def test_what_is_no_record(records: Any, message: str) -> None:

@@ -19,6 +19,7 @@ from benchmarks.kernels.errors import RATIO, budget, relative_error
 from benchmarks.kernels.provider import orthonormal
 from grasp_kernels.ops.lora_linear import registry
 from grasp_kernels.ops.lora_linear.api import lora_linear
+from grasp_kernels.ops.lora_linear.dropout import dropout
 from grasp_kernels.ops.projection import project_columns, project_gradient
 
 __all__ = [
@@ -159,7 +160,12 @@ def _mask(case: Case, x: Tensor, backend: str) -> Tensor:
     """What `backend` keeps of `x[T, K]` for the next seed of torch's generator, bool `[T, K]`."""
     module = registry.load(backend)
     assert not isinstance(module, str)
-    return module.kept(x, module.draw_seed(x), case.dropout_p)
+    seed = module.draw_seed(x)
+    if backend in registry.KERNELS:
+        from tests.helpers.kernels import keep_mask
+
+        return keep_mask(x, seed, case.dropout_p)
+    return dropout(torch.ones_like(x), seed, case.dropout_p, x) != 0
 
 
 def _leaves(inputs: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen2Config
 
 import grasp_kernels as gk
-from grasp_kernels.ops.lora_linear.aten import kept
-from grasp_kernels.ops.lora_linear.dropout import host_seed
+from grasp_kernels.ops.lora_linear.dropout import dropout, host_seed
 from tests.helpers.models import ALL_LINEAR, SIZES, randomise_adapter, tiny_model
 from tests.helpers.oracle import RATIO
 
@@ -36,7 +35,7 @@ class SameMask(nn.Module):
         if not self.training:
             return x
         rows = x.reshape(-1, x.shape[-1])
-        mask = kept(rows, host_seed(rows), self.p).view(x.shape)
+        mask = dropout(torch.ones_like(rows), host_seed(rows), self.p).view(x.shape) != 0
         return x * mask / (1.0 - self.p)
 
 

@@ -17,7 +17,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 import grasp_kernels as gk
-from grasp_kernels.layers.experts import GraspLoRAExperts
+from grasp_kernels.layers.closed import GraspLoRAExperts
 from grasp_kernels.models.architectures import RULES, model_gains, model_sites
 from grasp_kernels.models.names import base_name
 from grasp_kernels.ops import backends

@@ -41,7 +41,7 @@ def test_without_a_gpu_the_kernels_say_so() -> None:
     assert in_a_fresh_process(code).startswith("it needs a GPU")
     assert in_a_fresh_process(CALL) == (
         "backend 'triton' cannot run on cpu: it needs a GPU "
-        "(on a CPU only Triton's interpreter runs kernels); use backend='auto' for one that can."
+        "(on a CPU only Triton's interpreter runs kernels); use backend='auto'."
     )
 
 
@@ -49,8 +49,7 @@ def test_without_a_gpu_the_kernels_say_so() -> None:
 def test_without_triton_everything_else_works() -> None:
     missing = "import sys; sys.modules['triton'] = None\n"
     assert in_a_fresh_process(missing + CALL) == (
-        "backend 'triton' cannot run on cpu: triton is not installed; "
-        "use backend='auto' for one that can."
+        "backend 'triton' cannot run on cpu: triton is not installed; use backend='auto'."
     )
     works = """
 import grasp_kernels as gk, torch

@@ -16,10 +16,10 @@ import torch
 from grasp_kernels.ops.lora_linear.cuda import backend, passes
 from grasp_kernels.ops.lora_linear.cuda.library import operators
 from grasp_kernels.ops.lora_linear.triton import passes as triton_passes
-from grasp_kernels.ops.lora_linear.triton.dropout import drawn, keep_mask
+from grasp_kernels.ops.lora_linear.triton.dropout import drawn
 from grasp_kernels.ops.lora_linear.triton.fused import Passes
 from tests.helpers.backends import operands
-from tests.helpers.kernels import DEVICE, assert_exact, normal, seeded
+from tests.helpers.kernels import DEVICE, assert_exact, keep_mask, normal, seeded
 from tests.helpers.oracle import orthonormal, relative_error
 from tools import emulator
 

@@ -10,11 +10,10 @@ import torch
 from grasp_kernels.ops.gpu.launch import PARTS, dry_run
 from grasp_kernels.ops.lora_linear.triton import gemm
 from grasp_kernels.ops.lora_linear.triton.down import down
-from grasp_kernels.ops.lora_linear.triton.dropout import keep_mask
 from grasp_kernels.ops.lora_linear.triton.gemm import Tile, extended_gemm, product
 from grasp_kernels.ops.lora_linear.triton.reduce import finish_factor, finish_skinny, total
 from grasp_kernels.ops.lora_linear.triton.tokens import Slab, one_read, token_pass
-from tests.helpers.kernels import DEVICE, assert_exact, normal, seeded
+from tests.helpers.kernels import DEVICE, assert_exact, keep_mask, normal, seeded
 from tests.helpers.oracle import orthonormal, relative_error
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

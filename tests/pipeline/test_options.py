@@ -232,7 +232,6 @@ def test_options_of_a_file_are_those_that_are_typed(
         ("3: 4", "--3=4: unrecognized"),
         ("k: 1\nr: 4\nk: 2", "k is there twice: remove one of them."),
         ("max_steps: 1\nmax-steps: 2", "max_steps is there twice"),
-        ("lr_scheduler_kwargs: {a: 1, a: 2}", "a is there twice"),
         ("- k", "holds no options: give a line such as max_steps: 200 for each."),
         ("", "holds no options"),
         (

@@ -142,11 +142,10 @@ def copies_in_bulk(part: Part, *matrices: Tensor) -> bool:
     The engine takes rows at multiples of 16 bytes. Ordinary loads do for float32: its products
     without matrix instructions are not bound by copies.
     """
-    return part.tma and all(_describable(matrix) for matrix in matrices)
-
-
-def _describable(matrix: Tensor) -> bool:
-    row_bytes = matrix.stride(0) * matrix.element_size()
-    aligned = row_bytes > 0 and row_bytes % 16 == 0 and matrix.data_ptr() % 16 == 0
-    contiguous = matrix.stride(1) == 1 and matrix.numel() > 0
-    return matrix.element_size() == 2 and contiguous and aligned
+    for matrix in matrices:
+        row_bytes = matrix.stride(0) * matrix.element_size()
+        aligned = row_bytes > 0 and row_bytes % 16 == 0 and matrix.data_ptr() % 16 == 0
+        contiguous = matrix.stride(1) == 1 and matrix.numel() > 0
+        if not (matrix.element_size() == 2 and contiguous and aligned):
+            return False
+    return part.tma

@@ -86,20 +86,15 @@ def lora_linear(
     options = float(scaling), float(dropout_p), project == "residual", closed, exact
     op = Operands(weight, bias, lora_A, lora_B, lora_bias, write_basis, None, *options)
     if torch.compiler.is_compiling():
-        if _is_traced(x, op, backend):
+        # Its compiler sees library calls; kernels stay opaque operators.
+        short = x.dim() < 2 or not prefers_kernels(x.flatten(0, -2), op)
+        if backend == "aten" or (backend == "auto" and short):
             return _traced(x, base, op)
     elif are_plain(x, base, *tensors):
         return Plain.apply(x, base, *op[:N_DIFFERENTIATED], op, backend, source)
     seed = device_seed(x) if dropout_p > 0.0 else None
     y, *_ = operator(x, base, *op._replace(dropout_seed=seed), backend)
     return y
-
-
-def _is_traced(x: Tensor, op: Operands, backend: str) -> bool:
-    """Say whether the compiler of torch sees library calls; kernels stay opaque operators."""
-    if backend != "auto":
-        return backend == "aten"
-    return x.dim() < 2 or not prefers_kernels(x.flatten(0, -2), op)
 
 
 def _traced(x: Tensor, base: Tensor | None, op: Operands) -> Tensor:
@@ -160,30 +155,22 @@ def _check(
             continue
         if tensor.shape != shape:
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, expected {shape} "
-                f"for a weight of shape {(N, K)}."
+                f"{name} has shape {tuple(tensor.shape)}, expected {shape} for a weight {(N, K)}."
             )
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} but x is on {device}; move it there.")
         if not tensor.is_floating_point():
-            raise TypeError(
-                f"{name} has dtype {tensor.dtype}; convert it to a floating-point dtype."
-            )
+            raise TypeError(f"{name} has dtype {tensor.dtype}; convert it to a float dtype.")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != dtype:
-            raise TypeError(
-                f"{name} has dtype {tensor.dtype} but x has {dtype}; "
-                "cast one or use torch.autocast."
-            )
+            raise TypeError(f"{name} is {tensor.dtype} but x is {dtype}; cast one or use autocast.")
 
 
 def _widths(x: Tensor, weight: Tensor | None, base: Tensor | None) -> tuple[int, int]:
     """Return N and K."""
     given, name, form = (weight, "weight", "[N, K]") if base is None else (base, "base", "[..., N]")
     if given is None:
-        raise ValueError(
-            "weight is None; pass the weight of the base layer, or its output as base."
-        )
+        raise ValueError("weight is None; pass that of the base layer, or its output as base.")
     if x.dim() < 1 or given.dim() != (2 if base is None else x.dim()):
         raise ValueError(
             f"x {tuple(x.shape)} and {name} {tuple(given.shape)} must be [..., K] and {form}."

@@ -29,13 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grasp_kernels import cpu
-from grasp_kernels.ops.lora_linear.dropout import blocks, kept, masks
+from grasp_kernels.ops.lora_linear.dropout import blocks, masks
 from grasp_kernels.ops.lora_linear.dropout import host_seed as draw_seed
 from grasp_kernels.ops.lora_linear.operands import Gradients, Needs, Operands, Saved
 from grasp_kernels.ops.lora_linear.reference import DTYPES, closed_factors, refuses, unsupported
 from grasp_kernels.ops.projection import project_columns
 
-__all__ = ["DTYPES", "backward", "draw_seed", "forward", "kept", "refuses", "unsupported"]
+__all__ = ["DTYPES", "backward", "draw_seed", "forward", "refuses", "unsupported"]
 
 
 def write_weight(weight: Tensor, basis: Tensor) -> Tensor:

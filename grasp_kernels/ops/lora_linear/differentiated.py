@@ -37,10 +37,7 @@ _LIBRARY.define(
     "lora_linear_backward(Tensor dy, Tensor x, Tensor S, Tensor A, Tensor B, bool[] needs, "
     f"{_OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-_TWICE = (
-    "lora_linear cannot be differentiated twice; for gradients of gradients, restore the stock "
-    "layers with remove_grasp."
-)
+_TWICE = "lora_linear cannot be differentiated twice; restore the stock layers with remove_grasp."
 operator = torch.ops.grasp_kernels.lora_linear.default
 _backward = torch.ops.grasp_kernels.lora_linear_backward.default
 

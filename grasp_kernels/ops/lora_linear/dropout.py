@@ -2,7 +2,7 @@
 
 Backends on library calls draw this mask from torch's generator of the device; kernels have a
 counter-based mask. The elements kept by a seed thus depend on the backend, as they depend on the
-device everywhere in torch; each backend returns them from `kept`.
+device everywhere in torch.
 
 The seed comes from torch's own generators. Activation checkpointing restores the generators of the
 host and of the device, so it draws the same seed again and recomputes the same mask.
@@ -26,7 +26,7 @@ def host_seed(like: Tensor) -> Tensor:
 
     Reading a seed from a GPU would wait for all work queued there.
     """
-    return _drawn(torch.device("cpu"))
+    return torch.randint(0, 2**63 - 1, (1,), device="cpu")
 
 
 def device_seed(like: Tensor) -> Tensor:
@@ -35,11 +35,7 @@ def device_seed(like: Tensor) -> Tensor:
     This is an ordinary random operator of torch: every compiler pass knows not to merge or repeat
     it. An operator of our own was merged by common-subexpression elimination in spite of its tag.
     """
-    return _drawn(like.device)
-
-
-def _drawn(where: torch.device) -> Tensor:
-    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=where)
+    return torch.randint(0, 2**63 - 1, (1,), device=like.device)
 
 
 def blocks(x: Tensor) -> Iterator[slice]:
@@ -62,14 +58,6 @@ def masks(
         mask = torch.empty_like(x[block], memory_format=torch.contiguous_format)
         mask = mask.bernoulli_(keep, generator=generator).to(dtype or x.dtype)
         yield block, mask.div_(keep) if keep > 0 else mask
-
-
-def kept(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    """Return the mask of the kept elements of `x[T, K]`, bool `[T, K]`."""
-    mask = torch.empty_like(x, dtype=torch.bool, memory_format=torch.contiguous_format)
-    for block, values in masks(x, seed, p):
-        mask[block] = values != 0
-    return mask
 
 
 def dropout(x: Tensor, seed: Tensor | None, p: float, like: Tensor | None = None) -> Tensor:

@@ -20,12 +20,12 @@ Shapes: T tokens, K in, N out, R LoRA rank, Q basis size.
 import torch
 from torch import Tensor
 
-from grasp_kernels.ops.lora_linear.dropout import dropout, kept
+from grasp_kernels.ops.lora_linear.dropout import dropout
 from grasp_kernels.ops.lora_linear.dropout import host_seed as draw_seed
 from grasp_kernels.ops.lora_linear.operands import Gradients, Needs, Operands, Saved
 from grasp_kernels.ops.projection import project_columns, project_rows
 
-__all__ = ["DTYPES", "backward", "draw_seed", "forward", "kept", "refuses", "unsupported"]
+__all__ = ["DTYPES", "backward", "draw_seed", "forward", "refuses", "unsupported"]
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

@@ -76,17 +76,12 @@ def select(backend: str, x: Tensor, op: Operands) -> ModuleType:
         order = BACKENDS if prefers_kernels(x, op) else _EVERYWHERE
     reason: str | None = None
     for name in order:
-        module = load(name)
-        if isinstance(module, str):
-            reason = module
-            continue
-        reason = module.unsupported(x.device) or module.refuses(x, op)
-        if reason is None:
-            return module
-    raise ValueError(
-        f"backend {backend!r} cannot run on {x.device}: {reason}; "
-        "use backend='auto' for one that can."
-    )
+        module, reason = load(name), why_not(name, x.device)
+        if reason is None and not isinstance(module, str):
+            reason = module.refuses(x, op)
+            if reason is None:
+                return module
+    raise ValueError(f"backend {backend!r} cannot run on {x.device}: {reason}; use backend='auto'.")
 
 
 def prefers_kernels(x: Tensor, op: Operands) -> bool:

@@ -12,10 +12,8 @@ from grasp_kernels.ops.lora_linear.cuda import library, passes
 from grasp_kernels.ops.lora_linear.dropout import device_seed
 from grasp_kernels.ops.lora_linear.operands import Operands
 from grasp_kernels.ops.lora_linear.triton import fused
-from grasp_kernels.ops.lora_linear.triton.dropout import keep_mask
 
 draw_seed = device_seed
-kept = keep_mask  # the elements of `x[T, K]` that dropout keeps
 forward = partial(fused.forward, passes)
 backward = partial(fused.backward, passes)
 DTYPES = (torch.bfloat16, torch.float16)

@@ -12,11 +12,9 @@ from grasp_kernels.ops.gpu.launch import kernel_support
 from grasp_kernels.ops.lora_linear.dropout import device_seed
 from grasp_kernels.ops.lora_linear.operands import Operands
 from grasp_kernels.ops.lora_linear.triton import fused, passes
-from grasp_kernels.ops.lora_linear.triton.dropout import keep_mask
 
 unsupported = kernel_support
 draw_seed = device_seed
-kept = keep_mask  # the elements of `x[T, K]` that dropout keeps
 forward = partial(fused.forward, passes)
 backward = partial(fused.backward, passes)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -29,8 +27,5 @@ def refuses(x: Tensor, op: Operands) -> str | None:
     if x.dtype not in DTYPES:
         return f"it computes float32, float16 and bfloat16 but x has {x.dtype}"
     if (R + Q) * T >= 1 << 31:  # offsets inside skinny matrices are 32 bits wide
-        return (
-            f"it takes fewer than 2³¹ elements of [dS | D] but {T} tokens and R + Q = {R + Q} "
-            f"have {(R + Q) * T}"
-        )
+        return f"it takes fewer than 2³¹ elements of [dS | D] but R + Q = {R + Q} and T = {T}"
     return None

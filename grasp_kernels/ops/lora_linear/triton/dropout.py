@@ -7,12 +7,9 @@ Shapes: T tokens, K in.
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from grasp_kernels.ops.gpu.launch import launch
 
 
 class Dropout(NamedTuple):
@@ -55,27 +52,3 @@ def kept(seed, rows, first, chunks, threshold, BLOCK: tl.constexpr):
     words = tl.join(tl.join(w0, w1), tl.join(w2, w3))
     halves = tl.join(words & 0xFFFF, (words >> 16) & 0xFFFF)
     return tl.reshape(halves, (rows.shape[0], BLOCK)) >= threshold
-
-
-@triton.jit(do_not_specialize=["T"])
-def _keep_mask_kernel(mask, seed, T, K, threshold, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
-    k0 = tl.program_id(1) * BLOCK_K
-    k = k0 + tl.arange(0, BLOCK_K)
-    keep = kept(tl.load(seed), t, k0, tl.cdiv(K, 8), threshold, BLOCK_K)
-    inside = (t[:, None] < T) & (k[None, :] < K)
-    tl.store(mask + t[:, None] * K + k[None, :], keep, mask=inside)
-
-
-def keep_mask(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    """Return the whole mask of the kernels, bool `[T, K]` for `x[T, K]`."""
-    dropout = Dropout(seed, p)
-    T, K = x.shape
-    mask = x.new_empty(T, K, dtype=torch.bool)
-    launch(
-        _keep_mask_kernel,
-        (triton.cdiv(T, 64), triton.cdiv(K, 64)),
-        mask,
-        mask=mask, seed=dropout.seed, T=T, K=K, threshold=dropout.threshold, BLOCK_T=64, BLOCK_K=64,
-    )  # fmt: skip
-    return mask
