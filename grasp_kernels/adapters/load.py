@@ -122,9 +122,7 @@ def _assemble(
     for entry in parts.factors:
         site, width = rules.site(entry.name), entry.lora_B.shape[0]
         if rules.split(entry.name) and not base.has(entry.name):
-            raise ValueError(
-                f"The base model {shown(base.source)} has no {shown(entry.name)}; {_OWN}."
-            )
+            raise ValueError(f"The base {shown(base.source)} has no {shown(entry.name)}; {_OWN}.")
         if site is not None and base.width not in (None, width):
             raise ValueError(
                 f"The base model {shown(base.source)} has width {shown(base.width)}, but the "

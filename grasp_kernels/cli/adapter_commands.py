@@ -105,9 +105,7 @@ def add_extract(commands: Any) -> None:
         commands, "extract", _extract, "make an adapter of a merged or fully fine-tuned model"
     )
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder of the changed model")
-    parser.add_argument(
-        "--base-model", required=True, metavar="FOLDER", help="the model before the changes"
-    )
+    parser.add_argument("--base-model", required=True, metavar="FOLDER", help="unchanged model")
     _add_new_adapter(parser)
     parser.add_argument("--rank", type=int, default=16, metavar="N", help="rank (default: 16)")
 
@@ -226,9 +224,7 @@ def _check(arguments: argparse.Namespace) -> int:
     """
     consumer = vars(arguments)["for"]
     if (arguments.subspace is None) == (consumer is None):
-        raise UsageError(
-            "check takes a SUBSPACE or --for SOFTWARE: give one (see grasp-kernels check -h)."
-        )
+        raise UsageError("check takes SUBSPACE or --for: give one (see grasp-kernels check -h).")
     if consumer is None:
         return _check_along(arguments)
     from grasp_kernels.adapters.portable import consumer_advice, consumer_problems

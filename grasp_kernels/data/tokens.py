@@ -72,9 +72,7 @@ def _checked(record: Any) -> Record:
     return Record(**{**options, **found})
 
 
-def encode_prompt(
-    messages: list[Message], tokenizer: Tokenizer, *, tools: Tools = None
-) -> list[int]:
+def encode_prompt(messages: list[Message], tokenizer: Tokenizer, tools: Tools = None) -> list[int]:
     """Tokenise a conversation and the header of the next answer.
 
     Raises:

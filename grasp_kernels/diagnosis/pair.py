@@ -172,9 +172,7 @@ def _copy(parameter: nn.Parameter, value: Tensor) -> None:
 
 
 def _unfit(adapter: str | PathLike[str], why: str) -> ValueError:
-    return ValueError(
-        f"The adapter {str(adapter)!r} does not fit the base model ({why}): give its own base."
-    )
+    return ValueError(f"The adapter {str(adapter)!r} does not fit the base ({why}): give its own.")
 
 
 def _refuse_changed_base(name: str, config: Mapping[str, Any]) -> None:
