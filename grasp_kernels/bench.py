@@ -94,7 +94,9 @@ def compare(
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind = name.partition(":")[0]
     if kind not in _USUAL or (kind == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device is {name!r}, which is not here; use 'cpu', or 'cuda' with a GPU.")
+        raise ValueError(
+            f"device is {name!r}, which cannot be timed here; use 'cpu', or 'cuda' with a GPU."
+        )
     model, tokens = model or _USUAL[kind][0], _USUAL[kind][1] if tokens is None else tokens
     for what, given, known in (("model", model, MODELS), ("dtype", dtype, _DTYPES)):
         if given not in known:

@@ -33,7 +33,11 @@ class Options:
     """Check the options of a dataclass; an error names the option, its value and a remedy."""
 
     def check_types(self) -> None:
-        """Compare the values of options of the plain types with their annotations."""
+        """Compare the values of options of the plain types with their annotations.
+
+        Raises:
+            ValueError: a value of another type.
+        """
         for option in fields(self):  # type: ignore[arg-type]
             plain = _PLAIN.fullmatch(str(option.type))
             if plain is None:
@@ -87,13 +91,10 @@ class GraspConfig(Options):
     def __post_init__(self) -> None:
         self.check_types()
         subspace, size = self.subspace, self.kl_batch_size
-        self.require(
-            "subspace",
-            subspace is None
-            or (isinstance(subspace, str | PathLike) and subspace != "")
-            or hasattr(subspace, "basis"),
-            "give a Subspace, its file or the folder of an adapter, or None",
-        )
+        is_path = isinstance(subspace, str | PathLike) and subspace != ""
+        known = subspace is None or is_path or hasattr(subspace, "basis")
+        remedy = "give a Subspace, its file or the folder of an adapter, or None"
+        self.require("subspace", known, remedy)
         has_writers = self.sites is None or hasattr(self.sites, "writers")
         self.require("sites", has_writers, "give SiteRules or None")
         self.require("backend", self.backend in BACKENDS, f"choose one of {', '.join(BACKENDS)}")

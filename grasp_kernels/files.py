@@ -51,7 +51,11 @@ def whole_file(path: str | PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: str | PathLike[str]) -> Iterator[Path]:
-    """Give an empty folder; after a successful block it replaces `path`, as in `whole_file`."""
+    """Give an empty folder; after a successful block it replaces `path`, as in `whole_file`.
+
+    Raises:
+        OSError: there is no room, or nothing can be written there.
+    """
     target = Path(path)
     with _naming(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +86,11 @@ def _settle(path: Path) -> None:
 
 @contextmanager
 def room_for(target: str | PathLike[str]) -> Iterator[None]:
-    """Name the target if the disk is full; libraries name temporary files, or nothing."""
+    """Name the target if the disk is full; libraries name temporary files, or nothing.
+
+    Raises:
+        OSError: there is no room.
+    """
     try:
         yield
     except Exception as error:
@@ -90,7 +98,7 @@ def room_for(target: str | PathLike[str]) -> Iterator[None]:
         if getattr(error, "errno", None) not in _FULL and not said:
             raise
         raise OSError(
-            f"There is no room left on the disk for {str(target)!r}: free some, and repeat this."
+            f"There is no room left on the disk for {str(target)!r}: free some space, and repeat."
         ) from error
 
 
@@ -189,7 +197,11 @@ def check_own_folder(path: str | PathLike[str], note: str, *, beside: Collection
 
 
 def inside(file: Path) -> Path:
-    """Return the file unless it lies outside of its folder, or of the blobs of the hub's cache."""
+    """Return the file unless it lies outside of its folder, or of the blobs of the hub's cache.
+
+    Raises:
+        ValueError: it is a link that leads out of the folder.
+    """
     folder, target = file.parent.resolve(), file.resolve()
     allowed = [folder]
     if folder.parent.name == "snapshots":

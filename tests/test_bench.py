@@ -81,7 +81,7 @@ def test_the_command_fails_where_a_backend_is_wrong(
     [
         ("--model", "gpt-9", "--model is 'gpt-9', which is unknown"),
         ("--dtype", "int8", "--dtype is 'int8', which is unknown"),
-        ("--device", "tpu", "--device is 'tpu', which is not here"),
+        ("--device", "tpu", "--device is 'tpu', which cannot be timed here"),
         ("--tokens", "0", "--tokens is 0; give at least 1"),
         ("--rank", "0", "--rank is 0; give at least 1"),
         ("--basis", "-1", "--basis is -1; give at least 0"),

@@ -99,7 +99,8 @@ def extract_adapter(
     if not factors:
         raise ValueError(
             f"No linear layer of a decoder block differs between {_named(model)} and "
-            f"{_named(base)} (elsewhere: {listed(outside) or 'no change'}); give a changed model."
+            f"{_named(base)} (differences elsewhere: {listed(outside) or 'none'}); give the "
+            "changed model, and as the base the model that it was made from."
         )
     _write(target, factors, rank, base)
     return Extraction(
@@ -117,7 +118,8 @@ def _delta(name: str, changed: Tensor | None, original: Tensor, device: Any) -> 
     """Return `ΔW[N, K]` in float32."""
     if changed is None:
         raise ValueError(
-            f"The model lacks the weight {shown(name)} of its base; give two of one architecture."
+            f"The model has no weight {shown(name)}, but its base does; give two models of the "
+            "same architecture."
         )
     if original.shape != changed.shape:
         raise ValueError(

@@ -88,7 +88,8 @@ def find_weights(source: Path, adapter_name: str | None) -> Path:
         return inside(source)
     if not source.is_dir():
         raise FileNotFoundError(
-            f"There is no adapter {str(source)!r}; give a local adapter folder, not a hub name."
+            f"There is no adapter {str(source)!r}; give a local adapter folder (download one from "
+            "the hub first)."
         )
     # peft saves the adapter "default" in the folder itself and others in folders of their name
     folder = source if adapter_name in (None, "default") else source / Path(adapter_name or "").name
@@ -97,14 +98,25 @@ def find_weights(source: Path, adapter_name: str | None) -> Path:
             return inside(folder / name)
     if (folder / "adapter_model.bin").is_file():
         return find_weights(folder / "adapter_model.bin", None)
-    _refuse_distributed(source)
+    # As FSDP saves it, by torch.distributed.checkpoint.
+    shard = next((s for pattern in ("*.distcp", "*/*.distcp") for s in source.glob(pattern)), None)
+    if shard is not None:
+        raise ValueError(
+            f"{str(shard.parent)!r} is a sharded checkpoint whose index is a pickle, which can run "
+            f"code when it is read; if you trust it, run `accelerate merge-weights {shard.parent} "
+            f"OUT`, copy {CONFIG} into OUT and give OUT/model.safetensors."
+        )
     nested = sorted(path.parent.name for path in source.glob(f"*/{WEIGHTS}"))
     if nested:
         raise FileNotFoundError(
             f"The folder {str(source)!r} has no {WEIGHTS}, only adapters in subfolders: give the "
             f"folder of one of {nested[:8]}; in Python, adapter_name also selects one."
         )
-    _refuse_model(source)
+    if (source / "config.json").is_file() and any(source.glob("model*.safetensors")):
+        raise ValueError(
+            f"{str(source)!r} is a whole model; extract an adapter from it first: grasp-kernels "
+            f"extract {source} --base-model BASE --output ADAPTER."
+        )
     raise FileNotFoundError(
         f"The folder {str(source)!r} has no {WEIGHTS}; give a folder of peft's save_pretrained."
     )
@@ -125,26 +137,6 @@ def changed_copy(source: Path, out: str | PathLike[str]) -> Iterator[Path]:
         for file in files:
             shutil.copy2(file, copy / file.name)
         yield copy
-
-
-def _refuse_distributed(folder: Path) -> None:
-    """Raise for a checkpoint of `torch.distributed.checkpoint`, as FSDP saves it."""
-    shard = next((s for pattern in ("*.distcp", "*/*.distcp") for s in folder.glob(pattern)), None)
-    if shard is not None:
-        raise ValueError(
-            f"{str(shard.parent)!r} is a sharded checkpoint whose index is a pickle, which can run "
-            f"code when it is read; if you trust it, run `accelerate merge-weights {shard.parent} "
-            f"OUT`, copy {CONFIG} into OUT and give OUT/model.safetensors."
-        )
-
-
-def _refuse_model(folder: Path) -> None:
-    """Raise for the checkpoint of a whole model."""
-    if (folder / "config.json").is_file() and any(folder.glob("model*.safetensors")):
-        raise ValueError(
-            f"{str(folder)!r} is a whole model; extract an adapter from it first: grasp-kernels "
-            f"extract {folder} --base-model BASE --output ADAPTER."
-        )
 
 
 def read_config(weights: Path) -> dict[str, Any]:
@@ -249,7 +241,11 @@ def refuse_variants(where: str, config: Mapping[str, Any]) -> None:
 
 
 def read_parts(source: Path, adapter_name: str | None = None) -> Parts:
-    """Read every tensor of an adapter's files."""
+    """Read every tensor of an adapter's files.
+
+    Raises:
+        FileNotFoundError, ValueError: no adapter there, or one that cannot be used.
+    """
     path = find_weights(source, adapter_name)
     config = read_config(path)
     refuse_variants(str(path.parent / CONFIG), config)
@@ -275,7 +271,12 @@ def read_parts(source: Path, adapter_name: str | None = None) -> Parts:
 
 
 def open_weights(path: Path) -> dict[str, Stored]:
-    """Return a reader for each tensor of a safetensors file, or of all shards of an index."""
+    """Return a reader for each tensor of a safetensors file, or of all shards of an index.
+
+    Raises:
+        FileNotFoundError: a shard is missing.
+        ValueError: a file is not what its name says.
+    """
     return read_tensors(indexed(path, "adapter") if path.name == INDEX else [path])
 
 

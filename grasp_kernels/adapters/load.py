@@ -93,10 +93,18 @@ def adapter_parts(source: Any, adapter_name: str | None = None) -> Parts:
 
     Args:
         source, adapter_name: see `load_adapter`.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: no adapter there, or one that cannot be used.
     """
     is_model = isinstance(source, nn.Module)
     if is_model:
-        parts = _model_parts(source, adapter_name)
+        name = active_adapter(source, adapter_name)
+        config = (getattr(source, "peft_config", None) or {}).get(name)
+        factors = tuple(_model_factors(source, name))
+        others = dict(_model_others(source, name, getattr(config, "bias", "none")))
+        called = f"{type(source).__name__}:{name}"
+        parts = Parts(factors, others, {} if config is None else vars(config), called)
     elif isinstance(source, (str, PathLike)):
         parts = read_parts(Path(source), adapter_name)
     else:
@@ -151,7 +159,7 @@ def _notes(parts: Parts, known: bool) -> Iterator[str]:
     if not known:
         yield (
             "The model type is unknown and the modules are named as in Llama, so the model is "
-            "taken for a Llama; give the base model if it is not (as Gemma and OLMo)."
+            "taken for a Llama; give the base model if it is not (Gemma has these names, too)."
         )
     biased = [entry.name for entry in parts.factors if entry.bias is not None]
     if biased:
@@ -197,7 +205,7 @@ def _refuse_other_adapters(model: nn.Module, parts: Parts) -> None:
     """Raise for an adapter of a model with more than LoRA on linear layers."""
     kind = getattr(parts.config.get("peft_type"), "value", None)
     if kind != "LORA":
-        raise ValueError(f"The adapter {parts.source!r} is of type {kind}; train LoRA instead.")
+        raise ValueError(f"The adapter {parts.source!r} is of type {kind}; only LORA is supported.")
     refuse_variants(parts.source, parts.config)
     adapter = parts.source.rpartition(":")[2]
     for name, module in model.named_modules():
@@ -209,7 +217,11 @@ def _refuse_other_adapters(model: nn.Module, parts: Parts) -> None:
 
 
 def active_adapter(model: nn.Module, adapter_name: str | None = None) -> str:
-    """Return the active adapter of a model, or the named one."""
+    """Return the active adapter of a model, or the named one.
+
+    Raises:
+        ValueError: the model has no adapter of that name, or not exactly one active adapter.
+    """
     layers = [layer for _, layer in _lora_layers(model)]
     there = dict.fromkeys(chain.from_iterable(layer.lora_A for layer in layers))
     there |= dict.fromkeys(getattr(model, "peft_config", None) or {})
@@ -239,15 +251,6 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             module.lora_A or getattr(module, "lora_embedding_A", None)
         ):
             yield name, module
-
-
-def _model_parts(model: nn.Module, adapter_name: str | None) -> Parts:
-    name = active_adapter(model, adapter_name)
-    config = (getattr(model, "peft_config", None) or {}).get(name)
-    factors = tuple(_model_factors(model, name))
-    others = dict(_model_others(model, name, getattr(config, "bias", "none")))
-    source = f"{type(model).__name__}:{name}"
-    return Parts(factors, others, {} if config is None else vars(config), source)
 
 
 def _model_factors(model: nn.Module, adapter: str) -> Iterator[LoRAWeights]:

@@ -105,7 +105,9 @@ def add_extract(commands: Any) -> None:
         commands, "extract", _extract, "make an adapter of a merged or fully fine-tuned model"
     )
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder of the changed model")
-    parser.add_argument("--base-model", required=True, metavar="FOLDER", help="unchanged model")
+    parser.add_argument(
+        "--base-model", required=True, metavar="FOLDER", help="the model before the changes"
+    )
     _add_new_adapter(parser)
     parser.add_argument("--rank", type=int, default=16, metavar="N", help="rank (default: 16)")
 

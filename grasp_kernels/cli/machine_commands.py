@@ -121,10 +121,8 @@ def _gpu() -> str:
 
     if not torch.cuda.is_available():
         return f"none in use (torch was built for {torch.version.cuda or 'CPU only'})"
-    names = []
-    for i in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(i)
-        names.append(f"{torch.cuda.get_device_name(i)} (sm_{major}{minor})")
+    gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    names = (f"{gpu.name} (sm_{gpu.major}{gpu.minor})" for gpu in gpus)
     return f"{', '.join(names)}, CUDA {torch.version.cuda}"
 
 

@@ -125,6 +125,9 @@ def render_answers(
     Args:
         tools: functions that the template shows.
         context: answers in this number of turns at the beginning are left out.
+
+    Raises:
+        ValueError: as `render_prompt`.
     """
     chat = _Chat(messages, tokenizer, tools)
     learned = [i for i in range(context, len(messages)) if is_learned(messages[i])]
@@ -171,10 +174,9 @@ class _Chat:
         special_tokens = json.dumps(tokenizer.special_tokens_map, sort_keys=True)
         self.style = _style(self.template, special_tokens)
         self.is_marked = _GENERATION_MARKER.search(self.template) is not None
-        self.specials = [
-            token.content for token in tokenizer.added_tokens_decoder.values() if token.special
-        ]
-        self.specials += list(tokenizer.all_special_tokens)
+        added = tokenizer.added_tokens_decoder.values()
+        self.specials = {token.content for token in added if token.special}
+        self.specials |= set(tokenizer.all_special_tokens)
 
     def render(self, messages: list[Message], *, ask: bool = False) -> str:
         """Render turns as text, with the header of an answer if `ask`."""
@@ -274,7 +276,8 @@ class _Chat:
             if message["content"] and f"zq{j}zq" not in text:
                 raise ValueError(
                     f"The chat template leaves out turn {j + 1} of {len(self.messages)} "
-                    f"({message['role']}): remove the turn, or give it a role that it shows."
+                    f"({message['role']}): remove the turn, or give it a role that the template "
+                    "shows."
                 )
         names = [tool["function"]["name"] for tool in self.tools or ()]
         if lost := [name for name in names if name.lower() not in text]:
@@ -307,7 +310,8 @@ class _Chat:
             if is_lost:
                 raise ValueError(
                     f"The chat template leaves out {part} turn {i + 1} of {len(self.messages)} "
-                    f"({message['role']}), which should be learned: remove it, or use another."
+                    f"({message['role']}), which should be learned: remove it from the data, or "
+                    "use a chat template that includes it."
                 )
 
 

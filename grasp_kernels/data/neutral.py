@@ -50,6 +50,9 @@ def everyday_prompts(records: Sequence[Record], tokenizer: Tokenizer) -> list[li
     The frame is the turns, such as the system prompt, before the first question of the first
     record. If all records have these turns, training prompts and the questions begin with the same
     tokens, up to the user's words.
+
+    Raises:
+        ValueError: there are no records.
     """
     if not records:
         raise ValueError("There are no records: give the training records.")

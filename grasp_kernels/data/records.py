@@ -133,17 +133,24 @@ def read_records(
 
 
 def parse_record(
-    row: Any, place: str, require_answer: bool = True, arm: str = AUTO, more: Any = None
+    row: Any,
+    place: str,
+    require_answer: bool = True,
+    arm: str = AUTO,
+    unread: set[str] | None = None,
 ) -> Record:
     """Read one row, in any of the layouts of `read_records`.
 
     Args:
         place: name of the row in an error, perhaps empty.
-        more: a set for the unread columns with possible content; fields of turns begin with
+        unread: gets the unread columns with possible content; fields of turns begin with
             "messages.".
+
+    Raises:
+        ValueError: a malformed row.
     """
     try:
-        return _record(row, require_answer, arm, set() if more is None else more)
+        return _record(row, require_answer, arm, set() if unread is None else unread)
     except ValueError as error:
         raise ValueError(f"{place}: {error}." if place else f"{error}.") from None
 
@@ -168,7 +175,9 @@ def _record(row: Any, require_answer: bool, arm: str, unread: set[str]) -> Recor
     turns = turns[record.get("context", 0) :]
     if require_answer and "text" not in record and not any(map(is_learned, turns)):
         if any(map(is_answer, turns)):
-            raise ValueError("every answer is marked as not to be learned, expected one to learn")
+            raise ValueError(
+                "every answer is marked as not to be learned, expected at least one to learn"
+            )
         raise ValueError('no turn has the role "assistant", expected at least one answer to learn')
     return record
 
@@ -364,7 +373,9 @@ def _message(message: Any, where: str) -> Message:
         raise ValueError(f'{where} has no "role", expected "system", "user" or "assistant"')
     role = _ROLES.get(role, role)
     if media := [key for key in _MEDIA if rest.get(key)]:
-        raise ValueError(f"{where}.{media[0]} is {_shorten(rest[media[0]])}, which is refused")
+        raise ValueError(
+            f"{where}.{media[0]} is {_shorten(rest[media[0]])}, which is not supported"
+        )
     if role == _CALL:
         role, content, rest[_CALL] = "assistant", "", content
     if call := rest.pop(_CALL, None):

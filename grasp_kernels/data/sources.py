@@ -19,7 +19,13 @@ _PLAIN = ("", ".txt")  # endings of plain text
 
 
 def read_rows(source: str | Path, *, split: str, subset: str | None) -> Rows:
-    """Read the rows of a file (JSON lines or array, CSV, parquet) or of a data set on the hub."""
+    """Read the rows of a file (JSON lines or array, CSV, parquet) or of a data set on the hub.
+
+    Raises:
+        FileNotFoundError: neither a file nor a data set that can be fetched.
+        ImportError: parquet without pyarrow, a data set without datasets.
+        ValueError: the file is not what its name or its beginning says, with the place.
+    """
     path = Path(source)
     reader = _READERS.get(path.suffix.lower())
     if path.is_file():
@@ -35,7 +41,11 @@ def read_rows(source: str | Path, *, split: str, subset: str | None) -> Rows:
 
 
 def has_records(path: Path) -> bool:
-    """Say whether a file has records by its name or its beginning, and not plain lines."""
+    """Say whether a file has records by its name or its beginning, and not plain lines.
+
+    Raises:
+        ValueError: neither the name nor the beginning says it.
+    """
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf").lstrip()
     if path.suffix.lower() in _READERS or _BEGINS_AS_JSON.match(content):
         return True
@@ -48,7 +58,11 @@ def has_records(path: Path) -> bool:
 
 
 def decode(content: bytes, place: str) -> str:
-    """Decode a file, or a part of it."""
+    """Decode a file, or a part of it.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -56,7 +70,11 @@ def decode(content: bytes, place: str) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """Return the value of a JSON text."""
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: it is not JSON, or says something twice.
+    """
     try:
         return json.loads(text, object_pairs_hook=_object)
     except RecursionError as error:
@@ -95,20 +113,20 @@ def _parse(content: bytes, place: str, expected: str) -> Any:
 
 def _csv(path: Path) -> Rows:
     before = csv.field_size_limit(2**31 - 1)  # an answer may be longer than Python's 131072
+    line = 0
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
             reader = csv.DictReader(lines, strict=True)
-            rows: list[dict[Any, Any]] = []
+            header, rows, line = list(reader.fieldnames or ()), list[Any](), reader.line_num
             for row in reader:
                 rows.append(row)
+                line = reader.line_num
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not CSV in UTF-8 ({error}): export it again.") from None
     except csv.Error as error:
-        place = f"{path}, row {len(rows) + 1}"
-        raise ValueError(f"{place}: not CSV ({error}): export it again.") from None
+        raise ValueError(f"{path}, line {line + 1}: not CSV ({error}): export it again.") from None
     finally:
         csv.field_size_limit(before)
-    header = reader.fieldnames or []
     _refuse_twice(path, [name for name in header if name])
     for place, row in _numbered(path, rows):
         more = row.pop(None, [])
@@ -179,11 +197,8 @@ def _numbered(source: object, rows: Any) -> Rows:
 def _without_nulls(value: Any) -> Any:
     """Remove null and NaN, the missing values of a row in a table with all keys."""
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if not _is_null(item)}
+        there = {key: _without_nulls(item) for key, item in value.items()}
+        return {key: item for key, item in there.items() if item is not None}
     if isinstance(value, list):
         return [_without_nulls(item) for item in value]
-    return value
-
-
-def _is_null(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
+    return None if isinstance(value, float) and math.isnan(value) else value

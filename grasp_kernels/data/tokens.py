@@ -72,7 +72,9 @@ def _checked(record: Any) -> Record:
     return Record(**{**options, **found})
 
 
-def encode_prompt(messages: list[Message], tokenizer: Tokenizer, tools: Tools = None) -> list[int]:
+def encode_prompt(
+    messages: list[Message], tokenizer: Tokenizer, *, tools: Tools = None
+) -> list[int]:
     """Tokenise a conversation and the header of the next answer.
 
     Raises:
@@ -86,7 +88,11 @@ def encode_prompt(messages: list[Message], tokenizer: Tokenizer, tools: Tools = 
 
 
 def split_first_answer(record: Record, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Return token ids before the first trained answer, and of that answer with its end token."""
+    """Return token ids before the first trained answer, and of that answer with its end token.
+
+    Raises:
+        ValueError: plain text, which has no prompt, or as `encode`.
+    """
     if "text" in record:
         raise ValueError(
             "A plain text has no prompt that could be answered differently: "
@@ -105,20 +111,31 @@ def split_first_answer(record: Record, tokenizer: Tokenizer) -> tuple[list[int],
 
 
 def tokenize_records(
-    records: Sequence[Record], tokenizer: Tokenizer, max_length: int | None, progress: bool = False
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    max_length: int | None,
+    *,
+    progress: bool = False,
 ) -> tuple[list[Example], int]:
     """Encode all records.
 
     Returns:
         (examples, n_dropped): a plain list, which `transformers.Trainer` takes as a dataset, and
         the number of records left out because `max_length` cuts their whole answer away.
+
+    Raises:
+        ValueError: a record by its number (from 1), or no example is left.
     """
-    each = tokenize_each(records, tokenizer, max_length, progress)
+    each = tokenize_each(records, tokenizer, max_length, progress=progress)
     return [example for examples in each for example in examples], len(records) - len(each)
 
 
 def tokenize_each(
-    records: Sequence[Record], tokenizer: Tokenizer, max_length: int | None, progress: bool = False
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    max_length: int | None,
+    *,
+    progress: bool = False,
 ) -> list[list[Example]]:
     """Encode all records, with the examples of one record together and inseparable; none empty."""
     if not len(records):

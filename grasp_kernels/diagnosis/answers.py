@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +28,7 @@ _FOUND = 1 / 8  # part of the answers
 _UNLIKELY = 0.01  # the base model would hardly say a token below this probability
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Hold prompts with answers, and the positions where the answer tokens are predicted."""
 
     sequences: list[list[int]]

@@ -74,7 +74,11 @@ class Diagnosis:
         return {"verdict": self.verdict, "reasons": list(self.reasons), **self.numbers}
 
     def save(self, folder: str | PathLike[str]) -> None:
-        """Write diagnosis.md, .html and .json to a new folder, whole or not at all."""
+        """Write diagnosis.md, .html and .json to a new folder, whole or not at all.
+
+        Raises:
+            FileExistsError: the folder exists already.
+        """
         text = f"{self.text()}\n"
         with whole_folder(new_folder(folder)) as partial:
             write_json(partial / "diagnosis.json", self.to_json())

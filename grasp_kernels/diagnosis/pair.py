@@ -86,7 +86,9 @@ def open_pair(
         _check(wrapped)
         base = wrapped.get_base_model()
         if not hasattr(base, "get_output_embeddings") or base.get_output_embeddings() is None:
-            raise TypeError(f"{type(base).__name__} has no unembedding: give a causal model.")
+            raise TypeError(
+                f"{type(base).__name__} has no unembedding: give a causal language model."
+            )
         yield Pair(wrapped)
 
 
@@ -172,7 +174,10 @@ def _copy(parameter: nn.Parameter, value: Tensor) -> None:
 
 
 def _unfit(adapter: str | PathLike[str], why: str) -> ValueError:
-    return ValueError(f"The adapter {str(adapter)!r} does not fit the base ({why}): give its own.")
+    return ValueError(
+        f"The adapter {str(adapter)!r} does not fit the base model ({why}): give the base model "
+        "that it was trained on."
+    )
 
 
 def _refuse_changed_base(name: str, config: Mapping[str, Any]) -> None:

@@ -138,7 +138,11 @@ class ClosedLayer(_LAYER):
         _close_(list(self.kept_closed()))
 
     def kept_closed(self, here: bool = False) -> Iterator[_Factor]:
-        """Yield the writing factors of closed adapters, if there is a basis."""
+        """Yield the writing factors of closed adapters, if there is a basis.
+
+        Raises:
+            ValueError: a factor is not here; with `here` such factors are left out.
+        """
         for name in sorted(self.closed_adapters & self.lora_A.keys()):
             yield from self._factors(name, here)
 

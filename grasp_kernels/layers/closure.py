@@ -168,7 +168,8 @@ class _Measured:
         if changed.shape != original.shape:
             raise ValueError(
                 f"the weights of {shown(self.name)} are {changed.dtype} {tuple(changed.shape)} and "
-                f"{original.dtype} {tuple(original.shape)}; compare equal shapes, not quantised."
+                f"{original.dtype} {tuple(original.shape)}; compare weights of the same shape that "
+                "are not quantised."
             )
         delta = changed.float() - original.float()
         self._check_width(delta.shape[-2])
@@ -251,7 +252,8 @@ def _of_models(
             unseen.append(name)
     if not measured:
         raise ValueError(
-            "neither model has a weight that writes to this residual stream; give their subspace."
+            "neither model has a weight that writes to the residual stream of the subspace; give a "
+            "subspace of these models."
         )
     return _leakages(measured, unseen)
 

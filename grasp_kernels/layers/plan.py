@@ -170,12 +170,8 @@ def make_plan(layer: Any, x: Tensor, adapter: str) -> Plan | None:
     dropout = layer.lora_dropout[adapter]
     drops = dropout.training and isinstance(dropout, nn.Dropout)
     tensors = (base.weight, base.bias, lora_A.weight, lora_B.weight, lora_B.bias, layer.write_basis)
-    options = (
-        float(layer.scaling[adapter]),
-        float(dropout.p) if drops else 0.0,
-        layer.project == "residual",
-        adapter in layer.closed_adapters,
-    )
+    s, p = float(layer.scaling[adapter]), float(dropout.p) if drops else 0.0
+    options = s, p, layer.project == "residual", adapter in layer.closed_adapters
     guards = Guards(
         list(_same(layer, adapter, dropout, factors)),
         [layer.merged_adapters, *(getattr(one, hooks) for one in factors for hooks in _HOOKS)],

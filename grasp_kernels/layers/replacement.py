@@ -211,7 +211,11 @@ def _why_kept(layer: LoraLayer, sharded: bool) -> str | None:
 
 
 def bases_in(model: nn.Module, subspace: Subspace, writers: Iterable[Site]) -> dict[str, Tensor]:
-    """Return the basis `[N, Q]` of each writer by its name, with the gains of this model."""
+    """Return the basis `[N, Q]` of each writer by its name, with the gains of this model.
+
+    Raises:
+        ValueError: a writer has another width.
+    """
     modules = {base_name(name): module for name, module in model.named_modules()}
     writers = list(writers)
     gains = model_gains(model, writers)

@@ -15,10 +15,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 
 from torch import Tensor, nn
 
-from grasp_kernels.models.names import base_name, expert_part, model_names
+from grasp_kernels.models.names import base_name, expert_part
 from grasp_kernels.models.sharding import whole
 
 NORMS = ("rms", "rms1p")  # γ is the weight; γ is 1 + weight
@@ -188,7 +189,8 @@ def model_sites(model: nn.Module, sites: SiteRules | None = None) -> tuple[Site,
     linears = (base_name(n) for n, m in model.named_modules() if written_width(m) is not None)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     rules = site_rules(model_type, linears, sites)
-    found = (rules.site(name) for name in model_names(model))
+    names = (base_name(n) for n, _ in chain(model.named_modules(), model.named_parameters()))
+    found = (rules.site(name) for name in dict.fromkeys(names))
     return tuple(site for site in found if site is not None)
 
 

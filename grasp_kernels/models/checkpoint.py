@@ -85,7 +85,12 @@ def load_config(checkpoint: Path) -> PreTrainedConfig:
 
 
 def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a checkpoint folder."""
+    """Load the tokenizer of a checkpoint folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it cannot be read.
+    """
     from transformers import AutoTokenizer
 
     if not any(file for part in _TOKENIZER for file in checkpoint.glob(part)):

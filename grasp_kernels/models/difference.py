@@ -40,7 +40,8 @@ def whole_model(source: Source, *, merged: bool) -> dict[str, Reader]:
         if stored.get(key):
             raise ValueError(
                 f"The checkpoint {str(folder)!r} is {what}, so its files do not hold the weights "
-                "of its layers by name; give an ordinary one; in Python, give the loaded model."
+                "of its layers by name; give an ordinary checkpoint; in Python, load the model "
+                "without quantisation and give that."
             )
     found = model_weights(folder)
     if not found:
@@ -58,6 +59,9 @@ def compared(
     Equal tensors are the same object. A tensor is None for a model without it. Tensors are compared
     in the coarser of their dtypes: a rounding is not a change. Neither is a head that is the
     embedding: not all models store it.
+
+    Raises:
+        ValueError: a weight that is not finite, not here, or quantised.
     """
     for name, read in original.items():
         other = read()

@@ -5,7 +5,6 @@ Base names are those of the base model: "model.layers.0.self_attn.o_proj".
 
 import re
 from collections.abc import Container, Iterable
-from itertools import chain
 from typing import NamedTuple
 
 from torch import nn
@@ -33,6 +32,9 @@ def same_module(name: str, known: Iterable[str]) -> str | None:
     A task model and its bare backbone name a module differently ("model.layers.0.mlp",
     "layers.0.mlp"), so names may differ by leading components, and by the "language_model." of a
     text model next to a model for images.
+
+    Raises:
+        ValueError: several known names differ by such components.
     """
     known = known if isinstance(known, Container) else set(known)
     if name in known:
@@ -44,7 +46,9 @@ def same_module(name: str, known: Iterable[str]) -> str | None:
         if one and (f".{_of_text(one)}".endswith(end) or end.endswith(f".{_of_text(one)}"))
     ]
     if len(ends) > 1:
-        raise ValueError(f"{name!r} could be any of {sorted(ends)[:4]}; give its own base model.")
+        raise ValueError(
+            f"{name!r} could be any of {sorted(ends)[:4]}; give the base model of the adapter."
+        )
     return ends[0] if ends else None
 
 
@@ -92,10 +96,3 @@ def adapted_name(name: str, layer: nn.Module) -> str:
     """Return the base name of the module or parameter adapted by the LoRA layer `name`."""
     parameter = getattr(layer, "parameter_name", None)
     return base_name(name) if parameter is None else f"{base_name(name)}.{parameter}"
-
-
-def model_names(model: nn.Module) -> tuple[str, ...]:
-    """Return the base names of all modules of a model, and then of its parameters."""
-    modules = (name for name, _ in model.named_modules())
-    parameters = (name for name, _ in model.named_parameters())
-    return tuple(dict.fromkeys(base_name(name) for name in chain(modules, parameters)))

@@ -36,7 +36,11 @@ def is_away(matrix: Tensor) -> bool:
 
 
 def refuse_away(name: str, matrix: Tensor) -> None:
-    """Raise for a matrix away from this process."""
+    """Raise for a matrix away from this process.
+
+    Raises:
+        ValueError: the matrix is away; the sentence names the remedy.
+    """
     if not is_away(matrix):
         return
     if hasattr(matrix, "ds_id"):
@@ -47,7 +51,8 @@ def refuse_away(name: str, matrix: Tensor) -> None:
     raise ValueError(
         f"{name} is on this process as a slice of shape {tuple(matrix.shape)}, outside of the unit "
         "that FSDP wraps; replace LoRA layers before wrapping, wrap decoder blocks rather than "
-        "LoRA layers (as fsdp_version 2 does), and read weights within summon_full_params."
+        "LoRA layers (as fsdp_version 2 does), and read weights within "
+        "FullyShardedDataParallel.summon_full_params."
     )
 
 
@@ -83,7 +88,11 @@ def like(weight: Any, value: Tensor) -> Tensor:
 
 
 def refuse_tensor_parallel(name: str, weight: Tensor) -> None:
-    """Raise for a DTensor outside of FSDP2: its forward works on shards of the features."""
+    """Raise for a DTensor outside of FSDP2: its forward works on shards of the features.
+
+    Raises:
+        ValueError: the weight is such a DTensor; the sentence names the remedy.
+    """
     if is_sharded(weight):
         raise ValueError(
             f"{name} is split by tensor parallelism ({weight.placements}), with which a subspace "  # type: ignore[attr-defined]

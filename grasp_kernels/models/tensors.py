@@ -27,7 +27,12 @@ class Stored:
 
 
 def read_tensors(files: list[Path]) -> dict[str, Stored]:
-    """Return a reader for every tensor of some files, by its key."""
+    """Return a reader for every tensor of some files, by its key.
+
+    Raises:
+        ValueError: a file is not a whole safetensors file, leads out of its folder, or repeats a
+            key.
+    """
     found: dict[str, Stored] = {}
     for file in files:
         with open_tensors(inside(file), _AGAIN) as opened:
@@ -45,6 +50,9 @@ def read_folder(folder: Path) -> dict[str, Stored]:
     """Return a reader for each tensor of a model's checkpoint, by its key.
 
     The folder may hold other files too.
+
+    Raises:
+        FileNotFoundError, ValueError: a shard is missing, or cannot be read.
     """
     files = sorted(folder.glob("*.safetensors"))
     if (folder / INDEX).is_file():

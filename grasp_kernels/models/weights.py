@@ -48,14 +48,19 @@ class BaseModel:
         return not self.weights or any(same_module(one, self.weights) for one in names)
 
     def norm_weight(self, norm: str, width: int) -> Tensor | None:
-        """Return the weight `[D]` of a norm by its module name, None if the base has no weights."""
+        """Return the weight `[D]` of a norm by its module name, None if the base has no weights.
+
+        Raises:
+            ValueError: the base has no such norm, or one of another width or with values that are
+                not finite.
+        """
         if not self.weights:
             return None
         name = same_module(norm, self.weights)
         if name is None:
             raise ValueError(
                 f"The base model {shown(self.source)} has no norm {shown(norm)}, through which the "
-                "adapter writes; give its own base model."
+                "adapter writes; give the base model that the adapter was trained on."
             )
         weight = whole(self.weights[name]())
         if weight.is_meta:
@@ -63,7 +68,7 @@ class BaseModel:
         if weight.shape != (width,):
             raise ValueError(
                 f"The norm {shown(norm)} of the base model {shown(self.source)} has width "
-                f"{weight.numel()}, but the adapter writes {width}; give its own base model."
+                f"{weight.numel()}, but the adapter writes {width}; give the adapter's base model."
             )
         refuse_nonfinite(norm, weight)
         return weight.clone()
@@ -100,6 +105,9 @@ def model_weights(source: Source) -> dict[str, Reader]:
 
     For fused experts it reads `[E, N, K]`, by the name of the parameter. Other tensors, such as
     biases, have their whole name.
+
+    Raises:
+        FileNotFoundError, ValueError: a shard is missing; tensors that are not those of one model.
     """
     return _of_module(source) if isinstance(source, nn.Module) else _of_folder(Path(source))
 
@@ -167,7 +175,11 @@ def model_type_of(source: Source) -> str | None:
 
 
 def model_config(folder: Path) -> dict[str, Any]:
-    """Read the `config.json` of a checkpoint folder, empty where there is none."""
+    """Read the `config.json` of a checkpoint folder, empty where there is none.
+
+    Raises:
+        ValueError: it cannot be read, or its model type is not a name.
+    """
     path = folder / "config.json"
     if not path.is_file():
         return {}

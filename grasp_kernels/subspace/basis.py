@@ -53,7 +53,9 @@ class Subspace:
         _check_basis(self.basis)
         for norm, gain in self.gains.items():
             if not isinstance(gain, Tensor) or not gain.is_floating_point():
-                raise TypeError(f"The gain of {shown(norm)} is no float tensor; give its weight.")
+                raise TypeError(
+                    f"The gain of {shown(norm)} is no float tensor; give the norm's weight."
+                )
             self._check_gain(norm, gain)
             refuse_nonfinite(f"the gain of {norm}", gain)
 
@@ -67,6 +69,9 @@ class Subspace:
 
         Args:
             gain: `γ[D]` of the norm after the site; None: the entry in `gains`.
+
+        Raises:
+            ValueError: a gain of another width.
         """
         gain = self.gains.get(site.norm or "") if gain is None else gain
         if gain is not None:
@@ -135,7 +140,7 @@ def _fields(header: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Return notes and metadata of a header, checked: the file may come from anywhere."""
     version = header.get("version") if isinstance(header, dict) else header
     if version != _FORMAT_VERSION or not isinstance(header, dict):
-        raise ValueError(f"its format is {shown(version)}, and {_FORMAT_VERSION} is read here")
+        raise ValueError(f"its format is {shown(version)}, this release reads {_FORMAT_VERSION}")
     notes, metadata = header["notes"], header["metadata"]
     if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
         raise ValueError(f"notes is {shown(notes)}")
@@ -148,7 +153,9 @@ def _fields(header: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
 def check_subspace(value: Any) -> None:
     """Raise unless the value is a `Subspace` or None; the path of a file is neither."""
     if not isinstance(value, Subspace | None):
-        raise TypeError(f"The subspace is a {type(value).__name__}; give that of Subspace.load.")
+        raise TypeError(
+            f"The subspace is a {type(value).__name__}; give a Subspace, as of Subspace.load."
+        )
 
 
 def is_subspace(path: str | PathLike[str]) -> bool:
@@ -203,7 +210,10 @@ def orthonormal(name: str, directions: Tensor) -> Tensor:
     columns = directions.detach().cpu().double()
     columns = columns[:, None] if columns.ndim == 1 else columns
     if columns.ndim != 2 or columns.shape[1] == 0 or columns.shape[1] > columns.shape[0]:
-        raise ValueError(f"The directions of {name} are {tuple(directions.shape)}; give [D, k].")
+        raise ValueError(
+            f"The directions of {name} have shape {tuple(directions.shape)}; give [width, "
+            "directions]."
+        )
     lengths = columns.norm(dim=0)
     if not torch.isfinite(columns).all() or bool((lengths == 0).any()):
         raise ValueError(f"The directions of {name} have zero or non-finite columns; remove those.")

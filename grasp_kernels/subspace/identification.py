@@ -143,6 +143,9 @@ def stack_blocks(layers: Iterable[LoRAWeights]) -> Stack:
     Every block is divided by its spectral norm, so that no layer dominates: as training goes on,
     raw blocks collapse onto the layer that moved most. The norm is spectral rather than Frobenius,
     because the weight of a layer then does not depend on other things that it learned.
+
+    Raises:
+        ValueError: blocks of different width.
     """
     blocks: list[Tensor] = []
     zero, width, first = [], 0, ""
@@ -167,7 +170,9 @@ def stack_blocks(layers: Iterable[LoRAWeights]) -> Stack:
 def _block(layer: LoRAWeights) -> Tensor:
     """Return the transpose of the block, `[R, D]`, float32 on the CPU."""
     lora_A, lora_B = _of_usual_size(layer.lora_A), _of_usual_size(layer.lora_B)
-    block = _root(lora_A @ lora_A.mT) @ lora_B.mT
+    # The root of the Gram matrix; Cholesky would need full rank.
+    values, vectors = torch.linalg.eigh((lora_A @ lora_A.mT).double())
+    block = (vectors * values.clamp(min=0).sqrt() @ vectors.mT).float() @ lora_B.mT
     assert layer.site is not None
     return layer.site.scaled(block.mT * layer.scaling, layer.gain).mT.contiguous()
 
@@ -181,9 +186,3 @@ def _of_usual_size(factor: Tensor) -> Tensor:
     wide = factor.cpu().double()
     _, exponent = math.frexp(float(wide.abs().max()))
     return (wide * 2.0 ** -max(-1000, min(exponent, 1000))).float()
-
-
-def _root(gram: Tensor) -> Tensor:
-    """Return the square root of a Gram matrix `[R, R]`; Cholesky would need full rank."""
-    values, vectors = torch.linalg.eigh(gram.double())
-    return (vectors * values.clamp(min=0).sqrt() @ vectors.mT).float()

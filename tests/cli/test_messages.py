@@ -440,7 +440,7 @@ def test_a_path_is_no_subspace(here: Path) -> None:
         lambda: gk.project_adapter("adapter", Path("s.safetensors"), "o"),
         lambda: Watch("s.safetensors"),
     ):
-        with pytest.raises(TypeError, match=r"subspace is a \w+; give that of Subspace\.load"):
+        with pytest.raises(TypeError, match=r"subspace is a \w+; give a Subspace"):
             call()
     with pytest.raises(ValueError, match=r"subspace is 3: give a Subspace, its file or "):
         gk.GraspConfig(subspace=3)

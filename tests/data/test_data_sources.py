@@ -144,7 +144,7 @@ def test_arms_are_never_guessed(tmp_path: Path) -> None:
         ("a.csv", b"title,body\nq,a\nq,\n", r"a\.csv, row 2: unknown keys \['title'\] \(empty"),
         ("a.csv", b"title,body,body\nq,a,b\n", r'a\.csv: the column "body" appears twice'),
         ("a.csv", b"title,body\nq,a\nq,a,b\n", r"a\.csv, row 2: 3 fields, but the header has 2"),
-        ("a.csv", b'title,body\nq,"a\n', r"a\.csv, row 1: not CSV \(unexpected end of data"),
+        ("a.csv", b'title,body\nq,"a\n', r"a\.csv, line 2: not CSV \(unexpected end of data"),
         ("a.csv", b"title,body\nq,\xff\n", r"a\.csv: not CSV in UTF-8"),
         ("a.csv", b"title,body\n", r"a\.csv has no records"),
         ("a.csv", b"title,body\nq\n", r"a\.csv, row 1: unknown keys \['title'\]"),

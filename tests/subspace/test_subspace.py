@@ -103,7 +103,7 @@ def test_unfit_bases(basis: Tensor, kind: type[Exception], message: str) -> None
         (torch.ones(WIDTH, 2), "are dependent"),
         (torch.zeros(WIDTH, 1), "zero or non-finite"),
         (torch.full((WIDTH,), float("inf")), "zero or non-finite"),
-        (torch.ones(2, 2, 2), r"are \(2, 2, 2\)"),
+        (torch.ones(2, 2, 2), r"shape \(2, 2, 2\)"),
     ],
 )
 def test_directions_that_span_nothing(directions: Tensor, message: str) -> None:

@@ -77,8 +77,7 @@ def part_of(where: torch.device) -> Part:
         return _dry_runs[-1].part
     if where.type == "cpu":
         return _INTERPRETER
-    index = torch.cuda.current_device() if where.index is None else where.index
-    return _cuda_part(index)
+    return _cuda_part(torch.cuda.current_device() if where.index is None else where.index)
 
 
 @cache

@@ -83,15 +83,8 @@ def _gradient_pass(
         skinny = passes.down(dy, rows, scaling=op.scaling, n_scaled=R)
     if needs.lora_B:
         dB = op.lora_B.new_empty(op.lora_B.shape)
-        found = passes.sums(
-            dy,
-            S,
-            dB,
-            factor=B if together else None,
-            basis=V,
-            project=together and projected,
-            scaling=op.scaling,
-        )
+        factor, project = B if together else None, together and projected
+        found = passes.sums(dy, S, dB, factor=factor, basis=V, project=project, scaling=op.scaling)
         skinny = found if together else skinny
     return skinny, dB
 

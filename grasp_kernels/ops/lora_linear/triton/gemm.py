@@ -257,17 +257,9 @@ def product(
         out = a @ b if bias is None else torch.addmm(bias, a, b)
     if extended or dropout is not None:  # only the kernel regenerates a mask
         extended_gemm(
-            a,
-            b,
-            out,
-            left,
-            right,
-            bias=bias if extended else None,
-            scaling=scaling,
-            projection=projection,
-            dropout=dropout,
-            accumulate=not extended,
-        )
+            a, b, out, left, right, bias=bias if extended else None, scaling=scaling,
+            projection=projection, dropout=dropout, accumulate=not extended,
+        )  # fmt: skip
     elif projection is None:
         out.addmm_(left.mT, right, alpha=scaling)
     else:  # one more pass over `out` costs more than two small copies
