@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grasp_kernels.models.frozen_model import measuring
 from grasp_kernels.models.sharding import by_fsdp2
 from grasp_kernels.ops.autocast import autocast_dtype
 
-# Whether the logits of a model were those of its head: scales behind the head have many names.
+# Whether the logits of a model are those of its head: scales behind the head have many names.
 _known: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
@@ -30,9 +31,12 @@ class LinearHead:
         hidden: inputs `[n, D]` at the positions of the last `reading`, in the dtype of its product.
     """
 
-    def __init__(self, module: nn.Linear, softcap: float | None) -> None:
-        self.module, self.softcap, self.bias = module, softcap, module.bias
-        self.hidden = module.weight[:0]
+    def __init__(self, model: Any) -> None:
+        self.module = model.get_output_embeddings()
+        self.bias = self.module.bias
+        config = model.config.get_text_config()
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.hidden = self.module.weight[:0]
 
     @property
     def weight(self) -> Tensor:
@@ -43,6 +47,9 @@ class LinearHead:
     def of(cls, model: Any) -> LinearHead | None:
         """Return the head; None where logits may be more than a product with a weight here.
 
+        A model that is new here is asked for one token, in evaluation mode: nothing is drawn, so a
+        training that is resumed goes on to the same bits.
+
         Args:
             model: causal language model of transformers, a PeftModel of it, or one in DDP.
         """
@@ -52,10 +59,12 @@ class LinearHead:
         if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter or is_compiled:
             return None
         is_called = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-        if is_called or by_fsdp2(model) or not _known.get(module, True):
+        if is_called or by_fsdp2(model):
             return None
-        config = inside.config.get_text_config()
-        return cls(module, getattr(config, "final_logit_softcapping", None))
+        head = cls(inside)
+        if module not in _known:
+            _known[module] = head._gives_logits(inside)
+        return head if _known[module] else None
 
     @contextmanager
     def reading(self, mask: Tensor) -> Iterator[None]:
@@ -72,17 +81,16 @@ class LinearHead:
         finally:
             hook.remove()
 
-    @torch.no_grad()
-    def gives(self, logits: Tensor) -> bool:
-        """Say whether the head alone makes the logits `[1, V]` of the first position.
-
-        The first answer holds for all later calls, since it makes the host wait for a GPU.
-        """
-        if self.module not in _known and len(self.hidden):
+    def _gives_logits(self, model: Any) -> bool:
+        """Say whether the model returns what the head makes, up to rounding."""
+        ids = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+        with measuring(model):
+            with self.reading(torch.ones_like(ids, dtype=torch.bool)):
+                logits = model(input_ids=ids, use_cache=False).logits
+            if self.hidden.device != self.module.weight.device:
+                return False
             bias = None if self.bias is None else self.bias.to(self.hidden.dtype)
-            z = F.linear(self.hidden[:1], self.weight, bias)
+            z = F.linear(self.hidden, self.weight, bias)
             z = z if self.softcap is None else (z / self.softcap).tanh() * self.softcap
             allowed = 4 * torch.finfo(z.dtype).eps * float(z.abs().max())
-            is_here = self.hidden.device == self.weight.device
-            _known[self.module] = is_here and float((z - logits).abs().max()) <= allowed
-        return _known.get(self.module, False)
+            return float((z - logits).abs().max()) <= allowed

@@ -266,13 +266,10 @@ def _divergence(model: nn.Module, ids: Tensor, here: Tensor, base: Likeliest) ->
     head = LinearHead.of(model)
     if head is not None:
         with head.reading(here):
-            logits = model(input_ids=ids, use_cache=False).logits
-        if head.gives(logits):
-            base = Likeliest(*(part.to(head.hidden.device) for part in base))
-            softcap = head.softcap
-            return fused_linear_kl(
-                head.hidden, head.weight, base, bias=head.bias, softcap=softcap, reduction="sum"
-            )
+            model(input_ids=ids, use_cache=False)
+        base = Likeliest(*(part.to(head.hidden.device) for part in base))
+        options: dict[str, Any] = {"bias": head.bias, "softcap": head.softcap}
+        return fused_linear_kl(head.hidden, head.weight, base, **options, reduction="sum")
     with head_at(model, here):  # all logits would be the largest tensor of the step
         found = model(input_ids=ids, use_cache=False).logits.float().log_softmax(dim=-1)
     likely, wanted = (part.to(found.device) for part in base)

@@ -79,7 +79,7 @@ def test_scales_behind_a_head_are_noticed(
     ours = measured(model, found)
     measured(model, found)
     assert calls == []
-    assert len(runs) == 3  # the first one looked, and took the logits then
+    assert len(runs) == 3  # the first one looked
     monkeypatch.setattr(LinearHead, "of", lambda model: None)
     assert all(map(torch.equal, ours, measured(model, found)))
 
@@ -92,6 +92,20 @@ def test_a_draw_without_a_position_is_no_loss(calls: list[int]) -> None:
     assert all(loss.isfinite() for loss in losses)
     next(loss for loss in losses if loss == 0).backward()
     assert any(calls)
+
+
+@pytest.mark.parametrize("config", [LlamaConfig, GraniteConfig])
+def test_looking_at_a_head_draws_nothing(config: type) -> None:
+    """Or a training that is resumed would have other masks of dropout than one that is not."""
+    options = {"logits_scaling": 8.0} if config is GraniteConfig else {}
+    model = tiny_peft_model(config_class=_with(config, options), lora_dropout=0.5).train()
+    found = regularizer(model)
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        losses.append(found.loss(model, 1))
+    assert torch.equal(*losses)
+    assert model.training
 
 
 def test_autocast_of_the_model_alone(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
