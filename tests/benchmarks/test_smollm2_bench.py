@@ -39,7 +39,7 @@ KEYS = {
     *("task", "arm", "seed", "method", "steps", "scale", "loss", "seconds"),
     *("accuracy", "accuracy_trained", "drift", "near", "bare", "contrast", "distinct", "words"),
     *("torch", "device", "threads", "dtype", "learning_rate", "commit", "base"),
-    *("num_documents", "max_new_tokens"),
+    *("lr_scheduler_type", "num_documents", "max_new_tokens"),
 }
 
 
@@ -213,8 +213,6 @@ def test_naive_and_run_are_those_of_the_product(
         data=str(data),
         output=str(tmp_path / "product"),
         learning_rate=1e-3,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=3,
         max_steps=4,
         naive_steps=4,
         num_documents=4,

@@ -1,8 +1,8 @@
 """One task of one seed, with the files that methods share; a curve is trained by the product.
 
 Every training is `grasp_kernels.pipeline.training.train` with other arguments, so what is measured
-here is what the command does. The learning rate stays constant after the warm-up: the adapter after
-`n` steps is that of a training of `n` steps, and one training gives a whole curve.
+here is what the command does, with its schedule of the learning rate. A curve is one training,
+looked at several times.
 
 Below `root`:
 
@@ -109,7 +109,7 @@ class Bench:
             output=str(root),
             max_steps=plan.steps,
             seed=task.seed,
-            **{**_TRAINING, "warmup_steps": min(_WARMUP, plan.steps - 1), **dict(plan.options)},
+            **{**_TRAINING, **dict(plan.options)},
         )
         self.folder = RunFolder(root)
 
@@ -233,10 +233,8 @@ class Bench:
 _TRAINING: dict[str, Any] = {
     "per_device_train_batch_size": 8,
     "learning_rate": 1e-3,
-    "lr_scheduler_type": "constant_with_warmup",
     "save_steps": 48,
 }
-_WARMUP = 10  # steps; fewer where a whole training has no more
 _IDENTIFY_STEPS = 200  # early checkpoints are parts of so many
 
 

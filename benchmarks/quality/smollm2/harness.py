@@ -115,7 +115,8 @@ def _parsed(line: str) -> Row | None:
 
 
 KEY = ("task", "arm", "seed", "method", "steps", "scale")
-_OPTIONS = ("learning_rate", "num_documents", "max_new_tokens")  # of a training, told in its rows
+# Of a training, told in its rows.
+_OPTIONS = ("learning_rate", "lr_scheduler_type", "num_documents", "max_new_tokens")
 
 
 def keys(path: Path) -> list[Row]:

@@ -95,6 +95,18 @@ def run(bench: Bench) -> list[Point]:
 
 
 @method(
+    "run, kl_coef 0.1",
+    "the same with a tenth of the divergence",
+    source="as `run`",
+    origin="ours",
+)
+def run_weaker(bench: Bench) -> list[Point]:
+    chats = bench.chats()
+    chats.kl_coef = 0.1
+    return bench.curve("run, kl_coef 0.1", kl_regularizer=chats, made=("chats",))
+
+
+@method(
     "own answers",
     "the same chats mixed into the training data, 1 : 1",
     source="Yang et al. 2402.13669",
