@@ -20,6 +20,8 @@ _REFUSED = {
     "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", _INSTEAD),
     "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", _INSTEAD),
     "ACCELERATE_USE_PARALLELISM_CONFIG": ("a parallelism_config", _INSTEAD),
+    "ACCELERATE_MIXED_PRECISION": ("mixed_precision", "leave it out, and give the run a dtype"),
+    "ACCELERATE_DYNAMO_BACKEND": ("dynamo_backend", "leave it out"),
     "FSDP_OFFLOAD_PARAMS": ("fsdp_offload_params", "leave it out, or use more processes"),
     "FSDP_ACTIVATION_CHECKPOINTING": (
         "fsdp_activation_checkpointing",
@@ -54,7 +56,7 @@ def joined() -> Iterator[None]:
         ValueError: the launcher is told to split the model in a way that a run does not know.
     """
     for name, (what, remedy) in _REFUSED.items():
-        if _is_on(name):
+        if (_is_on(_FSDP) or not name.startswith("FSDP_")) and _is_on(name):
             raise ValueError(f"The launcher is told to use {what}, which a run does not: {remedy}.")
     global _is_split
     split = _is_on(_FSDP)
@@ -79,7 +81,7 @@ def joined() -> Iterator[None]:
 
 
 def _is_on(name: str) -> bool:
-    return os.environ.get(name, "").lower() == "true"
+    return os.environ.get(name, "").lower() not in ("", "0", "false", "no")
 
 
 def is_split() -> bool:
@@ -87,14 +89,32 @@ def is_split() -> bool:
     return _is_split
 
 
+class FirstFailed(RuntimeError):
+    """Raised in the other processes for an error of the first, which tells it."""
+
+
 def from_first(make: Callable[[], _Found]) -> _Found:
-    """Return in all processes what `make` returns in the first; the others wait for it."""
+    """Return in all processes what `make` returns in the first; the others wait for it.
+
+    Raises:
+        FirstFailed: in the others, where `make` raises in the first. Nobody waits for it then.
+    """
     if count() == 1:
         return make()
     import torch.distributed as dist
 
-    found: list[Any] = [make() if index() == 0 else None]
+    found: list[Any] = [None, None]
+    error: BaseException | None = None
+    if index() == 0:
+        try:
+            found[0] = make()
+        except BaseException as raised:
+            error, found[1] = raised, f"The first process failed: {raised}"
     dist.broadcast_object_list(found, src=0)
+    if error is not None:
+        raise error
+    if found[1] is not None:
+        raise FirstFailed(found[1])
     result: _Found = found[0]
     return result
 

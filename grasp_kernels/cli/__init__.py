@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
-        if isinstance(error, UsageError) and processes.index() > 0:
+        if isinstance(error, (UsageError, processes.FirstFailed)) and processes.index() > 0:
             return _FAILED  # the first process says the same
         sentence = _sentence(error)
         if not isinstance(error, UsageError):

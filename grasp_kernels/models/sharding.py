@@ -145,6 +145,11 @@ def split_loading(config: Any) -> dict[str, Any]:
         for name, module in model.named_modules()
         if type(module).__name__ in (model._no_split_modules or ())
     }
+    if not plan:
+        raise ValueError(
+            f"transformers does not say which modules of {type(model).__name__} are its decoder "
+            "blocks, so they cannot be gathered one by one: launch the run with --multi_gpu."
+        )
     gc.collect()  # the modules of the last model refer to each other
     return {"distributed_config": DistributedConfig(fsdp_size=processes.count(), fsdp_plan=plan)}
 

@@ -65,7 +65,7 @@ def fused_linear_kl(
         base: the same of the base model, `[..., D]`, or its likeliest tokens. All tokens but those
             count as one then, and the loss is a lower bound.
         bias: of the head, `[V]`.
-        base_weight, base_bias: head of the base model; None: as the model's, which LoRA leaves.
+        base_weight, base_bias: head of the base model; without `base_weight` it is the model's.
         softcap: `c` of final logits `c tanh(z / c)`, as Gemma 2 has them.
         mask: bool `[...]`, the positions that count; None: all. Others may hold anything.
         reduction: mean or sum over the positions that count. Without any the loss is 0.
@@ -138,7 +138,7 @@ class _LinearKL(torch.autograd.Function):
             if dH is not None:
                 torch.mm(G, W, out=dH[part])
             if dW is not None:
-                dW += G.mT @ H[part]
+                dW += _wide_product(G.mT, H[part])
         ctx.save_for_backward(dH, dW, db)
         ctx.dtypes = H.dtype, W.dtype, None if b is None else b.dtype
         return loss
@@ -158,12 +158,18 @@ class _LinearKL(torch.autograd.Function):
 
 
 def _logits(H: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-    """Return `[c, V]` in float32 at least, unrounded where the library can."""
-    if H.is_cuda and H.element_size() == 2 and torch.version.hip is None:
-        z = torch.mm(H, W.mT, out_dtype=torch.float32)
-    else:
-        z = (H @ W.mT).to(torch.promote_types(H.dtype, torch.float32))
+    """Return `[c, V]` in float32 at least."""
+    z = _wide_product(H, W.mT)
     return z if b is None else z.add_(b)
+
+
+def _wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """Return `L R` in float32 at least, unrounded where the library can."""
+    if left.is_cuda and left.element_size() == 2 and torch.version.hip is None:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    if left.dtype == torch.float16:  # sums over many rows may be too large for it
+        left, right = left.float(), right.float()
+    return (left @ right).to(torch.promote_types(left.dtype, torch.float32))
 
 
 def _apart(
@@ -182,7 +188,7 @@ def _apart(
     log_p = base.sub_(base.logsumexp(dim=-1, keepdim=True))
     difference = log_p - log_q
     p = log_p.exp_()
-    losses = difference.mul_(p).sum(dim=-1)
+    losses = difference.mul_(p).masked_fill_(p == 0, 0).sum(dim=-1)  # 0 log 0 is 0
     G = log_q.exp_().sub_(p)
     return losses, G if slope is None else G.mul_(slope)
 
@@ -216,7 +222,8 @@ def likeliest_divergence(wanted: Tensor, found: Tensor) -> Tensor:
     rest, of_model = (1 - logs.exp().sum(dim=-1) for logs in (wanted, found))
     rest = torch.where(rest > REST, rest, 0)
     beyond = torch.xlogy(rest, rest) - torch.xlogy(rest, of_model.clamp_min(REST))
-    return (p * (wanted - found)).sum(dim=-1) + beyond
+    known = torch.where(p > 0, p * (wanted - found), 0)  # 0 log 0 is 0
+    return known.sum(dim=-1) + beyond
 
 
 def _cap_(z: Tensor, softcap: float | None) -> Tensor | None:
@@ -246,18 +253,30 @@ def _check(
             "[V, D]: give the input and the weight of the head."
         )
     V, where = len(weight), hidden.shape[:-1]
+    if 0 in weight.shape or not hidden.is_floating_point():
+        raise ValueError(
+            f"hidden is {hidden.dtype} and weight {tuple(weight.shape)}: give real numbers and a "
+            "head of one token and one feature at least."
+        )
     tensors = {"hidden": hidden, "weight": weight}
+    known: tuple[Tensor, ...] = (base,) if isinstance(base, Tensor) else base
+    if not isinstance(base, (Tensor, Likeliest)):
+        raise ValueError(f"base is a {type(base).__name__}: give hidden states or Likeliest.")
     if isinstance(base, Likeliest):
         tokens, log_probs = base
-        if tokens.shape != log_probs.shape or tokens.shape[:-1] != where:
+        if tokens.shape != log_probs.shape or tokens.shape[:-1] != where or not tokens.shape[-1]:
             raise ValueError(
                 f"tokens {tuple(tokens.shape)} and log_probs {tuple(log_probs.shape)} must both be "
-                f"{[*where, 'k']}, as hidden is {tuple(hidden.shape)}."
+                f"{[*where, 'k']} with k from 1, as hidden is {tuple(hidden.shape)}."
             )
         if tokens.is_floating_point() or not log_probs.is_floating_point():
             raise ValueError(
                 f"tokens are {tokens.dtype} and log_probs {log_probs.dtype}: give token ids and "
                 "logarithms of probabilities."
+            )
+        if base_weight is not weight:
+            raise ValueError(
+                "base_weight is the head of hidden states, and base has tokens: leave it out."
             )
     else:
         if base.shape[:-1] != where or base_weight.shape != (V, base.shape[-1]):
@@ -267,10 +286,12 @@ def _check(
                 f"{tuple(hidden.shape)}."
             )
         tensors |= {"base": base, "base_weight": base_weight}
-    if len({(t.dtype, t.device) for t in tensors.values()}) > 1:
-        found = ", ".join(f"{name} {t.dtype} on {t.device}" for name, t in tensors.items())
-        if autocast_dtype(hidden.device) is None or len({t.device for t in tensors.values()}) > 1:
-            raise ValueError(f"{found}: give all in one dtype and on one device.")
+    if autocast_dtype(hidden.device) is None and len({t.dtype for t in tensors.values()}) > 1:
+        found = ", ".join(f"{name} {t.dtype}" for name, t in tensors.items())
+        raise ValueError(f"{found}: give all in one dtype.")
+    everything = (hidden, weight, *known, bias, base_weight, base_bias, mask)
+    if len(places := {str(t.device) for t in everything if t is not None}) > 1:
+        raise ValueError(f"Tensors are on {', '.join(sorted(places))}: give all on one device.")
     for name, one in (("bias", bias), ("base_bias", base_bias)):
         if one is not None and one.shape != (V,):
             raise ValueError(f"{name} is {tuple(one.shape)}: give [{V}], as weight has rows.")

@@ -129,8 +129,9 @@ class RunFolder:
 
     def _check_processes(self, before: int) -> None:
         """Raise if one of two trainings that belong together had other batches."""
-        some = self.naive.exists() != self.retrained.exists() or self.work.exists()
-        if some and before != processes.count():
+        some = self.naive.exists() != self.retrained.exists()
+        early = self.early.exists() and not self.retrained.exists()
+        if (some or early or self.work.exists()) and before != processes.count():
             raise ValueError(
                 f"The trainings in {self.root} were begun by {before} processes, not by "
                 f"{processes.count()}, whose batches are others: start {before} to continue, or "

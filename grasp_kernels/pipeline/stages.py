@@ -24,6 +24,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from datetime import date
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -96,25 +97,31 @@ def _claimed(
     """
     from grasp_kernels.pipeline.training import check_trainer
 
-    is_first = processes.index() == 0
     with ExitStack() as stack:
-        begun = folder.config.exists()
-        if is_first and begun:  # another run may work in the folder
-            stack.enter_context(folder.lock())
-        day = processes.from_first(lambda: folder.day)
-        waits = not (is_first or processes.is_split())
-        if waits:
-            processes.wait()
-        inputs = prepare(config, checkpoint, day)
-        if not waits:
-            processes.wait()
-        if is_first:
-            check_trainer(config, inputs.steps)
+        found: list[Inputs] = []
+
+        def begin() -> tuple[bool, date]:
+            if begun := folder.config.exists():  # another run may work in the folder
+                stack.enter_context(folder.lock())
+            return begun, folder.day
+
+        def check() -> None:
+            found.append(prepare(config, checkpoint, day))
+
+        def claim() -> None:
+            check_trainer(config, found[0].steps)
             if not begun:
                 stack.enter_context(folder.lock())
                 folder.check(config, fingerprints)  # another run may have begun meanwhile
             folder.claim(config, fingerprints)
-        yield inputs
+
+        begun, day = processes.from_first(begin)
+        if not processes.is_split():
+            processes.from_first(check)
+        if not found:
+            check()
+        processes.from_first(claim)
+        yield found[0]
 
 
 def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:

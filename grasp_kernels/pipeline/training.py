@@ -184,10 +184,8 @@ def train(
     entries = [dict(sorted(e.items())) for e in trainer.state.log_history if "loss" in e]
     folder = Path(config.model)  # or the name of a model on the hub
     base_name = str(folder.resolve()) if folder.is_dir() else config.model
-    if processes.index() == 0:
-        save_adapter(model, out, log=entries, base_name=base_name)
-        shutil.rmtree(work, ignore_errors=True)
-    processes.wait()
+    processes.from_first(partial(save_adapter, model, out, log=entries, base_name=base_name))
+    processes.from_first(partial(shutil.rmtree, work, ignore_errors=True))
     del model, options, trainer
     gc.collect()  # trainer and callbacks refer to each other, and so keep the model alive
 

@@ -5,21 +5,22 @@ Shapes: `B` sequences, `T` tokens, `n` chosen positions, `D` residual width, `V`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grasp_kernels.models.frozen_model import measuring
-from grasp_kernels.models.sharding import by_fsdp2
+from grasp_kernels.models.sharding import by_fsdp2, is_away
 from grasp_kernels.ops.autocast import autocast_dtype
 
-# Whether the logits of a model are those of its head: scales behind the head have many names.
-_known: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+# Model -> its head, and whether logits are what this makes: scales behind a head have many names.
+_known: WeakKeyDictionary[nn.Module, tuple[ref[nn.Module], bool]] = WeakKeyDictionary()
+_LOGIT = 30.0  # the largest one of the look, so that a cap shows
 
 
 class LinearHead:
@@ -47,8 +48,9 @@ class LinearHead:
     def of(cls, model: Any) -> LinearHead | None:
         """Return the head; None where logits may be more than a product with a weight here.
 
-        A model that is new here is asked for one token, in evaluation mode: nothing is drawn, so a
-        training that is resumed goes on to the same bits.
+        A model that is new here runs once in evaluation mode, with an input of its head that is
+        made here. Nothing is drawn from torch's generators, so a training that is resumed goes on
+        to the same bits.
 
         Args:
             model: causal language model of transformers, a PeftModel of it, or one in DDP.
@@ -59,38 +61,70 @@ class LinearHead:
         if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter or is_compiled:
             return None
         is_called = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-        if is_called or by_fsdp2(model):
+        if is_called or is_away(module.weight) or by_fsdp2(model):
             return None
         head = cls(inside)
-        if module not in _known:
-            _known[module] = head._gives_logits(inside)
-        return head if _known[module] else None
+        before, gives = _known.get(inside, (None, False))
+        if before is None or before() is not module:
+            gives = head._gives_logits(inside)
+            _known[inside] = ref(module), gives
+        return head if gives else None
 
     @contextmanager
     def reading(self, mask: Tensor) -> Iterator[None]:
-        """Keep the inputs at the positions of `mask[B, T]`; logits are those of the first alone."""
+        """Keep the inputs at the positions of `mask[B, T]`; logits are those of the first alone.
 
-        def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-            hidden = inputs[0][mask.to(inputs[0].device)]
+        Raises:
+            RuntimeError: the model did not call the head.
+        """
+
+        def keep(hidden: Tensor) -> Tensor:
+            hidden = hidden[mask.to(hidden.device)]
             self.hidden = hidden.to(autocast_dtype(hidden.device) or hidden.dtype)
             return hidden[:1]
 
-        hook = self.module.register_forward_pre_hook(keep)
+        with self._given(keep):
+            yield
+
+    @contextmanager
+    def _given(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Give the head another input inside the context, which has to call it."""
+        calls: list[bool] = []
+
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+            calls.append(True)
+            return change(inputs[0])
+
+        handle = self.module.register_forward_pre_hook(hook)
         try:
             yield
         finally:
-            hook.remove()
+            handle.remove()
+        if not calls:
+            raise RuntimeError(
+                "The model left out the hook on its head, as a part of it does that was compiled "
+                "in an earlier forward: compute the first loss before, or do not compile it."
+            )
 
     def _gives_logits(self, model: Any) -> bool:
         """Say whether the model returns what the head makes, up to rounding."""
+        weight, drawn = self.module.weight, torch.Generator().manual_seed(0)
+        x = torch.randn(1, 1, weight.shape[1], generator=drawn).to(weight)
+        used: list[tuple[Tensor, torch.dtype]] = []
+
+        def replaced(hidden: Tensor) -> Tensor:
+            made = (x * (_LOGIT / F.linear(x, weight).float().abs().max())).to(hidden)
+            used.append((made, autocast_dtype(hidden.device) or hidden.dtype))
+            return made
+
         ids = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
         with measuring(model):
-            with self.reading(torch.ones_like(ids, dtype=torch.bool)):
+            with self._given(replaced):
                 logits = model(input_ids=ids, use_cache=False).logits
-            if self.hidden.device != self.module.weight.device:
+            made, dtype = used[0]
+            if made.device != weight.device:
                 return False
-            bias = None if self.bias is None else self.bias.to(self.hidden.dtype)
-            z = F.linear(self.hidden, self.weight, bias)
+            bias = None if self.bias is None else self.bias.to(dtype)
+            z = F.linear(made.to(dtype), weight.to(dtype), bias)
             z = z if self.softcap is None else (z / self.softcap).tanh() * self.softcap
-            allowed = 4 * torch.finfo(z.dtype).eps * float(z.abs().max())
-            return float((z - logits).abs().max()) <= allowed
+            return float((z - logits).norm()) <= torch.finfo(dtype).eps * float(z.norm())

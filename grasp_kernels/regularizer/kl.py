@@ -47,7 +47,7 @@ class KLRegularizer:
 
     The base model runs once. Its `k` likeliest tokens at each position are kept, and all others
     count as one token, so that a training step needs no pass of the base model. The loss is never
-    above the full divergence, and is 0 if the model equals its base (arXiv 2508.06249).
+    above the full divergence, and 0 up to rounding if the model equals its base (arXiv 2508.06249).
 
     Args:
         documents: token ids, int64 `[M, T]`, padded on the right with any token.

@@ -15,6 +15,7 @@ from tests.helpers.oracle import RATIO, relative_error
 
 D, V, k = 24, 70, 9
 WHERE = (3, 7)
+HEADS = ("weight", "bias", "base_weight", "base_bias")
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
@@ -209,6 +210,45 @@ def test_a_model_that_leaves_out_what_its_base_says() -> None:
     assert bool(hidden.grad.isfinite().all())
 
 
+def test_tokens_that_no_model_says() -> None:
+    """A bias of -inf, as a padded vocabulary has it."""
+    parts = given(torch.float64, bias=True)
+    less = {n: t.detach()[:-3] if n in HEADS else t.detach() for n, t in parts.items()}
+    with torch.no_grad():
+        parts["bias"][-3:] = parts["base_bias"][-3:] = -torch.inf
+    whole = gk.fused_linear_kl(**parts)
+    torch.testing.assert_close(whole, gk.fused_linear_kl(**less))
+    (gradient,) = torch.autograd.grad(whole, parts["hidden"])
+    assert bool(gradient.isfinite().all())
+
+
+def test_tokens_that_the_base_model_never_says() -> None:
+    parts = given(torch.float64)
+    tokens, log_probs = likeliest()
+    log_probs[..., -1] = -torch.inf
+    parts = {name: parts[name] for name in ("hidden", "weight")}
+    found = differentiated(gk.fused_linear_kl, **parts, base=Likeliest(tokens, log_probs))
+    assert all(bool(part.isfinite().all()) for part in found)
+
+
+def test_a_trained_head_in_float16_takes_many_positions() -> None:
+    """The sum over positions is beyond float16, and their mean is not."""
+    hidden = torch.full((120_000, 1), 4.0, device=DEVICE).half().requires_grad_()
+    weight = torch.tensor([[0.0], [0.5], [0.0], [0.0]], device=DEVICE).half().requires_grad_()
+    head = weight.detach().clone()
+    _, _, found = differentiated(
+        gk.fused_linear_kl, hidden=hidden, weight=weight, base=-hidden.detach(), base_weight=head
+    )
+    wide_parts = {"hidden": hidden.detach().double(), "weight": weight.detach().double()}
+    (meant,) = differentiated(
+        plain,
+        **{**wide_parts, "weight": wide_parts["weight"].requires_grad_()},
+        base=-wide_parts["hidden"],
+        base_weight=head.double(),
+    )[1:]
+    torch.testing.assert_close(found.double(), meant, rtol=2e-3, atol=1e-3)
+
+
 def test_what_is_masked_may_hold_anything() -> None:
     parts = given(torch.float32)
     mask = torch.rand(WHERE).to(DEVICE) < 0.5
@@ -320,7 +360,7 @@ def test_a_second_derivative_is_refused() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("softcap", [None, 3.0, 1e4])
 @pytest.mark.parametrize(("c", "width"), [(3, 4096), (2, 5001), (4, 70), (0, 16)])
 def test_kernels_are_exact(dtype: torch.dtype, softcap: float | None, c: int, width: int) -> None:
     torch.manual_seed(0)
@@ -371,7 +411,19 @@ def test_kernels_are_for_float32_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
         ({"hidden": torch.zeros(*WHERE, 5)}, r"hidden \(3, 7, 5\) and weight \(70, 24\) must be"),
         ({"base": torch.zeros(3, 6, D)}, r"base \(3, 6, 24\) and its head \(70, 24\) must be"),
         ({"base_weight": torch.zeros(V + 1, D)}, r"its head \(71, 24\) must be"),
-        ({"base": torch.zeros(*WHERE, D).half()}, "base torch.float16 on cpu"),
+        ({"base": torch.zeros(*WHERE, D).half()}, "base torch.float16, base_weight torch.float32"),
+        ({"bias": torch.zeros(V, device="meta")}, "Tensors are on cpu, meta: give all on one"),
+        ({"base": (torch.zeros(*WHERE, 2).int(), torch.zeros(*WHERE, 2))}, "base is a tuple"),
+        ({"hidden": torch.zeros(*WHERE, D).int()}, "hidden is torch.int32 and weight"),
+        ({"weight": torch.zeros(0, D)}, r"weight \(0, 24\): give real numbers and a head of one"),
+        (
+            {"base": Likeliest(torch.zeros(*WHERE, 0).int(), torch.zeros(*WHERE, 0))},
+            "with k from 1",
+        ),
+        (
+            {"base": Likeliest(torch.zeros(*WHERE, 2).int(), torch.zeros(*WHERE, 2))},
+            "base_weight is the head of hidden states",
+        ),
         ({"bias": torch.zeros(V + 1)}, r"bias is \(71,\): give \[70\]"),
         ({"base_bias": torch.zeros(1)}, r"base_bias is \(1,\)"),
         ({"mask": torch.zeros(WHERE)}, r"mask is torch.float32 \(3, 7\): give bool \[3, 7\]"),

@@ -1,19 +1,27 @@
 """The divergence from the inputs of the head, and the heads that take the logits instead."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    RecurrentGemmaConfig,
+)
 
 import grasp_kernels as gk
 from grasp_kernels.regularizer import head as heads
 from grasp_kernels.regularizer import kl
 from grasp_kernels.regularizer.head import LinearHead
-from tests.helpers.models import tiny_model, tiny_peft_model
+from tests.helpers.models import SIZES, tiny_model, tiny_peft_model
 
 GEMMA = {"head_dim": 8, "final_logit_softcapping": 2.0}
 
@@ -65,10 +73,52 @@ def test_a_linear_head_gives_what_its_logits_give(
     assert len(calls) == 1
 
 
+SCALED = [(GraniteConfig, {"logits_scaling": 8.0}), (CohereConfig, {"logit_scale": 0.0625})]
+
+
 @pytest.mark.parametrize(
     ("config", "options"),
-    [(GraniteConfig, {"logits_scaling": 8.0}), (CohereConfig, {"logit_scale": 0.0625})],
+    [*SCALED, (RecurrentGemmaConfig, {"logits_soft_cap": 2.0, "num_hidden_layers": 1})],
 )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_stands_behind_a_head_is_seen_in_a_fresh_model(
+    config: Any, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Its logits are small, and those of the padding token are 0."""
+    model = AutoModelForCausalLM.from_config(config(**{**SIZES, "pad_token_id": 0, **options}))
+    assert LinearHead.of(model.to(dtype)) is None
+    plain = LlamaConfig(**SIZES, pad_token_id=0)
+    assert LinearHead.of(AutoModelForCausalLM.from_config(plain).to(dtype)) is not None
+
+
+def test_a_small_scale_is_seen_in_bfloat16() -> None:
+    config = GraniteConfig(**SIZES, logits_scaling=1.02)
+    assert LinearHead.of(AutoModelForCausalLM.from_config(config).bfloat16()) is None
+
+
+def test_models_that_share_a_head_are_told_apart() -> None:
+    llama, granite = (
+        AutoModelForCausalLM.from_config(config)
+        for config in (LlamaConfig(**SIZES), GraniteConfig(**SIZES, logits_scaling=8.0))
+    )
+    granite.lm_head = llama.lm_head
+    assert LinearHead.of(llama) is not None
+    assert LinearHead.of(granite) is None
+    llama.lm_head = nn.Linear(32, 64, bias=False)
+    assert LinearHead.of(llama) is not None
+
+
+def test_a_part_that_was_compiled_before_is_told() -> None:
+    model = tiny_peft_model()
+    found = regularizer(model)
+    found.loss(model, 1)
+    inner: Any = model.get_base_model()
+    inner.forward = lambda **_: SimpleNamespace(logits=torch.zeros(1, 64))  # calls no head
+    with pytest.raises(RuntimeError, match="left out the hook on its head"):
+        found.loss(model, 1)
+
+
+@pytest.mark.parametrize(("config", "options"), SCALED)
 def test_scales_behind_a_head_are_noticed(
     config: type, options: dict[str, Any], calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
