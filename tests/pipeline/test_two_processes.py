@@ -193,13 +193,26 @@ def test_the_training_of_a_split_model_goes_on(config: RunConfig, tmp_path: Path
         assert max(relative_error(ours[key], theirs[key]) for key in theirs) < 1e-3, name
 
 
-def test_wrong_input_ends_all_processes(config: RunConfig, tmp_path: Path) -> None:
-    wrong = replace(config, output=str(tmp_path / "out"), target_modules=("nothing",))
-    status, _, err = finish(launched(wrong))
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"target_modules": ("nothing",)}, "--target-modules"),
+        # Found by the first process alone.
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "cosine_with_min_lr"),
+    ],
+)
+def test_wrong_input_ends_all_processes(
+    config: RunConfig, tmp_path: Path, wrong: dict[str, Any], named: str
+) -> None:
+    """The first process says it, once."""
+    status, _, err = finish(launched(replace(config, output=str(tmp_path / "out"), **wrong)))
     assert status != 0
-    assert err.count("error: ") >= 1
-    assert "--target-modules" in err
+    assert err.count("error: ") == 1
+    assert named in err
     assert not (tmp_path / "out").exists()
+
+
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 @pytest.mark.parametrize(
@@ -208,8 +221,10 @@ def test_wrong_input_ends_all_processes(config: RunConfig, tmp_path: Path) -> No
         ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version: 1, .* set fsdp_version: 2"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed, .* use --multi_gpu, or FSDP"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "a parallelism_config, .* --multi_gpu"),
-        ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params, .* leave it out"),
-        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "the option gradient_checkpointing"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision, .* give the run a dtype"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "dynamo_backend, .* leave it out"),
+        ({**FSDP2, "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params, .* leave it out"),
+        ({**FSDP2, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "the option gradient_checkpointing"),
     ],
 )
 def test_other_ways_to_split_a_model_are_refused(
