@@ -61,7 +61,8 @@ class LinearHead:
         if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter or is_compiled:
             return None
         is_called = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-        if is_called or is_away(module.weight) or by_fsdp2(model):
+        ends = module.weight, inside.get_input_embeddings().weight
+        if is_called or any(map(is_away, ends)) or by_fsdp2(model):
             return None
         head = cls(inside)
         before, gives = _known.get(inside, (None, False))
