@@ -212,7 +212,7 @@ def test_wrong_input_ends_all_processes(
     assert not (tmp_path / "out").exists()
 
 
-FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+ASKED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 @pytest.mark.parametrize(
@@ -223,8 +223,8 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "a parallelism_config, .* --multi_gpu"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision, .* give the run a dtype"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "dynamo_backend, .* leave it out"),
-        ({**FSDP2, "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params, .* leave it out"),
-        ({**FSDP2, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "the option gradient_checkpointing"),
+        ({**ASKED, "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params, .* leave it out"),
+        ({**ASKED, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "the option gradient_checkpointing"),
     ],
 )
 def test_other_ways_to_split_a_model_are_refused(
