@@ -4,6 +4,7 @@ lora_linear   the operator, its specification and its backends
 linear_kl     the divergence of two models from the inputs of their heads
 gated         the product of a gated MLP, computed again instead of kept
 projection    gradients and matrices off a basis
+kernels       the modules of kernels, where they run
 gpu           what all kernels share
 """
 

@@ -9,14 +9,14 @@ cache. Shapes: T tokens, K features of the MLP.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from grasp_kernels.ops.kernels import kernels_on
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 _BLOCK_ELEMENTS = 1 << 17
@@ -115,14 +115,5 @@ def kernels_for(given: Gate) -> Any:
     gate, up, _ = given
     if not gate.is_cuda or gate.numel() < _LEAST_FOR_KERNELS or gate.shape != up.shape:
         return None
-    module = _module()
-    runs = module is not None and gate.dtype in module.DTYPES
-    return module if runs and module.kernel_support(gate.device) is None else None
-
-
-@cache
-def _module() -> Any:
-    try:
-        return importlib.import_module("grasp_kernels.ops.gpu.gated")
-    except ImportError:  # without Triton
-        return None
+    module = kernels_on(gate.device, "gated")
+    return module if module is not None and gate.dtype in module.DTYPES else None

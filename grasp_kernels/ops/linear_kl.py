@@ -13,15 +13,14 @@ Shapes: n positions, c positions of a part, D residual width, V vocabulary, k li
 
 from __future__ import annotations
 
-import importlib
 import math
-from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from grasp_kernels.ops.autocast import autocast_dtype, without_autocast
+from grasp_kernels.ops.kernels import kernels_on
 
 REST = 1e-6  # less than this is what float32 rounds, and no probability
 # Logits of a part. More of them use a GPU better: the head of 8B is read once a part, which takes
@@ -259,9 +258,9 @@ def _check(
             "head of one token and one feature at least."
         )
     tensors = {"hidden": hidden, "weight": weight}
-    known: tuple[Tensor, ...] = (base,) if isinstance(base, Tensor) else base
     if not isinstance(base, (Tensor, Likeliest)):
         raise ValueError(f"base is a {type(base).__name__}: give hidden states or Likeliest.")
+    known: tuple[Tensor, ...] = (base,) if isinstance(base, Tensor) else base
     if isinstance(base, Likeliest):
         tokens, log_probs = base
         if tokens.shape != log_probs.shape or tokens.shape[:-1] != where or not tokens.shape[-1]:
@@ -309,13 +308,4 @@ def _kernels(z: Tensor) -> Any:
     """Return the module of the kernels for logits `[c, V]` on a GPU, or None."""
     if not z.is_cuda or z.dtype != torch.float32 or torch.compiler.is_compiling():
         return None
-    module = _module()
-    return module if module is not None and module.kernel_support(z.device) is None else None
-
-
-@cache
-def _module() -> Any:
-    try:
-        return importlib.import_module("grasp_kernels.ops.gpu.linear_kl")
-    except ImportError:  # without Triton
-        return None
+    return kernels_on(z.device, "linear_kl")
