@@ -119,6 +119,24 @@ def from_first(make: Callable[[], _Found]) -> _Found:
     return result
 
 
+def in_all(make: Callable[[], _Found]) -> _Found:
+    """Return what `make` returns in this process; an error in the first is told by it alone."""
+    made: list[_Found] = []
+    failed: list[Exception] = []
+    try:
+        made.append(make())
+    except Exception as error:
+        failed.append(error)
+
+    def tell() -> None:
+        if failed:
+            raise failed[0]
+
+    from_first(tell)
+    tell()
+    return made[0]
+
+
 def wait() -> None:
     """Wait until all processes are here."""
     together({})

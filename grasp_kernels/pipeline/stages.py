@@ -116,7 +116,9 @@ def _claimed(
             folder.claim(config, fingerprints)
 
         begun, day = processes.from_first(begin)
-        if not processes.is_split():
+        if processes.is_split():
+            processes.in_all(check)
+        else:
             processes.from_first(check)
         if not found:
             check()

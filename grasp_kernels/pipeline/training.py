@@ -48,7 +48,8 @@ if TYPE_CHECKING:
 
 _TIMED = 3  # steps
 _MEASUREMENTS = 20  # of leakage in one training
-_STATE = "trainer_state.json"  # the last file that Trainer writes into a checkpoint
+_STATE = "trainer_state.json"
+_WHOLE = "whole"  # written into a checkpoint after the files of all processes
 
 
 class _Steps(TrainerCallback):
@@ -103,6 +104,7 @@ class _Trainer(Trainer):
         with room_for(saved):
             super()._save_checkpoint(model, trial)
         processes.wait()
+        processes.from_first((saved / _WHOLE).touch)
         self._load_from_checkpoint(str(saved))
 
     def train_to(self, last_step: int, checkpoint: Path | None) -> None:
@@ -214,15 +216,13 @@ def save_adapter(
 
 
 def last_checkpoint(work: Path) -> Path | None:
-    """Return the newest complete checkpoint; remove newer ones without a readable state."""
+    """Return the newest complete checkpoint; remove those that were not finished."""
     checkpoints = sorted(work.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     while checkpoints:
         newest = checkpoints.pop()
-        try:
-            json.loads((newest / _STATE).read_text(encoding="utf-8"))
+        if (newest / _WHOLE).exists():
             return newest
-        except (OSError, json.JSONDecodeError):
-            shutil.rmtree(newest)
+        shutil.rmtree(newest)
     return None
 
 

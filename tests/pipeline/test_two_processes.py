@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -69,7 +70,7 @@ def finish(started: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 def kill_in_retraining(started: subprocess.Popen[str], config: RunConfig) -> None:
     end = time.monotonic() + SECONDS
-    while not list(Path(config.output).glob("work/retrained/checkpoint-3/trainer_state.json")):
+    while not list(Path(config.output).glob("work/retrained/checkpoint-3/whole")):
         assert time.monotonic() < end
         assert started.poll() is None, started.communicate()
         time.sleep(0.02)
@@ -193,13 +194,24 @@ def test_the_training_of_a_split_model_goes_on(config: RunConfig, tmp_path: Path
         assert max(relative_error(ours[key], theirs[key]) for key in theirs) < 1e-3, name
 
 
-def test_wrong_input_ends_all_processes(config: RunConfig, tmp_path: Path) -> None:
-    """The first process alone finds it, and says it once."""
-    wrong = replace(config, output=str(tmp_path / "out"), lr_scheduler_type="cosine_with_min_lr")
-    status, _, err = finish(launched(wrong))
+@pytest.mark.parametrize(
+    ("launcher", "wrong"),
+    [
+        (None, {"lr_scheduler_type": "cosine_with_min_lr"}),
+        pytest.param(FSDP2, {"target_modules": ["nowhere"]}, marks=needs_loading_in_parts),
+    ],
+    ids=["ddp", "fsdp2"],
+)
+def test_wrong_input_ends_all_processes(
+    config: RunConfig, tmp_path: Path, launcher: dict[str, Any] | None, wrong: dict[str, Any]
+) -> None:
+    """The first process alone says it, once."""
+    status, _, err = finish(
+        launched(replace(config, output=str(tmp_path / "out"), **wrong), launcher)
+    )
     assert status != 0
     assert err.count("error: ") == 1
-    assert "cosine_with_min_lr" in err
+    assert re.search("cosine_with_min_lr|nowhere", err)
     assert not (tmp_path / "out").exists()
 
 
