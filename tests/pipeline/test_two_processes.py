@@ -123,7 +123,9 @@ def test_two_processes_make_what_one_makes(config: RunConfig, two: RunConfig) ->
     chats = [load_file(Path(made.output) / "chats.safetensors") for made in (config, two)]
     for part, tensor in chats[0].items():
         if tensor.is_floating_point():
-            torch.testing.assert_close(chats[1][part], tensor, rtol=1e-5, atol=1e-5)
+            # float32 logits of batches of other sizes
+            error, largest = (chats[1][part] - tensor).abs().max(), tensor.abs().max()
+            assert error <= 16 * torch.finfo(torch.float32).eps * largest
         else:
             assert torch.equal(chats[1][part], tensor)
     numbers = json.loads((Path(two.output) / "report.json").read_text("utf-8"))
