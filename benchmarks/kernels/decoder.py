@@ -151,6 +151,12 @@ def whole_model(
     return _adapted(Loss(model), decoder, R, Q)
 
 
+def one_layer_model(decoder: Decoder, dtype: torch.dtype) -> LlamaForCausalLM:
+    """A language model of one decoder layer, with the weights of its class."""
+    model: LlamaForCausalLM = _new(LlamaForCausalLM, _config(decoder, 1), dtype, "cpu")
+    return model
+
+
 def _new(kind: Any, config: LlamaConfig, dtype: torch.dtype, device: str) -> Any:
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # or the weights would stand in memory in float32 first

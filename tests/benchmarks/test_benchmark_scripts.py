@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from tests.helpers.scripts import BENCHMARKS, load_script
+
+pytest_plugins = ("tests.helpers.runs",)
 
 
 @pytest.mark.slow
@@ -45,6 +48,17 @@ def test_kept_bytes_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row["layers"] for row in found] == ["peft", "grasp"] * 4
     assert all(ours < theirs for theirs, ours in zip(sizes[::2], sizes[1::2], strict=True))
     assert script.report(found).count("\n") == 5
+
+
+@pytest.mark.slow
+def test_the_price_of_one_layer(tiny_model_dir: Path, chat_jsonl: Path, tmp_path: Path) -> None:
+    script = load_script("price")
+    script.write_layer("tiny", AutoTokenizer.from_pretrained(tiny_model_dir), tmp_path / "layer")
+    naive, ours = script.rows(
+        "a layer", tmp_path / "layer", str(chat_jsonl), 2, ["naive fine-tune", "run"]
+    )
+    assert 0 < naive["seconds"] < ours["seconds"]
+    assert script.report([naive, ours]).count("(1.00)") == 2
 
 
 def test_the_divergence_is_measured_in_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
