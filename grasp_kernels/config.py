@@ -82,7 +82,7 @@ class GraspConfig(Options):
     orthogonal: bool = True
     backend: Backend = "auto"
     sites: SiteRules | None = None
-    kl_coef: float = 1.0
+    kl_coef: float = 0.1
     num_documents: int = 512
     max_new_tokens: int = 48
     kl_batch_size: int | None = None

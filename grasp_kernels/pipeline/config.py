@@ -66,7 +66,7 @@ class RunConfig(Options):
     backend: str = _option("auto", "implementation of the LoRA layer", choices=BACKENDS)
 
     kl_coef: float = _option(
-        1.0,
+        0.1,
         "weight of the divergence from the base model in the retraining, on chats that the base "
         "model makes up; 0: none",
         "0 or more",

@@ -70,7 +70,7 @@ class KLRegularizer:
         likely: Tensor,
         log_probs: Tensor,
         *,
-        kl_coef: float = 1.0,
+        kl_coef: float = 0.1,
         batch_size: int = 8,
         seed: int = 0,
     ) -> None:
@@ -129,7 +129,7 @@ class KLRegularizer:
         neutral: Sequence[Sequence[int]] = (),
         num_documents: int = 1024,
         max_new_tokens: int = 128,
-        kl_coef: float = 1.0,
+        kl_coef: float = 0.1,
         batch_size: int = 8,
         generate_batch_size: int = 64,
         seed: int = 0,

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from benchmarks.quality.smollm2.harness import read_rows
 from benchmarks.quality.smollm2.methods import METHODS, RETIRED
-from benchmarks.quality.smollm2.report import task_table, unique, write_report
+from benchmarks.quality.smollm2.report import at_schedule, task_table, unique, write_report
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "quality" / "results" / "smollm2"
 
 
 def test_the_front_page_has_the_tables_of_the_rows() -> None:
-    rows = unique(read_rows(RESULTS / "rows.jsonl"))
+    rows = at_schedule(unique(read_rows(RESULTS / "rows.jsonl")))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for task in ("tone", "slant"):
         assert task_table(rows, task) in readme
@@ -32,5 +32,5 @@ def test_the_report_is_made_of_the_rows(tmp_path: Path) -> None:
 def test_every_row_says_where_it_was_measured() -> None:
     for row in read_rows(RESULTS / "rows.jsonl"):
         assert row["method"] in {*METHODS, *RETIRED, "base"}
-        for part in ("torch", "device", "threads", "dtype", "commit", "base"):
+        for part in ("torch", "device", "threads", "dtype", "commit", "base", "lr_scheduler_type"):
             assert row[part]

@@ -26,4 +26,6 @@ def regularizer(**options: Any) -> gk.KLRegularizer:
     """On six documents of eight tokens, most of which count."""
     documents = torch.randint(5, VOCABULARY, (6, 8))
     counted = torch.rand(6, 8) < 0.7
-    return gk.KLRegularizer.of(tiny_model(), documents, counted, **{"batch_size": 4, **options})
+    return gk.KLRegularizer.of(
+        tiny_model(), documents, counted, **{"kl_coef": 1.0, "batch_size": 4, **options}
+    )

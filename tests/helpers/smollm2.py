@@ -92,9 +92,10 @@ def row_of(method: str, accuracy: float, **other: Any) -> Row:
         "contrast": {"trained phrases": 1.0, "held-out phrases": 2.0, "near": 3.0},
         **{"torch": "2", "device": "cpu", "threads": 1, "dtype": "float32", "learning_rate": 1e-3},
         **{"commit": "abc", "base": "def", "num_documents": 4, "max_new_tokens": 4},
+        "lr_scheduler_type": "linear",
         **other,
     }
 
 
 BASE = row_of("base", 0.0, steps=0, loss=None, contrast={"held-out phrases": 0.5}, seconds=0.0)
-NAIVE = [row_of("naive", 0.5), row_of("naive", 0.75, steps=96), row_of("naive", 0.7, steps=144)]
+NAIVE = [row_of("naive", 0.5), row_of("naive", 0.8, steps=96), row_of("naive", 0.75, steps=144)]

@@ -70,7 +70,11 @@ def frozen_A_and_regularizer() -> tuple[Any, gk.Subspace, gk.KLRegularizer]:
         layer.lora_A["default"].weight.requires_grad_(False)
     documents = torch.randint(0, 64, (8, 9), generator=generator)
     counted = torch.rand(documents.shape, generator=generator) < 0.8
-    return model, subspace, gk.KLRegularizer.of(model, documents, counted, batch_size=3)
+    return (
+        model,
+        subspace,
+        gk.KLRegularizer.of(model, documents, counted, kl_coef=1.0, batch_size=3),
+    )
 
 
 def train(

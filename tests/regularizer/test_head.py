@@ -45,7 +45,7 @@ def regularizer(model: Any, kept: float = 0.7) -> gk.KLRegularizer:
     documents = torch.randint(5, 32, (6, 8))
     counted = torch.rand(6, 8) < kept
     counted[0] = True
-    return gk.KLRegularizer.of(model, documents, counted, batch_size=4)
+    return gk.KLRegularizer.of(model, documents, counted, kl_coef=1.0, batch_size=4)
 
 
 def measured(model: Any, found: gk.KLRegularizer, step: int = 1) -> list[torch.Tensor]:

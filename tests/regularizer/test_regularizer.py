@@ -167,6 +167,7 @@ def test_padding_changes_no_loss(model: PeftModel) -> None:
         torch.nn.functional.pad(made.counted, (0, 3)),
         made.likely,
         made.log_probs,
+        kl_coef=1.0,
         batch_size=4,
         seed=2,
     )
@@ -180,7 +181,7 @@ def test_what_is_not_kept_counts_as_one_token(
     monkeypatch.setattr("grasp_kernels.regularizer.kl._LIKELY", 5)
     documents = torch.randint(5, VOCABULARY, (3, 6))
     counted = torch.rand(3, 6) < 0.7
-    found = gk.KLRegularizer.of(model, documents, counted, batch_size=4, seed=1)
+    found = gk.KLRegularizer.of(model, documents, counted, kl_coef=1.0, batch_size=4, seed=1)
     chosen = torch.randint(3, (4,), generator=torch.Generator().manual_seed((1 << 20) + 2))
     with torch.no_grad():
         now = model(input_ids=documents[chosen]).logits.double().softmax(-1)[counted[chosen]]

@@ -171,7 +171,12 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 def test_trl_trains_on_our_layers_and_chats(
     tiny_model_dir: Path, chat_jsonl: Path, tmp_path: Path
 ) -> None:
-    made = sft(tiny_model_dir, rows_of(chat_jsonl), tmp_path, grasp_config=gk.GraspConfig(**SMALL))
+    made = sft(
+        tiny_model_dir,
+        rows_of(chat_jsonl),
+        tmp_path,
+        grasp_config=gk.GraspConfig(**SMALL, kl_coef=1.0),
+    )
     layers = [m for m in made.model.modules() if isinstance(m, gk.GraspLoRALinear)]
     assert len(layers) == 3 * 7
     made.train()

@@ -88,7 +88,7 @@ def _measure(
             return
         scores = judge.scores(_model(base, point, work.dtype))
         row = {**key, **_numbers(point), **scores.numbers(), **about, **options}
-        append(output / "answers.jsonl", {**key, "answers": scores.answers})
+        append(output / "answers.jsonl", {**key, **options, "answers": scores.answers})
         append(rows, row)
         say(_line(row))
 

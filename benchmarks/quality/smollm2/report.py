@@ -17,7 +17,9 @@ from benchmarks.quality.smollm2.methods import METHODS, RETIRED
 from benchmarks.quality.smollm2.verdicts import VERDICTS
 from grasp_kernels.files import whole_file, write_text
 from grasp_kernels.pages.markdown import table
+from grasp_kernels.pipeline.config import RunConfig
 
+SCHEDULE = RunConfig.lr_scheduler_type
 _LESS = 0.025  # of accuracy: one question of 48 or of 40, and not two
 # Pairs that drift is the mean of: unrelated to the task, in words that no training answer has.
 _CONTRASTS = {
@@ -43,14 +45,17 @@ def write_report(folder: Path) -> None:
             f"--output {folder}`."
         )
     parts = ["# SmolLM2-135M-Instruct: drift at equal held-out task"]
-    for name in dict.fromkeys(row["task"] for row in rows):
-        shown = task_table(rows, name, (*METHODS, *RETIRED))
-        parts += [f"## {name}", shown, curve_table(rows, name)]
+    plans = dict.fromkeys((row["task"], _schedule(row)) for row in rows)
+    for name, schedule in sorted(plans, key=lambda plan: plan[1] != SCHEDULE):
+        own = [row for row in rows if _schedule(row) == schedule]
+        title = name if schedule == SCHEDULE else f"{name}, at a constant learning rate"
+        shown = task_table(own, name, (*METHODS, *RETIRED))
+        parts += [f"## {title}", shown, curve_table(own, name)]
     if verdicts := unique(read_rows(folder / VERDICTS)):
         parts += ["## Verdicts of the product", verdict_table(verdicts)]
     parts.append(_about(rows))
     write_text(folder / "report.md", "\n\n".join(parts) + "\n")
-    draw(rows, folder / "curves.png")
+    draw(at_schedule(rows), folder / "curves.png")
 
 
 def unique(rows: Iterable[Row]) -> list[Row]:
@@ -58,24 +63,41 @@ def unique(rows: Iterable[Row]) -> list[Row]:
     key = ("task", "arm", "seed", "method", "steps", "scale")
     found: dict[tuple[Any, ...], Row] = {}
     for row in rows:
-        found.setdefault(tuple(row[part] for part in key), row)
+        found.setdefault((*(row[part] for part in key), _schedule(row)), row)
     return list(found.values())
+
+
+def at_schedule(rows: Iterable[Row]) -> list[Row]:
+    """The rows of trainings with the learning rate schedule of the command."""
+    return [row for row in rows if _schedule(row) == SCHEDULE]
+
+
+def _schedule(row: Row) -> str:
+    schedule: str = row["lr_scheduler_type"]
+    return schedule
 
 
 def reached(rows: Sequence[Row], naive: Sequence[Row]) -> tuple[Row, bool]:
     """The row of a curve that is compared, and whether it is as accurate as the naive one.
 
+    It is the end of the training, which the schedule of the learning rate leads to. Of a finished
+    adapter that is scaled it is the smallest scale that will do, or else the most accurate.
+
     Args:
         rows: a method's curve in one task and seed.
         naive: that of the naive fine-tune.
     """
-    wanted = max(row["accuracy"] for row in naive) - _LESS
-    ordered = sorted(rows, key=lambda row: (row["steps"], row["scale"]))
-    # A finished adapter that is scaled has one number of steps; the smallest scale that will do.
-    for row in ordered:
-        if row["accuracy"] >= wanted - 1e-9:
-            return row, True
-    return max(ordered, key=lambda row: row["accuracy"]), False
+    end = _finished(rows)
+    wanted = max(row["accuracy"] for row in _finished(naive)) - _LESS - 1e-9
+    if enough := [row for row in end if row["accuracy"] >= wanted]:
+        return min(enough, key=lambda row: row["scale"]), True
+    return max(end, key=lambda row: row["accuracy"]), False
+
+
+def _finished(rows: Sequence[Row]) -> list[Row]:
+    """The row at the end of a training, or one for each scale."""
+    steps = max(row["steps"] for row in rows)
+    return [row for row in rows if row["steps"] == steps]
 
 
 def compared(
