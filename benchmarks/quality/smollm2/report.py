@@ -212,7 +212,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     tasks = list(dict.fromkeys(row["task"] for row in shown))
     if not tasks:
         return
-    figure = Figure(figsize=(6 * len(tasks), 4.2), layout="constrained")
+    figure = Figure(figsize=(8 * len(tasks), 4.2), layout="constrained")
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for method in METHODS:
             own = [row for row in shown if (row["task"], row["method"]) == (task, method)]
@@ -234,7 +234,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             xlim=(0, 1.02),
             ylim=(-0.02, 1.04),
         )
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     with whole_file(path) as partial:
         figure.savefig(partial, dpi=150, format="png")
 
