@@ -48,7 +48,8 @@ def judge_verdicts(
         answers = [tokenizer.decode(one.adapter, skip_special_tokens=True) for one in changed]
         flag = make_task(row["task"], row["arm"], row["seed"]).flag
         flagged = None if flag is None else sum(map(flag, answers))
-        found = {**key, **_counted(changed), "flagged": flagged}
+        schedule = row["lr_scheduler_type"]
+        found = {**key, "lr_scheduler_type": schedule, **_counted(changed), "flagged": flagged}
         append(output / VERDICTS, {**found, "answers": answers})
         say(f"{' '.join(point)}: {found['verdict']}, {found['changed']} of {found['answered']}")
 
