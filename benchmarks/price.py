@@ -4,8 +4,8 @@
         [--rows FILE]
 
 The naive fine-tune makes all steps and nothing else. Each part is a process of its own with one
-thread. With fewer steps a run makes up fewer chats, so the price hardly depends on their number;
-the answers of the report are a fixed part. With `--layer-of` the model is one decoder layer with
+thread. With fewer steps a run makes up fewer chats; the answers of the report are a fixed part,
+which weighs more in fewer steps. With `--layer-of` the model is one decoder layer with
 random weights, behind the tokenizer of FOLDER. The rows of the model in the file are written again,
 without `--rows` those in `results/price.jsonl`.
 """
