@@ -86,6 +86,27 @@ def head_at(model: Any, index: Tensor | tuple[Tensor, ...]) -> Iterator[None]:
         hook.remove()
 
 
+@contextmanager
+def _whole_rows_at_head(model: Any) -> Iterator[None]:
+    """Give the head of a causal language model hidden states that lie together in memory.
+
+    `generate` gives it the last position of each sequence, a slice. torch 2.13 multiplies a slice
+    by one copy of a frozen weight a sequence: on a CPU in bfloat16, 8 sequences and a weight of 64
+    MB took 512 MB and 11 s, where the copied rows take 0.03 s.
+    """
+
+    def together(_head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0].contiguous(), *inputs[1:])
+
+    head = model.get_output_embeddings()
+    hook = None if head is None else head.register_forward_pre_hook(together)
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
 def generate_answers(
     base: Any,
     prompts: Sequence[Sequence[int]],
@@ -127,13 +148,14 @@ def generate_answers(
     if generator is not None:
         seeds = torch.randint(2**62, (len(starts),), generator=generator).tolist()
     numbers = processes.shares(len(starts)) if is_shared else range(len(starts))
-    for number in bar(numbers, desc=progress, unit="batch", disable=progress is None):
+    for number in bar(numbers, desc=progress, unit="part", disable=progress is None):
         batch = order[starts[number] : starts[number] + batch_size]
         drawn = [] if generator is None else [_Sampled(seeds[number])]
         input_ids, attention_mask = pad(base, [prompts[i] for i in batch], "left")
-        output = base.generate(
-            input_ids=input_ids, attention_mask=attention_mask, logits_processor=drawn
-        )
+        with _whole_rows_at_head(base):
+            output = base.generate(
+                input_ids=input_ids, attention_mask=attention_mask, logits_processor=drawn
+            )
         for i, row in zip(batch, output[:, input_ids.shape[1] :].tolist(), strict=True):
             stop = next((n for n, token in enumerate(row) if token in ends), len(row) - 1)
             answers[i] = row[: stop + 1]

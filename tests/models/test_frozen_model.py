@@ -109,6 +109,22 @@ def test_answers_end_at_the_first_end_token(model: Any, tokenizer: Any) -> None:
         assert answer == whole[:n]
 
 
+def test_the_head_sees_rows_that_lie_together(model: Any) -> None:
+    """Torch copies a frozen head for each sequence of a slice, in bfloat16 on a CPU."""
+    whole: list[bool] = []
+    hook = model.lm_head.register_forward_hook(
+        lambda _head, inputs, _logits: whole.append(inputs[0].is_contiguous())
+    )
+    try:
+        with frozen_base(model) as base:
+            base.generate(torch.full((2, 4), 7), max_new_tokens=1)
+            assert whole == [False]  # what transformers itself gives
+            generate_answers(base, [[7] * 4] * 2, max_new_tokens=2, batch_size=2, end_ids=[])
+    finally:
+        hook.remove()
+    assert whole[1:] == [True, True]
+
+
 def test_sampling_follows_the_softmax(model: Any, tokenizer: Any) -> None:
     prompt = prompts_of(tokenizer)[0]
     n = 4000
