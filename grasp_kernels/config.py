@@ -84,7 +84,7 @@ class GraspConfig(Options):
     sites: SiteRules | None = None
     kl_coef: float = 0.1
     num_documents: int = 512
-    max_new_tokens: int = 48
+    max_new_tokens: int = 40
     kl_batch_size: int | None = None
     measure_steps: int = 50
 

@@ -75,7 +75,7 @@ class RunConfig(Options):
         512, "number of chats that the base model makes up; fewer in a short training", "1 or more"
     )
     max_new_tokens: int = _option(
-        48, "largest number of tokens of a question and of an answer", "1 or more"
+        40, "largest number of tokens of a question and of an answer", "1 or more"
     )
 
     max_steps: int | None = _option(

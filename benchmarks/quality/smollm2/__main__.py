@@ -20,7 +20,7 @@ from benchmarks.quality.smollm2.methods import METHODS
 from benchmarks.quality.smollm2.report import write_report
 from benchmarks.quality.smollm2.tasks import TASKS
 from benchmarks.quality.smollm2.verdicts import judge_verdicts
-from grasp_kernels.pipeline.config import DTYPES
+from grasp_kernels.pipeline.config import DTYPES, RunConfig
 
 _RESULTS = Path(__file__).parents[1] / "results" / "smollm2"
 
@@ -76,9 +76,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     run.add_argument("--steps", type=int, default=192, help="budget of a training")
     run.add_argument("--every", type=int, default=48, help="steps between points of a curve")
-    run.add_argument("--num-documents", type=int, default=512, help="chats of the base model")
     run.add_argument(
-        "--max-new-tokens", type=int, default=40, help="tokens of their turns, at most"
+        "--num-documents", type=int, default=RunConfig.num_documents, help="chats of the base model"
+    )
+    run.add_argument(
+        "--max-new-tokens", type=int, default=RunConfig.max_new_tokens, help="tokens of their turns"
     )
     return parser
 

@@ -51,6 +51,8 @@ RETIRED = {
     "run, filtered": "that without the answer tokens that looked like training answers (0.3 %)",
     "run, begun 2": "the same, and questions begin with up to 2 tokens of a training prompt",
     "run, begun 4": "the same, with up to 4 tokens",
+    "run, 4 short chats": "`run` with 4 chats of 16 tokens a turn in place of 2 of 40",
+    "run, 4 short chats, kl_coef 0.3": "the same with another weight of the divergence",
 }
 
 
