@@ -60,6 +60,11 @@ def reason(error: BaseException) -> str:
     return printable((lines or [type(error).__name__])[0].rstrip(" :."))[:_LONGEST]
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, such as `1 step` or `2 steps`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def listed(names: Iterable[str], most: int = 4) -> str:
     """Return the first names, inert, and the number of the others."""
     known = sorted(names)

@@ -251,8 +251,9 @@ def read_parts(source: Path, adapter_name: str | None = None) -> Parts:
     refuse_variants(str(path.parent / CONFIG), config)
     tensors = open_weights(path)
     pairs, others = _sort_keys(path, tensors, adapter_name)
-    ranks = _by_pattern(config.get("rank_pattern") or {}, pairs, config["r"])
-    alphas = _by_pattern(config.get("alpha_pattern") or {}, pairs, config["lora_alpha"])
+    where = str(source)
+    ranks = _by_pattern(where, config.get("rank_pattern"), pairs, config["r"])
+    alphas = _by_pattern(where, config.get("alpha_pattern"), pairs, config["lora_alpha"])
     factors = []
     for name, pair in pairs.items():
         keys = tuple(pair[part] for part in _PARTS if part in pair)
@@ -326,16 +327,19 @@ def _sort_keys(
     return pairs, others
 
 
-def _by_pattern(patterns: Mapping[str, Any], names: Iterable[str], default: Any) -> dict[str, Any]:
+def _by_pattern(
+    where: str, patterns: Mapping[str, Any] | None, names: Iterable[str], default: Any
+) -> dict[str, Any]:
     """Return each module's value, from the first pattern equal to its name or its end.
 
     A pattern beyond a name is refused: a foreign regular expression may take any time.
     """
+    patterns = patterns or {}
     for pattern in patterns:
         if not _PATTERN.fullmatch(pattern):
             raise ValueError(
-                f"{CONFIG} has the pattern {shown(pattern)}, which is not the name of a module; "
-                "use module names in rank_pattern and alpha_pattern."
+                f"{CONFIG} of {where!r} has the pattern {shown(pattern)}, which is not the name "
+                "of a module; use module names in rank_pattern and alpha_pattern."
             )
 
     def fits(pattern: str, name: str) -> bool:

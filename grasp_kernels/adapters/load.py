@@ -4,7 +4,7 @@ Shapes: `R` LoRA rank, `K` inputs and `N` outputs of a linear layer. The change 
 `ΔW[N,K] = scaling · lora_B[N,R] · lora_A[R,K]`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,8 +32,18 @@ from grasp_kernels.models.weights import BaseModel, Source, read_base_model
 
 _OWN_PARTS = ("modules_to_save", "trainable_tokens_delta", "lora_embedding_A")  # of an adapter
 _OWN = "give the base model that the adapter was trained on"
-# these start from a base with changed weights, so B·A alone is not the change of the weights
-MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# What makes a plain adapter of one that moved its base.
+CONVERT = "save it by peft's save_pretrained(OUT, path_initial_model_for_weight_conversion=START)"
+
+
+def moved_base(config: Mapping[str, Any]) -> str | None:
+    """Return the initialisation that moved pretrained weights into the adapter, or None.
+
+    `B A` alone is not the change of the weights then.
+    """
+    start = str(config.get("init_lora_weights"))
+    return inert(start) if start.startswith(_MOVED_BASE) else None
 
 
 @dataclass(frozen=True)
@@ -164,10 +174,9 @@ def _notes(parts: Parts, known: bool) -> Iterator[str]:
     biased = [entry.name for entry in parts.factors if entry.bias is not None]
     if biased:
         yield f"The biases of lora_B are not used: {listed(biased)}."
-    start = str(parts.config.get("init_lora_weights"))
-    if start.startswith(MOVED_BASE):
+    if start := moved_base(parts.config):
         yield (
-            f"The adapter was initialised with '{inert(start)}', which changes the base weights, "
+            f"The adapter was initialised with '{start}', which changes the base weights, "
             "so B·A contains that initialisation in addition to the training."
         )
 

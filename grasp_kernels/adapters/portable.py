@@ -26,7 +26,7 @@ from grasp_kernels.adapters.files import (
     read_config,
     refuse_variants,
 )
-from grasp_kernels.adapters.load import MOVED_BASE, adapter_parts
+from grasp_kernels.adapters.load import CONVERT, adapter_parts, moved_base
 from grasp_kernels.files import whole_file, write_json
 from grasp_kernels.inert import listed, shown
 from grasp_kernels.models.difference import whole_model
@@ -38,15 +38,17 @@ CONSUMERS = (*_FOUR, "mlx")
 _FOLD = "fold it: grasp-kernels fold ADAPTER --output OUT"
 _SCALED = "applies another scale than peft, without a word"
 _REFUSED, _DROPPED = "refuses it", "leaves it out, without a word"
-_WHOLE = "train without modules_to_save, or merge the adapter into its base"
+_WHOLE = (
+    "fold it with --base-model BASE, which leaves out unchanged ones, train without "
+    "modules_to_save, or merge the adapter into its base"
+)
 _BIAS = "train without lora_bias"
-_CONVERT = "save it by peft's save_pretrained(OUT, path_initial_model_for_weight_conversion=START)"
 _MOVED = "a base that its initialisation changed"
 # Part of an adapter -> consumer -> what it does with it. Software that is not named reads the part
 # as peft does.
 _PARTS: dict[str, tuple[str, dict[str, str]]] = {
     _MOVED: (
-        _CONVERT,
+        CONVERT,
         dict.fromkeys(_FOUR, "adds it to the base as it was, without a word"),
     ),
     "rsLoRA": (_FOLD, dict.fromkeys(("llama.cpp", "ollama"), _SCALED)),
@@ -110,11 +112,11 @@ def _fold(source: Path, folder: Path, base: Source | None) -> tuple[str, ...]:
     from safetensors.torch import save_file
 
     parts = adapter_parts(source)
-    if _moves_base(parts.config):
+    if start := moved_base(parts.config):
         raise ValueError(
-            f"{str(source)!r} was initialised with {shown(parts.config['init_lora_weights'])}, so "
+            f"{str(source)!r} was initialised with {start!r}, so "
             "peft changes the base by its rank and scaling when it loads the adapter, and another "
-            f"rank or scaling would be another model; {_CONVERT}, and fold that."
+            f"rank or scaling would be another model; {CONVERT}, and fold that."
         )
     R = max(entry.lora_A.shape[-2] for entry in parts.factors)
     tensors: dict[str, Tensor] = {}
@@ -184,7 +186,9 @@ def consumer_problems(adapter_dir: str | PathLike[str], consumer: str) -> list[s
         FileNotFoundError, ValueError: no adapter there, or an unknown consumer.
     """
     if consumer not in CONSUMERS:
-        raise ValueError(f"for is {consumer!r}, which is unknown; use one of {CONSUMERS}.")
+        raise ValueError(
+            f"for is {consumer!r}, which is unknown; use one of {', '.join(CONSUMERS)}."
+        )
     config, keys = _read(adapter_dir)
     if consumer == "mlx":
         return [_MLX]
@@ -219,15 +223,11 @@ def _read(adapter_dir: str | PathLike[str]) -> tuple[dict[str, Any], list[str]]:
     return config, list(open_weights(path))
 
 
-def _moves_base(config: Mapping[str, Any]) -> bool:
-    return str(config.get("init_lora_weights")).startswith(MOVED_BASE)
-
-
 def _parts_of(config: Mapping[str, Any], keys: list[str]) -> Iterator[tuple[str, list[str]]]:
     """Yield the parts of an adapter beyond plain LoRA, with their names."""
     r, alpha = config["r"], config["lora_alpha"]
-    if _moves_base(config):
-        yield _MOVED, [str(config["init_lora_weights"])]
+    if start := moved_base(config):
+        yield _MOVED, [start]
     if config.get("use_rslora") and {r, *(config.get("rank_pattern") or {}).values()} != {1}:
         yield "rsLoRA", []
     for name, plain in (("alpha_pattern", alpha), ("rank_pattern", r)):

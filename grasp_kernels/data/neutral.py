@@ -36,11 +36,13 @@ def neutral_prompts(path: str | Path | None, tokenizer: Tokenizer) -> list[list[
     prompt on each line.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or nothing in it.
+        FileNotFoundError, ValueError: no such file, or fewer than two prompts in it.
     """
     if path is None:
         return [_prompt(_question(text), tokenizer) for text in NEUTRAL_PROMPTS]
     records = _read_prompts(Path(path))
+    if len(records) < 2:
+        raise ValueError(f"{path} has 1 neutral prompt: give at least 2 to tell a chance by.")
     return [_prompt(one["messages"], tokenizer, one.get("tools")) for one in records]
 
 

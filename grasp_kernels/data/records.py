@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -52,6 +53,7 @@ _ROLES = {  # other names of the roles that chat templates know
     **dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant"),
     **dict.fromkeys(("observation", "function", "function_response", "tool_response"), "tool"),
 }
+_KNOWN_ROLES = ("system", "user", "assistant")
 _CALL = "function_call"  # ShareGPT's role of an answer that is a call, and OpenAI's former key
 # Columns besides the conversation, in the names of LLaMA-Factory, ms-swift and OpenAI.
 _SYSTEM = re.compile(r"sys(tem)?_?(prompt|message|instruction)?s?", re.IGNORECASE)
@@ -191,6 +193,12 @@ def _parse_row(row: dict[str, Any], require_answer: bool) -> tuple[Record, set[s
     if arms := [key for key in _ARMS if key in row]:
         kinds, one = ", ".join(arms), _quoted(arms[-1])
         raise ValueError(f"answers of several kinds ({kinds}): choose one, such as arm = {one}")
+    for question, answer in _PAIRS:
+        if question in filled:
+            raise ValueError(
+                f"keys {sorted(row)}, and {_quoted(question)} has no {_quoted(answer)} or an empty "
+                f"one, {_EXPECTED}"
+            )
     raise ValueError(f"unknown keys {sorted(row)} (empty ones do not count), {_EXPECTED}")
 
 
@@ -371,7 +379,13 @@ def _message(message: Any, where: str) -> Message:
     role, content = rest.pop(named, None), rest.pop(said, None)
     if not isinstance(role, str) or not role:
         raise ValueError(f'{where} has no "role", expected "system", "user" or "assistant"')
-    role = _ROLES.get(role, role)
+    word = role.strip().lower()
+    role = _ROLES.get(word, word if word in _KNOWN_ROLES else role)
+    alike = get_close_matches(word, _KNOWN_ROLES, 1, cutoff=0.8)
+    if alike and role not in _KNOWN_ROLES:
+        raise ValueError(
+            f'{where}.role is {_shorten(role)}, and only "assistant" is learned: write "{alike[0]}"'
+        )
     if media := [key for key in _MEDIA if rest.get(key)]:
         raise ValueError(
             f"{where}.{media[0]} is {_shorten(rest[media[0]])}, which is not supported"

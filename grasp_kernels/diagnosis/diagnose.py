@@ -296,9 +296,10 @@ def _settings(numbers: dict[str, Any]) -> str:
     named, given = model["named"], model["given"]
     differ = ""
     if named and given and abspath(named) != abspath(given):  # equal names of the hub are equal
-        differ = f" The adapter names the base model {named!r}, and {given!r} was given."
+        differ = inert(f"The adapter names the base model {named!r}, and {given!r} was given.")
+        differ = f" {differ}"
     return (
         f"Model {inert(model['type'])}, {model['layers']} blocks; {prompts['unrelated']} neutral "
         f"prompts, {prompts['training']} of the training data; grasp_kernels "
-        f"{versions['grasp_kernels']}, torch {versions['torch']}.{inert(differ)}"
+        f"{versions['grasp_kernels']}, torch {versions['torch']}.{differ}"
     )

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grasp_kernels.adapters.load import MOVED_BASE, active_adapter, adapter_parts
-from grasp_kernels.inert import listed, printable
+from grasp_kernels.adapters.load import active_adapter, adapter_parts, moved_base
+from grasp_kernels.inert import listed, printable, shown
 from grasp_kernels.models.checkpoint import find_checkpoint, load_model
 from grasp_kernels.models.frozen_model import head_at, measuring, pad
 from grasp_kernels.models.names import base_name, same_module
@@ -123,15 +123,24 @@ def _with_adapter(base: nn.Module, adapter: str | PathLike[str]) -> Any:
 
     parts = adapter_parts(adapter)
     _refuse_changed_base(parts.source, parts.config)
+    if parts.config.get("trainable_token_indices"):
+        raise ValueError(
+            f"The adapter {str(adapter)!r} has trained tokens (trainable_token_indices), which are "
+            "not read from a folder: train without them; in Python, give the PeftModel."
+        )
     names = {base_name(name): name for name, _ in base.named_modules() if name}
     places = {entry.name: same_module(entry.name, names) for entry in parts.factors}
     whole = {name: same_module(name.rpartition(".")[0], names) for name in parts.others}
+    adapted = set(places.values())
+    for name in [name for name, place in whole.items() if place in adapted]:
+        # peft saves a head or an embedding beside its factors: that is the base model's own.
+        _check_copy(adapter, name, parts.others[name](), base, names[str(whole.pop(name))])
     lost = [name for name, place in (places | whole).items() if place is None]
     if lost:
         raise _unfit(adapter, f"the model has no {listed(lost)}")
     ranks = {names[str(places[e.name])]: e.lora_A.shape[-2] for e in parts.factors}
     alphas = {names[str(places[e.name])]: e.scaling * e.lora_A.shape[-2] for e in parts.factors}
-    if len(ranks) < len(parts.factors) or set(ranks) & set(whole.values()):
+    if len(ranks) < len(parts.factors):
         raise _unfit(adapter, "the model has one module for several weights of the adapter")
     rank, alpha = (Counter(of.values()).most_common(1)[0][0] for of in (ranks, alphas))
     config = LoraConfig(
@@ -158,12 +167,22 @@ def _with_adapter(base: nn.Module, adapter: str | PathLike[str]) -> Any:
             stored = {
                 name.rpartition(".")[2]: read()
                 for name, read in parts.others.items()
-                if whole[name] == place
+                if whole.get(name) == place
             }
             copies.modules_to_save["default"].load_state_dict(stored)
     except (RuntimeError, ValueError, AttributeError, KeyError) as error:
         raise _unfit(adapter, printable(str(error).strip().splitlines()[-1].strip())) from error
     return wrapped
+
+
+def _check_copy(
+    adapter: str | PathLike[str], name: str, stored: Tensor, base: nn.Module, module: str
+) -> None:
+    """Raise unless an adapter's copy of a base weight is that weight."""
+    weight: Any = getattr(base.get_submodule(module), name.rpartition(".")[2], None)
+    same = weight is not None and weight.shape == stored.shape
+    if not same or not torch.equal(stored.to(weight), weight.detach()):
+        raise _unfit(adapter, f"its {shown(name)} is another one")
 
 
 def _copy(parameter: nn.Parameter, value: Tensor) -> None:
@@ -182,10 +201,9 @@ def _unfit(adapter: str | PathLike[str], why: str) -> ValueError:
 
 def _refuse_changed_base(name: str, config: Mapping[str, Any]) -> None:
     """Raise for an adapter that changes the base too: without it the model is not its base."""
-    start = str(config.get("init_lora_weights"))
     changes = {
         "trained biases of the base": config.get("bias") not in (None, "none"),
-        "an initialisation that changes the base": start.startswith(MOVED_BASE),
+        "an initialisation that changes the base": moved_base(config) is not None,
         "repeated layers": bool(config.get("layer_replication")),
     }
     for what, there in changes.items():

@@ -23,7 +23,7 @@ from grasp_kernels.adapters.files import (
     open_weights,
     refuse_other_forms,
 )
-from grasp_kernels.adapters.load import adapter_parts
+from grasp_kernels.adapters.load import CONVERT, adapter_parts, moved_base
 from grasp_kernels.inert import listed, shown
 from grasp_kernels.models.architectures import SiteRules, model_gains, site_rules
 from grasp_kernels.models.difference import compared, whole_model
@@ -108,6 +108,14 @@ def _of_adapter(
         raise ValueError("an adapter folder has no basis of its own; pass the subspace to measure.")
     parts = adapter_parts(source, adapter_name)
     refuse_other_forms(parts.source, parts.config)
+    if start := moved_base(parts.config):
+        moved = (
+            f"{parts.source!r} was initialised with {start!r}, which moved pretrained weights into "
+            "it, so B·A is not what it learned"
+        )
+        if model is None:
+            raise ValueError(f"{moved}; {CONVERT}, and use that.")
+        warnings.warn(f"{moved}, and its leakage counts both.", stacklevel=3)
     if subspace is None and model is not None:
         known = {  # of replaced layers; one without a basis needs none
             adapted_name(name, layer): layer.write_basis

@@ -16,7 +16,7 @@ from peft.tuners import lora
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
-from grasp_kernels.adapters.load import MOVED_BASE
+from grasp_kernels.adapters.load import moved_base
 from grasp_kernels.layers.closed import ClosedLayer, GraspLoRAExperts
 from grasp_kernels.layers.gated import GatedMLP, adopt_gated
 from grasp_kernels.layers.linear import GraspLoRALinear, why_never
@@ -164,8 +164,7 @@ def _check_weight(name: str, layer: LoraLayer, sharded: bool) -> None:
 def _check_starts(model: nn.Module) -> None:
     """Raise if closing would remove pretrained content."""
     for name, config in getattr(model, "peft_config", {}).items():
-        start = str(getattr(config, "init_lora_weights", True))
-        if start.startswith(MOVED_BASE):
+        if start := moved_base(vars(config)):
             raise ValueError(
                 f"the adapter {name!r} was initialised with {start!r}, which moves pretrained "
                 "weights into it, and closing would remove them along the subspace; pass "

@@ -15,6 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from grasp_kernels import processes
 from grasp_kernels.progress import bar
 
+_IGNORE_PADDING = ("recurrent_gemma", "rwkv")  # other answers in a batch than alone
+
 
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
@@ -47,7 +49,9 @@ def frozen_base(model: Any, *, adapter: bool = False) -> Iterator[Any]:
         TypeError: neither a causal language model of transformers nor a PeftModel of one.
     """
     base = model.get_base_model() if hasattr(model, "disable_adapter") else model
-    if not (hasattr(base, "generate") and hasattr(base, "generation_config")):
+    config = getattr(base, "config", None)
+    can_generate = hasattr(base, "generate") and hasattr(base, "generation_config")
+    if not can_generate or getattr(config, "is_encoder_decoder", False):
         raise TypeError(
             f"{type(base).__name__} cannot generate answers: give a causal language model of "
             "transformers (AutoModelForCausalLM) or a PeftModel of one."
@@ -140,6 +144,8 @@ def generate_answers(
         eos_token_id=ends or None,
         pad_token_id=ends[0] if ends else 0,
     )
+    if base.config.model_type in _IGNORE_PADDING:
+        batch_size = 1
     answers: dict[int, list[int]] = {}
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # for little padding
     starts = range(0, len(order), batch_size)

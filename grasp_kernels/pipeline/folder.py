@@ -112,10 +112,12 @@ class RunFolder:
         first, second = ({**o, **o["training_arguments"]} for o in (options, now["config"]))
         for name in {**second, **first}:
             old, new = first.get(name), second.get(name)
-            if name not in (*_INPUTS, "output", "training_arguments") and old != new:
+            is_file = name in _INPUTS and None not in (old, new)
+            if old != new and not is_file and name not in ("output", "training_arguments"):
                 raise ValueError(
-                    f"The run in {self.root} was started with {name} = {old!r}, not {new!r}: "
-                    "repeat that value to continue the run, or choose another output folder."
+                    f"The run in {self.root} was started with {name} = {old!r}, not "
+                    f"{name} = {new!r}: repeat that value to continue the run, or choose another "
+                    "output folder."
                 )
         for name in _INPUTS:
             if inputs.get(name) != now["fingerprints"].get(name):

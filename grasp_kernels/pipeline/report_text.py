@@ -4,7 +4,7 @@ from statistics import fmean
 from typing import Any
 
 from grasp_kernels.diagnosis.answers import CHANGED
-from grasp_kernels.inert import inert
+from grasp_kernels.inert import counted, inert
 from grasp_kernels.pages.markdown import answers_table, table, words
 
 Numbers = dict[str, Any]
@@ -105,7 +105,7 @@ def _identified(numbers: Numbers) -> str:
 
 def _compared(numbers: Numbers) -> str:
     labels = [
-        f"{_LABELS[name]}, {len(adapter['curve']['step'])} steps"
+        f"{_LABELS[name]}, {counted(len(adapter['curve']['step']), 'step')}"
         for name, adapter in numbers["adapters"].items()
     ]
     adapters = list(numbers["adapters"].values())

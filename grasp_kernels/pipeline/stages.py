@@ -31,6 +31,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from grasp_kernels import processes
+from grasp_kernels.inert import counted
 from grasp_kernels.models.checkpoint import find_checkpoint, load_model
 from grasp_kernels.pipeline.config import RunConfig
 from grasp_kernels.pipeline.folder import RunFolder, fingerprint
@@ -152,11 +153,12 @@ def _stages(config: RunConfig, folder: RunFolder, inputs: Inputs) -> None:
 
 def _plan(config: RunConfig, folder: RunFolder, inputs: Inputs) -> str:
     """Return a sentence on what is left to do."""
+    chats = counted(_count_chats(config, inputs), "chat")
     parts = {
-        folder.chats: config.kl_coef and f"{_count_chats(config, inputs)} chats of the base model",
-        folder.naive: f"the naive LoRA ({naive_steps(config, inputs.steps)} steps)",
+        folder.chats: config.kl_coef and f"{chats} of the base model",
+        folder.naive: f"the naive LoRA ({counted(naive_steps(config, inputs.steps), 'step')})",
         folder.subspace: config.project_gradient and "a subspace",
-        folder.retrained: f"the retrained LoRA ({inputs.steps} steps)",
+        folder.retrained: f"the retrained LoRA ({counted(inputs.steps, 'step')})",
         folder.report: "the answers of both",
     }
     left = [part for file, part in parts.items() if part and not file.exists()]

@@ -24,6 +24,7 @@ from transformers import (
 
 import grasp_kernels as gk
 from grasp_kernels.adapters import load_adapter
+from grasp_kernels.adapters.portable import consumer_problems
 from grasp_kernels.cli import main
 from grasp_kernels.diagnosis.pair import open_pair
 from grasp_kernels.models.architectures import model_gains, model_sites
@@ -139,6 +140,55 @@ def test_a_base_that_the_adapter_changes_is_no_base(change: dict[str, Any], tmp_
     edit_config(tmp_path, **change)
     with pytest.raises(ValueError, match="is not its base"), open_pair(tiny_model(), tmp_path):
         pass
+
+
+def test_the_copy_of_the_head_that_peft_saves_is_the_base_models(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["lm_head", "o_proj"]))
+    randomise_adapter(model)
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    head = "base_model.model.lm_head.base_layer.weight"
+    assert head in load_file(tmp_path / WEIGHTS)
+    with open_pair(tiny_model(), tmp_path) as pair, torch.no_grad():
+        torch.testing.assert_close(pair.model(input_ids=ids).logits, expected)
+    (problem,) = consumer_problems(tmp_path, "llama.cpp")
+    assert "fold it with --base-model BASE" in problem
+    edit(tmp_path, lambda t: t.update({head: t[head] + 1}))
+    with (
+        pytest.raises(ValueError, match=r"lm_head\.weight' is another one"),
+        open_pair(tiny_model(), tmp_path),
+    ):
+        pass
+
+
+def test_trained_tokens_are_named(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["o_proj"], trainable_token_indices=[3])
+    get_peft_model(tiny_model(), config).save_pretrained(tmp_path)
+    with (
+        pytest.raises(ValueError, match=r"has trained tokens \(trainable_token_indices\)"),
+        open_pair(tiny_model(), tmp_path),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_pretrained_weights_in_an_adapter_are_not_projected(start: str, tmp_path: Path) -> None:
+    model = get_peft_model(
+        tiny_model(), LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=start)
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    subspace = gk.Subspace(direction()[:, None] / direction().norm())
+    for call in (
+        lambda: gk.leakage(tmp_path / "adapter", subspace),
+        lambda: gk.project_adapter(tmp_path / "adapter", subspace, tmp_path / "out"),
+    ):
+        with pytest.raises(ValueError, match=f"'{start}', which moved pretrained weights into"):
+            call()
+    assert not (tmp_path / "out").exists()
+    with pytest.warns(UserWarning, match="its leakage counts both"):
+        gk.leakage(model, subspace)
 
 
 # --- norms

@@ -333,12 +333,13 @@ def test_a_wrong_option_is_one_line_that_spells_it_as_it_is_typed(
 def test_remedies_are_options() -> None:
     from grasp_kernels.cli.options import as_options
 
-    names = [option.name for option in fields(RunConfig)]
+    names = [*(option.name for option in fields(RunConfig)), "bf16"]
     for message, expected in {
         "No direction: use project_gradient = False, or x.": "use --no-project-gradient, or",
         "Nothing within max_length=3: raise max_length.": "--max-length 3: raise --max-length.",
         "target_modules = ['q_proj', 'o_proj'] adapts": "--target-modules q_proj o_proj adapts",
-        "was started with learning_rate = 2e-05, not 1: x": "with --learning-rate 2e-05, not 1:",
+        "with bf16 = None, not bf16 = True: x": "with no --bf16, not --bf16: x",
+        "with learning_rate = 2e-05, not learning_rate = 1: x": "2e-05, not --learning-rate 1: x",
         'Two answers: give arm = "bad one".': "give --arm 'bad one'.",
         "There is no file d: check the option data.": "the option --data.",
     }.items():

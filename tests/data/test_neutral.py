@@ -35,6 +35,9 @@ def test_neutral_prompts_end_where_the_answer_begins(tokenizer: Any, tmp_path: P
     assert len(from_lines) == 2
     assert neutral_prompts(records, tokenizer) == [from_lines[0]] * 3
     assert len(neutral_prompts(None, tokenizer)) == len(NEUTRAL_PROMPTS)
+    lines.write_text("what is red\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"has 1 neutral prompt: give at least 2"):
+        neutral_prompts(lines, tokenizer)
 
 
 def test_neutral_prompts_come_from_every_file_that_data_comes_from(
@@ -96,9 +99,9 @@ def test_malformed_files_of_neutral_prompts_are_named(
 
 def test_neutral_prompts_without_a_chat_template_are_plain(tokenizer: Any, tmp_path: Path) -> None:
     lines = tmp_path / "lines.txt"
-    lines.write_text("what is red", encoding="utf-8")
+    lines.write_text("what is red\nwhat is blue", encoding="utf-8")
     tokenizer.chat_template = None
-    (ids,) = neutral_prompts(lines, tokenizer)
+    ids, _ = neutral_prompts(lines, tokenizer)
     assert tokenizer.convert_ids_to_tokens(ids) == ["what", "is", "red"]
 
 

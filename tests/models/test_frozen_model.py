@@ -192,6 +192,31 @@ def test_a_peft_model_is_measured_without_its_adapter(model: Any, tokenizer: Any
     assert torch.equal(adapted(probe).logits, before)
 
 
+def test_a_model_that_ignores_padding_answers_as_alone() -> None:
+    """The states of its blocks take padding for text."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48, "lru_width": 32}
+    torch.manual_seed(0)
+    config = transformers.RecurrentGemmaConfig(
+        vocab_size=64, num_attention_heads=2, attention_window_size=16, **sizes
+    )
+    model = transformers.RecurrentGemmaForCausalLM(config)
+    torch.nn.init.normal_(model.get_input_embeddings().weight)
+    prompts = [[5, 6, 7, 8, 9, 10], [5], [7, 8]]
+
+    def answers(base: Any, size: int) -> list[list[int]]:
+        return generate_answers(base, prompts, batch_size=size, max_new_tokens=8, end_ids=[])
+
+    with frozen_base(model) as base:
+        assert answers(base, 3) == answers(base, 1)
+
+
+def test_an_encoder_decoder_is_no_causal_model() -> None:
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 32}
+    model = transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes))
+    with pytest.raises(TypeError, match="give a causal language model"), frozen_base(model):
+        pass
+
+
 def test_a_model_that_cannot_generate() -> None:
     with pytest.raises(TypeError, match="Linear cannot generate"), frozen_base(nn.Linear(2, 2)):
         pass

@@ -135,9 +135,9 @@ def test_half_written_checkpoints_are_removed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"learning_rate": 1e-3}, "learning_rate = 0.02, not 0.001"),
-        ({"k": "auto"}, "k = 1, not 'auto'"),
-        ({"target_modules": ("q_proj",)}, r"target_modules = \['all-linear'\], not \['q_proj'\]"),
+        ({"learning_rate": 1e-3}, "learning_rate = 0.02, not learning_rate = 0.001"),
+        ({"k": "auto"}, "k = 1, not k = 'auto'"),
+        ({"target_modules": ("q_proj",)}, r"= \['all-linear'\], not target_modules = \['q_proj'\]"),
     ],
 )
 def test_another_run_in_the_same_folder_is_refused(
@@ -154,6 +154,13 @@ def test_changed_data_is_refused_and_moved_data_is_not(finished: RunConfig, tmp_
     moved.write_text(moved.read_text(encoding="utf-8").replace("red", "blue"), encoding="utf-8")
     with pytest.raises(ValueError, match="differs in content from"):
         run(replace(finished, data=str(moved)))
+
+
+def test_prompts_that_were_not_there_are_refused(finished: RunConfig, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("what is red\nwhat is blue\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="was started with neutral = None, not neutral = '"):
+        run(replace(finished, neutral=str(prompts)))
 
 
 def test_artefacts_of_unknown_origin_are_refused(run_config: RunConfig) -> None:
