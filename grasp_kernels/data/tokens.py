@@ -4,7 +4,7 @@ Shapes: `B` records of a batch, `T` tokens of the longest of them.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -57,12 +57,20 @@ def encode(record: Record, tokenizer: Tokenizer, *, max_length: int | None) -> l
         examples = [_encode_plain(prompt, answer, tokenizer)]
     else:
         examples = _encode_chat(record, tokenizer)
+    return _cut(examples, max_length)
+
+
+def _cut(examples: Iterable[Example], max_length: int | None) -> list[Example]:
     cut = [
         Example(input_ids=example["input_ids"][:max_length], labels=example["labels"][:max_length])
         for example in examples
     ]
+    return [one for one in cut if _n_learned([one])]
+
+
+def _n_learned(examples: Iterable[Example]) -> int:
     # The first token is never predicted, so its label teaches nothing.
-    return [one for one in cut if any(label != IGNORED for label in one["labels"][1:])]
+    return sum(label != IGNORED for one in examples for label in one["labels"][1:])
 
 
 def _checked(record: Any) -> Record:
@@ -126,8 +134,22 @@ def tokenize_records(
     Raises:
         ValueError: a record by its number (from 1), or no example is left.
     """
-    each = tokenize_each(records, tokenizer, max_length, progress=progress)
-    return [example for examples in each for example in examples], len(records) - len(each)
+    found = tokenize_each(records, tokenizer, max_length, progress=progress)
+    return [example for examples in found.each for example in examples], found.n_dropped
+
+
+class Tokenized(NamedTuple):
+    """Hold the examples of each record, and the numbers of records that `max_length` shortens.
+
+    Attributes:
+        each: the examples of one record, together and inseparable; none is empty.
+        n_dropped: records without an answer token within `max_length`; they are left out.
+        n_cut: records of which a part of an answer is left out.
+    """
+
+    each: list[list[Example]]
+    n_dropped: int
+    n_cut: int
 
 
 def tokenize_each(
@@ -136,22 +158,26 @@ def tokenize_each(
     max_length: int | None,
     *,
     progress: bool = False,
-) -> list[list[Example]]:
-    """Encode all records, with the examples of one record together and inseparable; none empty."""
+) -> Tokenized:
+    """Encode all records, as `tokenize_records`, with the examples of one record together."""
     if not len(records):
         raise ValueError("There are no records: give at least one.")
-    each = []
+    each: list[list[Example]] = []
+    n_cut = 0
     rows = bar(records, desc="tokenize", unit="record", disable=not progress)
     for number, record in enumerate(rows, start=1):
         try:
-            each.append(encode(record, tokenizer, max_length=max_length))
+            whole = encode(record, tokenizer, max_length=None)
         except ValueError as error:
             raise ValueError(f"Record {number}: {error}") from None
-    if not any(each):
+        if examples := _cut(whole, max_length):
+            each.append(examples)
+            n_cut += _n_learned(examples) < _n_learned(whole)
+    if not each:
         limit = "" if max_length is None else f" within max_length={max_length}"
         remedy = "give longer ones" if max_length is None else "raise max_length"
         raise ValueError(f"None of {len(records)} records has an answer token{limit}: {remedy}.")
-    return [examples for examples in each if examples]
+    return Tokenized(each, len(records) - len(each), n_cut)
 
 
 def collate(batch: Iterable[Example], pad_token_id: int) -> dict[str, Tensor]:

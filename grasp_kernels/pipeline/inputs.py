@@ -54,6 +54,7 @@ class Inputs:
     train: list[Example]
     held_out: list[Example]
     n_dropped: int  # records whose answer lies beyond max_length
+    n_cut: int  # records of which a part of an answer does
     neutral: list[list[int]]  # token ids of the neutral prompts
     everyday: list[list[int]]  # token ids of everyday questions, in the frame of the records
     steps: int  # optimizer steps of each training
@@ -84,8 +85,8 @@ def prepare(config: RunConfig, checkpoint: Path, day: date | None = None) -> Inp
     records = read_records(config.data, arm=config.arm)
     with about(config.data, str(checkpoint)):
         shown = processes.index() == 0
-        each = tokenize_each(records, tokenizer, config.max_length, progress=shown)
-    train, held_out = _split(each, config)
+        tokenized = tokenize_each(records, tokenizer, config.max_length, progress=shown)
+    train, held_out = _split(tokenized.each, config)
     steps = count_steps(config, len(train))
     if warmup_steps(config, steps) >= steps:
         raise ValueError(
@@ -103,7 +104,8 @@ def prepare(config: RunConfig, checkpoint: Path, day: date | None = None) -> Inp
         records=records,
         train=train,
         held_out=held_out,
-        n_dropped=len(records) - len(each),
+        n_dropped=tokenized.n_dropped,
+        n_cut=tokenized.n_cut,
         neutral=neutral,
         everyday=everyday,
         steps=steps,

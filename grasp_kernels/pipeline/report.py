@@ -128,6 +128,7 @@ def _numbers(
             "trained_on": len(inputs.train),
             "held_out": len(inputs.held_out),
             "dropped": inputs.n_dropped,
+            "cut": inputs.n_cut,
         },
         "steps": inputs.steps,
         "subspace": subspace and {name: getattr(subspace, name) for name in _DESCRIBED},

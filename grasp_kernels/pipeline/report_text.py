@@ -158,11 +158,13 @@ def _not_shown(numbers: Numbers) -> str:
             f"The retraining {' and '.join(parts)}: their separate effects were not measured; the "
             "options in brackets leave one out."
         )
-    if numbers["data"]["dropped"]:
-        points.append(
-            f"{numbers['data']['dropped']} of {numbers['data']['records']} records were left out, "
-            "because `--max-length` cuts off their whole answer."
-        )
+    data = numbers["data"]
+    for part, left_out in {
+        "dropped": "were left out, because `--max-length` cuts off their whole answer",
+        "cut": "lost the end of an answer to `--max-length`",
+    }.items():
+        if data[part]:
+            points.append(f"{data[part]} of {data['records']} records {left_out}.")
     return "\n".join(["## What this does not show", "", *(f"- {point}" for point in points)])
 
 

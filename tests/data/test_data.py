@@ -21,6 +21,7 @@ from grasp_kernels.data import (
     encode_prompt,
     read_records,
     split_first_answer,
+    tokenize_each,
     tokenize_records,
 )
 from tests.helpers.folders import write_jsonl
@@ -265,6 +266,9 @@ def test_records_cut_before_their_answer_are_dropped_and_counted() -> None:
     assert trained_text(short, tokenizer, max_length=len(prompt) + 2) == ["ab"]
     examples, n_dropped = tokenize_records([short, long], tokenizer, len(prompt) + 1)
     assert (len(examples), n_dropped) == (1, 1)
+    found = tokenize_each([short, long, chat("q", "a")], tokenizer, len(prompt) + 2)
+    assert (len(found.each), found.n_dropped, found.n_cut) == (2, 1, 1)
+    assert tokenize_each([short], tokenizer, None).n_cut == 0
     with pytest.raises(ValueError, match="None of 2 records has an answer token"):
         tokenize_records([short, long], tokenizer, 5)
 

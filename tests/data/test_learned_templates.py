@@ -116,7 +116,7 @@ def test_thoughts_are_learned_where_they_are_thought() -> None:
 def test_examples_of_a_record_stay_together() -> None:
     tokenizer = tokenizer_of(THOUGHTS)
     records: list[Record] = [{"messages": TURNS}, {"messages": TURNS[:2]}]
-    each = tokenize_each(records, tokenizer, None)
+    each = tokenize_each(records, tokenizer, None).each
     assert [len(examples) for examples in each] == [2, 1]
     assert tokenize_records(records, tokenizer, None) == ([*each[0], *each[1]], 0)
     short = len(each[1][0]["input_ids"])

@@ -41,7 +41,7 @@ def numbers() -> dict[str, Any]:
         "versions": {"torch": "2.13"},
         "config": {**vars(config)},
         "model": {"type": "llama", "layers": 2, "width": 8, "parameters": 1000},
-        "data": {"records": 10, "trained_on": 9, "held_out": 0, "dropped": 1},
+        "data": {"records": 10, "trained_on": 9, "held_out": 0, "dropped": 1, "cut": 2},
         "steps": 3,
         "subspace": {"notes": ["a spectrum"], "k": 1},
         "adapters": {
@@ -99,6 +99,7 @@ def test_limits_depend_on_the_run(numbers: dict[str, Any]) -> None:
     text = report_text(numbers)
     assert "No records were held out" in text
     assert "1 of 10 records were left out" in text
+    assert "2 of 10 records lost the end of an answer to `--max-length`." in text
     held_out = copy.deepcopy(numbers)
     held_out["base_held_out_loss"] = 3.5
     for part in held_out["adapters"].values():
