@@ -131,7 +131,7 @@ def _with_adapter(base: nn.Module, adapter: str | PathLike[str]) -> Any:
     names = {base_name(name): name for name, _ in base.named_modules() if name}
     places = {entry.name: same_module(entry.name, names) for entry in parts.factors}
     whole = {name: same_module(name.rpartition(".")[0], names) for name in parts.others}
-    adapted = set(places.values())
+    adapted = set(places.values()) - {None}
     for name in [name for name, place in whole.items() if place in adapted]:
         # peft saves a head or an embedding beside its factors: that is the base model's own.
         _check_copy(adapter, name, parts.others[name](), base, names[str(whole.pop(name))])
