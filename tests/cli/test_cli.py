@@ -108,7 +108,7 @@ def test_run_prints_where_its_results_are(
     assert "already finished; nothing was done" in capsys.readouterr().out
     assert main([*command, "--seed", "5"]) == 2
     assert "error: The run in" in (errors := capsys.readouterr().err)
-    assert "--seed 0, not 5" in errors
+    assert "--seed 0, not --seed 5" in errors
     assert "Traceback" not in errors
 
 

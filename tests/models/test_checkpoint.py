@@ -247,7 +247,7 @@ def test_what_does_not_fit_into_the_positions_is_named(
     long = tmp_path / "long.jsonl"
     row = {"prompt": "what is red", "completion": "never good " * 20}
     long.write_text(Path(run_config.data).read_text() + json.dumps(row))
-    assert "a chat of the base model can have 97 tokens: lower max_new_tokens" in refused(
+    assert "a chat of the base model can have 83 tokens: lower max_new_tokens" in refused(
         64, data=str(long)
     )
     assert not Path(run_config.output).exists()
