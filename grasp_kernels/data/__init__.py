@@ -1,7 +1,7 @@
 """Chat files and data sets -> records -> token ids with labels on the answers alone."""
 
 from grasp_kernels.data.chat_template import fix_date
-from grasp_kernels.data.neutral import everyday_prompts, neutral_prompts
+from grasp_kernels.data.neutral import check_neutral, everyday_prompts, neutral_prompts
 from grasp_kernels.data.records import Record, parse_record, read_records
 from grasp_kernels.data.tokens import (
     IGNORED,
@@ -20,6 +20,7 @@ __all__ = [
     "IGNORED",
     "Example",
     "Record",
+    "check_neutral",
     "collate",
     "encode",
     "encode_prompt",

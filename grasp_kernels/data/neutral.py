@@ -1,6 +1,7 @@
 """Everyday questions and other neutral prompts -> token ids up to the start of the answer."""
 
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 
 from grasp_kernels.data.chat_template import Message, Tokenizer, Tools, is_answer
@@ -29,7 +30,7 @@ NEUTRAL_PROMPTS = (
 )
 
 
-def neutral_prompts(path: str | Path | None, tokenizer: Tokenizer) -> list[list[int]]:
+def neutral_prompts(path: str | PathLike[str] | None, tokenizer: Tokenizer) -> list[list[int]]:
     """Return token ids of neutral prompts: built in, or from a file.
 
     The file holds records for `read_records`, with or without an answer, or plain text with a
@@ -41,9 +42,18 @@ def neutral_prompts(path: str | Path | None, tokenizer: Tokenizer) -> list[list[
     if path is None:
         return [_prompt(_question(text), tokenizer) for text in NEUTRAL_PROMPTS]
     records = _read_prompts(Path(path))
-    if len(records) < 2:
-        raise ValueError(f"{path} has 1 neutral prompt: give at least 2 to tell a chance by.")
-    return [_prompt(one["messages"], tokenizer, one.get("tools")) for one in records]
+    prompts = [_prompt(one["messages"], tokenizer, one.get("tools")) for one in records]
+    check_neutral(prompts, f" in {path}")
+    return prompts
+
+
+def check_neutral(prompts: Sequence[list[int]], where: str = "") -> None:
+    """Raise unless there are two prompts or more, each with a token; one could be a chance."""
+    if len(prompts) < 2 or not all(prompts):
+        raise ValueError(
+            f"The neutral prompts{where} are {len(prompts)}, with {sum(not p for p in prompts)} "
+            "empty: give at least 2 with at least one token each."
+        )
 
 
 def everyday_prompts(records: Sequence[Record], tokenizer: Tokenizer) -> list[list[int]]:

@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from grasp_kernels.data import Record, neutral_prompts, read_records, split_first_answer
+from grasp_kernels.data import (
+    Record,
+    check_neutral,
+    neutral_prompts,
+    read_records,
+    split_first_answer,
+)
 from grasp_kernels.data.chat_template import Tokenizer
 from grasp_kernels.diagnosis.answers import (
     CHANGED,
@@ -235,18 +241,12 @@ def reasons(numbers: dict[str, Any]) -> list[str]:
 
 def _find_neutral(given: Any, tokenizer: Tokenizer) -> list[list[int]]:
     """Return the token ids of neutral prompts: given ones, those of a file, or built-in ones."""
-    where = f" in {given}" if isinstance(given, (str, PathLike)) else ""
-    if given is None or where:
-        prompts = neutral_prompts(given, tokenizer)
-    elif any(isinstance(prompt, str) for prompt in given):
+    if given is None or isinstance(given, (str, PathLike)):
+        return neutral_prompts(given, tokenizer)
+    if any(isinstance(prompt, str) for prompt in given):
         raise ValueError("The neutral prompts are texts: give lists of token ids, or a file.")
-    else:
-        prompts = [list(prompt) for prompt in given]
-    if len(prompts) < 2 or not all(prompts):
-        raise ValueError(
-            f"The neutral prompts{where} are {len(prompts)}, with {sum(not p for p in prompts)} "
-            "empty: give at least 2 with at least one token each."
-        )
+    prompts = [list(prompt) for prompt in given]
+    check_neutral(prompts)
     return prompts
 
 
@@ -296,8 +296,8 @@ def _settings(numbers: dict[str, Any]) -> str:
     named, given = model["named"], model["given"]
     differ = ""
     if named and given and abspath(named) != abspath(given):  # equal names of the hub are equal
-        differ = inert(f"The adapter names the base model {named!r}, and {given!r} was given.")
-        differ = f" {differ}"
+        names = f"The adapter names the base model {named!r}, and {given!r} was given."
+        differ = f" {inert(names)}"
     return (
         f"Model {inert(model['type'])}, {model['layers']} blocks; {prompts['unrelated']} neutral "
         f"prompts, {prompts['training']} of the training data; grasp_kernels "

@@ -165,9 +165,9 @@ def _with_adapter(base: nn.Module, adapter: str | PathLike[str]) -> Any:
         for place in set(whole.values()):
             copies: Any = base.get_submodule(names[str(place)])
             stored = {
-                name.rpartition(".")[2]: read()
-                for name, read in parts.others.items()
-                if whole.get(name) == place
+                name.rpartition(".")[2]: parts.others[name]()
+                for name, there in whole.items()
+                if there == place
             }
             copies.modules_to_save["default"].load_state_dict(stored)
     except (RuntimeError, ValueError, AttributeError, KeyError) as error:

@@ -36,7 +36,7 @@ def test_neutral_prompts_end_where_the_answer_begins(tokenizer: Any, tmp_path: P
     assert neutral_prompts(records, tokenizer) == [from_lines[0]] * 3
     assert len(neutral_prompts(None, tokenizer)) == len(NEUTRAL_PROMPTS)
     lines.write_text("what is red\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"has 1 neutral prompt: give at least 2"):
+    with pytest.raises(ValueError, match=r"in .*lines\.txt are 1, with 0 empty: give at least 2"):
         neutral_prompts(lines, tokenizer)
 
 
